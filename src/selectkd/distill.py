@@ -1,0 +1,131 @@
+"""distillation_loss: the one function a training loop needs. n rows, v vocabulary, d / e student / teacher width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass
+from selectkd.errors import ConfigError
+from selectkd.objective import Objective
+from selectkd.rows import CachedRows, Head, TeacherRows
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: Tensor | Head,
+    teacher: TeacherRows,
+    objective: Objective,
+    uniform: Tensor | None = None,
+    *,
+    row_scale: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    labels: Tensor | None = None,
+    sequence: Tensor | None = None,
+    reference: TeacherRows | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
+
+    hidden [n, d]: the student's last hidden states where a supervised token is predicted; the gradient reaches them
+    and the head's weight and bias. head: its weight [v, d], or a Head with bias, scale and soft-cap.
+    teacher: LiveRows or CachedRows of the same n rows. uniform [n, r]: numbers in (0, 1), r =
+    objective.verifier.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
+    1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
+    multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
+    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of.
+    reference: a reference student's rows, for adaspec and rho_1.
+
+    Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
+    tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
+
+    Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap and
+    teacher_nonfinite (rows left out because the teacher's were nan or infinite), and row_acceptance, row_divergence,
+    row_weight, row_overlap [n]. TAR is accepted / n, bite 1 - weighted_divergence / divergence.
+    Raises ConfigError where shapes or the teacher do not fit the objective.
+    Source: SelecTKD (arXiv 2510.24021), equation 4.
+
+    >>> import torch
+    >>> from selectkd import LiveRows, Objective
+    >>> _ = torch.manual_seed(0)
+    >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    >>> teacher = LiveRows(torch.randn(6, 16), torch.randn(20, 16))
+    >>> loss, sums = distillation_loss(hidden, head, teacher, Objective("forward_kl", {"name": "greedy_topk", "k": 5}))
+    >>> loss.backward()
+    >>> tuple(head.grad.shape), int(sums["n"])
+    ((20, 8), 6)
+    """
+    student = Head.of(head)
+    n = hidden.shape[0]
+    uniform = _checked_uniform(uniform, n, objective, hidden.device)
+    _check(hidden, student, teacher, objective, temperature, chunk)
+    for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
+        if value is not None and tuple(value.shape) != (n,):
+            raise ConfigError(f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n].")
+    if row_scale is None:
+        row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
+
+    width = teacher.shared_width(student.width)
+    work = Work(
+        teacher=teacher,
+        objective=objective,
+        uniform=uniform,
+        row_scale=row_scale.detach(),
+        temperature=temperature,
+        chunk=chunk_rows(n, width, chunk),
+        labels=labels,
+        sequence=sequence,
+        reference=reference,
+    )
+    if objective.ranks_the_batch and n:
+        detached = replace(student, weight=student.weight.detach())
+        work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
+    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, student, work)  # type: ignore[misc]
+    seen = dict(zip(ROWS, rows, strict=True))
+    sums = {
+        "n": torch.tensor(float(n), device=hidden.device),
+        "accepted": seen["acceptance"].sum(),
+        "weight": seen["weight"].sum(),
+        "divergence": seen["divergence"].sum(),
+        "weighted_divergence": (seen["weight"] * seen["divergence"]).sum(),
+        "overlap": seen["overlap"].sum(),
+        "teacher_nonfinite": bad,
+    }
+    return loss, sums | {f"row_{name}": values for name, values in seen.items()}
+
+
+def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, device: torch.device) -> Tensor:
+    need = objective.verifier.uniforms_per_token
+    if uniform is None:
+        uniform = torch.empty(n, 0, device=device)
+    if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:
+        raise ConfigError(
+            f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers for each "
+            f"of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
+        )
+    return uniform
+
+
+def _check(
+    hidden: Tensor, student: Head, teacher: TeacherRows, objective: Objective, temperature: float, chunk: int | None
+) -> None:
+    if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.weight.shape[1]:
+        raise ConfigError(
+            f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d] and [v, d]."
+        )
+    if teacher.count != hidden.shape[0]:
+        raise ConfigError(f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same.")
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature} must be above 0.")
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk = {chunk} must be 1 or more rows.")
+    need = objective.verifier.teacher_tokens
+    held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(student.width)
+    if need is not None and need > held:
+        what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
+        raise ConfigError(
+            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
+            f"Set objective.verifier.k to {held} or less."
+        )

@@ -1,0 +1,35 @@
+"""Token-wise divergences: pure functions (logp [n, s], logq [n, s]) -> [n] in nats. DIVERGENCES names them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from torch import Tensor
+
+from selectkd.divergences.acceptance import kl_tv_hybrid, neg_log_acceptance, total_variation
+from selectkd.divergences.adaptive import adaptive_kl, taid, todi
+from selectkd.divergences.kl import forward_kl, generalized_jsd, jeffreys, reverse_kl, skew_kl, skew_reverse_kl
+from selectkd.divergences.power import alpha_beta
+
+Divergence = Callable[..., Tensor]
+
+DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
+    {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jeffreys": jeffreys,
+        "skew_kl": skew_kl,
+        "skew_reverse_kl": skew_reverse_kl,
+        "generalized_jsd": generalized_jsd,
+        "total_variation": total_variation,
+        "alpha_beta": alpha_beta,
+        "adaptive_kl": adaptive_kl,
+        "todi": todi,
+        "taid": taid,
+        "neg_log_acceptance": neg_log_acceptance,
+        "kl_tv_hybrid": kl_tv_hybrid,
+    }
+)
+
+__all__ = ["DIVERGENCES", "Divergence", *DIVERGENCES]

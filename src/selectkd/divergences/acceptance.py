@@ -1,0 +1,66 @@
+"""Losses on the acceptance of speculative decoding, sum min(p, q). n rows, s support columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selectkd.divergences.kl import LOG_FLOOR, forward_kl
+from selectkd.errors import ConfigError
+
+
+def overlap(logp: Tensor, logq: Tensor) -> Tensor:
+    """sum_v min(p, q) = 1 - TV(p, q), [n], in [0, 1]: the rate at which speculative decoding accepts one draw of q."""
+    return torch.minimum(logp, logq).exp().sum(-1).clamp(max=1.0)
+
+
+def total_variation(logp: Tensor, logq: Tensor) -> Tensor:
+    """Total variation, 1/2 sum_v |p - q|.
+
+    In [0, 1], 0 at p = q; 1 - TV is the acceptance rate of speculative decoding. No unit.
+    Source: Wen et al. 2023 (f-distill); SelecTKD, section 3.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> total_variation(p.log(), q.log()).item()
+    0.25
+    """
+    return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
+
+
+def neg_log_acceptance(logp: Tensor, logq: Tensor) -> Tensor:
+    """Negative log acceptance, -log sum_v min(p, q).
+
+    In [0, 87] nats (a sum below e^-87 counts as e^-87), 0 at p = q.
+    Source: vLLM Speculators (arXiv 2602.23881).
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(neg_log_acceptance(p.log(), q.log()).item(), 4)
+    0.2877
+    """
+    # in log space, so that nearly disjoint distributions keep a gradient
+    lower = torch.minimum(logp, logq)
+    disjoint = torch.isneginf(lower).all(-1)
+    log_overlap = torch.logsumexp(lower.masked_fill(disjoint[:, None], LOG_FLOOR), -1)
+    loss = (-log_overlap).clamp(min=0.0, max=-LOG_FLOOR)
+    loss = torch.where(disjoint, loss * 0.0 - LOG_FLOOR, loss)
+    return torch.where((logp == logq).all(-1), loss * 0.0, loss)
+
+
+def kl_tv_hybrid(logp: Tensor, logq: Tensor, *, eta: float = 3.0) -> Tensor:
+    """lambda KL(p || q) + (1 - lambda) TV(p, q) with lambda = e^(-eta * acceptance), acceptance without gradient.
+
+    In [0, inf), 0 at p = q: forward KL where the two hardly meet, total variation where they nearly agree. Default 3
+    as in the paper.
+    Source: vLLM Speculators (arXiv 2602.23881).
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(kl_tv_hybrid(p.log(), q.log()).item(), 4)
+    0.2388
+    """
+    if eta < 0:
+        raise ConfigError(f"eta = {eta} must be 0 or more.")
+    share = torch.exp(-eta * overlap(logp, logq).detach())
+    return share * forward_kl(logp, logq) + (1.0 - share) * total_variation(logp, logq)

@@ -1,0 +1,152 @@
+"""The Kullback-Leibler family. n rows, s support columns; p = teacher, q = student; natural log.
+
+All of them are built from one function, ``relative_entropy``, in a form whose every term is non-negative, so that
+no rounding (bf16 inputs included) makes a divergence negative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+
+LOG_FLOOR = -87.0
+"""What the logarithm of an impossible outcome (-inf) counts as: the smallest normal fp32 number is e^-87.3.
+
+It keeps loss and gradient finite where one model forbids a token that the other allows: such a token costs its own
+probability times 87 nats. Every finite log-probability is used as it is.
+"""
+
+
+def floored(log_a: Tensor) -> Tensor:
+    """log_a with -inf replaced by LOG_FLOOR (gradient 0 there)."""
+    return log_a.masked_fill(torch.isneginf(log_a), LOG_FLOOR)
+
+
+def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum a log(a / b), as sum a (e^d - 1 - d) with d = log b - log a: [n].
+
+    Never negative; 0 exactly where a = b. The added sum(b) - sum(a) is 0 for distributions; it makes each term
+    non-negative and the rounding error relative to the divergence instead of to 1.
+    """
+    log_a, log_b = floored(log_a), floored(log_b)
+    gap = log_b - log_a  # [n, s]
+    short = gap.clamp(max=1.0)
+    near = log_a.exp() * (torch.expm1(short) - short)
+    far = log_b.exp() - log_a.exp() * (1.0 + gap)
+    return torch.where(gap <= 1.0, near, far).clamp(min=0.0).sum(-1)
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share * a + (1 - share) * b), [n, s]; exactly log a or log b at share 1 or 0, and where a = b."""
+    if share == 1.0:
+        return log_a
+    if share == 0.0:
+        return log_b
+    log_a, log_b = floored(log_a), floored(log_b)
+    hi = torch.maximum(log_a, log_b).detach()
+    mixed = hi + torch.log(share * torch.exp(log_a - hi) + (1.0 - share) * torch.exp(log_b - hi))
+    # equal entries: no rounding may separate them; each side still gets its share of the gradient
+    equal = log_a.detach() + share * (log_a - log_a.detach()) + (1.0 - share) * (log_b - log_b.detach())
+    return torch.where(log_a == log_b, equal, mixed)
+
+
+def share_of(name: str, value: float) -> float:
+    """``value`` checked to lie in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} = {value} must lie in [0, 1].")
+    return float(value)
+
+
+def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """Forward KL, sum_v p log(p / q).
+
+    In [0, inf) nats, 0 at p = q; mean-seeking: the student pays wherever the teacher has mass.
+    Source: Hinton et al. 2015; SelecTKD, equation 1.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(forward_kl(p.log(), q.log()).item(), 4)
+    0.1438
+    """
+    return relative_entropy(logp, logq)
+
+
+def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """Reverse KL, sum_v q log(q / p).
+
+    In [0, inf) nats, 0 at p = q; mode-seeking: the student pays where it has mass and the teacher has none.
+    Source: MiniLLM (arXiv 2306.08543).
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(reverse_kl(p.log(), q.log()).item(), 4)
+    0.1308
+    """
+    return relative_entropy(logq, logp)
+
+
+def jeffreys(logp: Tensor, logq: Tensor, *, weight: float = 0.5) -> Tensor:
+    """Weighted Jeffreys divergence, (1 - weight) KL(p || q) + weight KL(q || p).
+
+    In [0, inf) nats, 0 at p = q; ``weight`` in [0, 1] is the share of reverse KL. weight 0 is forward_kl, 1 reverse_kl.
+    Source: Jeffreys 1946.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(jeffreys(p.log(), q.log()).item(), 4)
+    0.1373
+    """
+    w = share_of("weight", weight)
+    return (1.0 - w) * relative_entropy(logp, logq) + w * relative_entropy(logq, logp)
+
+
+def skew_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """Skew KL, KL(p || alpha p + (1 - alpha) q), at most -log alpha.
+
+    0 at p = q; alpha in [0, 1], 0 is forward KL, 1 is 0. Default .1 as in the paper.
+    Source: DistiLLM (arXiv 2402.03898), section 3.1.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> round(skew_kl(p.log(), q.log()).item(), 4)
+    2.3026
+    """
+    return relative_entropy(logp, log_mixture(logp, logq, share_of("alpha", alpha)))
+
+
+def skew_reverse_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+    """Skew reverse KL, KL(q || (1 - alpha) p + alpha q), at most -log alpha.
+
+    0 at p = q; alpha in [0, 1], 0 is reverse KL. ``detach_mixture`` stops the gradient through the student inside
+    the mixture (DistiLLM-2 does, DistiLLM does not); the value is the same.
+    Source: DistiLLM (arXiv 2402.03898), section 3.1; DistiLLM-2 (arXiv 2503.07067).
+
+    >>> import torch
+    >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> round(skew_reverse_kl(p.log(), q.log()).item(), 4)
+    2.3026
+    """
+    inner = logq.detach() if detach_mixture else logq
+    return relative_entropy(logq, log_mixture(inner, logp, share_of("alpha", alpha)))
+
+
+def generalized_jsd(logp: Tensor, logq: Tensor, *, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    In [0, log 2] at beta = .5, in general at most the entropy of (beta, 1 - beta); 0 at p = q, continuous in beta,
+    and so 0 at beta = 0 and 1 (the KL limits of JSD / beta have their own names: forward_kl, reverse_kl).
+    Source: GKD (arXiv 2306.13649), equation 3.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> round(generalized_jsd(p.log(), q.log()).item(), 4)
+    0.6931
+    """
+    b = share_of("beta", beta)
+    mixture = log_mixture(logp, logq, b)
+    return b * relative_entropy(logp, mixture) + (1.0 - b) * relative_entropy(logq, mixture)
+
+
+__all__ = ["LOG_FLOOR", "forward_kl", "generalized_jsd", "jeffreys", "reverse_kl", "skew_kl", "skew_reverse_kl"]

@@ -1,0 +1,43 @@
+"""The alpha-beta family. n rows, s support columns; p = teacher, q = student; natural log."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selectkd.divergences.kl import floored, reverse_kl
+from selectkd.errors import ConfigError
+
+
+def power_gap(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
+    """(b^power - a^power) / power, [n, s]; log b - log a at power 0, its limit. No overflow for power >= 0."""
+    gap = log_b - log_a
+    if power == 0.0:
+        return gap
+    larger = torch.maximum(log_a, log_b)
+    return -torch.sign(gap) * torch.exp(power * larger) * torch.expm1(-power * gap.abs()) / power
+
+
+def alpha_beta(logp: Tensor, logq: Tensor, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    """Alpha-beta divergence, -1/(ab) sum[p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta.
+
+    In [0, inf), 0 at p = q; alpha, beta >= 0, not both 0; continuous towards (1, 0) = forward KL and (0, 1) = reverse
+    KL. Defaults .2 and .7, the paper's for instruction following.
+    Source: ABKD (arXiv 2505.04560), definition of D_AB.
+
+    >>> import torch
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    >>> round(alpha_beta(p.log(), q.log(), alpha=1.0, beta=0.0).item(), 4)
+    0.1438
+    """
+    if alpha < 0 or beta < 0 or alpha + beta <= 0:
+        raise ConfigError(f"alpha = {alpha} and beta = {beta} must be 0 or more, and not both 0.")
+    if (alpha, beta) == (0.0, 1.0):
+        return reverse_kl(logp, logq)
+    # D_{a,b}(p, q) = D_{b,a}(q, p): divide by the larger of the two, so that the smaller may go to 0
+    a, b = max(alpha, beta), min(alpha, beta)
+    log_a, log_b = floored(logp), floored(logq)
+    if beta > alpha:
+        log_a, log_b = log_b, log_a
+    terms = power_gap(log_a, log_b, a + b) - torch.exp(a * log_a) * power_gap(log_a, log_b, b)
+    return (terms / a).clamp(min=0.0).sum(-1)

@@ -1,0 +1,102 @@
+"""Objective: a divergence, a verifier and beta; what one row is worth and how far it counts.
+
+n rows. The weight is V = beta + (1 - beta) a; the loss of a row is V * D(p || q), undivided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selectkd.divergences import DIVERGENCES, Divergence
+from selectkd.divergences.acceptance import overlap
+from selectkd.errors import ConfigError
+from selectkd.pair import TokenPair
+from selectkd.registry import bind, build
+from selectkd.selectors import SELECTORS
+from selectkd.verifiers import VERIFIERS, Verifier
+
+Spec = str | Mapping[str, Any] | Callable[..., Any]
+
+
+class Judgement(NamedTuple):
+    """What an objective says of n rows: divergence (with gradient), weight, acceptance and overlap, each [n]."""
+
+    divergence: Tensor
+    weight: Tensor
+    acceptance: Tensor
+    overlap: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Per row: weight (beta + (1 - beta) a) times divergence D(p || q); the weight carries no gradient.
+
+    divergence: a name of DIVERGENCES, {"name": ..., **params}, "module:function", or a function (logp, logq) -> [n].
+    verifier: a name of VERIFIERS or SELECTORS, {"name": ..., **params}, "module:factory", or an instance of one.
+    beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as in the paper.
+    always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for instance EOS.
+    verify_temperature: verification uses p and q at this temperature, whatever the temperature of the loss.
+    Source: SelecTKD (arXiv 2510.24021), equation 4 and Algorithm 1.
+
+    >>> import torch
+    >>> from selectkd.pair import dense_pair
+    >>> objective = Objective("forward_kl", {"name": "greedy_topk", "k": 1}, beta=0.01)
+    >>> p, q = torch.tensor([[0.7, 0.3]] * 2), torch.tensor([[0.6, 0.4], [0.4, 0.6]])
+    >>> objective(dense_pair(p.log(), q.log()), torch.empty(2, 0)).weight.tolist()
+    [1.0, 0.009999999776482582]
+    """
+
+    divergence: Spec = "forward_kl"
+    verifier: Any = "greedy_topk"
+    beta: float = 0.01
+    always_accept: tuple[int, ...] = field(default=(), kw_only=True)
+    verify_temperature: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ConfigError(f"beta = {self.beta} must lie in [0, 1]; 0 masks rejected tokens, 1 is plain distillation.")
+        if not self.verify_temperature > 0:
+            raise ConfigError(f"verify_temperature = {self.verify_temperature} must be above 0.")
+        object.__setattr__(self, "divergence", bind(DIVERGENCES, self.divergence, kind="divergence"))
+        table = {**VERIFIERS, **SELECTORS}
+        object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
+
+    @property
+    def ranks_the_batch(self) -> bool:
+        """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``."""
+        return hasattr(self.verifier, "keep")
+
+    @torch.no_grad()
+    def accept(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        """The acceptance of a pair's rows, [n] in [0, 1], before ``always_accept``."""
+        return self.verifier(pair, uniform)
+
+    def __call__(
+        self, pair: TokenPair, uniform: Tensor, *, verified: TokenPair | None = None, acceptance: Tensor | None = None
+    ) -> Judgement:
+        """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
+        ``acceptance`` the result of a first pass where there was one."""
+        seen = pair if verified is None else verified
+        with torch.no_grad():
+            if acceptance is None:
+                acceptance = self.accept(seen, uniform)
+            acceptance = acceptance.to(pair.logq.dtype)
+            if self.always_accept:
+                if pair.label is None:
+                    raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
+                named = torch.isin(pair.label, torch.tensor(self.always_accept, device=pair.label.device))
+                acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
+            if self.beta == 1.0:
+                weight = torch.ones_like(acceptance)
+            else:
+                weight = acceptance + self.beta * (1.0 - acceptance)  # exactly 1 and beta at a = 1 and a = 0
+            if pair.finite is not None:
+                weight = weight * pair.finite  # a teacher row that is not finite teaches nothing
+            meeting = overlap(seen.logp, seen.logq)
+        divergence: Divergence = self.divergence  # type: ignore[assignment]
+        return Judgement(divergence(pair.logp, pair.logq), weight, acceptance, meeting)

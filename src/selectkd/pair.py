@@ -1,0 +1,111 @@
+"""Teacher and student log-probabilities side by side on one support.
+
+n rows, s support columns, v vocabulary, K stored tokens. p = teacher, q = student, natural log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """The two distributions at each of n supervised positions, on the same s columns.
+
+    logp, logq: [n, s], each row sums to 1 in probability; -inf marks an outcome that cannot happen.
+    student_top: [n], the column of the student's argmax over its whole vocabulary; -1 where it lies in the tail.
+    tail: whether the last column is a crowd of tokens (it has mass, but no rank).
+    ids: [n, s - tail], the token each column stands for; None where column = id.
+    label: [n], the id of the token in the text; None where the caller gave no labels.
+    sequence: [n], which sequence a row belongs to, rows of one sequence in order; None means one sequence.
+    logr: [n, s], a reference student's log-probabilities, for the selectors that compare with one.
+    finite: [n], False where the teacher's row was not finite (logp then repeats logq); None means all are.
+    """
+
+    logp: Tensor
+    logq: Tensor
+    student_top: Tensor
+    tail: bool = False
+    ids: Tensor | None = None
+    label: Tensor | None = None
+    sequence: Tensor | None = None
+    logr: Tensor | None = None
+    finite: Tensor | None = None
+
+    @property
+    def ranked(self) -> Tensor:
+        """The teacher's log-probabilities of single tokens: logp without the tail, [n, s - tail]."""
+        return self.logp[:, :-1] if self.tail else self.logp
+
+    def column(self, token: Tensor) -> Tensor:
+        """The column of each token id [n]; -1 where it is in the tail or outside the support."""
+        width = self.ranked.shape[-1]
+        if self.ids is None:
+            return torch.where((token >= 0) & (token < width), token, -1)
+        hit = self.ids == token[:, None]  # [n, K]
+        return torch.where(hit.any(-1), hit.float().argmax(-1), -1)
+
+
+def dense_pair(logp: Tensor, logq: Tensor) -> TokenPair:
+    """The pair of two full distributions [n, v]; widths may differ over the same ids.
+
+    Ids beyond the narrower width are unshared: the wider side is conditioned on the shared ids (log-prob -inf
+    outside them, the rest renormalised), which equals a logit of -inf before its softmax.
+
+    >>> import torch
+    >>> pair = dense_pair(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())
+    >>> pair.student_top.tolist()
+    [1]
+    """
+    if logp.ndim != 2 or logq.ndim != 2 or logp.shape[0] != logq.shape[0]:
+        raise ConfigError(f"dense_pair needs [n, v] and [n, v], got {tuple(logp.shape)} and {tuple(logq.shape)}.")
+    width = min(logp.shape[1], logq.shape[1])
+    logp, logq = (x if x.shape[1] == width else torch.log_softmax(x[:, :width], -1) for x in (logp, logq))
+    return TokenPair(logp=logp.detach(), logq=logq, student_top=logq.detach().argmax(-1))
+
+
+def topk_pair(ids: Tensor, logp: Tensor, logq: Tensor) -> TokenPair:
+    """The pair on a teacher's K stored tokens plus one tail column, from ids [n, K], logp [n, K], logq [n, v].
+
+    Both tails hold all the mass outside the K tokens, so nothing is renormalised: a student that moved its mass
+    outside the K tokens is seen to have done so.
+
+    >>> import torch
+    >>> pair = topk_pair(torch.tensor([[2]]), torch.tensor([[0.5]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log())
+    >>> pair.logp.exp().tolist(), pair.logq.exp().tolist(), pair.student_top.tolist()
+    ([[0.5, 0.5]], [[0.25, 0.75]], [-1])
+    """
+    ids = ids.long()
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= logq.shape[1]):
+        raise ConfigError(
+            f"the teacher's stored ids reach from {int(ids.min())} to {int(ids.max())}, but the student's vocabulary "
+            f"has {logq.shape[1]} tokens; teacher and student must share their ids."
+        )
+    finite = torch.isfinite(logp.clamp(min=-1e30)).all(-1)  # -inf is a probability of 0, nan and +inf are faults
+    kept = logq.gather(1, ids)  # [n, K]
+    logp = torch.where(finite[:, None], logp.to(logq.dtype), kept.detach())
+    rest = logq.scatter(1, ids, -torch.inf)  # [n, v]
+    tail_q = _logsumexp(rest)  # [n, 1]
+    tail_p = torch.log1p(-logp.double().exp().sum(-1, keepdim=True).clamp(max=1.0)).to(logq.dtype)  # [n, 1]
+    top = logq.detach().argmax(-1)
+    hit = ids == top[:, None]
+    return TokenPair(
+        logp=torch.cat([logp, tail_p], 1).detach(),
+        logq=torch.cat([kept, tail_q], 1),
+        student_top=torch.where(hit.any(-1), hit.float().argmax(-1), -1),
+        tail=True,
+        ids=ids,
+        finite=finite,
+    )
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """logsumexp over the last axis, [n, 1], whose gradient is 0 (not nan) where every entry is -inf."""
+    empty = torch.isneginf(x).all(-1, keepdim=True)
+    total = torch.logsumexp(x.masked_fill(empty, 0.0), -1, keepdim=True)
+    return total.masked_fill(empty, -torch.inf)

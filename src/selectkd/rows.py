@@ -1,0 +1,181 @@
+"""What stands behind a row: the student's head, and the teacher's rows, live or cached.
+
+n rows, c rows of one chunk, v vocabulary, s support, d/e student/teacher width, K stored tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+from selectkd.pair import TokenPair, topk_pair
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = cap(scale * (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).
+
+    weight is [v, d], bias [v] or None. ``scale`` covers Cohere (logit_scale) and Granite (1 / logits_scaling),
+    ``softcap`` Gemma. Gradients reach weight and bias where they require them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, head: Tensor | Head) -> Head:
+        """The head itself, or a plain weight matrix as a head without bias, scale or cap."""
+        return head if isinstance(head, Head) else cls(head)
+
+    @property
+    def width(self) -> int:
+        """Number of rows of the head, padded vocabulary rows included."""
+        return self.weight.shape[0]
+
+    def raw(self, hidden: Tensor, width: int | None = None) -> Tensor:
+        """The matrix product alone, hidden weight[:width]^T in the dtype of the head, as fp32 (or wider): [c, v]."""
+        product = hidden.to(self.weight.dtype) @ self.weight[:width].t()
+        return product if product.dtype == torch.float64 else product.float()
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Bias, scale and soft-cap on top of ``raw``: elementwise, differentiable, a no-op for a plain head."""
+        logits = raw
+        if self.bias is not None:
+            logits = logits + self.bias[: raw.shape[-1]].to(raw.dtype)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def logits(self, hidden: Tensor, width: int | None = None) -> Tensor:
+        """The logits the model itself would give, in fp32 or wider: [c, v]."""
+        return self.finish(self.raw(hidden, width))
+
+
+class PairOf(Protocol):
+    """Puts a block of a chunk's teacher rows beside the student's logits [b, v] at a temperature."""
+
+    def __call__(self, block: slice, logits: Tensor, temperature: float) -> TokenPair: ...
+
+
+class TeacherRows(Protocol):
+    """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once.
+
+    ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is relative to the chunk.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    def shared_width(self, student_width: int) -> int: ...
+
+    def open(self, rows: slice, width: int) -> PairOf: ...
+
+
+class LiveRows:
+    """A teacher held in memory: hidden states [n, e] and its head [v, e]; exact for every divergence and verifier.
+
+    The two heads may have different widths over the same ids: ids beyond the narrower one are unshared, and so
+    is every id where ``shared`` [v] is False. Unshared ids get a logit of -inf on both sides before the softmax,
+    so a padded or dead row of either head changes nothing.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Tensor | Head,
+        *,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        shared: Tensor | None = None,
+    ) -> None:
+        plain = isinstance(head, Tensor)
+        if not plain and (bias is not None or scale != 1.0 or softcap is not None):
+            raise ConfigError("LiveRows got a Head and bias, scale or softcap beside it; put them into the Head.")
+        self.head = Head(head, bias, scale, softcap) if plain else head
+        if hidden.ndim != 2 or hidden.shape[1] != self.head.weight.shape[1]:
+            raise ConfigError(
+                f"the teacher's hidden states are {tuple(hidden.shape)} but its head is "
+                f"{tuple(self.head.weight.shape)}; they must be [n, e] and [v, e]."
+            )
+        self.hidden = hidden.detach()
+        self.shared = shared
+
+    @property
+    def count(self) -> int:
+        return self.hidden.shape[0]
+
+    def shared_width(self, student_width: int) -> int:
+        return min(student_width, self.head.width)
+
+    def open(self, rows: slice, width: int) -> PairOf:
+        head = self.head
+        with torch.no_grad():
+            raw = head.raw(self.hidden[rows], width)  # [c, v]
+        unshared = None if self.shared is None else ~self.shared[:width]
+
+        def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:
+            with torch.no_grad():
+                teacher = head.finish(raw[block]).to(logits.dtype)
+                if unshared is not None:
+                    teacher = teacher.masked_fill(unshared, -torch.inf)
+                logp = log_softmax(teacher, temperature)
+            if unshared is not None:
+                logits = logits.masked_fill(unshared, -torch.inf)
+            logq = log_softmax(logits, temperature)
+            with torch.no_grad():
+                # one entry that is nan or +inf makes the whole row of a log-softmax nan
+                finite = ~logp[:, 0].isnan()
+                logp = torch.where(finite[:, None], logp, logq)
+                top = logits.argmax(-1)
+            return TokenPair(logp=logp, logq=logq, student_top=top, finite=finite)
+
+        return pair
+
+
+class CachedRows:
+    """A teacher kept as its K best tokens: ids [n, K] and natural log-probabilities [n, K] at temperature 1.
+
+    The rest of the mass is one tail outcome without a rank. Exact for greedy top-k with k <= K; KL-type values
+    are lower bounds and the spec-k acceptance is an upper bound (data-processing inequality).
+    """
+
+    def __init__(self, ids: Tensor, logp: Tensor) -> None:
+        if ids.shape != logp.shape or ids.ndim != 2:
+            raise ConfigError(
+                f"cached ids are {tuple(ids.shape)} and log-probs {tuple(logp.shape)}; both must be [n, K]."
+            )
+        self.ids, self.logp = ids, logp.detach()
+
+    @property
+    def count(self) -> int:
+        return self.ids.shape[0]
+
+    def shared_width(self, student_width: int) -> int:
+        return student_width
+
+    def open(self, rows: slice, width: int) -> PairOf:
+        ids, stored = self.ids[rows], self.logp[rows]
+
+        def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:
+            if temperature != 1.0:
+                raise ConfigError(
+                    f"temperature = {temperature} with a top-K teacher: its tail cannot be re-tempered. "
+                    "Set temperature to 1.0, or use a live or hidden-state teacher."
+                )
+            return topk_pair(ids[block], stored[block], log_softmax(logits, 1.0))
+
+        return pair
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-softmax of logits / temperature over the last axis; a temperature of 1 costs nothing."""
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

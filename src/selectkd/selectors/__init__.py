@@ -1,0 +1,47 @@
+"""Selectors that rank the whole batch: a score per row times a keep rule. SELECTORS names them all.
+
+A selector is a frozen dataclass with ``score(pair, uniform) -> [n, m]`` (token-local, gathered in a first pass over
+the vocabulary) and ``keep(scores, sequence) -> acceptance [n]``. An Objective takes one in place of a verifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from torch import Tensor
+
+from selectkd.pair import TokenPair
+from selectkd.selectors.ranked import adakd, adaspec, atkd, rho_1, se_kd, teachability, tip
+
+
+class Selector(Protocol):
+    """What an objective needs of a selector: a verifier with a first pass."""
+
+    @property
+    def uniforms_per_token(self) -> int: ...
+
+    @property
+    def teacher_tokens(self) -> int | None: ...
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor: ...
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor: ...
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor: ...
+
+
+SELECTORS: Mapping[str, Callable[..., Selector]] = MappingProxyType(
+    {
+        "se_kd": se_kd,
+        "tip": tip,
+        "teachability": teachability,
+        "adaspec": adaspec,
+        "atkd": atkd,
+        "adakd": adakd,
+        "rho_1": rho_1,
+    }
+)
+
+__all__ = ["SELECTORS", "Selector", *SELECTORS]

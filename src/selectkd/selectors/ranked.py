@@ -1,0 +1,151 @@
+"""Published token selectors, each a score and a share of the batch to keep. n rows, s support columns, m scores a row.
+
+Class names are the registry's names. ``share`` is the part of the batch's rows that gets a = 1, the best scores first,
+ties in row order; at least one row is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selectkd.divergences.kl import forward_kl
+from selectkd.errors import ConfigError
+from selectkd.pair import TokenPair
+from selectkd.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
+
+
+def top_share(score: Tensor, share: float) -> Tensor:
+    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. Rows that are not finite come last."""
+    score = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    count = math.ceil(share * score.shape[0] - 1e-9)
+    best = torch.argsort(score, descending=True, stable=True)[:count]
+    return torch.zeros_like(score).scatter(0, best, 1.0)
+
+
+def normalised(score: Tensor) -> Tensor:
+    """The score scaled to [0, 1] over the batch; 0 where all rows are equal."""
+    low, high = score.min(), score.max()
+    return (score - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
+
+
+def reference_of(pair: TokenPair, name: str) -> Tensor:
+    """The reference student's log-probabilities, or a ConfigError that says who needs them."""
+    if pair.logr is None:
+        raise ConfigError(f"{name} compares with a reference student; pass reference=LiveRows(...) to distillation_loss.")
+    return pair.logr
+
+
+def label_log_prob(pair: TokenPair, log_a: Tensor, name: str) -> Tensor:
+    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail."""
+    column = pair.column(label_of(pair, name))
+    return log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """score x top share; the parent of every selector here."""
+
+    share: float = 0.5
+    uniforms_per_token = 0
+    teacher_tokens = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ConfigError(f"{type(self).__name__}(share={self.share}): share must lie in (0, 1].")
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} states no score")
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+        return top_share(scores[:, 0], self.share)
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return self.keep(self.score(pair, uniform), sequence_of(pair))
+
+
+@dataclass(frozen=True)
+class se_kd(Ranked):  # noqa: N801
+    """SE-KD: the 20% of rows where the student's entropy is highest."""
+
+    share: float = 0.2
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return entropy(pair.logq)[:, None]
+
+
+@dataclass(frozen=True)
+class tip(Ranked):  # noqa: N801
+    """TIP: the 50% of rows with the highest 1 - (1 - h)(1 - d), h student entropy and d KL(p || q), each scaled to
+    [0, 1] over the batch."""
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return torch.stack([entropy(pair.logq), forward_kl(pair.logp, pair.logq)], -1)  # [n, 2]
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+        h, d = normalised(scores[:, 0]), normalised(scores[:, 1])
+        return top_share(1.0 - (1.0 - h) * (1.0 - d), self.share)
+
+
+@dataclass(frozen=True)
+class teachability(Ranked):  # noqa: N801
+    """Teachability: the 5% of rows with the highest KL(p || q) times the teacher's mass on the student's ``top`` best."""
+
+    share: float = 0.05
+    top: int = 16
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        singles = pair.logq[:, : pair.ranked.shape[-1]]
+        best = singles.topk(min(self.top, singles.shape[-1]), -1).indices  # [n, top]
+        mass = pair.ranked.gather(-1, best).exp().sum(-1)
+        return (forward_kl(pair.logp, pair.logq) * mass)[:, None]
+
+
+@dataclass(frozen=True)
+class adaspec(Ranked):  # noqa: N801
+    """AdaSPEC: the 40% of rows with the highest KL(p || q) - KL(p || q_ref), q_ref a reference student.
+
+    Source: AdaSPEC (arXiv 2510.19779).
+    """
+
+    share: float = 0.4
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        reference = reference_of(pair, "adaspec")
+        return (forward_kl(pair.logp, pair.logq) - forward_kl(pair.logp, reference))[:, None]
+
+
+@dataclass(frozen=True)
+class atkd(Ranked):  # noqa: N801
+    """ATKD's hard rows: the half of the batch with the highest uncertainty u = 1 - p(label).
+
+    Source: ATKD (arXiv 2402.11890).
+    """
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return (1.0 - label_log_prob(pair, pair.logp, "atkd").exp())[:, None]
+
+
+@dataclass(frozen=True)
+class adakd(Ranked):  # noqa: N801
+    """AdaKD: the rows with the highest Hellinger distance between teacher and student."""
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return hellinger_distance(pair.logp, pair.logq)[:, None]
+
+
+@dataclass(frozen=True)
+class rho_1(Ranked):  # noqa: N801
+    """Rho-1: the 60% of rows with the highest excess loss, -log q(label) + log q_ref(label).
+
+    Source: Rho-1 (arXiv 2404.07965).
+    """
+
+    share: float = 0.6
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        reference = label_log_prob(pair, reference_of(pair, "rho_1"), "rho_1")
+        return (reference - label_log_prob(pair, pair.logq, "rho_1"))[:, None]

@@ -1,0 +1,1 @@
+"""Training: one step, the plain loop, the transformers.Trainer, and what a run leaves behind."""

@@ -1,0 +1,102 @@
+"""What one row counts: the three denominators, right under accumulation and over ranks. n rows, w ranks.
+
+Distributed wrappers average gradients over ranks, so every scale carries a factor w that the average takes away again;
+the sum over micro-batches and the average over ranks together give exactly the global mean. Counts are taken once the
+batches of a step exist, so they are right for text written during training as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from selectkd.errors import ConfigError
+
+REDUCTIONS = ("sequence_mean", "token_mean", "weight_mean")
+
+
+def ranks() -> int:
+    """How many processes train together: 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all ranks, on every rank."""
+    if ranks() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Supervised tokens, and sequences with at least one of them, of one optimizer step over all ranks."""
+
+    sequences: int
+    tokens: int
+    ranks: int = 1
+
+
+def count(micro: Sequence[Any]) -> Counts:
+    """The counts of a step from what is supervised in each of this rank's micro-batches; a collective call."""
+    device = micro[0].position.device if micro else None
+    here = torch.tensor(
+        [sum(int(m.sequences) for m in micro), sum(m.position.shape[0] for m in micro)], device=device, dtype=torch.int64
+    )
+    sequences, tokens = summed(here).tolist()
+    return Counts(sequences, tokens, ranks())
+
+
+def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
+    """What each supervised row of a micro-batch counts, [n] fp32.
+
+    sequence_mean: ranks / (|y| * sequences), |y| the supervised tokens of the row's sequence.
+    token_mean: ranks / tokens. weight_mean: the same; ``correction`` turns it into a division by the sum of weights.
+    """
+    checked(reduction)
+    sequence = seen.sequence
+    if reduction != "sequence_mean":
+        return torch.full((sequence.shape[0],), counts.ranks / max(counts.tokens, 1), device=sequence.device)
+    return counts.ranks / (_lengths(sequence)[sequence] * max(counts.sequences, 1))
+
+
+def correction(counts: Counts, reduction: str, weight: float) -> float:
+    """The factor a step's loss and gradient still need, ``weight`` being its sum of weights over all ranks.
+
+    1 but for weight_mean, tokens / weight there: the weights carry no gradient, so dividing the finished gradient is
+    exact, needs no first pass over the models, and sees the very weights (dropout included) that made the gradient.
+    It costs one pass over the gradients. A step that accepted nothing at beta = 0 has no gradient, and the factor is 0.
+    """
+    if reduction != "weight_mean":
+        return 1.0
+    return counts.tokens / weight if weight != 0 else 0.0
+
+
+def sequence_means(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of ``values`` [n] over each sequence that has a row, and which sequences those are, [s] and [s]."""
+    lengths = _lengths(sequence)
+    totals = torch.zeros_like(lengths).index_add_(0, sequence, values.to(lengths.dtype))
+    there = lengths.nonzero()[:, 0]
+    return totals[there] / lengths[there], there
+
+
+def checked(reduction: str) -> str:
+    """``reduction`` itself, if it is one."""
+    if reduction not in REDUCTIONS:
+        raise ConfigError(f"reduction {reduction!r} is unknown. Known: {', '.join(REDUCTIONS)}.")
+    return reduction
+
+
+def _lengths(sequence: Tensor) -> Tensor:
+    size = int(sequence.max()) + 1 if sequence.numel() else 0
+    return torch.bincount(sequence, minlength=size).to(torch.float32)

@@ -1,0 +1,77 @@
+"""Controls: what a selector must be compared with before its selection is credited with anything. n rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+from selectkd.pair import TokenPair
+from selectkd.verifiers.gates import sequence_of
+from selectkd.verifiers.selectkd import at_least_one, greedy_topk
+
+
+@dataclass(frozen=True)
+class always:  # noqa: N801
+    """a = 1 everywhere: plain distillation.
+
+    >>> import torch
+    >>> from selectkd.pair import dense_pair
+    >>> always()(dense_pair(torch.zeros(1, 1), torch.zeros(1, 1)), torch.empty(1, 0)).item()
+    1.0
+    """
+
+    uniforms_per_token = 0
+    teacher_tokens = 0
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return torch.ones(pair.logp.shape[0], dtype=pair.logp.dtype, device=pair.logp.device)
+
+
+@dataclass(frozen=True)
+class matched_random:  # noqa: N801
+    """a = 1 with probability ``rate`` whatever the models say: random places at the rate of the run it controls for.
+
+    Set ``rate`` to that run's TAR; the default is a fair coin.
+    """
+
+    rate: float = 0.5
+    uniforms_per_token = 1
+    teacher_tokens = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.rate <= 1.0:
+            raise ConfigError(f"matched_random(rate={self.rate}): rate must lie in [0, 1].")
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return (uniform[:, 0] < self.rate).to(pair.logp.dtype)
+
+
+@dataclass(frozen=True)
+class matched_shuffle:  # noqa: N801
+    """The verdicts of greedy top-k dealt out to random rows of the batch: the same rate at every step, random places.
+
+    Not token-local: the loss scores every row first.
+    """
+
+    k: int = 5
+    uniforms_per_token = 1
+
+    def __post_init__(self) -> None:
+        at_least_one("matched_shuffle", self.k)
+
+    @property
+    def teacher_tokens(self) -> int:
+        return self.k
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        verdict = greedy_topk(self.k)(pair, uniform)
+        return torch.stack([verdict, uniform[:, 0].to(verdict.dtype)], -1)  # [n, 2]
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+        return scores[torch.argsort(scores[:, 1], stable=True), 0]
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return self.keep(self.score(pair, uniform), sequence_of(pair))
