@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
-from selectkd.rows import Head, PairOf, TeacherRows
+from selectkd.rows import Head, PairOf, Scratch, TeacherRows
 
 CHUNK_ROWS = 256
-CHUNK_ENTRIES = 1 << 23
-"""Entries of a chunk, [c, v]: 32 MiB in fp32 for each model. At most CHUNK_ROWS rows, at least 32: fewer cost the head's
+CHUNK_ENTRIES = 1 << 22
+"""Entries of a chunk, [c, v]: 16 MiB in fp32 for each model. At most CHUNK_ROWS rows, at least 32: fewer cost the head's
 gradient a pass over [v, d] each."""
-BLOCK_ENTRIES = 400_000
-"""Entries of a block, [b, v]: its temporaries stay in the second- and third-level cache."""
+BLOCK_ENTRIES = 1 << 17
+"""Entries of a block, [b, v]: the forty-odd temporaries of a divergence and its gradient stay in the third-level cache."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
 class ChunkPairs:
     """The pairs of one chunk: the loss pair, and the pair the verifier sees where its temperature differs."""
 
-    def __init__(self, work: Work, rows: slice, width: int) -> None:
+    def __init__(self, work: Work, rows: slice, width: int, scratch: Scratch) -> None:
         self.work, self.rows = work, rows
-        self.teacher: PairOf = work.teacher.open(rows, width)
+        self.teacher: PairOf = work.teacher.open(rows, width, scratch)
         needs_reference = work.reference is not None and work.acceptance is None
-        self.reference = work.reference.open(rows, width) if needs_reference and work.reference is not None else None
+        self.reference = work.reference.open(rows, width, scratch) if needs_reference and work.reference else None
 
     def seen_by_verifier(self, block: slice, logits: Tensor) -> TokenPair:
         """The pair at the verification temperature, with labels, sequences and the reference student attached."""
@@ -88,9 +88,10 @@ class ChunkPairs:
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its keep rule."""
     selector = work.objective.verifier
-    scores = []
+    scores, scratch = [], Scratch()
     for rows in cuts(0, hidden.shape[0], work.chunk):
-        raw, pairs = head.raw(hidden[rows], width), ChunkPairs(work, rows, width)
+        raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
+        pairs = ChunkPairs(work, rows, width, scratch)
         for block in cuts(0, raw.shape[0], max(1, BLOCK_ENTRIES // width)):
             pair = pairs.seen_by_verifier(block, head.finish(raw[block]))
             here = slice(rows.start + block.start, rows.start + block.stop)
@@ -128,13 +129,16 @@ class ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=fp, device=weight.device) if wants_bias and bias is not None else None
 
+        scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
-            raw = head.raw(chunk, width)  # [c, v], overwritten by its gradient block by block
-            pairs = ChunkPairs(work, rows, width)
+            with torch.no_grad():
+                # [c, v], overwritten by its gradient block by block
+                raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
+            pairs = ChunkPairs(work, rows, width, scratch)
             for block in cuts(0, raw.shape[0], max(1, BLOCK_ENTRIES // width)):
                 here = slice(rows.start + block.start, rows.start + block.stop)
-                leaf = raw[block].clone().requires_grad_(wants_any)
+                leaf = raw[block].to(fp, copy=True).requires_grad_(wants_any)  # [b, v]
                 with torch.set_grad_enabled(wants_any):
                     logits = head.finish(leaf)
                     pair = pairs.for_loss(block, logits)
@@ -158,7 +162,7 @@ class ChunkedLoss(torch.autograd.Function):
                         grad_bias += grads[1]
             if wants_any:
                 kept = _rows_with_gradient(seen["weight"][rows], work.objective.beta)
-                gradient = (raw if kept is None else raw[kept]).to(weight.dtype)
+                gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
                 if grad_hidden is not None:
                     part = gradient @ weight[:width]
@@ -173,8 +177,9 @@ class ChunkedLoss(torch.autograd.Function):
                     else:
                         grad_weight[:width] += gradient.t() @ inputs
 
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
         return (loss, bad, *rows_out)
@@ -182,19 +187,13 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-
-        def scaled(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-            return None if grad is None else (grad * grad_loss.to(grad.dtype)).to(dtype)
-
-        return (
-            scaled(grad_hidden, None if grad_hidden is None else grad_hidden.dtype),
-            scaled(grad_weight, weight_dtype),
-            scaled(grad_bias, bias_dtype),
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the distillation loss was already backpropagated; call distillation_loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        for i, dtype in enumerate(ctx.dtypes):
+            if gradients[i] is not None:
+                gradients[i] = gradients[i].mul_(grad_loss.to(gradients[i].dtype)).to(dtype)
+        return (*gradients, None, None)
 
 
 def _rows_with_gradient(weight: Tensor, beta: float) -> Tensor | None:

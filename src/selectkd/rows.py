@@ -38,16 +38,18 @@ class Head:
         """Number of rows of the head, padded vocabulary rows included."""
         return self.weight.shape[0]
 
-    def raw(self, hidden: Tensor, width: int | None = None) -> Tensor:
-        """The matrix product alone, hidden weight[:width]^T in the dtype of the head, as fp32 (or wider): [c, v]."""
-        product = hidden.to(self.weight.dtype) @ self.weight[:width].t()
-        return product if product.dtype == torch.float64 else product.float()
+    def raw(self, hidden: Tensor, width: int | None = None, *, out: Tensor | None = None) -> Tensor:
+        """The matrix product alone, hidden weight[:width]^T in the head's dtype, written into ``out`` if given: [c, v]."""
+        hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
+        if out is None:
+            return hidden @ weight
+        return torch.mm(hidden, weight, out=out[: hidden.shape[0]])
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Bias, scale and soft-cap on top of ``raw``: elementwise, differentiable, a no-op for a plain head."""
-        logits = raw
+        """fp32 (or wider), bias, scale and soft-cap on top of ``raw``: elementwise and differentiable."""
+        logits = raw if raw.dtype == torch.float64 else raw.float()
         if self.bias is not None:
-            logits = logits + self.bias[: raw.shape[-1]].to(raw.dtype)
+            logits = logits + self.bias[: raw.shape[-1]].to(logits.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -59,6 +61,20 @@ class Head:
         return self.finish(self.raw(hidden, width))
 
 
+class Scratch:
+    """One [c, v] buffer for each model of a call, allocated at its first chunk and reused by the others."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def of(self, owner: object, rows: int, width: int, like: Tensor) -> Tensor:
+        """``owner``'s buffer of at least ``rows`` rows, in the dtype and on the device of ``like``."""
+        buffer = self.buffers.get(id(owner))
+        if buffer is None or buffer.shape[0] < rows:
+            buffer = self.buffers[id(owner)] = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+        return buffer
+
+
 class PairOf(Protocol):
     """Puts a block of a chunk's teacher rows beside the student's logits [b, v] at a temperature."""
 
@@ -66,7 +82,8 @@ class PairOf(Protocol):
 
 
 class TeacherRows(Protocol):
-    """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once.
+    """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once,
+    and may write its logits into ``scratch``.
 
     ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is relative to the chunk.
     """
@@ -76,7 +93,7 @@ class TeacherRows(Protocol):
 
     def shared_width(self, student_width: int) -> int: ...
 
-    def open(self, rows: slice, width: int) -> PairOf: ...
+    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf: ...
 
 
 class LiveRows:
@@ -116,10 +133,11 @@ class LiveRows:
     def shared_width(self, student_width: int) -> int:
         return min(student_width, self.head.width)
 
-    def open(self, rows: slice, width: int) -> PairOf:
+    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf:
         head = self.head
         with torch.no_grad():
-            raw = head.raw(self.hidden[rows], width)  # [c, v]
+            hidden = self.hidden[rows]
+            raw = head.raw(hidden, width, out=scratch.of(self, hidden.shape[0], width, self.head.weight))  # [c, v]
         unshared = None if self.shared is None else ~self.shared[:width]
 
         def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:
@@ -162,7 +180,7 @@ class CachedRows:
     def shared_width(self, student_width: int) -> int:
         return student_width
 
-    def open(self, rows: slice, width: int) -> PairOf:
+    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf:
         ids, stored = self.ids[rows], self.logp[rows]
 
         def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:

@@ -1,0 +1,306 @@
+"""The composition root: a recipe's names become objects here, and nowhere else; what can fail fails before weights load."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selectkd.data.alignment import align
+from selectkd.data.collate import collate
+from selectkd.data.sources import Source, batches, dataset_source
+from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError, DataError
+from selectkd.models.cut import CutReport, cut_student
+from selectkd.models.load import Loaded, load_model, load_tokenizer
+from selectkd.models.lora import add_lora
+from selectkd.objective import Objective
+from selectkd.schedules import BetaSchedule
+from selectkd.teachers.live import LiveTeacher
+
+CUT_SAMPLES = 16
+"""Held-out samples a cut is measured on."""
+
+
+@dataclass
+class Assembly:
+    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and ``probe`` are micro-batches of text; heldout is empty without any."""
+
+    teacher: LiveTeacher
+    student: nn.Module
+    tokenizer: Any
+    objective: Objective
+    beta: BetaSchedule
+    taid_follows: bool
+    micro_batches: Callable[[int], Iterable[Any]]
+    streams: tuple[str, ...]
+    examples: list[Any]
+    heldout: list[Any]
+    probe: Any
+    teacher_loaded: Loaded
+    student_source: str
+    student_revision: str | None
+    kept: list[int] | None = None
+    cut: CutReport | None = None
+    told: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of a recipe that needs no weights, checked: objective, tokenizers, text."""
+
+    objective: Objective
+    beta: BetaSchedule
+    taid: bool
+    tokenizer: Any
+    teacher_tokenizer: Any
+    sources: list[Source]
+    heldout: list[Any]  # examples
+
+
+def assemble(
+    recipe: Any, *, device: torch.device | str = "cpu", stage: Callable[[str], None] | None = None
+) -> Assembly:
+    """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what is going on.
+
+    Raises ConfigError for names, parameters, folders and tokenizers that cannot work, DataError for text that cannot.
+    """
+    say = stage if stage is not None else _silent
+    check_output_dir(Path(recipe.training.output_dir))
+    say("reading tokenizers and text")
+    plan = prepare(recipe)
+    say("loading the teacher")
+    dtype = recipe.training.dtype
+    loaded = load_model(
+        recipe.teacher.model,
+        dtype=recipe.teacher.dtype or dtype,
+        quantization=recipe.teacher.quantization,
+        revision=recipe.teacher.revision,
+    )
+    loaded.model.to(device)
+    pad = pad_id(plan.tokenizer)
+    heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
+    examples = [example for source in plan.sources for example in source.examples]
+    told: list[str] = []
+
+    student, source, revision, kept, cut = _student(recipe, loaded, plan, examples, device, say, told)
+    if recipe.training.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.training.lora is not None:
+        student = add_lora(student, **_given(recipe.training.lora))
+        if recipe.training.gradient_checkpointing:
+            student.enable_input_require_grads()
+
+    widths = [m.get_output_embeddings().weight.shape[0] for m in (loaded.model, student)]
+    alignment = align(
+        plan.teacher_tokenizer, plan.tokenizer, teacher_width=widths[0], student_width=widths[1]
+    )
+    names = tuple(source.name for source in plan.sources)
+    training = recipe.training
+    samples = (plan.heldout or examples)[: training.probe_samples]
+    probe = collate(samples, pad_id=pad).to(device) if samples else None
+    return Assembly(
+        teacher=LiveTeacher(loaded.model, shared_width=alignment.shared_width),
+        student=student,
+        tokenizer=plan.tokenizer,
+        objective=plan.objective,
+        beta=plan.beta,
+        taid_follows=plan.taid,
+        micro_batches=partial(_epoch, plan.sources, recipe, pad),
+        streams=names,
+        examples=examples,
+        heldout=heldout,
+        probe=probe,
+        teacher_loaded=loaded,
+        student_source=source,
+        student_revision=revision,
+        kept=kept,
+        cut=cut,
+        told=told,
+    )
+
+
+def prepare(recipe: Any) -> Plan:
+    """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text."""
+    teacher_tokenizer = load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision)
+    named = recipe.student.model
+    tokenizer = load_tokenizer(named, revision=recipe.student.revision) if named is not None else teacher_tokenizer
+    objective, beta, taid = objective_of(recipe.objective, tokenizer)
+    if named is not None:
+        align(teacher_tokenizer, tokenizer)
+    need, width = objective.verifier.teacher_tokens, len(tokenizer)
+    if need is not None and need > width:
+        raise ConfigError(
+            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; the vocabulary has {width}. "
+            f"Set objective.verifier.k to {width} or less."
+        )
+    text = partial(
+        dataset_source,
+        tokenizer=tokenizer,
+        max_length=recipe.training.max_length,
+        max_prompt_length=recipe.training.max_prompt_length,
+        on_bad_record=recipe.data.on_bad_record,
+        on_too_long=recipe.data.on_too_long,
+        train_on=recipe.data.train_on,
+    )
+    sources = [text(_given(spec), stream=index) for index, spec in enumerate(recipe.data.sources)]
+    evaluation = recipe.data.evaluation
+    if evaluation is None:
+        heldout: list[Any] = []
+    elif isinstance(evaluation, int | float):
+        sources, heldout = hold_out(sources, float(evaluation))
+    else:
+        heldout = list(text(_given(evaluation), stream=0).examples)
+    if not any(any(example.completion) for source in sources for example in source.examples):
+        raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
+    return Plan(objective, beta, taid, tokenizer, teacher_tokenizer, sources, heldout)
+
+
+def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
+    """The objective of a recipe's section, its beta schedule, and whether TAID's t follows its own schedule."""
+    beta = spec.beta
+    schedule = BetaSchedule(beta, beta) if isinstance(beta, int | float) else BetaSchedule(**_given(beta))
+    divergence = spec.divergence
+    objective = Objective(
+        divergence,
+        spec.judge,
+        beta=schedule.start,
+        always_accept=always_accepted(spec.always_accept, tokenizer),
+        verify_temperature=spec.verify_temperature,
+    )
+    return objective, schedule, divergence["name"] == "taid" and "t" not in divergence
+
+
+def always_accepted(tokens: Sequence[int | str], tokenizer: Any) -> tuple[int, ...]:
+    """Token ids for ``always_accept``: ids as they are, ``eos`` as the tokenizer's end of sequence."""
+    ids: list[int] = []
+    for token in tokens or ():
+        if token == "eos":
+            if tokenizer.eos_token_id is None:
+                raise ConfigError(
+                    "objective.always_accept names eos, but the tokenizer has none. Give token ids."
+                )
+            ids.append(int(tokenizer.eos_token_id))
+        elif isinstance(token, int) and 0 <= token < len(tokenizer):
+            ids.append(token)
+        else:
+            raise ConfigError(
+                f"objective.always_accept: {token!r} is neither eos nor a token id below {len(tokenizer)}."
+            )
+    return tuple(ids)
+
+
+def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any]]:
+    """Every round(1 / share)-th sample of each source held out, the rest to train on; sample order decides alone."""
+    every = max(2, round(1 / share))
+    kept, held = [], []
+    for source in sources:
+        rest = copy.copy(source)
+        rest.examples = [example for i, example in enumerate(source.examples) if i % every != every - 1]
+        held += [example for i, example in enumerate(source.examples) if i % every == every - 1]
+        kept.append(rest)
+    if not held:
+        raise ConfigError(
+            f"data.evaluation = {share} of {sum(len(s.examples) for s in sources)} samples holds none out. "
+            "Give a larger share, or a file of its own."
+        )
+    return kept, held
+
+
+def check_output_dir(folder: Path) -> None:
+    """ConfigError unless a run can be written to ``folder``: it must be absent or empty, in a place that is writable."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"training.output_dir = {folder} is a file. Name a folder that is new or empty.")
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "holds another run" if (folder / "manifest.json").exists() else "is not empty"
+        raise ConfigError(f"training.output_dir = {folder} {what}. Name a new folder, or delete this one.")
+    above = folder
+    while not above.exists():
+        above = above.parent
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"training.output_dir = {folder} cannot be written: {error.strerror} ({above}). Name another folder."
+        ) from error
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with; which one is the same, padding is neither attended to nor trained on."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _student(
+    recipe: Any,
+    loaded: Loaded,
+    plan: Plan,
+    examples: list[Any],
+    device: torch.device | str,
+    say: Callable[[str], None],
+    told: list[str],
+) -> tuple[nn.Module, str, str | None, list[int] | None, CutReport | None]:
+    """(student, source, revision, kept layers, how they were chosen)."""
+    dtype = recipe.training.dtype
+    if recipe.student.model is not None:
+        say("loading the student")
+        own = load_model(
+            recipe.student.model, dtype=dtype, revision=recipe.student.revision
+        )
+        return own.model.to(device), own.source, own.revision, None, None
+    wanted = recipe.student.from_teacher
+    say("choosing the student's layers")
+    measured_on = plan.heldout or examples
+    if wanted.choose == "measured" and not plan.heldout:
+        told.append(
+            "there is no held-out text, so the student's layers are chosen on the first training samples."
+        )
+    texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if wanted.choose == "measured" else None
+    choose = wanted.choose if isinstance(wanted.choose, str) else list(wanted.choose)
+    student, kept, report = cut_student(loaded.model, wanted.layers, choose, texts)
+    student.requires_grad_(True)
+    if dtype is not None:
+        student.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    return student, f"{loaded.source} with layers {', '.join(map(str, kept))}", loaded.revision, kept, report
+
+
+def _cut_batches(examples: Sequence[Any], tokenizer: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    for batch in _padded(examples, pad_id=pad_id(tokenizer), batch_size=4):
+        yield batch.model_inputs(), supervised(batch).position
+
+
+def _padded(examples: Sequence[Any], *, pad_id: int, batch_size: int) -> Iterator[Any]:
+    for start in range(0, len(examples), batch_size):
+        yield collate(list(examples[start : start + batch_size]), pad_id=pad_id)
+
+
+def _epoch(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iterable[Any]:
+    return batches(
+        sources,
+        batch_size=recipe.training.batch_size,
+        seed=recipe.training.seed,
+        epoch=epoch,
+        packing=recipe.data.packing,
+        max_length=recipe.training.max_length,
+        pad_id=pad,
+    )
+
+
+def _given(spec: Any) -> Any:
+    """A section as the plain mapping its component takes: of a pydantic model, what is set and not None."""
+    if hasattr(spec, "model_dump"):
+        return {key: value for key, value in spec.model_dump().items() if value is not None}
+    return spec
+
+
+def _silent(_: str) -> None: ...
