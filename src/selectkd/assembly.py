@@ -1,11 +1,12 @@
-"""The composition root: a recipe's names become objects here, and nowhere else; what can fail fails before weights load."""
+"""The composition root: a recipe's names become objects here, and nowhere else; what can fail fails before
+weights load.
+"""
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
 from selectkd.data.sources import Source, batches, dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
@@ -31,7 +33,9 @@ CUT_SAMPLES = 16
 
 @dataclass
 class Assembly:
-    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and ``probe`` are micro-batches of text; heldout is empty without any."""
+    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and
+    ``probe`` are micro-batches of text; heldout is empty without any.
+    """
 
     teacher: LiveTeacher
     student: nn.Module
@@ -41,7 +45,7 @@ class Assembly:
     taid_follows: bool
     micro_batches: Callable[[int], Iterable[Any]]
     streams: tuple[str, ...]
-    examples: list[Any]
+    sources: list[Source]
     heldout: list[Any]
     probe: Any
     teacher_loaded: Loaded
@@ -68,9 +72,11 @@ class Plan:
 def assemble(
     recipe: Any, *, device: torch.device | str = "cpu", stage: Callable[[str], None] | None = None
 ) -> Assembly:
-    """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what is going on.
+    """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what
+    is going on.
 
-    Raises ConfigError for names, parameters, folders and tokenizers that cannot work, DataError for text that cannot.
+    Raises ConfigError for names, parameters, folders and tokenizers that cannot work, DataError for text that
+    cannot.
     """
     say = stage if stage is not None else _silent
     check_output_dir(Path(recipe.training.output_dir))
@@ -85,14 +91,14 @@ def assemble(
         revision=recipe.teacher.revision,
     )
     loaded.model.to(device)
-    pad = pad_id(plan.tokenizer)
+    pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
     told: list[str] = []
 
     student, source, revision, kept, cut = _student(recipe, loaded, plan, examples, device, say, told)
     if recipe.training.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(student)
     if recipe.training.lora is not None:
         student = add_lora(student, **_given(recipe.training.lora))
         if recipe.training.gradient_checkpointing:
@@ -102,12 +108,14 @@ def assemble(
     alignment = align(
         plan.teacher_tokenizer, plan.tokenizer, teacher_width=widths[0], student_width=widths[1]
     )
+    mask = alignment.mask(widths[0])
+    shared = None if mask[: min(widths)].all() else mask
     names = tuple(source.name for source in plan.sources)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
     return Assembly(
-        teacher=LiveTeacher(loaded.model, shared_width=alignment.shared_width),
+        teacher=LiveTeacher(loaded.model, shared=shared),
         student=student,
         tokenizer=plan.tokenizer,
         objective=plan.objective,
@@ -115,7 +123,7 @@ def assemble(
         taid_follows=plan.taid,
         micro_batches=partial(_epoch, plan.sources, recipe, pad),
         streams=names,
-        examples=examples,
+        sources=plan.sources,
         heldout=heldout,
         probe=probe,
         teacher_loaded=loaded,
@@ -131,15 +139,17 @@ def prepare(recipe: Any) -> Plan:
     """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text."""
     teacher_tokenizer = load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision)
     named = recipe.student.model
-    tokenizer = load_tokenizer(named, revision=recipe.student.revision) if named is not None else teacher_tokenizer
+    tokenizer = (
+        load_tokenizer(named, revision=recipe.student.revision) if named is not None else teacher_tokenizer
+    )
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
     if named is not None:
         align(teacher_tokenizer, tokenizer)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(
-            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; the vocabulary has {width}. "
-            f"Set objective.verifier.k to {width} or less."
+            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; "
+            f"the vocabulary has {width}. Set objective.verifier.k to {width} or less."
         )
     text = partial(
         dataset_source,
@@ -164,7 +174,7 @@ def prepare(recipe: Any) -> Plan:
 
 
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
-    """The objective of a recipe's section, its beta schedule, and whether TAID's t follows its own schedule."""
+    """The objective of a recipe's section, its beta schedule, and whether TAID's t follows its schedule."""
     beta = spec.beta
     schedule = BetaSchedule(beta, beta) if isinstance(beta, int | float) else BetaSchedule(**_given(beta))
     divergence = spec.divergence
@@ -198,14 +208,15 @@ def always_accepted(tokens: Sequence[int | str], tokenizer: Any) -> tuple[int, .
 
 
 def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any]]:
-    """Every round(1 / share)-th sample of each source held out, the rest to train on; sample order decides alone."""
+    """Every round(1 / share)-th sample of each source held out, the rest to train on; sample order decides
+    alone.
+    """
     every = max(2, round(1 / share))
     kept, held = [], []
     for source in sources:
-        rest = copy.copy(source)
-        rest.examples = [example for i, example in enumerate(source.examples) if i % every != every - 1]
+        rest = [example for i, example in enumerate(source.examples) if i % every != every - 1]
         held += [example for i, example in enumerate(source.examples) if i % every == every - 1]
-        kept.append(rest)
+        kept.append(replace(source, examples=rest))
     if not held:
         raise ConfigError(
             f"data.evaluation = {share} of {sum(len(s.examples) for s in sources)} samples holds none out. "
@@ -215,7 +226,9 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], lis
 
 
 def check_output_dir(folder: Path) -> None:
-    """ConfigError unless a run can be written to ``folder``: it must be absent or empty, in a place that is writable."""
+    """ConfigError unless a run can be written to ``folder``: it must be absent or empty, in a place that is
+    writable.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"training.output_dir = {folder} is a file. Name a folder that is new or empty.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -229,16 +242,9 @@ def check_output_dir(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"training.output_dir = {folder} cannot be written: {error.strerror} ({above}). Name another folder."
+            f"training.output_dir = {folder} cannot be written: {error.strerror} ({above}). "
+            "Name another folder."
         ) from error
-
-
-def pad_id(tokenizer: Any) -> int:
-    """An id to pad with; which one is the same, padding is neither attended to nor trained on."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
 
 
 def _student(
@@ -254,9 +260,7 @@ def _student(
     dtype = recipe.training.dtype
     if recipe.student.model is not None:
         say("loading the student")
-        own = load_model(
-            recipe.student.model, dtype=dtype, revision=recipe.student.revision
-        )
+        own = load_model(recipe.student.model, dtype=dtype, revision=recipe.student.revision)
         return own.model.to(device), own.source, own.revision, None, None
     wanted = recipe.student.from_teacher
     say("choosing the student's layers")
@@ -275,7 +279,7 @@ def _student(
 
 
 def _cut_batches(examples: Sequence[Any], tokenizer: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    for batch in _padded(examples, pad_id=pad_id(tokenizer), batch_size=4):
+    for batch in _padded(examples, pad_id=pad_id_of(tokenizer), batch_size=4):
         yield batch.model_inputs(), supervised(batch).position
 
 
@@ -301,6 +305,14 @@ def _given(spec: Any) -> Any:
     if hasattr(spec, "model_dump"):
         return {key: value for key, value in spec.model_dump().items() if value is not None}
     return spec
+
+
+def _checkpoint(student: Any) -> None:
+    """Activations recomputed in the backward pass; transformers renames the method in version 6."""
+    enable = (
+        getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 def _silent(_: str) -> None: ...

@@ -1,4 +1,4 @@
-"""Names to components: a spec (name, {name, **params}, "module:attribute" or an object) against a table. No torch."""
+"""Names to components: a spec (name, {name, **params}, "module:attribute" or an object) against a table."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def lookup(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The component a spec names and its parameters, checked against the component's own signature.
 
-    Raises ConfigError for an unknown name or parameter (with the closest known one), a value of the wrong type, and a
-    parameter that is missing. Nothing is called.
+    Raises ConfigError for an unknown name or parameter (with the closest known one), a value of the wrong
+    type, and a parameter that is missing. Nothing is called.
 
-    >>> lookup({"clip": lambda logp, logq, *, low=0.0: logp}, {"name": "clip", "low": 0.1}, kind="divergence")[1]
+    >>> table = {"clip": lambda logp, logq, *, low=0.0: logp}
+    >>> lookup(table, {"name": "clip", "low": 0.1}, kind="divergence")[1]
     {'low': 0.1}
     """
     params: dict[Any, Any] = {} if isinstance(spec, str) else dict(spec)
@@ -76,8 +77,8 @@ def bind(table: Mapping[str, Callable[..., Any]], spec: Spec, *, kind: str) -> C
 
 
 def build(table: Mapping[str, Callable[..., Any]], spec: Spec, *, kind: str) -> Any:
-    """An object made by its factory with the parameters given; an instance passes through, a class is made with
-    its defaults."""
+    """An object made by its factory with the parameters given; an instance passes through, a class is
+    made with its defaults."""
     if not isinstance(spec, str | Mapping):
         return _callable(spec, kind)() if isinstance(spec, type) else _callable(spec, kind)
     factory, params = lookup(table, spec, kind=kind)
@@ -85,7 +86,7 @@ def build(table: Mapping[str, Callable[..., Any]], spec: Spec, *, kind: str) -> 
 
 
 def name_of(component: Any) -> str:
-    """The name a component goes by in messages, cards and logs: of a bound function, a function or an instance."""
+    """The name a component goes by in messages and logs: of a bound function, a function or an instance."""
     for attribute in ("name", "__name__"):
         name = getattr(component, attribute, None)
         if isinstance(name, str):
@@ -101,7 +102,9 @@ def _check(component: Callable[..., Any], name: str, params: Mapping[Any, Any], 
     kinds = _annotations(component)
     for key, value in params.items():
         if key in TENSORS or (key not in named and not open_ended):
-            raise ConfigError(f"{kind} {name!r} has no parameter {key!r}.{did_you_mean(key, named)} It takes: {takes}.")
+            raise ConfigError(
+                f"{kind} {name!r} has no parameter {key!r}.{did_you_mean(key, named)} It takes: {takes}."
+            )
         if not _fits(value, kinds.get(key, Any)):
             raise ConfigError(
                 f"{kind} {name!r}: {key} = {value!r} must be {_spelled(kinds[key])}. It takes: {takes}."
@@ -152,6 +155,7 @@ def _imported(path: str, kind: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(
-            f"{kind} {path!r} cannot be imported: {error}. Write 'module:attribute' of something installed or on PYTHONPATH."
+            f"{kind} {path!r} cannot be imported: {error}. "
+            "Write 'module:attribute' of something installed or on PYTHONPATH."
         ) from error
     return _callable(found, kind)

@@ -12,17 +12,18 @@ from selectkd.rows import LiveRows
 
 
 class LiveTeacher:
-    """The teacher's rows at the supervised positions of a batch: its last hidden states and its head, no gradient.
+    """The teacher's rows at the supervised positions of a batch: its last hidden states and its head, no
+    gradient.
 
-    The model is frozen and put into eval mode here, once. It is no ``nn.Module`` on purpose: held by a trained module,
-    it is neither trained, wrapped, saved nor moved along; it moves itself to the device of the batch.
-    shared_width: how many leading ids teacher and student share, where that is less than both heads' widths.
+    The model is frozen and put into eval mode here, once. It is no ``nn.Module`` on purpose: held by a
+    trained module, it is neither trained, wrapped, saved nor moved along; it moves itself to the device of
+    the batch. shared: which rows of its head [v] stand for a token of both vocabularies; None where all do.
     """
 
-    def __init__(self, model: nn.Module, *, shared_width: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, shared: Tensor | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = head_of(model)
-        self.shared_width = shared_width
+        self.shared = shared
 
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
@@ -31,9 +32,7 @@ class LiveTeacher:
         if self.head.weight.device != device:
             self.model.to(device)
             self.head = head_of(self.model)
-        hidden = backbone(self.model)(**batch.model_inputs())  # [b, t, e]
+        hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
-        shared = None
-        if self.shared_width is not None and self.shared_width < self.head.width:
-            shared = torch.arange(self.head.width, device=device) < self.shared_width
+        shared = None if self.shared is None else self.shared.to(device)
         return LiveRows(rows, self.head, shared=shared)

@@ -1,8 +1,8 @@
 """What one row counts: the three denominators, right under accumulation and over ranks. n rows, w ranks.
 
-Distributed wrappers average gradients over ranks, so every scale carries a factor w that the average takes away again;
-the sum over micro-batches and the average over ranks together give exactly the global mean. Counts are taken once the
-batches of a step exist, so they are right for text written during training as well.
+Distributed wrappers average gradients over ranks, so every scale carries a factor w that the average takes
+away again; the sum over micro-batches and the average over ranks together give exactly the global mean.
+Counts are taken once the batches of a step exist, so they are right for text written during training as well.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class Counts:
 
 
 def count(micro: Sequence[Any]) -> Counts:
-    """The counts of a step from what is supervised in each of this rank's micro-batches; a collective call."""
+    """The counts of a step from what is supervised in this rank's micro-batches; a collective call."""
     device = micro[0].position.device if micro else None
     here = torch.tensor(
-        [sum(int(m.sequences) for m in micro), sum(m.position.shape[0] for m in micro)], device=device, dtype=torch.int64
+        [sum(int(m.sequences) for m in micro), sum(m.position.shape[0] for m in micro)],
+        device=device,
+        dtype=torch.int64,
     )
     sequences, tokens = summed(here).tolist()
     return Counts(sequences, tokens, ranks())
@@ -60,8 +62,8 @@ def count(micro: Sequence[Any]) -> Counts:
 def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
     """What each supervised row of a micro-batch counts, [n] fp32.
 
-    sequence_mean: ranks / (|y| * sequences), |y| the supervised tokens of the row's sequence.
-    token_mean: ranks / tokens. weight_mean: the same; ``correction`` turns it into a division by the sum of weights.
+    sequence_mean: ranks / (|y| * sequences), |y| the supervised tokens of the row's sequence. token_mean:
+    ranks / tokens. weight_mean: the same; ``correction`` turns it into a division by the sum of weights.
     """
     checked(reduction)
     sequence = seen.sequence
@@ -73,9 +75,10 @@ def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
 def correction(counts: Counts, reduction: str, weight: float) -> float:
     """The factor a step's loss and gradient still need, ``weight`` being its sum of weights over all ranks.
 
-    1 but for weight_mean, tokens / weight there: the weights carry no gradient, so dividing the finished gradient is
-    exact, needs no first pass over the models, and sees the very weights (dropout included) that made the gradient.
-    It costs one pass over the gradients. A step that accepted nothing at beta = 0 has no gradient, and the factor is 0.
+    1 but for weight_mean, tokens / weight there: the weights carry no gradient, so dividing the finished
+    gradient is exact, needs no first pass over the models, and sees the very weights (dropout included) that
+    made the gradient. It costs one pass over the gradients. A step that accepted nothing at beta = 0 has no
+    gradient, and the factor is 0.
     """
     if reduction != "weight_mean":
         return 1.0
@@ -83,7 +86,9 @@ def correction(counts: Counts, reduction: str, weight: float) -> float:
 
 
 def sequence_means(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of ``values`` [n] over each sequence that has a row, and which sequences those are, [s] and [s]."""
+    """The mean of ``values`` [n] over each sequence that has a row, and which sequences those are, [s] and
+    [s].
+    """
     lengths = _lengths(sequence)
     totals = torch.zeros_like(lengths).index_add_(0, sequence, values.to(lengths.dtype))
     there = lengths.nonzero()[:, 0]

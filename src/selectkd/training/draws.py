@@ -1,8 +1,9 @@
-"""Uniform numbers keyed by the text itself, so that a verdict does not depend on who trains on it beside whom.
+"""Uniform numbers keyed by the text itself, so that a verdict does not depend on who trains on it beside
+whom.
 
-n rows, r uniforms a row. A row's numbers are a function of (seed, step, the tokens of its sample, its place in the
-completion): the same padded or packed, in one micro-batch or eight, on one rank or two. A text that stands twice in one
-step gets the same verdicts twice.
+n rows, r uniforms a row. A row's numbers are a function of (seed, step, the tokens of its sample, its place
+in the completion): the same padded or packed, in one micro-batch or eight, on one rank or two. A text that
+stands twice in one step gets the same verdicts twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from selectkd.randomness import uniforms
 
-_ODD_1, _ODD_2 = -7046029254386353131, -4658895280553007687  # 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9 as int64
+_ODD_1, _ODD_2 = (
+    -7046029254386353131,
+    -4658895280553007687,
+)  # 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9 as int64
 
 
 def draws(batch: Any, seen: Any, r: int, *, seed: int, step: int) -> Tensor:
@@ -22,7 +26,9 @@ def draws(batch: Any, seen: Any, r: int, *, seed: int, step: int) -> Tensor:
     n, device = seen.position.shape[0], seen.position.device
     if r == 0 or n == 0:
         return torch.empty(n, r, device=device)
-    return uniforms(n, r, seed=seed, step=step, counter=sample_keys(batch)[seen.sequence] + seen.offset, device=device)
+    return uniforms(
+        n, r, seed=seed, step=step, counter=sample_keys(batch)[seen.sequence] + seen.offset, device=device
+    )
 
 
 def sample_keys(batch: Any) -> Tensor:

@@ -11,10 +11,11 @@ from selectkd.training.counts import rank, ranks
 
 
 class Feed:
-    """Micro-batches for this rank: of the stream epoch 0, epoch 1, ... every ranks-th one, from the rank's own on.
+    """Micro-batches for this rank: of the stream epoch 0, epoch 1, ... every ranks-th one, from the rank's
+    own on.
 
-    micro_batches: the micro-batches of an epoch, a pure function of its number. A step takes ``accumulation`` of them on
-    each rank and may reach into the next epoch, so that all steps have the same number of them.
+    micro_batches: the micro-batches of an epoch, a pure function of its number. A step takes ``accumulation``
+    of them on each rank and may reach into the next epoch, so that all steps have the same number of them.
     """
 
     def __init__(self, micro_batches: Callable[[int], Iterable[Any]]) -> None:
@@ -30,7 +31,9 @@ class Feed:
                 some = True
                 yield batch
             if not some:
-                raise DataError(f"epoch {epoch} has no batch to train on; check the data with `selectkd data check`.")
+                raise DataError(
+                    f"epoch {epoch} has no batch to train on; check the data with `selectkd data check`."
+                )
             epoch += 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -45,4 +48,4 @@ class Feed:
     def steps_in(self, epochs: float, accumulation: int) -> int:
         """How many optimizer steps ``epochs`` epochs of the first one's length make, at least 1."""
         micro = sum(1 for _ in self.micro_batches(0))
-        return max(1, -(-int(round(epochs * micro)) // (accumulation * ranks())))
+        return max(1, -(-round(epochs * micro) // (accumulation * ranks())))

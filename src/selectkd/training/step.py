@@ -1,4 +1,4 @@
-"""One forward pass of student and teacher to the loss. n supervised rows, d student width, r uniforms a row."""
+"""One forward pass of student and teacher to the loss. n supervised rows, d student width, r uniforms."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class Teacher(Protocol):
 
 
 class DistillationModel(nn.Module):
-    """The student whose forward is the distillation loss, so that what wraps it (DDP, FSDP) sees the whole step.
+    """The student whose forward is the distillation loss, so that what wraps it (DDP, FSDP) sees the whole
+    step.
 
-    The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``.
-    also_kl: measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is another
-    one; it costs one more head product of both models. Otherwise ``sums["kl"]`` is the divergence.
+    The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
+    measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
+    another one; it costs one more head product of both models. Otherwise ``sums["kl"]`` is the divergence.
     """
 
     accepts_loss_kwargs = False
@@ -58,9 +59,9 @@ class DistillationModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence."""
         seen = supervised(batch)
-        hidden = backbone(self.student)(**batch.model_inputs())  # [b, t, d]
-        rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         head = head_of(self.student)
+        hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+        rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
         loss, sums = distillation_loss(
             rows,

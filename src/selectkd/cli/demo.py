@@ -1,0 +1,95 @@
+"""``selectkd demo``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selectkd.cli.terminal import say
+
+if TYPE_CHECKING:
+    from selectkd.assembly import Assembly
+    from selectkd.training.run import RunResult
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny pair made on the spot: under a minute, no download.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="Where the run folder goes; a new or empty folder.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set objective.beta=0.01"),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Distil a real teacher into a student of fewer layers and say what came of it."""
+    from selectkd.config import load_recipe
+    from selectkd.demo import PROMPTS, complete, help_texts, quick_recipe, real_recipe
+    from selectkd.training.progress import TrainingProgress
+    from selectkd.training.run import train
+
+    changes = list(changes or [])
+    if quick:
+        folder = output_dir or Path(tempfile.mkdtemp(prefix="selectkd-demo-"))
+        say("making a tiny teacher of four layers (about 10 seconds)")
+        path = quick_recipe(folder)
+        prompts: tuple[str, ...] = tuple(text[:40] for text in help_texts()[500:503])
+    else:
+        path, prompts = real_recipe(), PROMPTS
+        os.chdir(path.parent.parent)
+        folder = output_dir or _new_folder(Path("runs"), "demo")
+        changes.append(f"training.output_dir={json.dumps(str(folder))}")
+    recipe = load_recipe(path, changes)
+
+    seen: dict[str, Any] = {}
+
+    def before_training(made: Assembly) -> None:
+        seen["made"] = made
+        seen["teacher"] = complete(made.teacher_loaded.model, made.tokenizer, prompts)
+        seen["before"] = complete(made.student, made.tokenizer, prompts)
+
+    with TrainingProgress() as progress:
+        result = train(recipe, progress=progress, on_assembled=before_training)
+    seen["after"] = complete(seen["made"].student, seen["made"].tokenizer, prompts)
+    _report(result, prompts, seen)
+    if result.before is None or result.after is None or not result.after.kl < result.before.kl:
+        say("FAILED: the held-out KL did not fall")
+        raise typer.Exit(1)
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """``parent/name``, or with the first number behind it that is free."""
+    tried = [parent / name, *(parent / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(folder for folder in tried if not folder.exists())
+
+
+def _report(result: RunResult, prompts: tuple[str, ...], seen: dict[str, Any]) -> None:
+    before, after = result.before, result.after
+    if result.kept is not None:
+        say(f"layers kept of the teacher, chosen by measured KL: {', '.join(map(str, result.kept))}")
+    if before is not None and after is not None:
+        say("")
+        say(f"{'':<16}{'held-out KL':>12}{'perplexity':>12}{'TAR':>8}{'bite':>8}")
+        for name, measured in (("student before", before), ("student after", after)):
+            say(
+                f"{name:<16}{measured.kl:>12.4f}{measured.perplexity:>12.3f}{measured.tar:>8.3f}{measured.bite:>8.3f}"
+            )
+        if after.teacher_perplexity is not None:
+            say(f"{'teacher':<16}{0:>12.4f}{after.teacher_perplexity:>12.3f}{1:>8.3f}{0:>8.3f}")
+        say(f"({before.tokens} held-out tokens in {before.sequences} samples; KL in nats a token)")
+    for i, prompt in enumerate(prompts):
+        say("")
+        say(f"prompt   {prompt!r}")
+        for who in ("teacher", "before", "after"):
+            say(f"{who:<9}{seen[who][i]!r}")
+    say("")
+    say(f"{result.steps} steps, {result.seconds:.0f} s in all; the run folder is {result.run_dir}")
+    say(f"the student is an ordinary model folder: {result.run_dir / 'student'}")

@@ -1,0 +1,73 @@
+"""What reaches the terminal: text with control characters made visible, whatever a file or model said."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import unicodedata
+
+MOST_LINES = 6
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories that move the cursor, turn the direction of text or cannot be printed."""
+
+GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+
+
+def clean(text: object, *, keep: str = "\n") -> str:
+    r"""``text`` with control and format characters as escapes, except those in ``keep``.
+
+    >>> clean("a\x1b[31mb\u202ec")
+    'a\\x1b[31mb\\u202ec'
+    """
+    return "".join(
+        letter
+        if letter in keep or unicodedata.category(letter) not in INVISIBLE
+        else letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for letter in str(text)
+    )
+
+
+def say(text: object = "") -> None:
+    """One message on stdout, cleaned."""
+    print(_encodable(clean(text), sys.stdout), flush=True)
+
+
+def told(text: object) -> None:
+    """One message on stderr, cleaned and at most six lines long."""
+    lines = clean(text).splitlines() or [""]
+    if len(lines) > MOST_LINES:
+        left = len(lines) - MOST_LINES + 1
+        lines = [*lines[: MOST_LINES - 1], f"... and {left} more lines; --debug shows them."]
+    print(_encodable("\n".join(lines), sys.stderr), file=sys.stderr, flush=True)
+
+
+def coloured(stream: object = None) -> bool:
+    """Whether colour is wanted: a terminal, and NO_COLOR unset."""
+    import os
+
+    stream = sys.stdout if stream is None else stream
+    return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ
+
+
+def paint(pieces: list[tuple[str, bool]]) -> str:
+    """Text in pieces (text, trained on): trained pieces green on a terminal, between [[ and ]] elsewhere."""
+    on, off = (GREEN, RESET) if coloured() else ("[[", "]]")
+    return "".join(on + clean(text) + off if trained else clean(text) for text, trained in pieces)
+
+
+def write(text: str) -> None:
+    """Text that has been cleaned already and carries our own colours."""
+    print(_encodable(text, sys.stdout), flush=True)
+
+
+class Told(logging.Handler):
+    """Warnings of the library, on stderr as the command line's own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _encodable(text: str, stream: object) -> str:
+    """``text`` with what the stream's encoding lacks as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

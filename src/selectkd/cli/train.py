@@ -1,0 +1,48 @@
+"""``selectkd train RECIPE``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.terminal import Told, say
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file. `selectkd init` writes one.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set training.learning_rate=1e-4"),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Distil the teacher of a recipe into its student."""
+    from selectkd.config import load_recipe
+
+    checked = load_recipe(recipe, changes or [])
+
+    from selectkd.training.progress import TrainingProgress
+    from selectkd.training.run import train as run
+
+    log = logging.getLogger("selectkd")
+    log.addHandler(Told(logging.WARNING))
+    log.propagate = False
+    with TrainingProgress() as progress:
+        result = run(checked, progress=progress)
+    say(
+        f"{result.steps} steps in {result.seconds:.0f} s"
+        + (", stopped early" if result.stopped_early else "")
+    )
+    if result.skipped:
+        say(f"skipped steps: {result.skipped}")
+    if result.kept is not None:
+        say(f"layers kept of the teacher: {', '.join(map(str, result.kept))}")
+    for name, measured in (("before", result.before), ("after", result.after)):
+        if measured is not None:
+            say(
+                f"{name:<7} held-out KL {measured.kl:.4f} nats  perplexity {measured.perplexity:.3f}"
+                f"  TAR {measured.tar:.3f}  bite {measured.bite:.3f}"
+            )
+    say(f"run folder: {result.run_dir}")

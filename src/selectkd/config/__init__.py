@@ -1,0 +1,34 @@
+"""Recipes: YAML to a checked, frozen ``Recipe``; every problem is told at once. No torch here."""
+
+from __future__ import annotations
+
+from selectkd.config.load import load_recipe, recipe_from
+from selectkd.config.schema import (
+    BetaChange,
+    Data,
+    EarlyStopping,
+    FromTeacher,
+    Lora,
+    ObjectiveSection,
+    Recipe,
+    SourceSection,
+    Student,
+    Teacher,
+    Training,
+)
+
+__all__ = [
+    "BetaChange",
+    "Data",
+    "EarlyStopping",
+    "FromTeacher",
+    "Lora",
+    "ObjectiveSection",
+    "Recipe",
+    "SourceSection",
+    "Student",
+    "Teacher",
+    "Training",
+    "load_recipe",
+    "recipe_from",
+]

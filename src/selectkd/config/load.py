@@ -1,0 +1,157 @@
+"""A recipe from a file and ``a.b=value`` overrides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from selectkd.config.problems import Problem, explained, fields_at, raised
+from selectkd.config.schema import Recipe
+from selectkd.config.yaml_text import MOST_BYTES, Document, read
+from selectkd.errors import ConfigError
+from selectkd.registry import did_you_mean
+
+OPEN = {"divergence", "verifier", "selector"}
+"""Keys of ``objective`` that hold {name, **params}; the component itself says which parameters it has."""
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``a.b=value`` overrides laid over it. Imports no torch.
+
+    Raises one ConfigError that names every problem, with file:line (or the override) and what would work.
+    Names and parameters of divergences, verifiers and selectors are checked where those are built.
+    """
+    source = str(path)
+    document = read(_text(Path(path)), source=source)
+    return _checked(document, source, overrides)
+
+
+def recipe_from(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe"
+) -> Recipe:
+    """The recipe that a mapping of plain values says, checked as a file is."""
+    return _checked(Document(dict(values)), source, overrides)
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; a recipe is a YAML file.")
+        if not path.is_file():
+            near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+            raise ConfigError(
+                f"there is no recipe {path}.{did_you_mean(path.name, near)} "
+                "`selectkd init NAME.yaml` writes one."
+            )
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError(f"{path}: {size:,} bytes is no recipe; at most {MOST_BYTES:,} are read.")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"the recipe {str(path)[:200]!r} cannot be read: {error}.") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. "
+            "Save it as UTF-8."
+        ) from None
+
+
+def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recipe:
+    values = document.value
+    if values is None:
+        raise ConfigError(f"{source}: empty. A recipe has teacher, student, data, objective and training.")
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{source}: a recipe is a mapping (teacher: ..., student: ...), not {type(values).__name__}."
+        )
+    values = _copied(values)
+    problems: list[Problem] = []
+    said: dict[tuple[str | int, ...], str] = {}
+    for override in overrides:
+        try:
+            path, value = _parsed(override)
+            _lay(values, path, value)
+            said[path] = f"--set {'.'.join(map(str, path))}"
+        except ConfigError as error:
+            problems.append(Problem((), "--set", f"cannot take {override[:60]!r}: {error}"))
+
+    def where(path: tuple[str | int, ...]) -> str:
+        for length in range(len(path), 0, -1):
+            if path[:length] in said:
+                return said[path[:length]]
+        line = document.line(path)
+        return source if line is None else f"{source}:{line}"
+
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [Problem(path, where(path), told) for path, told in explained(error, Recipe, values)]
+    if recipe is None or problems:
+        raise raised(sorted(problems, key=lambda problem: document.line(problem.path) or 0), source)
+    return recipe
+
+
+def _copied(value: Any) -> Any:
+    """Plain values anew, so that overrides change nothing of the caller's."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(override: str) -> tuple[tuple[str | int, ...], Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override[:80]!r} is not KEY=VALUE. Write --set training.learning_rate=1e-4.")
+    path: tuple[str | int, ...] = tuple(
+        int(part) if part.isascii() and part.isdigit() and len(part) < 9 else part
+        for part in key.strip().split(".")
+    )
+    if any(part == "" or (isinstance(part, int) and part > 9999) for part in path) or len(path) > 16:
+        raise ConfigError(f"{key[:80]!r} is not a key such as training.learning_rate.")
+    for depth, step in enumerate(path, start=1):
+        known = fields_at(Recipe, path[: depth - 1])
+        if known and not isinstance(step, int) and step not in known:
+            raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{did_you_mean(step, known)}")
+        if not known and path[:1] == ("objective",) and OPEN.intersection(map(str, path[1:2])):
+            break  # a parameter of a component
+        if not known and not isinstance(step, int):
+            raise ConfigError(
+                f"there is no {'.'.join(map(str, path[:depth]))[:80]}; its parent holds no keys"
+            )
+    return path, read(text, source=f"--set {key.strip()[:60]}").value
+
+
+def _lay(values: dict[str, Any], path: tuple[str | int, ...], value: Any) -> None:
+    """Set ``value`` at ``path``: missing sections appear, a component's bare name becomes a mapping."""
+    here: Any = values
+    for depth, step in enumerate(path):
+        so_far = ".".join(map(str, path[: depth + 1]))
+        if isinstance(here, list) and (not isinstance(step, int) or step >= len(here)):
+            raise ConfigError(f"{so_far}: the list has {len(here)} items, counted from 0")
+        if isinstance(here, dict) and isinstance(step, int):
+            raise ConfigError(f"{so_far}: only a list has numbered items")
+        if depth == len(path) - 1:
+            _put(here, step, value)
+            return
+        below = here[step] if isinstance(here, list) else here.get(step)  # type: ignore[index]
+        if isinstance(below, str) and step in OPEN:
+            below = {"name": below}
+        elif below is None or (not isinstance(below, dict | list) and fields_at(Recipe, path[: depth + 1])):
+            below = {}
+        if not isinstance(below, dict | list):
+            raise ConfigError(f"{so_far} holds {below!r}, which has no key {path[depth + 1]!r}")
+        _put(here, step, below)
+        here = below
+
+
+def _put(place: Any, step: str | int, value: Any) -> None:
+    place[step] = value

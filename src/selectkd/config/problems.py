@@ -1,0 +1,158 @@
+"""Everything that is wrong with a recipe, told at once in at most six lines."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from selectkd.errors import ConfigError
+from selectkd.registry import did_you_mean
+
+TAGS = {"source", "share", "constant", "change"}
+"""Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""
+
+EXACTLY_ONE = (("student", "model", "from_teacher"), ("training", "max_steps", "epochs"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, at which key and where that key was written."""
+
+    path: tuple[str | int, ...]
+    where: str
+    told: str
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path)) or "the recipe"
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.key} {self.told}" + ("" if self.told.endswith((".", "?")) else ".")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def raised(problems: Sequence[Problem], source: str) -> ConfigError:
+    """One ConfigError that names every problem: the first ones in full, the keys of the rest."""
+    if len(problems) == 1:
+        return ConfigError(str(problems[0]))
+    lines = [f"{source}: {len(problems)} things are wrong:"]
+    shown = problems if len(problems) <= 5 else problems[:4]
+    lines += [f"  {problem}" for problem in shown]
+    if len(shown) < len(problems):
+        lines.append(
+            "  and also: " + ", ".join(problem.key for problem in problems[len(shown) :])[:2000] + "."
+        )
+    return ConfigError("\n".join(lines))
+
+
+def explained(
+    error: ValidationError, model: type[BaseModel], values: Any
+) -> list[tuple[tuple[str | int, ...], str]]:
+    """(key path, what is wrong) for each error of a validation, in the reader's words, one per path."""
+    found: dict[tuple[str | int, ...], list[str]] = {}
+    for one in error.errors(include_url=False):
+        path = _path(one["loc"], values)
+        told = _told(one, model, path)
+        if told not in found.setdefault(path, []):
+            found[path].append(told)
+    for section, one, other in EXACTLY_ONE:  # pydantic looks at several keys only where each of them is right
+        here = values.get(section) if isinstance(values, Mapping) else None
+        if isinstance(here, Mapping) and (here.get(one) is None) == (here.get(other) is None):
+            found.setdefault((section,), [f"needs exactly one of {one} and {other}"])
+    return [(path, " or ".join(told)) for path, told in found.items()]
+
+
+def _path(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
+    """The location without the names of alternatives, which are not in the values."""
+    path: list[str | int] = []
+    here: Any = values
+    for step in loc:
+        if _holds(here, step):
+            here = here[step]
+        elif step in TAGS or not isinstance(here, Mapping) or not str(step).isidentifier():
+            continue  # the name of an alternative
+        else:
+            here = None  # a key that is missing
+        path.append(step)
+    return tuple(path)
+
+
+def _holds(here: Any, step: str | int) -> bool:
+    if isinstance(here, list):
+        return isinstance(step, int) and step < len(here)
+    return isinstance(here, Mapping) and step in here
+
+
+def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
+    kind, value = one["type"], one.get("input")
+    limits = one.get("ctx", {})
+    if kind == "selectkd":
+        return str(limits["told"])
+    if kind == "extra_forbidden":
+        known = sorted(fields_at(model, path[:-1]))
+        return f"is not a key.{did_you_mean(str(path[-1]), known)} Known here: {', '.join(known)}"
+    if kind == "missing":
+        return "is missing"
+    shown = f"= {_short(value)} "
+    if kind == "literal_error":
+        expected = str(limits["expected"])
+        known = expected.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{shown}must be {expected}.{did_you_mean(str(value), known)}"
+    words = {
+        "int_type": "must be an integer",
+        "float_type": "must be a number",
+        "bool_type": "must be true or false",
+        "string_type": "must be a string",
+        "list_type": "must be a list",
+        "dict_type": "must be a mapping of keys to values",
+        "model_type": "must be a mapping of keys to values",
+        "finite_number": "must be finite",
+        "string_too_short": "must not be empty",
+        "too_short": "must not be empty",
+        "string_pattern_mismatch": "may hold letters, digits, '_', '-' and '.', at most 64 of them",
+    }
+    if kind in words:
+        return shown + words[kind]
+    signs = {
+        "greater_than": ("above", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("below", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
+    if kind in signs:
+        word, limit = signs[kind]
+        return f"{shown}must be {word} {limits[limit]}"
+    return shown + str(one["msg"])[:1].lower() + str(one["msg"])[1:]
+
+
+def fields_at(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """The keys that a recipe may have below a path; empty where the path leads to no section."""
+    models = {model}
+    for step in path:
+        if isinstance(step, int):
+            continue  # an item of a list has the keys of its list
+        models = {
+            found
+            for one in models
+            if step in one.model_fields
+            for found in _models(one.model_fields[step].annotation)
+        }
+    return {name for one in models for name in one.model_fields}
+
+
+def _models(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return {annotation} if issubclass(annotation, BaseModel) else set()
+    return {found for part in typing.get_args(annotation) for found in _models(part)}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

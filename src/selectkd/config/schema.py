@@ -1,0 +1,271 @@
+"""What a recipe may say: one frozen model per section, unknown keys refused.
+
+A default stands here only where a paper or a definition gives it: SelecTKD (arXiv 2510.24021) and the
+training recipe it inherits from DistiLLM-2 (arXiv 2503.07067).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def refuse(message: str) -> PydanticCustomError:
+    """The error a check of several keys raises; the message is shown as it is."""
+    return PydanticCustomError("selectkd", "{told}", {"told": message})
+
+
+def _whole(value: Any) -> Any:
+    """1e3 and 1000.0 count as 1000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str) and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise refuse("must not hold control characters")
+    return value
+
+
+def _component(value: Any) -> Any:
+    """A component as {name, **params}; a bare name stands for its defaults."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise refuse("must be a name or {name: ..., parameter: value}")
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        raise refuse("needs a name: write {name: ..., parameter: value}; `selectkd show` lists the names")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(_printable)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
+Component = Annotated[dict[str, Any], BeforeValidator(_component)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict about types, no unknown keys, no nan or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Teacher(Section):
+    """The model that is distilled: a hub id, a folder, or a .gguf file."""
+
+    model: Text
+    revision: Text | None = None
+    dtype: Dtype | None = None
+    quantization: Text | None = None
+
+
+class FromTeacher(Section):
+    """A student cut from the teacher: how many of its layers stay, and which."""
+
+    layers: Count
+    choose: Literal["measured", "even"] | list[Annotated[Whole, Field(ge=0)]] = "measured"
+
+    @model_validator(mode="after")
+    def _as_many_as_named(self) -> Self:
+        if isinstance(self.choose, list):
+            if len(set(self.choose)) != len(self.choose):
+                raise refuse(f"choose = {self.choose} names a layer twice")
+            if len(self.choose) != self.layers:
+                raise refuse(
+                    f"layers = {self.layers} but choose names {len(self.choose)} layers; make the two agree"
+                )
+        return self
+
+
+class Student(Section):
+    """The model that learns: an existing one, or one cut from the teacher."""
+
+    model: Text | None = None
+    revision: Text | None = None
+    from_teacher: FromTeacher | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.from_teacher is None):
+            raise refuse("needs exactly one of model and from_teacher")
+        if self.revision is not None and self.model is None:
+            raise refuse("revision belongs to model; a student cut from the teacher has the teacher's")
+        return self
+
+
+class SourceSection(Section):
+    """One source of text: a file, a folder or a hub data set id. The format is detected unless given."""
+
+    path: Text
+    name: Name | None = None
+    format: Text | None = None
+    split: Text | None = None
+    config: Text | None = None
+    limit: Count | None = None
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+
+
+def _evaluation_kind(value: Any) -> str:
+    return "share" if isinstance(value, int | float) else "source"
+
+
+class Data(Section):
+    """The text: where it is, what is held out, and what to do with records that do not fit."""
+
+    sources: Annotated[list[SourceSection], Field(min_length=1)]
+    evaluation: (
+        Annotated[
+            Annotated[SourceSection, Tag("source")]
+            | Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], Tag("share")],
+            Discriminator(_evaluation_kind),
+        ]
+        | None
+    ) = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    train_on: Literal["completion", "all"] = "completion"
+    packing: bool = False
+
+
+class BetaChange(Section):
+    """beta from start to end: linearly over steps, or as the student comes to agree, up to TAR until_tar."""
+
+    start: Share
+    end: Share
+    steps: Count | None = None
+    until_tar: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_pace(self) -> Self:
+        if self.start != self.end and (self.steps is None) == (self.until_tar is None):
+            raise refuse("a beta that changes needs exactly one of steps and until_tar")
+        return self
+
+
+def _beta_kind(value: Any) -> str:
+    return "change" if isinstance(value, dict | BetaChange) else "constant"
+
+
+class ObjectiveSection(Section):
+    """The loss: (beta + (1 - beta) a) D(p || q) a token. Defaults are SelecTKD's: greedy_topk, k = 5, .01."""
+
+    divergence: Component = {"name": "forward_kl"}
+    verifier: Component | None = None
+    selector: Component | None = None
+    beta: Annotated[
+        Annotated[Share, Tag("constant")] | Annotated[BetaChange, Tag("change")], Discriminator(_beta_kind)
+    ] = 0.01
+    reduction: Literal["sequence_mean", "token_mean", "weight_mean"] = "sequence_mean"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    always_accept: list[Literal["eos"] | Annotated[Whole, Field(ge=0)]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _papers_verifier(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("verifier") is None and value.get("selector") is None:
+            return {**value, "verifier": {"name": "greedy_topk", "k": 5}}
+        return value
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if self.verifier is not None and self.selector is not None:
+            raise refuse("takes one of verifier and selector, not both; set the other to null")
+        return self
+
+    @property
+    def judge(self) -> dict[str, Any]:
+        """The verifier or the selector, whichever the recipe names."""
+        return self.verifier or self.selector or {"name": "greedy_topk", "k": 5}
+
+
+class Lora(Section):
+    """Low-rank adapters; the defaults are the paper's."""
+
+    r: Count = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 128
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    target_modules: Annotated[list[Text], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+
+class EarlyStopping(Section):
+    """Stop after so many evaluations without a lower held-out loss."""
+
+    patience: Count
+
+
+class Training(Section):
+    """How the student is trained. Optimiser, schedule and lengths default to the paper's."""
+
+    output_dir: Text
+    seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 42
+    max_steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    batch_size: Count
+    gradient_accumulation: Count = 1
+    max_length: Annotated[Whole, Field(ge=2)] = 1024
+    max_prompt_length: Count = 512
+    dtype: Dtype = "float32"
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    save_every: Count | None = None
+    evaluate_every: Count | None = None
+    early_stopping: EarlyStopping | None = None
+    chunk: Count | None = None
+    log_every: Count = 1
+    probe_samples: Annotated[Whole, Field(ge=0)] = 16
+    engine: Literal["trainer", "loop"] = "trainer"
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise refuse("needs exactly one of max_steps and epochs; set the other to null")
+        if self.max_prompt_length >= self.max_length:
+            raise refuse(
+                f"max_prompt_length = {self.max_prompt_length} leaves no room for a completion within "
+                f"max_length = {self.max_length}; lower the one or raise the other"
+            )
+        if self.early_stopping is not None and self.evaluate_every is None:
+            raise refuse("early_stopping looks at evaluations; set evaluate_every to a number of steps")
+        return self
+
+
+class Recipe(Section):
+    """One run: a teacher, a student, text, an objective and how to train."""
+
+    teacher: Teacher
+    student: Student
+    data: Data
+    objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection.model_validate({}))
+    training: Training
+
+    @model_validator(mode="after")
+    def _evaluates_on_something(self) -> Self:
+        if self.training.evaluate_every is not None and self.data.evaluation is None:
+            raise refuse(
+                f"training.evaluate_every = {self.training.evaluate_every} needs held-out text; "
+                "set data.evaluation to {path: ...} or to a share such as 0.05"
+            )
+        return self

@@ -1,0 +1,147 @@
+"""Examples side by side: padded, one per row, or packed, several per row that cannot see each other.
+
+b rows, t tokens. Padding is decided by length, never by a token id, so a pad token that equals EOS costs
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectkd.data.render import Example
+from selectkd.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
+
+    ``completion`` says whether token i is trained, ``stream`` is the stream of each sample. ``extra`` passes
+    to the model untouched.
+    """
+
+    input_ids: Tensor  # [b, t] int64
+    attention_mask: Tensor  # [b, t] int64, 0 on padding
+    completion: Tensor  # [b, t] bool
+    position_ids: Tensor  # [b, t] int64, from 0 in each sample
+    sequence: Tensor  # [b, t] int64
+    stream: Tensor  # [samples] int64
+    packed: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``; tensors of ``extra`` move too."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
+        extra = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.extra.items()}
+        return replace(self, **moved, extra=extra)
+
+    def model_inputs(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """What a Hugging Face backbone takes. ``dtype`` is that of the model, for the additive mask of a
+        packed batch.
+
+        The mask of a packed batch is [b, 1, t, t], 0 where a token may look (itself and earlier tokens of its
+        sample) and the most negative number elsewhere; sdpa and eager attention add it. It holds for models
+        without a sliding window shorter than t; flash attention takes no such mask.
+        """
+        mask = self.attention_mask
+        if self.packed:
+            mask = block_mask(self.sequence, dtype=dtype)
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": mask,
+            "position_ids": self.position_ids,
+            **self.extra,
+        }
+
+
+def block_mask(sequence: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Additive block-diagonal causal mask [b, 1, t, t] of sample indices [b, t]; padding sees only itself."""
+    length = sequence.shape[1]
+    same = sequence[:, :, None] == sequence[:, None, :]  # [b, t, t]
+    same &= (sequence >= 0)[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=sequence.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=sequence.device)
+    allowed = (same & causal) | itself
+    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=sequence.device)
+    return mask.masked_fill_(allowed, 0.0)[:, None]
+
+
+def collate(examples: Sequence[Example], *, pad_id: int, pad_to_multiple_of: int = 8) -> Batch:
+    """One example per row, filled up on the right to the longest, rounded up to ``pad_to_multiple_of``."""
+    return _lay_out([[example] for example in examples], pad_id, pad_to_multiple_of, packed=False)
+
+
+def collate_packed(
+    bins: Sequence[Sequence[Example]], *, pad_id: int = 0, pad_to_multiple_of: int = 8
+) -> Batch:
+    """One bin per row: its examples one after the other, positions from 0 in each, the rest padding."""
+    return _lay_out(bins, pad_id, pad_to_multiple_of, packed=True)
+
+
+def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, packed: bool) -> Batch:
+    if not bins or not all(len(row) and all(len(example) for example in row) for row in bins):
+        raise DataError("A batch needs at least one example with at least one token in every row.")
+    if multiple < 1:
+        raise ConfigError(f"pad_to_multiple_of is {multiple}. What would work: 1 or more.")
+    longest = max(sum(len(example) for example in row) for row in bins)
+    width = -(-longest // multiple) * multiple
+    shape = (len(bins), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    completion = torch.zeros(shape, dtype=torch.bool)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    sequence = torch.full(shape, -1, dtype=torch.int64)
+    stream: list[int] = []
+    for row, examples in enumerate(bins):
+        start = 0
+        for example in examples:
+            place = slice(start, start + len(example))
+            input_ids[row, place] = torch.tensor(example.input_ids, dtype=torch.int64)
+            attention_mask[row, place] = 1
+            completion[row, place] = torch.tensor(example.completion, dtype=torch.bool)
+            position_ids[row, place] = torch.arange(len(example))
+            sequence[row, place] = len(stream)
+            stream.append(example.stream)
+            start += len(example)
+    streams = torch.tensor(stream, dtype=torch.int64)
+    return Batch(input_ids, attention_mask, completion, position_ids, sequence, streams, packed)
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """Bins of at most ``max_length`` tokens, first fit decreasing: the longest first, each into the first
+    with room.
+
+    Deterministic; equal lengths keep their order. Needs at most 11/9 of the fewest possible bins, plus 6/9.
+    Raises DataError for an example longer than ``max_length``. Source: Dosa 2007, the tight bound of FFD.
+    """
+    size = 1
+    while size < max(1, len(examples)):
+        size *= 2
+    # A tree over the bins whose nodes hold the most room below them finds the first bin with room in log
+    # time.
+    room = [max_length] * (2 * size)
+    bins: list[list[Example]] = []
+    for example in sorted(examples, key=len, reverse=True):
+        if len(example) > max_length:
+            raise DataError(
+                f"{example.origin}: {len(example)} tokens do not fit a bin of max_length {max_length}."
+            )
+        node = 1
+        while node < size:
+            node *= 2
+            if room[node] < len(example):
+                node += 1
+        index = node - size
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(example)
+        room[node] -= len(example)
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins

@@ -1,0 +1,236 @@
+"""A sample as tokens: ids, which of them are trained, and what was cut to fit.
+
+With a chat template, prompt + completion and instruction rows become a user and an assistant message. Without
+one, prompt + completion is joined as it stands and instruction rows are written in the Alpaca layout; each
+ends in EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from selectkd.data.chat import rendered, tokenize_chat
+from selectkd.data.formats import Sample
+from selectkd.errors import ConfigError, DataError
+
+OnTooLong = Literal["truncate", "drop", "error"]
+TrainOn = Literal["completion", "all"]
+
+# Source: Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), train.py, PROMPT_DICT.
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes
+    it.
+    """
+
+    input_ids: list[int]
+    completion: list[bool]
+    stream: int = 0
+    origin: str = ""
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A sample that is left out by policy, and why; reasons are counted, never silent."""
+
+    origin: str
+    reason: str
+
+
+def eos_ids_of(tokenizer: Any, extra: Collection[int] = ()) -> frozenset[int]:
+    """The ids that end a turn: the tokenizer's EOS (one or a list) and ``extra`` (a model's list)."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    own_ids = () if own is None else (own,) if isinstance(own, int) else tuple(own)
+    return frozenset((*own_ids, *extra))
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The id to fill up with: the pad token, else EOS, else 0. Which one never matters: length decides, not
+    the id.
+    """
+    ends = sorted(eos_ids_of(tokenizer))
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if isinstance(pad, int) else ends[0] if ends else 0
+
+
+def render(
+    sample: Sample,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    on_too_long: OnTooLong = "truncate",
+    train_on: TrainOn = "completion",
+    stream: int = 0,
+    eos_ids: Collection[int] = (),
+) -> Example | Dropped:
+    """The sample as an ``Example`` of at most ``max_length`` tokens, or ``Dropped`` with the reason.
+
+    Truncation cuts the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right;
+    a completion that was cut gets no EOS. Raises DataError naming the row, and ConfigError for an unknown
+    policy.
+    """
+    _check_policy(on_too_long, train_on, max_length, max_prompt_length)
+    if sample.input_ids is None and sample.text is None and not sample.trained:
+        replies = [message for message in sample.messages or () if message["role"] == "assistant"]
+        return Dropped(sample.origin, "empty completion" if replies else "no completion")
+    ids, trained = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), train_on)
+    if ids:
+        trained[0] = False
+    if not any(trained):
+        return Dropped(sample.origin, "nothing to train on")
+    example = Example(ids, trained, stream, sample.origin)
+    keep_first = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
+    return _fit(example, max_length, max_prompt_length, on_too_long, keep_first)
+
+
+def _check_policy(on_too_long: str, train_on: str, max_length: int, max_prompt_length: int | None) -> None:
+    if on_too_long not in ("truncate", "drop", "error"):
+        raise ConfigError(f"on_too_long is {on_too_long!r}. What would work: truncate, drop, error.")
+    if train_on not in ("completion", "all"):
+        raise ConfigError(f"train_on is {train_on!r}. What would work: completion, all.")
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; a token and the one it predicts need at least 2.")
+    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
+        raise ConfigError(
+            f"max_prompt_length is {max_prompt_length}; it must lie from 1 to max_length - 1 = "
+            f"{max_length - 1}."
+        )
+
+
+def _tokenize(
+    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str
+) -> tuple[list[int], list[bool]]:
+    if sample.input_ids is not None:
+        return _pretokenised(sample, tokenizer, train_on)
+    if sample.text is not None:
+        if not sample.text.strip():
+            return [], []
+        ids = _with_start(_encode(tokenizer, sample.text), tokenizer) + _end(tokenizer)
+        return _single_end(ids, [True] * len(ids), eos_ids)
+    if getattr(tokenizer, "chat_template", None) or sample.completion is None:
+        if train_on == "all" and getattr(tokenizer, "chat_template", None):
+            ids = _encode(tokenizer, rendered(sample, tokenizer, sample.messages or ()))
+            return ids, [True] * len(ids)
+        return tokenize_chat(sample, tokenizer, eos_ids=eos_ids)
+    return _joined(sample, tokenizer, eos_ids, train_on)
+
+
+def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
+    ids = list(sample.input_ids or ())
+    size = len(tokenizer)
+    for index, token in enumerate(ids):
+        if not 0 <= token < size:
+            raise DataError(
+                f"{sample.origin}: input_ids[{index}] is {token}, but the tokenizer has ids 0 to "
+                f"{size - 1}.\n"
+                "Tokenise the data with the student's tokenizer."
+            )
+    mask = list(sample.mask or ())
+    return ids, [True] * len(ids) if train_on == "all" else mask
+
+
+def _joined(
+    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str
+) -> tuple[list[int], list[bool]]:
+    """Prompt and completion without a template: the boundary is the prompt's length in characters, then EOS.
+
+    Where a token would reach across the boundary the two are tokenised apart, which is how generation sees
+    them.
+    """
+    prompt, completion = sample.prompt, sample.completion or ""
+    if sample.instruction is not None:
+        instruction, given = sample.instruction
+        layout = ALPACA_INPUT if given else ALPACA
+        # Plain replacement: braces in the data are text, not fields.
+        prompt = (
+            layout.replace("{input}", given).replace("{instruction}", instruction)
+            if not given
+            else (
+                layout.split("{instruction}")[0]
+                + instruction
+                + layout.split("{instruction}")[1].replace("{input}", given)
+            )
+        )
+    before = after = None
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        if all(end <= len(prompt) or start >= len(prompt) for start, end in offsets):
+            count = sum(start < len(prompt) for start, _ in offsets)
+            before, after = list(encoded["input_ids"][:count]), list(encoded["input_ids"][count:])
+    if before is None or after is None:
+        before, after = _encode(tokenizer, prompt), _encode(tokenizer, completion)
+    before = _with_start(before, tokenizer)
+    ids = before + after + _end(tokenizer)
+    return _single_end(ids, [train_on == "all"] * len(before) + [True] * (len(ids) - len(before)), eos_ids)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _with_start(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids with the special tokens the tokenizer itself puts first (a BOS, say), unless they are there
+    already.
+    """
+    plain, full = _encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    places = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+    start = full[: places[0]] if plain and places else []
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return sorted(eos_ids_of(tokenizer))[:1]
+
+
+def _single_end(ids: list[int], trained: list[bool], eos_ids: frozenset[int]) -> tuple[list[int], list[bool]]:
+    """The ids without the EOS that was added, when the text brought its own."""
+    twice = len(ids) > 1 and ids[-1] in eos_ids and ids[-2] in eos_ids
+    return (ids[:-1], trained[:-1]) if twice else (ids, trained)
+
+
+def _fit(
+    example: Example, max_length: int, max_prompt_length: int | None, on_too_long: str, keep_first: bool
+) -> Example | Dropped:
+    """The example within its limits, by policy."""
+    prompt = example.completion.index(True)
+    long_prompt = max_prompt_length is not None and prompt > max_prompt_length
+    if not long_prompt and len(example) <= max_length:
+        return example
+    if on_too_long == "error":
+        what, limit = ("max_prompt_length", max_prompt_length) if long_prompt else ("max_length", max_length)
+        size = prompt if long_prompt else len(example)
+        raise DataError(
+            f"{example.origin}: {size} tokens, but {what} is {limit}. Raise {what}, or use "
+            "on_too_long: truncate | drop."
+        )
+    if on_too_long == "drop":
+        return Dropped(example.origin, "too long")
+    ids, trained = example.input_ids, example.completion
+    if long_prompt and max_prompt_length is not None:
+        head = 1 if keep_first and max_prompt_length > 1 else 0
+        cut = prompt - max_prompt_length + head
+        ids, trained = ids[:head] + ids[cut:], trained[:head] + trained[cut:]
+    ids, trained = ids[:max_length], trained[:max_length]
+    if not any(trained):
+        return Dropped(example.origin, "prompt fills max_length")
+    return replace(example, input_ids=ids, completion=trained, truncated=True)

@@ -1,0 +1,1 @@
+"""Models: loaded, taken apart, cut, adapted and saved."""

@@ -1,0 +1,119 @@
+"""A causal language model taken apart: its backbone, and its head as a ``rows.Head``.
+
+b sequences, t positions, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectkd.errors import ConfigError
+from selectkd.rows import Head
+
+LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
+"""Model types whose ``logits_scaling`` multiplies; everywhere else (Granite and its kin) it divides."""
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head H with H.logits(backbone(model)(...)) = model(...).logits, its tensors by reference.
+
+    Scale and soft-cap follow the architecture: ``final_logit_softcapping`` (Gemma), ``logits_scaling`` (Granite,
+    divides), ``logit_scale`` (Cohere), ``lm_head_multiplier`` (Falcon-H1). peft-wrapped models are unwrapped.
+    ConfigError where there is no plain linear head: none at all, a quantised one, or one with an adapter on it.
+    """
+    plain = unwrapped(model)
+    layer = plain.get_output_embeddings()
+    if layer is None:
+        raise ConfigError(
+            f"{type(plain).__name__} has no language-model head. Name a causal language model (...ForCausalLM)."
+        )
+    if hasattr(layer, "modules_to_save"):  # a head that peft trains whole: the trained copy is the live one
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if hasattr(layer, "base_layer"):
+        raise ConfigError(
+            f"an adapter sits on the head of {type(plain).__name__}; its delta is not part of the weight. "
+            "Leave the head out of target_modules, or merge the adapter first."
+        )
+    weight = layer.weight
+    if not weight.is_floating_point():
+        raise ConfigError(
+            f"the head of {type(plain).__name__} is stored as {weight.dtype}. Load the model without quantising its head."
+        )
+    config = plain.config.get_text_config()
+    return Head(weight, getattr(layer, "bias", None), _scale(config), _softcap(config))
+
+
+def backbone(model: nn.Module) -> Callable[..., Tensor]:
+    """The function (**model inputs) -> last hidden state [b, t, d], what the head multiplies.
+
+    No cache is built. Inside a peft-wrapped model the adapter stays in effect. Prompt-learning adapters, which
+    live in the wrapper's own forward, are refused.
+    """
+    decoder = decoder_of(model)
+
+    def last_hidden(**inputs: Any) -> Tensor:
+        return decoder(**{"use_cache": False, **inputs}).last_hidden_state
+
+    return last_hidden
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that turns ids into hidden states: the model without its head and without peft's wrapper."""
+    plain = unwrapped(model)
+    decoder = plain.get_decoder()
+    if decoder is plain:
+        decoder = plain.base_model
+    if decoder is plain:
+        raise ConfigError(f"{type(plain).__name__} does not keep its backbone apart from its head.")
+    return decoder
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, out of peft's wrapper where it has one."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise ConfigError(
+            f"{model.active_peft_config.peft_type} adds virtual tokens outside the backbone. Use LoRA."
+        )
+    return model.get_base_model()
+
+
+def check_head(model: nn.Module) -> None:
+    """Run two tokens through the model and through backbone and head; ConfigError where they differ.
+
+    The guard for architectures this module has not met: a scale it does not know would train on wrong logits.
+    """
+    head = head_of(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head.logits(backbone(model)(input_ids=ids)).float()
+    model.train(was_training)
+    # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
+    tolerance = 8 * torch.finfo(head.weight.dtype).eps * max(1.0, theirs.abs().max().item())
+    error = (ours - theirs).abs().max().item()
+    if not error <= tolerance:
+        raise ConfigError(
+            f"the head of {type(unwrapped(model)).__name__} does something to its logits that selectkd does not "
+            f"know: they differ by {error:.3g}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
+        )
+
+
+def _scale(config: Any) -> float:
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale * scaling if config.model_type in LOGITS_SCALING_MULTIPLIES else scale / scaling
+
+
+def _softcap(config: Any) -> float | None:
+    cap = getattr(config, "final_logit_softcapping", None)
+    return float(cap) if cap else None

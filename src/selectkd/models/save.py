@@ -1,0 +1,79 @@
+"""A student written as a Hugging Face model folder, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selectkd.errors import ConfigError, ResourceError
+from selectkd.models.lora import merge
+
+
+def save_student(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str], card: str) -> Path:
+    """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card) into ``folder``.
+
+    AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the folder
+    first and renamed when complete; a model folder that stood there is replaced. An adapter is merged in a copy,
+    so the model in memory goes on training. ConfigError where ``folder`` is a file or holds anything but a model,
+    ResourceError where the disk is full.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    if hasattr(model, "merge_and_unload"):
+        model = merge(copy.deepcopy(model))
+    try:
+        partial.mkdir()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        sync_folder(partial)
+        replace_folder(partial, folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def check_target(folder: Path) -> None:
+    """ConfigError unless ``folder`` is free, empty, or a model folder that may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file. Name a folder for the model.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds files that are no model. Name a new or an empty folder.")
+
+
+def sync_folder(folder: Path) -> None:
+    """Force every file of a folder, and the folder itself, to the disk, so that a rename publishes whole files."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put ``partial`` in the place of ``folder``; what stood there is moved aside first and deleted last."""
+    aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(aside)
+    partial.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def disk_error(error: OSError, folder: Path) -> ResourceError:
+    """The ResourceError for a failed write: which folder, what the system said, and how much is free."""
+    free = shutil.disk_usage(folder.parent).free
+    return ResourceError(
+        f"cannot write the model to {folder}: {error.strerror or error}; {free / 2**30:.2f} GiB are free there. "
+        "Free some space or name another folder."
+    )

@@ -1,0 +1,155 @@
+"""Held-out measures of a student beside its teacher. n supervised rows, c rows of a chunk, v vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectkd.chunked import chunk_rows, cuts
+from selectkd.data.supervised import supervised
+from selectkd.distill import distillation_loss
+from selectkd.models.head import backbone, head_of
+from selectkd.objective import Objective
+from selectkd.rows import Head, LiveRows
+from selectkd.training.draws import draws
+from selectkd.training.ledger import FIELDS, STREAM_FIELDS, Portion, named, rates, step_sums, stream_rates
+from selectkd.training.step import Teacher
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What held-out text says: ``kl`` is KL(p || q) in nats a token at temperature 1, whatever the objective.
+
+    perplexity, teacher_perplexity: of the text's own tokens. tar, acceptance (mean over tokens), bite (of the
+    KL), overlap (mean of sum_v min(p, q)): at the objective's verifier and beta. streams: tar and kl of each
+    stream.
+    """
+
+    kl: float
+    perplexity: float
+    teacher_perplexity: float | None
+    tar: float
+    acceptance: float
+    bite: float
+    overlap: float
+    tokens: int
+    sequences: int
+    streams: dict[str, dict[str, float | None]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    streams: Sequence[str] = ("data",),
+    chunk: int | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Measures ``student`` on ``batches``; its mode is put back afterwards. The same text gives the same
+    numbers.
+    """
+    measured = replace(objective, divergence="forward_kl")
+    was_training = student.training
+    student.eval()
+    total = torch.zeros(len(FIELDS) + len(streams) * len(STREAM_FIELDS), dtype=torch.float64)
+    surprise = torch.zeros(2, dtype=torch.float64)  # of student and teacher
+    try:
+        for batch in batches:
+            batch = batch if device is None else batch.to(device)
+            seen = supervised(batch)
+            if not seen.position.shape[0]:
+                continue
+            head = head_of(student)
+            hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+            hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
+            rows = teacher(batch, seen.position)
+            uniform = draws(batch, seen, objective.verifier.uniforms_per_token, seed=seed, step=0)
+            loss, sums = distillation_loss(
+                hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
+            )
+            sums["kl"] = sums["divergence"]
+            portion = Portion(batch, seen, torch.empty(0), uniform, last=True)
+            total += step_sums(portion, loss, sums, streams=len(streams)).cpu()
+            surprise[0] += label_surprise(hidden, head, seen.labels, chunk=chunk)
+            if isinstance(rows, LiveRows):
+                surprise[1] += label_surprise(rows.hidden, rows.head, seen.labels, chunk=chunk)
+            else:
+                surprise[1] = math.nan
+    finally:
+        student.train(was_training)
+    sums, n = named(total), float(total[FIELDS.index("n")])
+    told = {name: math.nan if value is None else value for name, value in rates(sums).items()}
+    mean = [float(value) / n if n else math.nan for value in surprise]
+    return Evaluation(
+        kl=told["kl"],
+        perplexity=_exp(mean[0]),
+        teacher_perplexity=None if math.isnan(mean[1]) else _exp(mean[1]),
+        tar=told["tar"],
+        acceptance=told["acceptance"],
+        bite=told["bite"],
+        overlap=told["overlap"],
+        tokens=int(n),
+        sequences=int(sums["sequences"]),
+        streams=stream_rates(total, streams),
+    )
+
+
+@torch.no_grad()
+def label_surprise(hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None) -> float:
+    """The sum of -log of the probability the head gives each label, in nats, over its whole vocabulary."""
+    n, total = hidden.shape[0], 0.0
+    for rows in cuts(0, n, chunk_rows(n, head.width, chunk)):
+        logits = head.logits(hidden[rows])  # [c, v]
+        total += float(nn.functional.cross_entropy(logits, labels[rows], reduction="sum"))
+    return total
+
+
+@torch.no_grad()
+def probe(
+    student: nn.Module,
+    teacher: Teacher,
+    batch: Any,
+    objective: Objective,
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> Tensor:
+    """The acceptance of each row of one fixed batch, [n], from the same uniform numbers every time."""
+    seen = supervised(batch)
+    was_training = student.training
+    student.eval()
+    try:
+        head = head_of(student)
+        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
+        hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
+        uniform = draws(batch, seen, objective.verifier.uniforms_per_token, seed=seed, step=0)
+        sums = distillation_loss(
+            hidden,
+            head,
+            teacher(batch, seen.position),
+            objective,
+            uniform,
+            chunk=chunk,
+            labels=seen.labels,
+            sequence=seen.sequence,
+        )[1]
+    finally:
+        student.train(was_training)
+    return sums["row_acceptance"]
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,264 @@
+"""The book of a run: counts, beta, sums and the guard of every optimizer step, the same for every engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectkd.data.supervised import supervised
+from selectkd.errors import NumericsError
+from selectkd.objective import Objective
+from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.training.counts import (
+    Counts,
+    checked,
+    correction,
+    count,
+    rank,
+    row_scale,
+    sequence_means,
+    summed,
+)
+from selectkd.training.draws import draws
+
+FIELDS = (
+    "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
+    "weighted_divergence", "weight", "overlap", "teacher_nonfinite",
+)  # fmt: skip
+STREAM_FIELDS = ("tar", "sequences", "divergence", "n")
+BAD_IN_A_ROW = 3
+BAD_SHARE = 0.01
+TEACHER_BAD_SHARE = 0.3
+"""A run ends after more than BAD_IN_A_ROW steps without finite numbers one after another, or more than
+BAD_SHARE of all its steps (and more than BAD_IN_A_ROW), or a step in which this share of the teacher's rows
+is not finite.
+"""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """One micro-batch and what it counts: row_scale [n], uniform [n, r]."""
+
+    batch: Any
+    seen: Any
+    row_scale: Tensor
+    uniform: Tensor
+    last: bool
+
+
+@dataclass
+class Ledger:
+    """Keeps the numbers of a run, step by step: ``begin``, ``add`` for each micro-batch, ``settle``,
+    ``accept``.
+
+    Every rank keeps the same book, since sums are reduced over ranks in ``settle``; beta and the guard then
+    agree. bad_batches: a folder for the token ids of steps that were left out. taid: a schedule for the t of
+    ``taid``.
+    """
+
+    objective: Objective
+    reduction: str = "sequence_mean"
+    beta: BetaSchedule | None = None
+    seed: int = 42
+    streams: Sequence[str] = ("data",)
+    total_steps: int | None = None
+    bad_batches: Path | None = None
+    device: torch.device | str = "cpu"
+    taid: TaidSchedule | None = None
+
+    step: int = field(default=0, init=False)  # optimizer steps done, skipped ones included
+    skipped: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+    tar: float = field(default=0.0, init=False)  # of the last step
+    last: dict[str, float] = field(default_factory=dict, init=False)  # sums of the last step
+
+    def __post_init__(self) -> None:
+        checked(self.reduction)
+        if self.beta is None:
+            self.beta = BetaSchedule(self.objective.beta, self.objective.beta)
+        self._in_a_row = 0
+        self._portions: list[Portion] = []
+        self._counts = Counts(0, 0)
+        self._sums = self._zeros()
+        self._window: list[Tensor] = []
+        self._since = time.perf_counter()
+        self.now = self.objective
+
+    def begin(self, micro: Sequence[Any]) -> list[Portion]:
+        """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
+        the step.
+        """
+        micro = [batch.to(self.device) for batch in micro]
+        seen = [supervised(batch) for batch in micro]
+        self._counts = count(seen)
+        assert self.beta is not None  # __post_init__ saw to it
+        self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
+        if self.taid is not None:
+            self.now = replace(self.now, divergence={"name": "taid", "t": self.taid.t})
+        r = self.now.verifier.uniforms_per_token
+        self._sums = self._zeros()
+        self._portions = [
+            Portion(
+                batch,
+                rows,
+                row_scale(rows, self._counts, self.reduction),
+                draws(batch, rows, r, seed=self.seed, step=self.step),
+                last=index == len(micro) - 1,
+            )
+            for index, (batch, rows) in enumerate(zip(micro, seen, strict=True))
+        ]
+        return self._portions
+
+    @torch.no_grad()
+    def add(self, portion: Portion, loss: Tensor, sums: dict[str, Tensor]) -> None:
+        """Books the loss and sums of one micro-batch."""
+        self._sums += step_sums(portion, loss, sums, streams=len(self.streams))
+
+    @torch.no_grad()
+    def settle(self, parameters: Iterable[torch.nn.Parameter]) -> float:
+        """Reduces the step's sums over ranks, finishes the gradient (see ``correction``) and returns the
+        step's loss.
+        """
+        total = summed(self._sums)
+        sums = named(total)
+        factor = correction(self._counts, self.reduction, sums["weight"])
+        if factor != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        loss = sums["loss"] / self._counts.ranks * factor
+        total[0] = loss
+        self._sums, self.last = total, sums | {"loss": loss}
+        rows = sums["n"]
+        if rows and sums["teacher_nonfinite"] >= TEACHER_BAD_SHARE * rows and sums["teacher_nonfinite"] > 1:
+            raise NumericsError(
+                f"step {self.step + 1}: {int(sums['teacher_nonfinite'])} of {int(rows)} rows of the "
+                "teacher are not finite. Load the teacher in float32 or bfloat16, or check its weights; "
+                "the student is untouched by this step."
+            )
+        return loss
+
+    def accept(self, grad_norm: float) -> bool:
+        """Closes the step; False where its loss or gradient norm is not finite, and the optimizer must not
+        step.
+
+        Raises NumericsError when that happens more often than a run may bear.
+        """
+        self.step += 1
+        good = math.isfinite(self.last["loss"]) and math.isfinite(grad_norm)
+        if good:
+            self._in_a_row = 0
+            self._window.append(self._sums)
+            self.tokens += int(self.last["n"])
+            if self.taid is not None:
+                self.taid.update(self.step, self.last["loss"])
+            if self.last["sequences"]:
+                self.tar = self.last["tar"] / self.last["sequences"]
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        where = self._keep_batches()
+        if self._in_a_row > BAD_IN_A_ROW or self.skipped > max(
+            BAD_IN_A_ROW, BAD_SHARE * (self.total_steps or math.inf)
+        ):
+            raise NumericsError(
+                f"step {self.step}: loss {self.last['loss']} and gradient norm {grad_norm}; "
+                f"{self._in_a_row} steps in a row and {self.skipped} in all were left out because their "
+                f"numbers are not finite.{where} "
+                "Lower training.learning_rate or train in float32."
+            )
+        return False
+
+    def line(self) -> dict[str, Any]:
+        """What the steps since the last line amount to, for the log; drains the window."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._since = time.perf_counter()
+        steps = len(self._window)
+        total = torch.stack(self._window).sum(0) if steps else self._zeros()
+        self._window = []
+        sums = named(total)
+        line: dict[str, Any] = {"step": self.step, "loss": sums["loss"] / steps if steps else None}
+        line |= rates(sums) | {
+            "beta": self.now.beta,
+            "tokens": self.tokens,
+            "tokens_per_second": sums["n"] / seconds,
+            "skipped": self.skipped,
+            "teacher_nonfinite": int(sums["teacher_nonfinite"]),
+        }
+        line["streams"] = stream_rates(total, self.streams)
+        return line
+
+    def _zeros(self) -> Tensor:
+        size = len(FIELDS) + len(self.streams) * len(STREAM_FIELDS)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
+
+    def _keep_batches(self) -> str:
+        if self.bad_batches is None:
+            return ""
+        self.bad_batches.mkdir(parents=True, exist_ok=True)
+        ids = [portion.batch.input_ids.tolist() for portion in self._portions]
+        path = self.bad_batches / f"step-{self.step:06d}-rank-{rank()}.json"
+        path.write_text(
+            json.dumps({"step": self.step, "loss": repr(self.last["loss"]), "input_ids": ids}), "utf-8"
+        )
+        return f" Their token ids are in {self.bad_batches}."
+
+
+def step_sums(portion: Portion, loss: Tensor, sums: dict[str, Tensor], *, streams: int) -> Tensor:
+    """The sums of one micro-batch as one vector: FIELDS, then STREAM_FIELDS for each stream, fp64."""
+    shares, which = sequence_means(sums["row_acceptance"], portion.seen.sequence)  # [s]
+    of_row = portion.batch.stream.to(loss.device)[portion.seen.sequence]  # [n]
+    of_sequence = portion.batch.stream.to(loss.device)[which]  # [s]
+    values = {
+        **sums,
+        "loss": loss.detach(),
+        "sequences": torch.tensor(float(which.shape[0])),
+        "tar": shares.sum(),
+    }
+    head = torch.stack([values[name].to(device=loss.device, dtype=torch.float64) for name in FIELDS])
+    per_stream = torch.zeros(streams, len(STREAM_FIELDS), dtype=torch.float64, device=loss.device)
+    for column, index, value in (
+        (0, of_sequence, shares),
+        (1, of_sequence, torch.ones_like(shares)),
+        (2, of_row, sums["row_divergence"]),
+        (3, of_row, torch.ones_like(sums["row_divergence"])),
+    ):
+        per_stream[:, column].index_add_(0, index, value.double())
+    return torch.cat([head, per_stream.reshape(-1)])
+
+
+def named(total: Tensor) -> dict[str, float]:
+    """FIELDS of a vector of sums, as floats."""
+    return dict(zip(FIELDS, total[: len(FIELDS)].tolist(), strict=True))
+
+
+def rates(sums: dict[str, float]) -> dict[str, float | None]:
+    """kl, divergence, tar, acceptance, bite and overlap from sums; None where nothing divides."""
+    n, sequences = sums["n"], sums["sequences"]
+    return {
+        "kl": sums["kl"] / n if n else None,
+        "divergence": sums["divergence"] / n if n else None,
+        "tar": sums["tar"] / sequences if sequences else None,
+        "bite": 1.0 - sums["weighted_divergence"] / sums["divergence"] if sums["divergence"] else 0.0,
+        "acceptance": sums["accepted"] / n if n else None,
+        "overlap": sums["overlap"] / n if n else None,
+        "weight": sums["weight"] / n if n else None,
+    }
+
+
+def stream_rates(total: Tensor, streams: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """tar and kl (the objective's divergence, per token) of each stream that had rows."""
+    rows = total[len(FIELDS) :].reshape(len(streams), len(STREAM_FIELDS)).tolist()
+    return {
+        name: {"tar": tar / sequences if sequences else None, "kl": divergence / n if n else None}
+        for name, (tar, sequences, divergence, n) in zip(streams, rows, strict=True)
+        if n
+    }

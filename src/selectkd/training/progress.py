@@ -1,0 +1,55 @@
+"""A progress bar for people: step, loss, TAR, tokens a second, time left. The command line makes one and
+passes it in.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """A rich progress bar fed with log lines; a context manager. Off where the console is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console if console is not None else Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=None, told="")
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Says what is going on, and how many steps it has."""
+        self.bar.update(self.task, description=name, total=total, told="")
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Shows a line of metrics.jsonl."""
+        if "loss" in line:
+            told = (
+                f"loss {_short(line['loss'])}  TAR {_short(line['tar'])}  "
+                f"{line['tokens_per_second']:.0f} tokens/s"
+                + (f"  skipped {line['skipped']}" if line["skipped"] else "")
+            )
+            self.bar.update(self.task, completed=line["step"], told=told)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

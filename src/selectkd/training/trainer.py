@@ -1,0 +1,176 @@
+"""DistillTrainer: the same numbers on transformers.Trainer, for DDP, FSDP and whatever else accelerate can
+drive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from selectkd.errors import ConfigError
+from selectkd.objective import Objective
+from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger, Portion
+from selectkd.training.loop import AfterStep, OnLine, decaying
+from selectkd.training.step import DistillationModel, Teacher
+
+
+class DistillTrainer(Trainer):
+    """A transformers.Trainer whose loss is the distillation loss; equals ``train_loop`` on the same
+    micro-batches.
+
+    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches:
+    the micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not
+    read). objective, reduction, temperature, chunk: as in a recipe; beta: a schedule, default the objective's
+    constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that are not finite
+    are ours; optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model``
+    writes the student as a plain Hugging Face folder.
+
+    Raises ConfigError for arguments that would change the loss behind our back.
+    """
+
+    loss_is_scaled_for_ga = True  # by the counts of the whole step; dividing again would be wrong
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        objective: Objective,
+        micro_batches: Callable[[int], Iterable[Any]],
+        args: TrainingArguments,
+        *,
+        reduction: str = "sequence_mean",
+        temperature: float = 1.0,
+        chunk: int | None = None,
+        beta: BetaSchedule | None = None,
+        taid: TaidSchedule | None = None,
+        streams: tuple[str, ...] = ("data",),
+        also_kl: bool = False,
+        bad_batches: Path | None = None,
+        on_line: OnLine | None = None,
+        after_step: AfterStep | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if args.label_smoothing_factor != 0 or args.n_gpu > 1:
+            raise ConfigError(
+                f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
+                "process; the loss has no smoothing, and several GPUs need one process each (accelerate launch)."
+            )
+        self.feed = Feed(micro_batches)
+        if args.max_steps < 0:
+            args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
+        model = DistillationModel(student, teacher, temperature=temperature, chunk=chunk, also_kl=also_kl)
+        super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        self.ledger = Ledger(
+            objective,
+            reduction,
+            beta,
+            seed=args.seed,
+            streams=streams,
+            total_steps=args.max_steps,
+            bad_batches=bad_batches,
+            device=args.device,
+            taid=taid,
+        )
+        self.on_line, self.after_step = on_line, after_step
+        self._rate, self._norm, self._asked_at = 0.0, 0.0, 0
+        self.add_callback(_Rate(self))
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped."""
+        return self.accelerator.unwrap_model(self.model).student
+
+    def get_train_dataloader(self) -> Any:
+        """The feed itself: it knows its rank, and the ledger moves batches to the device."""
+        return self.feed
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The micro-batches of one optimizer step with their scales; the Trainer divides by nothing."""
+        return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)]), None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Portion, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The distillation loss of one micro-batch, computed inside the wrapped forward."""
+        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.now)
+        self.ledger.add(inputs, loss, sums)
+        return (loss, sums) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Portion, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; after the last one the gradient is finished."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if inputs.last:
+            self.ledger.settle(model.parameters())
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._norm = float(norm)
+        if not self.ledger.accept(self._norm):
+            model.zero_grad(
+                set_to_none=True
+            )  # AdamW leaves a parameter without a gradient, and its state, alone
+        return norm
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices, as in ``train_loop``."""
+        return decaying(model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log line with ours in it; the loss is the ledger's."""
+        if "loss" in logs and "learning_rate" in logs:
+            line = self.ledger.line() | {"lr": self._rate, "grad_norm": self._norm}
+            if self.on_line is not None and self.is_world_process_zero():
+                self.on_line(line)
+            logs.update({k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
+        super()._maybe_log_save_evaluate(*given, **named)
+        step = self.state.global_step
+        if self.after_step is not None and step != self._asked_at:
+            self._asked_at = step
+            if self.after_step(step):
+                self.control.should_training_stop = True
+            self.model.train()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if state_dict is not None:
+            state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
+        self.student.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+
+class _Rate(TrainerCallback):
+    """Notes the learning rate a step is taken with."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._rate = self.trainer.optimizer.param_groups[0]["lr"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= args.max_steps:
+            control.should_log = True

@@ -1,0 +1,131 @@
+"""The house rules that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "selectkd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MATHEMATICS = [
+    "pair.py",
+    "rows.py",
+    "objective.py",
+    "schedules.py",
+    "chunked.py",
+    "distill.py",
+    "randomness.py",
+    *(
+        f"{room}/{file.name}"
+        for room in ("divergences", "verifiers", "selectors")
+        for file in (PACKAGE / room).glob("*.py")
+    ),
+]
+
+
+def trees(files: list[Path]) -> list[tuple[str, ast.Module]]:
+    return [(str(file.relative_to(ROOT)), ast.parse(file.read_text())) for file in files]
+
+
+def test_imports_keep_to_the_layers() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    ran = subprocess.run([str(lint)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_has_one_subject_and_four_hundred_lines_at_most(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 400
+    assert file.stem not in {"utils", "helpers", "common", "misc", "manager"}
+    assert ast.get_docstring(ast.parse(file.read_text())), "a file says what its subject is"
+
+
+def test_no_error_is_swallowed() -> None:
+    for name, tree in trees(FILES):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type is not None else ""
+                assert caught not in ("", "Exception", "BaseException"), f"{name}:{node.lineno}"
+
+
+def test_nothing_runs_foreign_code_or_pickles() -> None:
+    forbidden = {
+        "eval",
+        "exec",
+        "torch.load",
+        "pickle.load",
+        "pickle.loads",
+        "os.system",
+        "joblib.load",
+        "yaml.load",
+    }
+    for name, tree in trees(FILES):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                where = f"{name}:{node.lineno}"
+                assert ast.unparse(node.func) not in forbidden, where
+                for keyword in node.keywords:
+                    if keyword.arg in ("shell", "trust_remote_code"):
+                        assert ast.unparse(keyword.value) == "False", where
+            if isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & {"pickle", "marshal", "shelve"}, name
+
+
+def test_only_the_command_line_and_the_demo_print() -> None:
+    for name, tree in trees([file for file in FILES if "cli" not in file.parts and "demo" not in str(file)]):
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.Call) and ast.unparse(node.func) == "print"), (
+                f"{name}:{node.lineno}"
+            )
+
+
+def test_the_mathematics_imports_torch_and_nothing_else_that_is_installed() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "selectkd"}
+    for name, tree in trees([PACKAGE / file for file in MATHEMATICS]):
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {one.partition(".")[0] for one in names} <= allowed, name
+
+
+def test_the_mathematics_catches_nothing() -> None:
+    for name, tree in trees([PACKAGE / file for file in MATHEMATICS]):
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Try)], name
+
+
+@pytest.mark.parametrize(
+    "module", ["selectkd", "selectkd.config", "selectkd.errors", "selectkd.registry", "selectkd.cli"]
+)
+def test_these_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    import selectkd
+
+    for name in selectkd.__all__:
+        assert getattr(selectkd, name) is not None, name
+
+
+def test_the_repository_names_no_machine() -> None:
+    tracked = [*ROOT.glob("*.*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *FILES, ROOT / "Makefile"]
+    for file in tracked:
+        if file.is_file():
+            told = file.read_text(errors="replace")
+            found = re.search(r"(?<![\w.])/(work|home|root|tmp/dev)/", told)
+            assert found is None, f"{file.name}: {found and found.group()}"
+
+
+def test_every_pinned_version_is_exact() -> None:
+    rows = [
+        row for row in (ROOT / "constraints" / "cpu.txt").read_text().splitlines() if not row.startswith("#")
+    ]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9.]+", row) for row in rows)
+    assert "torch==2.13.0" in rows

@@ -1,0 +1,379 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selectkd.cli.init import STARTER
+from selectkd.config import BetaChange, Recipe, load_recipe, recipe_from
+from selectkd.errors import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = """\
+teacher: {model: teacher}
+student: {model: student}
+data:
+  sources:
+    - path: data.jsonl
+objective:
+  verifier: {name: spec_k, k: 3}
+training:
+  output_dir: runs/x
+  max_steps: 10
+  batch_size: 4
+"""
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    told = str(caught.value)
+    assert len(told.splitlines()) <= 6
+    return told
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_of_the_repository_loads(file: Path) -> None:
+    assert isinstance(load_recipe(file), Recipe)
+
+
+def test_there_is_a_recipe_for_each_pair_of_the_paper() -> None:
+    pairs = {
+        (recipe.teacher.model, recipe.student.model)
+        for recipe in map(load_recipe, RECIPES.glob("*-to-*.yaml"))
+    }
+    assert {student for _, student in pairs} == {
+        "Qwen/Qwen2-1.5B",
+        "h2oai/h2o-danube2-1.8b-base",
+        "google/gemma-2-2b",
+        "Qwen/Qwen2-Math-1.5B",
+        "deepseek-ai/deepseek-coder-1.3b-base",
+    }
+
+
+def test_full_size_recipes_carry_the_papers_numbers() -> None:
+    for recipe in map(load_recipe, RECIPES.glob("*-to-*.yaml")):
+        training, lora = recipe.training, recipe.training.lora
+        assert (training.learning_rate, training.seed, training.max_length, training.max_prompt_length) == (
+            5e-5,
+            42,
+            1024,
+            512,
+        )
+        assert lora is not None and (lora.r, lora.alpha, lora.dropout) == (16, 128, 0.05)
+        assert training.batch_size * training.gradient_accumulation in (32, 128)
+        assert recipe.objective.beta == 0.01 and recipe.objective.judge == {"name": "greedy_topk", "k": 5}
+
+
+def test_the_starter_recipe_loads(tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path, STARTER)).training.epochs == 2
+
+
+def test_without_an_objective_the_papers_is_used(tmp_path: Path) -> None:
+    text = SMALL.replace("objective:\n  verifier: {name: spec_k, k: 3}\n", "")
+    objective = load_recipe(written(tmp_path, text)).objective
+    assert objective.divergence == {"name": "forward_kl"}
+    assert objective.verifier == {"name": "greedy_topk", "k": 5} and objective.beta == 0.01
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, number: str) -> None:
+    assert (
+        load_recipe(written(tmp_path, SMALL + f"  learning_rate: {number}\n")).training.learning_rate == 1e-4
+    )
+    assert (
+        load_recipe(written(tmp_path, SMALL), [f"training.learning_rate={number}"]).training.learning_rate
+        == 1e-4
+    )
+
+
+def test_1e3_is_a_whole_number_of_steps(tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path, SMALL), ["training.max_steps=1e3"]).training.max_steps == 1000
+
+
+def test_yaml_1_1_booleans_are_words(tmp_path: Path) -> None:
+    assert "must be true or false" in message(written(tmp_path, SMALL), "data.packing=yes")
+
+
+@pytest.mark.parametrize(
+    ("broken", "right"),
+    [
+        ("teecher: {model: t}\n", "teacher"),
+        ("  lerning_rate: 1e-4\n", "learning_rate"),
+        ("  lora: {rr: 4}\n", "r"),
+        ("  early_stopping: {patiance: 4}\n", "patience"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_closest_known_one(
+    tmp_path: Path, broken: str, right: str
+) -> None:
+    told = message(written(tmp_path, SMALL + broken))
+    assert f"Did you mean {right!r}?" in told and "recipe.yaml:12" in told
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    text = """\
+teacher: {modle: t}
+student: {from_teacher: {layers: 0, choose: best}}
+data: {sources: [{path: x, wieght: 2}], evaluation: 3}
+objective: {beta: 1.5, reduction: mean}
+training: {output_dir: r, batch_size: four, dtype: float16, learning_rate: -1}
+"""
+    told = message(written(tmp_path, text))
+    for key in (
+        "teacher.modle",
+        "teacher.model",
+        "student.from_teacher.layers",
+        "student.from_teacher.choose",
+        "data.sources.0.wieght",
+        "data.evaluation",
+        "objective.beta",
+        "objective.reduction",
+        "training.batch_size",
+        "training.dtype",
+        "training.learning_rate",
+    ):
+        assert key in told, key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.epochs=1", "exactly one of max_steps and epochs"),
+        ("training.max_steps=null", "exactly one of max_steps and epochs"),
+        ("student.from_teacher={layers: 4}", "exactly one of model and from_teacher"),
+        ("objective.selector=tip", "one of verifier and selector"),
+        ("objective.beta={start: 1, end: 0}", "exactly one of steps and until_tar"),
+        ("objective.beta=1.01", "at most 1"),
+        ("objective.beta=.nan", "objective.beta"),
+        ("objective.temperature=0", "above 0"),
+        ("objective.divergence={alpha: 1}", "needs a name"),
+        ("training.evaluate_every=5", "data.evaluation"),
+        ("training.early_stopping={patience: 1}", "evaluate_every"),
+        ("training.max_prompt_length=1024", "max_length = 1024"),
+        ("training.batch_size=true", "must be an integer"),
+        ("training.batch_size=0", "at least 1"),
+        ("training.batch_size='4'", "must be an integer"),
+        ('training.output_dir="a\\0b"', "control characters"),
+        ("training.seed=-1", "at least 0"),
+        ("data.sources=[]", "must not be empty"),
+        ("data.sources.0.name=../../x", "letters, digits"),
+        ("data.sources.1.name=x", "the list has 1 items"),
+        ("data.evaluation=1.0", "below 1"),
+        ("training.lerning_rate=1", "Did you mean 'learning_rate'"),
+        ("trainning.seed=1", "Did you mean 'training'"),
+        ("training.seed.x=1", "there is no training.seed.x"),
+        ("training.seed", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("training.seed=[", "not YAML"),
+        ("training.seed=!!python/object/apply:os.system [ls]", "tag"),
+        ("teacher=null", "teacher"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(tmp_path: Path, change: str, words: str) -> None:
+    assert words in message(written(tmp_path, SMALL), change)
+
+
+def test_overrides_reach_sections_that_the_recipe_leaves_out(tmp_path: Path) -> None:
+    changes = [
+        "training.lora.r=4",
+        "objective.verifier.k=7",
+        "objective.divergence.name=skew_kl",
+        "objective.divergence.alpha=0.2",
+        "objective.beta.start=1.0",
+        "objective.beta.end=0.01",
+        "objective.beta.until_tar=0.5",
+        "data.sources.0.limit=9",
+        "data.evaluation.path=held.jsonl",
+    ]
+    recipe = load_recipe(written(tmp_path, SMALL), changes)
+    assert recipe.training.lora is not None and recipe.training.lora.r == 4
+    assert recipe.objective.verifier == {"name": "spec_k", "k": 7}
+    assert recipe.objective.divergence == {"name": "skew_kl", "alpha": 0.2}
+    assert isinstance(recipe.objective.beta, BetaChange) and recipe.objective.beta.until_tar == 0.5
+    assert recipe.data.sources[0].limit == 9
+
+
+def test_a_later_override_wins(tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path, SMALL), ["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = recipe_from(
+        {
+            "teacher": {"model": "t"},
+            "student": {"from_teacher": {"layers": 2, "choose": [0, 3]}},
+            "data": {"sources": [{"path": "x"}], "evaluation": 0.1},
+            "training": {"output_dir": "r", "epochs": 1, "batch_size": 1},
+        }
+    )
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.teacher.model = "other"  # type: ignore[misc]
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {seed: 1}\ntraining: {seed: 2}\n", "twice (first on line 1)"),
+        ("teacher:\n\tmodel: t\n", "a tab"),
+        ("a: &a [1,1]\nb: &b [*a,*a]\n" + "c: [" + "*b," * 70 + "]\n", "aliases"),
+        ("a: &a\n  b: *a\n", "contains itself"),
+        ("x: !!python/object/apply:os.system ['touch canary']\n", "tag"),
+        ("x: !!binary aGk=\n", "tag"),
+        ("---\na: 1\n---\nb: 2\n", "one YAML document"),
+        ("[" * 5000, "nested deeper"),
+        ("- 1\n- 2\n", "mapping"),
+        ("", "empty"),
+        ("# nothing\n", "empty"),
+        ("1: x\n", "a key must be a word"),
+        ("a: [1, 2\n", "not YAML"),
+        ("a: " + "9" * 5000 + "\n", "not a number"),
+        ("a: 'x\n", "not YAML"),
+        (b"\xff\xfea\x00", "not UTF-8"),
+        (b"teacher: caf\xe9\n", "offset 12"),
+        ("x" * 5_000_000, "at most"),
+        ("a: b: c\n", "not YAML"),
+        ("a: \x07\n", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_quickly(tmp_path: Path, text: str | bytes, words: str) -> None:
+    started = time.perf_counter()
+    assert words in message(written(tmp_path, text))
+    assert time.perf_counter() - started < 1.0  # the promise for hostile files
+
+
+def test_nested_aliases_cannot_multiply(tmp_path: Path) -> None:
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 7)}]" for i in range(1, 9)]
+    started = time.perf_counter()
+    assert "values" in message(written(tmp_path, "\n".join(rows)))
+    assert time.perf_counter() - started < 1.0
+
+
+def test_a_few_aliases_and_a_merge_are_fine(tmp_path: Path) -> None:
+    text = SMALL.replace("path: data.jsonl", "&one {path: a, limit: 3}\n    - {<<: *one, path: b}")
+    sources = load_recipe(written(tmp_path, text)).data.sources
+    assert [(source.path, source.limit) for source in sources] == [("a", 3), ("b", 3)]
+
+
+def test_a_byte_order_mark_and_crlf_are_fine(tmp_path: Path) -> None:
+    text = b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode()
+    assert load_recipe(written(tmp_path, text)).training.max_steps == 10
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "\N{SNOWMAN}.yaml", "x" * 200 + ".yaml"])
+def test_any_file_name_will_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(SMALL)
+    assert load_recipe(tmp_path / name).training.batch_size == 4
+
+
+def test_a_missing_recipe_names_a_near_one(tmp_path: Path) -> None:
+    written(tmp_path, SMALL)
+    assert "Did you mean 'recipe.yaml'" in message(tmp_path / "recpe.yaml")
+    assert "folder" in message(tmp_path)
+    assert "cannot be read" in message(tmp_path / ("x" * 5000)) or "there is no recipe" in message(
+        tmp_path / "y"
+    )
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [
+    "teacher",
+    "teacher.model",
+    "student",
+    "student.from_teacher",
+    "student.from_teacher.choose",
+    "data",
+    "data.sources",
+    "data.evaluation",
+    "objective",
+    "objective.beta",
+    "objective.verifier",
+    "objective.always_accept",
+    "training",
+    "training.lora",
+    "training.max_steps",
+    "training.early_stopping",
+]
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(key=st.sampled_from(KEYS), value=VALUES)
+def test_a_recipe_with_any_value_anywhere_is_valid_or_refused(key: str, value: object) -> None:
+    values: dict = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"sources": [{"path": "x"}]},
+        "objective": {},
+        "training": {"output_dir": "r", "epochs": 1, "batch_size": 1},
+    }
+    here = values
+    *above, last = key.split(".")
+    for step in above:
+        here = here.setdefault(step, {})
+    here[last] = value
+    try:
+        assert isinstance(recipe_from(values), Recipe)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) <= 6
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(key=st.sampled_from(KEYS) | st.text(max_size=20), value=st.text(max_size=20))
+def test_any_override_is_valid_or_refused(key: str, value: str) -> None:
+    values = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"sources": [{"path": "x"}]},
+        "training": {"output_dir": "r", "epochs": 1, "batch_size": 1},
+    }
+    try:
+        recipe_from(values, [f"{key}={value}"])
+    except ConfigError:
+        return
+
+
+def test_a_mutated_file_is_valid_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    alphabet = "{}[]:,-&*!|>'\"%@`#?\t\n \\0aé\x00"
+    for _ in range(300):
+        text = list(SMALL)
+        for _ in range(draw.randint(1, 4)):
+            text[draw.randrange(len(text))] = draw.choice(alphabet)
+        try:
+            load_recipe(written(tmp_path, "".join(text)))
+        except ConfigError:
+            continue
+
+
+def test_checking_a_recipe_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from selectkd import load_recipe; load_recipe(sys.argv[1]); "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'datasets') if m in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(written(tmp_path, SMALL))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "[]"

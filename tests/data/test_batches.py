@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from selectkd.data import (
+    Example,
+    Source,
+    batches,
+    check,
+    collate,
+    collate_packed,
+    dataset_source,
+    draw,
+    pack,
+    plan,
+    supervised,
+)
+from selectkd.errors import ConfigError, DataError
+
+PAD = 2
+
+
+def example(size, *, seed=0, stream=0, trained=None):
+    ids = torch.randint(3, 300, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids[-1] = PAD  # the sample's own last token equals the pad id
+    first = max(1, size // 2) if trained is None else trained
+    return Example(ids, [i >= first for i in range(size)], stream, f"row {seed}")
+
+
+EXAMPLES = [example(size, seed=size, stream=size % 2) for size in (3, 9, 5, 2, 7, 4)]
+
+
+def test_padding_goes_by_length_and_not_by_token_id():
+    batch = collate(EXAMPLES, pad_id=PAD)
+    assert batch.input_ids.shape == (6, 16)
+    assert batch.attention_mask.sum(1).tolist() == [3, 9, 5, 2, 7, 4]
+    assert all(PAD in e.input_ids and e.completion[-1] for e in EXAMPLES)
+    assert batch.completion.sum(1).tolist() == [sum(e.completion) for e in EXAMPLES]
+    assert (batch.sequence >= 0).equal(batch.attention_mask.bool())
+
+
+def test_the_shift_pairs_each_trained_token_with_the_hidden_state_before_it():
+    batch = collate(EXAMPLES, pad_id=PAD)
+    rows = supervised(batch)
+    expected = [
+        (r * 16 + i - 1, e.input_ids[i], r, e.stream, n)
+        for r, e in enumerate(EXAMPLES)
+        for n, i in enumerate(i for i, c in enumerate(e.completion) if c)
+    ]
+    found = zip(
+        *(v.tolist() for v in (rows.position, rows.labels, rows.sequence, rows.stream, rows.offset)),
+        strict=True,
+    )
+    assert list(found) == expected and rows.sequences == 6
+
+
+def test_the_first_token_of_a_packed_sample_is_never_predicted_from_its_neighbour():
+    batch = collate_packed([[example(4, trained=0), example(3, trained=0)]])
+    assert supervised(batch).position.tolist() == [0, 1, 2, 4, 5]
+
+
+def test_positions_begin_again_with_every_packed_sample():
+    # Rotary positions are relative, so hidden states alone would not show a position that runs on.
+    batch = collate_packed([[example(4), example(3)], [example(2)]], pad_id=PAD)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.sequence.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [2, 2, -1, -1, -1, -1, -1, -1]]
+
+
+def test_a_batch_without_trained_tokens_has_no_rows():
+    rows = supervised(collate([example(4, trained=9)], pad_id=PAD))
+    assert len(rows) == 0 and rows.sequences == 0
+
+
+def test_packed_and_padded_rows_are_the_same_rows():
+    bins = pack(EXAMPLES, 12)
+    packed, padded = collate_packed(bins, pad_id=PAD), collate([e for b in bins for e in b], pad_id=PAD)
+    a, b = supervised(packed), supervised(padded)
+    for name in ("labels", "sequence", "stream", "offset"):
+        assert getattr(a, name).equal(getattr(b, name))
+    assert a.sequences == b.sequences
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_hidden_states_equal_padded_ones(make_backbone, attention):
+    model = make_backbone(attention)
+    bins = pack(EXAMPLES, 12)
+    packed, padded = collate_packed(bins, pad_id=7), collate([e for b in bins for e in b], pad_id=PAD)
+    assert packed.packed and len(bins) < len(EXAMPLES)
+    with torch.no_grad():
+        hidden = [model(**batch.model_inputs()).last_hidden_state.flatten(0, 1) for batch in (packed, padded)]
+    a, b = (h[supervised(batch).position] for h, batch in zip(hidden, (packed, padded), strict=True))
+    assert torch.isfinite(hidden[0]).all()
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_nothing_leaks_between_packed_samples(make_backbone, attention):
+    model = make_backbone(attention)
+    first, second = example(5, seed=1), example(6, seed=2)
+    other = example(5, seed=3)
+    with torch.no_grad():
+        a, b = (
+            model(**collate_packed([[e, second]]).model_inputs()).last_hidden_state[0, 5:11]
+            for e in (first, other)
+        )
+    assert a.equal(b)
+
+
+def test_packing_is_first_fit_decreasing():
+    sizes = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [example(s, seed=i) for i, s in enumerate(sizes)]
+    bins, simple = pack(data, 64), []
+    for e in sorted(data, key=len, reverse=True):
+        target = next((b for b in simple if sum(map(len, b)) + len(e) <= 64), None)
+        if target is None:
+            simple.append([e])
+        else:
+            target.append(e)
+    assert [[e.origin for e in b] for b in bins] == [[e.origin for e in b] for b in simple]
+    with pytest.raises(DataError, match="do not fit"):
+        pack([example(65)], 64)
+    assert pack([], 64) == []
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    sources = [Source(EXAMPLES, "a"), Source([example(4, seed=90 + i) for i in range(4)], "b")]
+    settings = {"batch_size": 3, "pad_id": PAD}
+    one, two, other, later = (
+        [b.input_ids.tolist() for b in batches(sources, seed=s, epoch=e, **settings)]
+        for s, e in ((1, 0), (1, 0), (2, 0), (1, 1))
+    )
+    assert one == two != other and one != later and len(one) == 4
+    resumed = batches(sources, seed=1, epoch=0, start=2, **settings)
+    assert [b.input_ids.tolist() for b in resumed] == one[2:]
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_example_comes_once_per_epoch_however_it_is_batched(bucket, packing):
+    rows = plan(
+        [Source(EXAMPLES)], batch_size=2, seed=0, epoch=3, packing=packing, max_length=12, bucket=bucket
+    )
+    assert Counter(e.origin for b in rows for row in b for e in row) == Counter(e.origin for e in EXAMPLES)
+
+
+def test_weights_say_how_often_a_source_is_seen():
+    a = Source([example(3, seed=i) for i in range(10)], "a", weight=0.5)
+    b = Source([example(3, seed=100 + i) for i in range(10)], "b", weight=2)
+    epochs = [Counter(e.origin for e in draw([a, b], seed=0, epoch=epoch)) for epoch in range(2)]
+    both = epochs[0] + epochs[1]
+    assert all(both[e.origin] == 1 for e in a.examples) and all(both[e.origin] == 4 for e in b.examples)
+    assert sum(epochs[0].values()) == 25
+
+
+def test_a_batch_moves_with_its_extra_inputs():
+    from dataclasses import replace
+
+    batch = replace(collate(EXAMPLES, pad_id=PAD), extra={"pixel_values": torch.ones(2), "n": 3}).to("meta")
+    assert (
+        batch.input_ids.device.type == "meta" and batch.model_inputs()["pixel_values"].device.type == "meta"
+    )
+
+
+def write(folder, rows):
+    file = folder / "chat.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
+    rows = [{"prompt": "hello", "completion": text} for text in ("yes", "", "no " * 200, "yes")]
+    bad = {"prompt": "hello", "completion": 5}
+    path = write(tmp_path, [*rows, bad])
+    source = dataset_source(
+        {"path": path, "weight": 2}, tokenizer, max_length=64, on_bad_record="skip", stream=3
+    )
+    assert source.name == "chat" and source.weight == 2 and source[0].stream == 3
+    assert source.counts == {"read": 5, "kept": 3, "truncated": 1, "empty completion": 1, "bad": 1}
+    assert "prompt_completion (detected)" in source.told and "chat.jsonl:5" in source.problems[0]
+    with pytest.raises(DataError, match=r"chat\.jsonl:5"):
+        dataset_source({"path": path}, tokenizer, max_length=64)
+    report = check(source, held_out=source.examples[:1])
+    assert (
+        report.examples == 3 and report.duplicates == 1 and report.overlap == 2 and len(report.warnings) == 2
+    )
+    assert sum(report.lengths.values()) == 3 and report.longest == 64
+
+
+def test_a_source_with_nothing_left_is_refused(tmp_path, tokenizer):
+    path = write(tmp_path, [{"prompt": "hello", "completion": " "}] * 3)
+    with pytest.raises(DataError, match="3 empty completion"):
+        dataset_source({"path": path}, tokenizer, max_length=64)
+
+
+@pytest.mark.parametrize(
+    "spec", [{}, {"path": "x", "pth": 1}, {"path": "x", "weight": 0}, {"path": "x", "weight": "2"}]
+)
+def test_a_source_entry_that_cannot_be_is_a_config_error(tokenizer, spec):
+    with pytest.raises(ConfigError):
+        dataset_source(spec, tokenizer, max_length=64)

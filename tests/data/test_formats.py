@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+
+from selectkd.data import FORMATS, detect_format, to_sample
+from selectkd.errors import DataError
+
+USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+ROWS = {
+    "messages": {"messages": [USER, REPLY]},
+    "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "instruction": {"instruction": "q", "input": "", "output": "a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "text": {"text": "q a"},
+    "tokens": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_every_format_is_detected_and_read(format):
+    row = ROWS[format]
+    assert detect_format(row) == format
+    sample = to_sample(row, format)
+    if format in ("text", "tokens"):
+        assert sample.text == "q a" or sample.input_ids == (1, 2, 3)
+    else:
+        assert list(sample.messages) == [USER, REPLY] and sample.trained == (1,)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "response": "a", "type": "GSM_AnsAug"},
+        {"question": "q", "answer": "a"},
+        {"prompt": [USER], "completion": [REPLY]},
+        {"prompt": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]},
+        {"chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "b"}]},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, REPLY], "id": 3},
+        {"messages": [{**USER, "tool_calls": None}, {**REPLY, "weight": 1}], "text": None},
+    ],
+)
+def test_common_variants_give_the_same_conversation(row):
+    sample = to_sample(row, detect_format(row))
+    assert list(sample.messages) == [USER, REPLY] and sample.trained == (1,)
+
+
+def test_chosen_is_trained_and_rejected_is_nowhere():
+    assert "rejected-text" not in repr(
+        to_sample({**ROWS["preference"], "rejected": "rejected-text"}, "preference")
+    )
+
+
+def test_only_the_last_turn_of_a_history_is_trained():
+    row = {"instruction": "q", "output": "a", "history": [["q0", "a0"]], "system": "s"}
+    sample = to_sample(row, "instruction")
+    assert [m["role"] for m in sample.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert sample.trained == (4,)
+
+
+def test_a_turn_of_weight_zero_and_a_blank_turn_are_not_trained():
+    turns = [USER, {**REPLY, "weight": 0}, USER, {**REPLY, "content": " \n"}, USER, REPLY]
+    assert to_sample({"messages": turns}, "messages").trained == (5,)
+
+
+def test_tool_calls_are_supported_in_both_shapes():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "a"},
+    ]
+    sample = to_sample({"conversations": turns, "tools": '[{"name": "f"}]'}, "conversations")
+    assert [m["role"] for m in sample.messages] == ["user", "assistant", "tool", "assistant"]
+    assert sample.trained == (1, 3) and sample.tools == ({"name": "f"},)
+    openai = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
+    assert to_sample({"messages": [USER, openai]}, "messages").trained == (1,)
+
+
+@pytest.mark.parametrize(
+    ("turns", "named"),
+    [
+        ([USER, USER, REPLY], r"turn 1"),
+        ([REPLY, USER], r"turn 0"),
+        ([USER, REPLY, {"role": "system", "content": "s"}], r"turn 2"),
+        ([USER, {"role": "narrator", "content": "x"}], r"messages\[1\]\.role.*narrator"),
+        ([USER, {"role": ["x"], "content": "x"}], r"messages\[1\]\.role"),
+        ([USER, {"role": "assistant", "content": None}], r"messages\[1\]\.content.*NoneType"),
+        ([USER, {"role": "assistant", "content": 7}], r"messages\[1\]\.content.*int"),
+        ([{"role": "user", "content": [{"type": "image"}]}, REPLY], r"content\[0\].*image"),
+        ([USER, "text"], r"messages\[1\]"),
+        ("text", r"messages: needs a list"),
+        ([], r"messages"),
+        ([USER, {"role": "assistant", "content": "ab\u00e9\ud800"}], r"U\+D800 at byte 4"),
+    ],
+)
+def test_a_turn_that_cannot_be_is_named_by_row_and_field(turns, named):
+    with pytest.raises(DataError, match=r"d\.jsonl:7.*" + named):
+        to_sample({"messages": turns}, "messages", origin="d.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"input_ids": [1, 2.5]}, r"input_ids\[1\]"),
+        ({"input_ids": "12"}, "input_ids"),
+        ({"input_ids": [1, 2], "labels": [2, 3]}, r"labels\[0\] *:? is 2"),
+        ({"input_ids": [1, 2], "completion_mask": [1]}, "1 entries"),
+    ],
+)
+def test_wrong_token_ids_are_named(row, named):
+    with pytest.raises(DataError, match=named):
+        to_sample(row, "tokens")
+
+
+def test_padding_of_pretokenised_rows_goes_by_the_attention_mask():
+    row = {
+        "input_ids": [0, 0, 5, 0, 6],
+        "attention_mask": [0, 0, 1, 1, 1],
+        "labels": [-100, -100, -100, 0, 6],
+    }
+    sample = to_sample(row, "tokens")
+    assert sample.input_ids == (5, 0, 6) and sample.mask == (False, True, True)
+
+
+@pytest.mark.parametrize("row", [{}, {"foo": 1}, {"prompt": "only"}, {"text": None}])
+def test_a_row_of_no_format_names_its_fields(row):
+    with pytest.raises(DataError, match="no known format"):
+        detect_format(row)

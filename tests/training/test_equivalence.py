@@ -1,0 +1,199 @@
+"""One number, many ways to it: engines, accumulation, packing and ranks agree on loss and gradient."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from selectkd.data.collate import collate_packed, pack
+from selectkd.objective import Objective
+from selectkd.schedules import BetaSchedule
+from selectkd.teachers import LiveTeacher
+from selectkd.training.counts import REDUCTIONS
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
+from selectkd.training.loop import train_loop
+from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import DistillTrainer
+from training.tiny import padded, texts
+
+SPEC_K = {"name": "spec_k", "k": 2}
+GREEDY = {"name": "greedy_topk", "k": 9}
+
+
+def step_of(
+    student: Any, teacher: Any, micro: list[Any], *, reduction: str, verifier: Any = SPEC_K
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimizer step."""
+    model = DistillationModel(student, LiveTeacher(teacher)).train()
+    ledger = Ledger(Objective("forward_kl", verifier, beta=0.1), reduction, streams=("a", "b"))
+    for portion in ledger.begin(micro):
+        loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+        loss.backward()
+        ledger.add(portion, loss, sums)
+    total = ledger.settle(student.parameters())
+    return total, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def same(a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5)  # fp32 sums in another order
+    assert a[1].keys() == b[1].keys() and a[1]
+    for name, gradient in a[1].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, b[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_batch_of_eight_equals_eight_micro_batches_of_one(
+    reduction: str, teacher_model: Any, new_student: Callable[[], Any]
+) -> None:
+    examples = texts(8)
+    whole = step_of(new_student(), teacher_model, padded(examples, 8), reduction=reduction)
+    eighths = step_of(new_student(), teacher_model, padded(examples, 1), reduction=reduction)
+    same(whole, eighths)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_packed_equals_padded(reduction: str, teacher_model: Any, new_student: Callable[[], Any]) -> None:
+    examples = texts(8)
+    apart = step_of(new_student(), teacher_model, padded(examples, 8), reduction=reduction)
+    packed = [collate_packed(pack(examples, 48), pad_id=0)]
+    assert packed[0].input_ids.shape[0] < 8
+    same(apart, step_of(new_student(), teacher_model, packed, reduction=reduction))
+
+
+def test_sequence_mean_is_the_mean_over_sequences_of_means(
+    teacher_model: Any, new_student: Callable[[], Any]
+) -> None:
+    examples = texts(3)
+    together = step_of(new_student(), teacher_model, padded(examples, 3), reduction="sequence_mean")[0]
+    alone = [
+        step_of(new_student(), teacher_model, padded([one], 1), reduction="sequence_mean")[0]
+        for one in examples
+    ]
+    assert together == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+def by_loop(
+    student: Any, teacher: Any, micro: Any, *, reduction: str, lines: list[Any], accumulation: int
+) -> None:
+    ledger = Ledger(
+        Objective("forward_kl", GREEDY),
+        reduction,
+        BetaSchedule(1.0, 0.1, steps=4),
+        streams=("a", "b"),
+        seed=5,
+    )
+    train_loop(
+        DistillationModel(student, LiveTeacher(teacher)),
+        Feed(micro),
+        ledger,
+        steps=5,
+        learning_rate=1e-2,
+        schedule="cosine",
+        warmup_steps=2,
+        weight_decay=0.1,
+        accumulation=accumulation,
+        on_line=lines.append,
+    )
+
+
+def by_trainer(
+    student: Any,
+    teacher: Any,
+    micro: Any,
+    folder: Path,
+    *,
+    reduction: str = "sequence_mean",
+    lines: list[Any],
+    accumulation: int = 1,
+) -> DistillTrainer:
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=5,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        weight_decay=0.1,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        optim="adamw_torch",
+        seed=5,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DistillTrainer(
+        student,
+        LiveTeacher(teacher),
+        Objective("forward_kl", GREEDY),
+        micro,
+        args,
+        reduction=reduction,
+        beta=BetaSchedule(1.0, 0.1, steps=4),
+        streams=("a", "b"),
+        on_line=lines.append,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("reduction", "accumulation"), [("sequence_mean", 1), ("token_mean", 3), ("weight_mean", 2)]
+)
+def test_the_plain_loop_equals_the_trainer(
+    reduction: str, accumulation: int, teacher_model: Any, new_student: Callable[[], Any], tmp_path: Path
+) -> None:
+    micro = padded(texts(14), 3)
+    ours, theirs, start = new_student(), new_student(), new_student()
+    line_a: list[Any] = []
+    line_b: list[Any] = []
+    feed = lambda epoch: micro[epoch % 2 :] + micro[: epoch % 2]  # noqa: E731
+    by_loop(ours, teacher_model, feed, reduction=reduction, lines=line_a, accumulation=accumulation)
+    by_trainer(
+        theirs, teacher_model, feed, tmp_path, reduction=reduction, lines=line_b, accumulation=accumulation
+    )
+    for (name, a), b, first in zip(
+        ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+        assert (a - first).abs().max() > 1e-3  # they did learn
+    assert [line["beta"] for line in line_a] == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
+    clock = {"tokens_per_second"}
+    for a, b in zip(line_a, line_b, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - clock - {"streams"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-9), key
+
+
+def test_two_ranks_have_the_gradient_of_one(
+    teacher_model: Any, new_student: Callable[[], Any], tmp_path: Path
+) -> None:
+    examples = texts(7)  # unequal counts on the two ranks
+    teacher_model.save_pretrained(tmp_path / "teacher")
+    new_student().save_pretrained(tmp_path / "student")
+    script = Path(__file__).with_name("two_ranks.py")
+    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [[sys.executable, str(script), str(rank), str(tmp_path), *REDUCTIONS] for rank in (0, 1)]
+    both = [subprocess.Popen(command, env=room) for command in commands]
+    try:
+        assert [one.wait(timeout=120) for one in both] == [0, 0]
+    finally:
+        for one in both:
+            one.kill()
+            one.wait()
+    for reduction in REDUCTIONS:
+        one = step_of(new_student(), teacher_model, padded(examples, 2), reduction=reduction)
+        for rank in (0, 1):
+            two = load_file(tmp_path / f"{reduction}-{rank}.safetensors")
+            same(one, (float(two.pop("loss")), two))

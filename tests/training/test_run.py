@@ -1,0 +1,266 @@
+"""A whole run from a recipe: what it leaves behind, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from selectkd.config import load_recipe
+from selectkd.errors import ConfigError
+from selectkd.training.card import model_card
+from selectkd.training.metrics import REQUIRED
+from selectkd.training.run import train
+from training.tiny import VOCABULARY, tiny_llama
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
+PLAIN_KD = {"divergence": "forward_kl", "verifier": "always", "beta": 1.0}
+
+
+def tiny_tokenizer(words: list[str] = WORDS) -> Any:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: Any) -> Path:
+    """A teacher, a student and text on disk."""
+    root = tmp_path_factory.mktemp("pair")
+    for name, model in (("teacher", tiny_llama(1, layers=4)), ("student", tiny_llama(2))):
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    with (root / "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(24):
+            words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
+            file.write(
+                json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
+            )
+    return root
+
+
+@pytest.fixture
+def recipe(folders: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A recipe for the tiny pair with sections changed: recipe(training={...})."""
+
+    def made(**changed: dict[str, Any]) -> Any:
+        content: dict[str, Any] = {
+            "teacher": {"model": str(folders / "teacher")},
+            "student": {"model": str(folders / "student")},
+            "data": {"sources": [{"path": str(folders / "text.jsonl"), "name": "made"}], "evaluation": 0.25},
+            "objective": {"verifier": {"name": "greedy_topk", "k": 20}, "beta": 0.1},
+            "training": {
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": 4,
+                "batch_size": 3,
+                "learning_rate": 1e-2,
+                "max_length": 32,
+                "max_prompt_length": 16,
+                "evaluate_every": 2,
+            },
+        }
+        for section, values in changed.items():
+            replaces = section in ("objective", "student")
+            content[section] = values if replaces else {**content[section], **values}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        return load_recipe(path, [])
+
+    return made
+
+
+class Heard:
+    """A listener in the place of the progress bar."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append(name)
+
+    def line(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("engine", ["trainer", "loop"])
+def test_a_run_leaves_its_manifest_metrics_and_a_student_that_loads(
+    engine: str, recipe: Callable[..., Any], capsys: Any
+) -> None:
+    heard = Heard()
+    result = train(recipe(objective=PLAIN_KD, training={"engine": engine}), progress=heard)
+    run = result.run_dir
+    assert sorted(path.name for path in run.iterdir()) == ["manifest.json", "metrics.jsonl", "student"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert heard.lines == lines and "training" in heard.stages
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(set(REQUIRED) <= set(line) for line in steps)
+    looks = [line for line in lines if "evaluation" in line]
+    assert [line["step"] for line in looks] == [0, 2, 4]
+    assert all("probe_tar" in line for line in looks)
+    assert result.before is not None and result.after is not None and result.after.kl < result.before.kl
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    for key in ("config", "versions", "data", "tokenizer", "teacher", "seed", "device", "seconds", "tar"):
+        assert manifest[key] is not None
+    assert manifest["data"]["samples"] == 18 and manifest["data"]["heldout_samples"] == 6
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert torch.isfinite(student(torch.tensor([[4, 5, 6]])).logits).all()
+    assert (
+        AutoTokenizer.from_pretrained(run / "student")("w1")["input_ids"]
+        == tiny_tokenizer()("w1")["input_ids"]
+    )
+    card = (run / "student" / "README.md").read_text("utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["selectkd"]["tar"]["after"] == pytest.approx(result.after.tar)
+
+
+def test_both_engines_leave_the_same_student(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    found = {}
+    for engine in ("trainer", "loop"):
+        changed = {
+            "engine": engine,
+            "output_dir": str(tmp_path / engine),
+            "gradient_accumulation": 2,
+            "weight_decay": 0.1,
+        }
+        result = train(recipe(training=changed))
+        found[engine] = AutoModelForCausalLM.from_pretrained(result.run_dir / "student").state_dict()
+    for name, value in found["loop"].items():
+        torch.testing.assert_close(value, found["trainer"][name], rtol=0, atol=1e-6)
+
+
+def test_a_cold_student_is_warned_of_with_the_remedy(recipe: Callable[..., Any], caplog: Any) -> None:
+    result = train(recipe(objective={"verifier": {"name": "greedy_topk", "k": 1}}, training={"max_steps": 1}))
+    assert result.before is not None and result.before.tar < 0.2
+    (warning,) = result.warnings
+    assert "{start: 1.0, end: 0.01, until_tar: 0.5}" in warning
+    assert warning in caplog.text
+
+
+def test_a_schedule_of_beta_is_not_warned_of(recipe: Callable[..., Any]) -> None:
+    beta = {"start": 1.0, "end": 0.01, "until_tar": 0.5}
+    objective = {"verifier": {"name": "greedy_topk", "k": 1}, "beta": beta}
+    assert train(recipe(objective=objective, training={"max_steps": 1})).warnings == []
+
+
+def test_a_student_cut_from_its_teacher_trains_and_says_what_was_kept(recipe: Callable[..., Any]) -> None:
+    training = {"learning_rate": 1e-3, "max_steps": 8}
+    result = train(recipe(student={"from_teacher": {"layers": 2}}, objective=PLAIN_KD, training=training))
+    assert result.kept is not None and len(result.kept) == 2
+    saved = AutoModelForCausalLM.from_pretrained(result.run_dir / "student")
+    assert saved.config.num_hidden_layers == 2
+    assert result.before is not None and result.after is not None and result.after.kl < result.before.kl
+
+
+def test_lora_with_checkpointing_and_packing_saves_a_merged_student(
+    recipe: Callable[..., Any], folders: Path
+) -> None:
+    training = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}, "gradient_checkpointing": True}
+    result = train(recipe(objective=PLAIN_KD, training=training, data={"packing": True}))
+    saved = AutoModelForCausalLM.from_pretrained(result.run_dir / "student").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(folders / "student").state_dict()
+    assert saved.keys() == start.keys()
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name in saved
+        if not torch.equal(saved[name], start[name])
+    }
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_early_stopping_keeps_the_best_student(recipe: Callable[..., Any]) -> None:
+    training = {"max_steps": 12, "learning_rate": 1.0, "evaluate_every": 1, "early_stopping": {"patience": 2}}
+    result = train(recipe(training=training))
+    assert result.stopped_early and result.steps < 12
+    assert result.before is not None and result.after is not None
+    assert result.after.kl <= result.before.kl
+
+
+def test_bfloat16_trains(recipe: Callable[..., Any]) -> None:
+    result = train(recipe(objective=PLAIN_KD, training={"dtype": "bfloat16"}))
+    assert result.skipped == 0
+    assert AutoModelForCausalLM.from_pretrained(result.run_dir / "student").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ({"divergence": "forward_lk"}, "Did you mean"),
+        ({"verifier": {"name": "greedy_topk", "kk": 3}}, "kk"),
+        ({"verifier": {"name": "greedy_topk", "k": VOCABULARY + 1}}, "objective.verifier.k"),
+        ({"always_accept": [VOCABULARY]}, "always_accept"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused_before_weights(
+    objective: dict[str, Any], told: str, recipe: Callable[..., Any], no_weights: None
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(recipe(objective=objective))
+
+
+def test_another_tokenizer_is_refused_before_weights(
+    recipe: Callable[..., Any], folders: Path, tmp_path: Path, no_weights: None
+) -> None:
+    other = tmp_path / "other"
+    tiny_llama(2).save_pretrained(other)
+    tiny_tokenizer([WORDS[1], WORDS[0], *WORDS[2:]]).save_pretrained(other)
+    with pytest.raises(ConfigError, match="id 4"):
+        train(recipe(student={"model": str(other)}))
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused_before_weights(
+    recipe: Callable[..., Any], tmp_path: Path, no_weights: None
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        train(recipe(training={"output_dir": str(tmp_path / "file")}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        train(recipe(training={"output_dir": str(tmp_path / "full")}))
+    (tmp_path / "full" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="another run"):
+        train(recipe(training={"output_dir": str(tmp_path / "full")}))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(recipe(training={"output_dir": "/proc/self/run"}))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights is a failure."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def test_a_card_with_hostile_names_parses_to_the_same_values() -> None:
+    name = "x: [\n---\nlicense: stolen\n`<script>`"
+    card = model_card(
+        teacher=name,
+        student="s",
+        data=[name],
+        method={"k": name},
+        before={},
+        after={},
+        steps=1,
+        tokens=2,
+        version="0",
+    )
+    end = card.index("\n---\n\n# A student")
+    front = yaml.safe_load(card[4:end])
+    assert front["selectkd"]["teacher"] == name and "license" not in front
+    assert "<script>" not in card[end:].replace("\\<", "")

@@ -1,0 +1,54 @@
+"""One optimizer step on one of two ranks under DistributedDataParallel; writes the loss and gradients it
+ended with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from selectkd.objective import Objective
+from selectkd.teachers import LiveTeacher
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
+from selectkd.training.step import DistillationModel
+from training.tiny import padded, texts
+
+
+def main(rank: int, folder: Path, reductions: list[str]) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meeting"), 2), rank=rank, world_size=2)
+    for reduction in reductions:
+        one_step(rank, folder, reduction)
+    gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def one_step(rank: int, folder: Path, reduction: str) -> None:
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    model = DistributedDataParallel(DistillationModel(student, LiveTeacher(teacher)).train())
+    ledger = Ledger(
+        Objective("forward_kl", {"name": "spec_k", "k": 2}, beta=0.1), reduction, streams=("a", "b")
+    )
+    micro = next(Feed(lambda epoch: padded(texts(7), 2)).steps(2))
+    for portion in ledger.begin(micro):
+        with contextlib.nullcontext() if portion.last else model.no_sync():
+            loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+            loss.backward()
+        ledger.add(portion, loss, sums)
+    total = ledger.settle(student.parameters())
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    save_file({**gradients, "loss": torch.tensor(total)}, folder / f"{reduction}-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
