@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.demo-teacher
+DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
@@ -27,7 +28,7 @@ $(DEMO_STAMP): $(STAMP)
 
 # Real instructions come with the source distribution of llamafactory (Apache-2.0); only its text is taken.
 DEMO_TEXT := .cache/demo/alpaca_en_demo.json
-$(DEMO_TEXT): $(STAMP)
+$(DEMO_TEXT): | $(STAMP)
 	mkdir -p .cache/demo
 	$(PIP) install -q -c constraints/cpu.txt hatchling
 	$(PIP) download -q --no-deps --no-build-isolation --no-binary llamafactory -d .cache/demo llamafactory==0.9.5

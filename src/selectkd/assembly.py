@@ -21,6 +21,7 @@ from selectkd.data.sources import Source, batches, dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
@@ -101,10 +102,8 @@ def assemble(
         _checkpoint(student)
     if recipe.training.lora is not None:
         student = add_lora(student, **_given(recipe.training.lora))
-        if recipe.training.gradient_checkpointing:
-            student.enable_input_require_grads()
 
-    widths = [m.get_output_embeddings().weight.shape[0] for m in (loaded.model, student)]
+    widths = [head_of(model).width for model in (loaded.model, student)]
     alignment = align(
         plan.teacher_tokenizer, plan.tokenizer, teacher_width=widths[0], student_width=widths[1]
     )

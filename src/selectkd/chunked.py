@@ -21,10 +21,10 @@ from selectkd.rows import Head, PairOf, Scratch, TeacherRows
 
 CHUNK_ROWS = 256
 CHUNK_ENTRIES = 1 << 22
-"""Entries of a chunk, [c, v]: 16 MiB in fp32 for each model. At most CHUNK_ROWS rows, at least 32: fewer cost the head's
-gradient a pass over [v, d] each."""
+"""Entries of a chunk, [c, v]: 16 MiB in fp32 for each model. At most CHUNK_ROWS rows, at least 32: fewer cost the
+head's gradient a pass over [v, d] each."""
 BLOCK_ENTRIES = 1 << 17
-"""Entries of a block, [b, v]: the forty-odd temporaries of a divergence and its gradient stay in the third-level cache."""
+"""Entries of a block, [b, v]: the forty temporaries of a divergence and its gradient stay in the third-level cache."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class ChunkPairs:
         self.work, self.rows = work, rows
         self.teacher: PairOf = work.teacher.open(rows, width, scratch)
         needs_reference = work.reference is not None and work.acceptance is None
-        self.reference = work.reference.open(rows, width, scratch) if needs_reference and work.reference else None
+        self.reference = (
+            work.reference.open(rows, width, scratch) if needs_reference and work.reference else None
+        )
 
     def seen_by_verifier(self, block: slice, logits: Tensor) -> TokenPair:
         """The pair at the verification temperature, with labels, sequences and the reference student attached."""
@@ -86,7 +88,7 @@ class ChunkPairs:
 
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
-    """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its keep rule."""
+    """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
     selector = work.objective.verifier
     scores, scratch = [], Scratch()
     for rows in cuts(0, hidden.shape[0], work.chunk):
@@ -127,7 +129,11 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # fp32 throughout: a sum of bf16 products kept in bf16 is worse than the plain program
         grad_weight = torch.zeros(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=fp, device=weight.device) if wants_bias and bias is not None else None
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=fp, device=weight.device)
+            if wants_bias and bias is not None
+            else None
+        )
 
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
@@ -188,7 +194,9 @@ class ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the distillation loss was already backpropagated; call distillation_loss again")
+            raise RuntimeError(
+                "the distillation loss was already backpropagated; call distillation_loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         for i, dtype in enumerate(ctx.dtypes):
             if gradients[i] is not None:

@@ -77,7 +77,9 @@ def help_texts(length: int = 140) -> list[str]:
     """Pieces of Python's own help pages, about ``length`` characters each, cut at a space."""
     from pydoc_data.topics import topics
 
-    words = " ".join(" ".join(topics[name].split()) for name in sorted(topics)).encode("ascii", "ignore").decode()
+    words = (
+        " ".join(" ".join(topics[name].split()) for name in sorted(topics)).encode("ascii", "ignore").decode()
+    )
     pieces, start = [], 0
     while start + length < min(len(words), 400_000):
         stop = words.index(" ", start + length)
@@ -144,7 +146,9 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int 
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
         )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     model.train(was_training)

@@ -63,7 +63,9 @@ def distillation_loss(
     _check(hidden, student, teacher, objective, temperature, chunk)
     for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
         if value is not None and tuple(value.shape) != (n,):
-            raise ConfigError(f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n].")
+            raise ConfigError(
+                f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
+            )
     if row_scale is None:
         row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
 
@@ -102,21 +104,28 @@ def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, devic
         uniform = torch.empty(n, 0, device=device)
     if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:
         raise ConfigError(
-            f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers for each "
-            f"of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
+            f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers "
+            f"for each of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
         )
     return uniform
 
 
 def _check(
-    hidden: Tensor, student: Head, teacher: TeacherRows, objective: Objective, temperature: float, chunk: int | None
+    hidden: Tensor,
+    student: Head,
+    teacher: TeacherRows,
+    objective: Objective,
+    temperature: float,
+    chunk: int | None,
 ) -> None:
     if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.weight.shape[1]:
         raise ConfigError(
-            f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d] and [v, d]."
+            f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d], [v, d]."
         )
     if teacher.count != hidden.shape[0]:
-        raise ConfigError(f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same.")
+        raise ConfigError(
+            f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same."
+        )
     if not temperature > 0:
         raise ConfigError(f"temperature = {temperature} must be above 0.")
     if chunk is not None and chunk < 1:

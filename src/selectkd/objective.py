@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.registry import bind, build
 from selectkd.selectors import SELECTORS
-from selectkd.verifiers import VERIFIERS, Verifier
+from selectkd.verifiers import VERIFIERS
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 
@@ -59,7 +59,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
-            raise ConfigError(f"beta = {self.beta} must lie in [0, 1]; 0 masks rejected tokens, 1 is plain distillation.")
+            raise ConfigError(
+                f"beta = {self.beta} must lie in [0, 1]; 0 masks rejected tokens, 1 is plain distillation."
+            )
         if not self.verify_temperature > 0:
             raise ConfigError(f"verify_temperature = {self.verify_temperature} must be above 0.")
         object.__setattr__(self, "divergence", bind(DIVERGENCES, self.divergence, kind="divergence"))
@@ -77,7 +79,12 @@ class Objective:
         return self.verifier(pair, uniform)
 
     def __call__(
-        self, pair: TokenPair, uniform: Tensor, *, verified: TokenPair | None = None, acceptance: Tensor | None = None
+        self,
+        pair: TokenPair,
+        uniform: Tensor,
+        *,
+        verified: TokenPair | None = None,
+        acceptance: Tensor | None = None,
     ) -> Judgement:
         """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""
@@ -91,10 +98,9 @@ class Objective:
                     raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
                 named = torch.isin(pair.label, torch.tensor(self.always_accept, device=pair.label.device))
                 acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
-            if self.beta == 1.0:
-                weight = torch.ones_like(acceptance)
-            else:
-                weight = acceptance + self.beta * (1.0 - acceptance)  # exactly 1 and beta at a = 1 and a = 0
+            # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
+            weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
+            weight = weight if self.beta < 1.0 else torch.ones_like(acceptance)
             if pair.finite is not None:
                 weight = weight * pair.finite  # a teacher row that is not finite teaches nothing
             meeting = overlap(seen.logp, seen.logq)

@@ -63,7 +63,9 @@ def dense_pair(logp: Tensor, logq: Tensor) -> TokenPair:
     [1]
     """
     if logp.ndim != 2 or logq.ndim != 2 or logp.shape[0] != logq.shape[0]:
-        raise ConfigError(f"dense_pair needs [n, v] and [n, v], got {tuple(logp.shape)} and {tuple(logq.shape)}.")
+        raise ConfigError(
+            f"dense_pair needs [n, v] and [n, v], got {tuple(logp.shape)} and {tuple(logq.shape)}."
+        )
     width = min(logp.shape[1], logq.shape[1])
     logp, logq = (x if x.shape[1] == width else torch.log_softmax(x[:, :width], -1) for x in (logp, logq))
     return TokenPair(logp=logp.detach(), logq=logq, student_top=logq.detach().argmax(-1))
@@ -86,7 +88,9 @@ def topk_pair(ids: Tensor, logp: Tensor, logq: Tensor) -> TokenPair:
             f"the teacher's stored ids reach from {int(ids.min())} to {int(ids.max())}, but the student's vocabulary "
             f"has {logq.shape[1]} tokens; teacher and student must share their ids."
         )
-    finite = torch.isfinite(logp.clamp(min=-1e30)).all(-1)  # -inf is a probability of 0, nan and +inf are faults
+    finite = torch.isfinite(logp.clamp(min=-1e30)).all(
+        -1
+    )  # -inf is a probability of 0, nan and +inf are faults
     kept = logq.gather(1, ids)  # [n, K]
     logp = torch.where(finite[:, None], logp.to(logq.dtype), kept.detach())
     rest = logq.scatter(1, ids, -torch.inf)  # [n, v]

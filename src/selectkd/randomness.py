@@ -1,4 +1,4 @@
-"""Counter-based uniform numbers: a verdict depends on (seed, step, rank, micro-batch, row), never on how rows are cut."""
+"""Counter-based uniform numbers: a verdict depends on (seed, step, rank, micro-batch, row), not on how rows are cut."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Head:
         return self.weight.shape[0]
 
     def raw(self, hidden: Tensor, width: int | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The matrix product alone, hidden weight[:width]^T in the head's dtype, written into ``out`` if given: [c, v]."""
+        """The matrix product alone, hidden weight[:width]^T in the head's dtype, written to ``out`` if given: [c, v]."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
         if out is None:
             return hidden @ weight
@@ -85,7 +85,7 @@ class TeacherRows(Protocol):
     """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once,
     and may write its logits into ``scratch``.
 
-    ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is relative to the chunk.
+    ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is within the chunk.
     """
 
     @property
@@ -116,7 +116,9 @@ class LiveRows:
     ) -> None:
         plain = isinstance(head, Tensor)
         if not plain and (bias is not None or scale != 1.0 or softcap is not None):
-            raise ConfigError("LiveRows got a Head and bias, scale or softcap beside it; put them into the Head.")
+            raise ConfigError(
+                "LiveRows got a Head and bias, scale or softcap beside it; put them into the Head."
+            )
         self.head = Head(head, bias, scale, softcap) if plain else head
         if hidden.ndim != 2 or hidden.shape[1] != self.head.weight.shape[1]:
             raise ConfigError(
@@ -137,7 +139,9 @@ class LiveRows:
         head = self.head
         with torch.no_grad():
             hidden = self.hidden[rows]
-            raw = head.raw(hidden, width, out=scratch.of(self, hidden.shape[0], width, self.head.weight))  # [c, v]
+            raw = head.raw(
+                hidden, width, out=scratch.of(self, hidden.shape[0], width, self.head.weight)
+            )  # [c, v]
         unshared = None if self.shared is None else ~self.shared[:width]
 
         def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:

@@ -10,10 +10,10 @@ from selectkd.errors import ConfigError
 
 @dataclass
 class BetaSchedule:
-    """beta from ``start`` to ``end``: linearly over ``steps``, or as the student comes to agree, up to TAR ``until_tar``.
+    """beta from ``start`` to ``end``: linearly over ``steps``, or as the student comes to agree, up to ``until_tar``.
 
     With ``until_tar`` beta = end + (start - end) * (1 - TAR / until_tar), never rising again: it follows the best TAR
-    seen so far. A constant is BetaSchedule(b, b). Our addition for students that agree nowhere; the paper's is constant.
+    seen so far. A constant is BetaSchedule(b, b). Our addition for students that agree nowhere; constant in the paper.
 
     >>> [round(BetaSchedule(1.0, 0.0, steps=4).value(step, tar=0.0), 2) for step in (0, 2, 4, 9)]
     [1.0, 0.5, 0.0, 0.0]

@@ -15,7 +15,9 @@ from selectkd.pair import dense_pair
 from selectkd.verifiers import Verifier
 
 
-def example_log_dists(n: int = 24, s: int = 11, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def example_log_dists(
+    n: int = 24, s: int = 11, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """n log-distributions over s outcomes, from uniform over peaked to one-hot and with impossible outcomes: [n, s]."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, s, generator=generator, dtype=torch.float64)
@@ -43,12 +45,15 @@ def check_divergence(
     >>> check_divergence(lambda logp, logq: 0.5 * (logp.exp() - logq.exp()).abs().sum(-1), bound=1.0)
     """
     p, q = example_log_dists(seed=1), example_log_dists(seed=2)
-    n, s = p.shape
+    n = p.shape[0]
     value = divergence(p, q)
     _must(value.shape == (n,), f"shape is {tuple(value.shape)}, not ({n},)")
     _must(bool(torch.isfinite(value).all()), f"not finite: {value}")
     _must(bool((value >= 0).all()), f"negative: {value.min()}")
-    _must(bool((divergence(p, p.clone()).abs() <= 1e-12).all()), f"not 0 at p = q: {divergence(p, p.clone()).abs().max()}")
+    _must(
+        bool((divergence(p, p.clone()).abs() <= 1e-12).all()),
+        f"not 0 at p = q: {divergence(p, p.clone()).abs().max()}",
+    )
     if bound is not None:
         _must(bool((value <= bound + 1e-9).all()), f"{value.max()} is above its bound {bound}")
 
@@ -65,7 +70,9 @@ def check_divergence(
 
     for dtype in (torch.float32, torch.bfloat16):
         low = divergence(p.to(dtype), q.to(dtype))
-        _must(bool((low >= 0).all() and torch.isfinite(low).all()), f"negative or not finite in {dtype}: {low}")
+        _must(
+            bool((low >= 0).all() and torch.isfinite(low).all()), f"negative or not finite in {dtype}: {low}"
+        )
         same = divergence(p.to(dtype), p.to(dtype))
         _must(bool((same == 0).all()), f"not exactly 0 at p = q in {dtype}: {same}")
 
@@ -94,7 +101,7 @@ def _merge(log_dist: Tensor) -> Tensor:
 
 
 def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
-    """A verifier gives [n] numbers in [0, 1] without gradient, the same for the same input; token-local if it has no ``keep``.
+    """A verifier gives [n] numbers in [0, 1] without gradient, the same for the same input; token-local without ``keep``.
 
     ``accepts_equal``: also that a student equal to its teacher is accepted everywhere.
 
@@ -118,7 +125,12 @@ def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
     _must(torch.equal(a, again), "the same input gave another verdict: randomness must come from ``uniform``")
     if not hasattr(verifier, "keep"):
         part = replace(dense_pair(p[3:9], q[3:9]), label=label[3:9])
-        _must(torch.equal(verifier(part, uniform[3:9]), a[3:9]), "not token-local: a part of the rows differs")
+        _must(
+            torch.equal(verifier(part, uniform[3:9]), a[3:9]), "not token-local: a part of the rows differs"
+        )
     if accepts_equal:
         same = replace(dense_pair(p, p.clone()), label=label, logr=pair.logr)
-        _must(bool((verifier(same, uniform) >= 1.0 - 1e-6).all()), "a student equal to its teacher is not accepted")
+        _must(
+            bool((verifier(same, uniform) >= 1.0 - 1e-6).all()),
+            "a student equal to its teacher is not accepted",
+        )

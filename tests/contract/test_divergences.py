@@ -39,7 +39,9 @@ def test_the_gradient_equals_the_numerical_one(name):
         assert grad.abs().max() > 0
         assert grad.sum(-1).abs().max() < 1e-12  # along the simplex
     else:
-        assert torch.autograd.gradcheck(lambda z: DIVERGENCES[name](logp, torch.log_softmax(z, -1)), (logits,))
+        assert torch.autograd.gradcheck(
+            lambda z: DIVERGENCES[name](logp, torch.log_softmax(z, -1)), (logits,)
+        )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -59,7 +61,9 @@ def test_no_input_makes_it_negative_or_not_finite_in_bf16(name, scale, seed, mas
     assert bool(torch.isfinite(grad).all())
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "generalized_jsd"])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "generalized_jsd"]
+)
 def test_a_token_the_teacher_forbids_costs_a_finite_amount_and_is_pushed_down(name):
     logp = torch.tensor([[0.5, 0.5, 0.0]]).log()
     leaf = torch.tensor([[0.0, 0.0, 50.0]], requires_grad=True)

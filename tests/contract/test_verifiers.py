@@ -38,8 +38,12 @@ def test_spec_k_accepts_at_the_rate_theory_gives(name, k):
     uniform = torch.rand(trials, verifier.uniforms_per_token, generator=generator)
     rate = verifier(dense_pair(p.expand(trials, -1), q.expand(trials, -1)), uniform).mean().item()
     expected = 1 - tv**k
-    assert abs(rate - expected) < 4 * math.sqrt(expected * (1 - expected) / trials)  # 4 sigma of 40,000 trials
-    assert VERIFIERS["expected_spec_k"](k=k)(dense_pair(p, q), torch.empty(1, 0)).item() == pytest.approx(expected)
+    assert abs(rate - expected) < 4 * math.sqrt(
+        expected * (1 - expected) / trials
+    )  # 4 sigma of 40,000 trials
+    assert VERIFIERS["expected_spec_k"](k=k)(dense_pair(p, q), torch.empty(1, 0)).item() == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -63,7 +67,9 @@ def test_ties_at_rank_k_are_accepted():
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True, "5"])
-@pytest.mark.parametrize("name", ["greedy_topk", "spec_k", "spec_k_literal", "expected_spec_k", "label_top_k"])
+@pytest.mark.parametrize(
+    "name", ["greedy_topk", "spec_k", "spec_k_literal", "expected_spec_k", "label_top_k"]
+)
 def test_a_k_that_is_no_positive_integer_is_refused(name, k):
     with pytest.raises(ConfigError, match=name):
         VERIFIERS[name](k=k)
@@ -90,7 +96,9 @@ def test_matched_shuffle_keeps_the_rate_and_moves_the_places():
     assert dealt.sum() == greedy.sum() and not torch.equal(dealt, greedy)
 
 
-@pytest.mark.parametrize(("name", "share"), [("se_kd", 0.2), ("tip", 0.5), ("teachability", 0.05), ("adakd", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("se_kd", 0.2), ("tip", 0.5), ("teachability", 0.05), ("adakd", 0.5)]
+)
 def test_a_selector_keeps_its_share(name, share):
     p, q = example_log_dists(101, 20, seed=1), example_log_dists(101, 20, seed=2)
     kept = SELECTORS[name]()(dense_pair(p, q), torch.empty(101, 0))

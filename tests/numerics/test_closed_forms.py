@@ -106,11 +106,21 @@ def test_fp32_is_no_worse_than_the_plain_program(name, dtype):
     # near equality the plain formula in fp32 has lost all digits; ours must not be worse than 1.05 x its error
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = torch.log_softmax(logits, -1)
-    q = torch.log_softmax(logits + 1e-2 * torch.randn(64, 500, generator=torch.Generator().manual_seed(1)), -1)
+    q = torch.log_softmax(
+        logits + 1e-2 * torch.randn(64, 500, generator=torch.Generator().manual_seed(1)), -1
+    )
     exact = D[name](p, q)
     error = (D[name](p.to(dtype), q.to(dtype)).double() - exact).norm()
     plain = (D["forward_kl"](p, q) - _plain_kl(p.to(dtype), q.to(dtype)).double()).norm()
-    if name in ("forward_kl", "reverse_kl", "jeffreys", "skew_kl", "skew_reverse_kl", "generalized_jsd", "adaptive_kl"):
+    if name in (
+        "forward_kl",
+        "reverse_kl",
+        "jeffreys",
+        "skew_kl",
+        "skew_reverse_kl",
+        "generalized_jsd",
+        "adaptive_kl",
+    ):
         assert error <= 1.05 * plain
     assert error <= 1e-4 * exact.norm() + 1e-6  # the conditioning of fp32 inputs 1e-2 apart
 

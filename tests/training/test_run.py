@@ -164,6 +164,8 @@ def test_a_student_cut_from_its_teacher_trains_and_says_what_was_kept(recipe: Ca
     assert result.before is not None and result.after is not None and result.after.kl < result.before.kl
 
 
+# peft 0.21 asks transformers by a name that goes in version 6
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_lora_with_checkpointing_and_packing_saves_a_merged_student(
     recipe: Callable[..., Any], folders: Path
 ) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from selectkd.divergences.acceptance import kl_tv_hybrid, neg_log_acceptance, total_variation
 from selectkd.divergences.adaptive import adaptive_kl, taid, todi
-from selectkd.divergences.kl import forward_kl, generalized_jsd, jeffreys, reverse_kl, skew_kl, skew_reverse_kl
+from selectkd.divergences.kl import (
+    forward_kl,
+    generalized_jsd,
+    jeffreys,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+)
 from selectkd.divergences.power import alpha_beta
 
 Divergence = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""Divergences that adapt per token or over time: AKL, ToDi, TAID. n rows, s support columns; p = teacher, q = student."""
+"""Divergences that adapt per token or over time: AKL, ToDi, TAID. n rows, s support columns; p teacher, q student."""
 
 from __future__ import annotations
 

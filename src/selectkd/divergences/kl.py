@@ -116,7 +116,9 @@ def skew_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1) -> Tensor:
     return relative_entropy(logp, log_mixture(logp, logq, share_of("alpha", alpha)))
 
 
-def skew_reverse_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+def skew_reverse_kl(
+    logp: Tensor, logq: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False
+) -> Tensor:
     """Skew reverse KL, KL(q || (1 - alpha) p + alpha q), at most -log alpha.
 
     0 at p = q; alpha in [0, 1], 0 is reverse KL. ``detach_mixture`` stops the gradient through the student inside
@@ -149,4 +151,12 @@ def generalized_jsd(logp: Tensor, logq: Tensor, *, beta: float = 0.5) -> Tensor:
     return b * relative_entropy(logp, mixture) + (1.0 - b) * relative_entropy(logq, mixture)
 
 
-__all__ = ["LOG_FLOOR", "forward_kl", "generalized_jsd", "jeffreys", "reverse_kl", "skew_kl", "skew_reverse_kl"]
+__all__ = [
+    "LOG_FLOOR",
+    "forward_kl",
+    "generalized_jsd",
+    "jeffreys",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+]

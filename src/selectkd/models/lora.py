@@ -24,8 +24,8 @@ def add_lora(
 ) -> nn.Module:
     """The model with W + (alpha / r) B A in place of each named linear W; only A and B are trainable.
 
-    B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the model,
-    for the head (its weight is used by reference), and for r, alpha or dropout out of range.
+    B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the
+    model, for the head (its weight is used by reference), and for r, alpha or dropout out of range.
     Source: Hu et al. 2021, equation 3.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -40,7 +40,8 @@ def add_lora(
     if unknown or not target_modules:
         wrong = f"names {', '.join(map(repr, unknown))}, not" if unknown else "is empty: it needs"
         raise ConfigError(
-            f"lora.target_modules {wrong} linear layers of {type(model).__name__}. It has: {', '.join(available)}."
+            f"lora.target_modules {wrong} linear layers of {type(model).__name__}. "
+            f"It has: {', '.join(available)}."
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

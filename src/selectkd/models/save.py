@@ -15,12 +15,12 @@ from selectkd.models.lora import merge
 
 
 def save_student(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str], card: str) -> Path:
-    """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card) into ``folder``.
+    """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card).
 
-    AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the folder
-    first and renamed when complete; a model folder that stood there is replaced. An adapter is merged in a copy,
-    so the model in memory goes on training. ConfigError where ``folder`` is a file or holds anything but a model,
-    ResourceError where the disk is full.
+    AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
+    folder first and renamed when complete; a model folder that stood there is replaced. An adapter is merged
+    in a copy, so the model in memory goes on training. ConfigError where ``folder`` is a file or holds
+    anything but a model, ResourceError where the disk is full.
     """
     folder = Path(folder)
     check_target(folder)
@@ -52,7 +52,7 @@ def check_target(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force every file of a folder, and the folder itself, to the disk, so that a rename publishes whole files."""
+    """Force every file of a folder, and the folder itself, to the disk, so a rename publishes whole files."""
     for path in [*sorted(folder.rglob("*")), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -74,6 +74,6 @@ def disk_error(error: OSError, folder: Path) -> ResourceError:
     """The ResourceError for a failed write: which folder, what the system said, and how much is free."""
     free = shutil.disk_usage(folder.parent).free
     return ResourceError(
-        f"cannot write the model to {folder}: {error.strerror or error}; {free / 2**30:.2f} GiB are free there. "
+        f"cannot write the model to {folder}: {error.strerror or error}; {free / 2**30:.2f} GiB are free. "
         "Free some space or name another folder."
     )

@@ -19,7 +19,7 @@ from selectkd.verifiers.gates import entropy, hellinger_distance, label_of, sequ
 
 
 def top_share(score: Tensor, share: float) -> Tensor:
-    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. Rows that are not finite come last."""
+    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. Rows not finite come last."""
     score = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     count = math.ceil(share * score.shape[0] - 1e-9)
     best = torch.argsort(score, descending=True, stable=True)[:count]
@@ -35,7 +35,9 @@ def normalised(score: Tensor) -> Tensor:
 def reference_of(pair: TokenPair, name: str) -> Tensor:
     """The reference student's log-probabilities, or a ConfigError that says who needs them."""
     if pair.logr is None:
-        raise ConfigError(f"{name} compares with a reference student; pass reference=LiveRows(...) to distillation_loss.")
+        raise ConfigError(
+            f"{name} compares with a reference student; pass reference=LiveRows(...) to distillation_loss."
+        )
     return pair.logr
 
 
@@ -68,7 +70,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class se_kd(Ranked):  # noqa: N801
+class se_kd(Ranked):
     """SE-KD: the 20% of rows where the student's entropy is highest."""
 
     share: float = 0.2
@@ -78,7 +80,7 @@ class se_kd(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class tip(Ranked):  # noqa: N801
+class tip(Ranked):
     """TIP: the 50% of rows with the highest 1 - (1 - h)(1 - d), h student entropy and d KL(p || q), each scaled to
     [0, 1] over the batch."""
 
@@ -91,8 +93,8 @@ class tip(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class teachability(Ranked):  # noqa: N801
-    """Teachability: the 5% of rows with the highest KL(p || q) times the teacher's mass on the student's ``top`` best."""
+class teachability(Ranked):
+    """Teachability: the 5% of rows with the highest KL(p || q) times p's mass on the student's ``top`` best."""
 
     share: float = 0.05
     top: int = 16
@@ -105,7 +107,7 @@ class teachability(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class adaspec(Ranked):  # noqa: N801
+class adaspec(Ranked):
     """AdaSPEC: the 40% of rows with the highest KL(p || q) - KL(p || q_ref), q_ref a reference student.
 
     Source: AdaSPEC (arXiv 2510.19779).
@@ -119,7 +121,7 @@ class adaspec(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class atkd(Ranked):  # noqa: N801
+class atkd(Ranked):
     """ATKD's hard rows: the half of the batch with the highest uncertainty u = 1 - p(label).
 
     Source: ATKD (arXiv 2402.11890).
@@ -130,7 +132,7 @@ class atkd(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class adakd(Ranked):  # noqa: N801
+class adakd(Ranked):
     """AdaKD: the rows with the highest Hellinger distance between teacher and student."""
 
     def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class adakd(Ranked):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class rho_1(Ranked):  # noqa: N801
+class rho_1(Ranked):
     """Rho-1: the 60% of rows with the highest excess loss, -log q(label) + log q_ref(label).
 
     Source: Rho-1 (arXiv 2404.07965).

@@ -61,7 +61,7 @@ def train_loop(
     log line. Raises NumericsError when too many steps were left out.
     """
     model.to(ledger.device).train()
-    wrapped = nn.parallel.DistributedDataParallel(model) if ranks() > 1 else model
+    wrapped: Any = nn.parallel.DistributedDataParallel(model) if ranks() > 1 else model
     optimizer = optimizer_for(model, learning_rate=learning_rate, weight_decay=weight_decay)
     lr = get_scheduler(
         SCHEDULES[schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps

@@ -132,8 +132,8 @@ def cold(tar: float) -> str:
     """What to tell someone whose student agrees with the teacher almost nowhere."""
     return (
         f"TAR is {tar:.3f} at step 0, below {COLD_TAR}: the teacher accepts almost nothing, so the gate "
-        "leaves almost no signal. Set objective.beta to {start: 1.0, end: 0.01, until_tar: 0.5}, or start from a "
-        "warmer student (more layers, or layers chosen as measured)."
+        "leaves almost no signal. Set objective.beta to {start: 1.0, end: 0.01, until_tar: 0.5}, or start "
+        "from a warmer student (more layers, or layers chosen as measured)."
     )
 
 

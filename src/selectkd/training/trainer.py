@@ -61,7 +61,7 @@ class DistillTrainer(Trainer):
         if args.label_smoothing_factor != 0 or args.n_gpu > 1:
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
-                "process; the loss has no smoothing, and several GPUs need one process each (accelerate launch)."
+                "process; the loss has no smoothing, and several GPUs need a process each (accelerate launch)."
             )
         self.feed = Feed(micro_batches)
         if args.max_steps < 0:
@@ -115,14 +115,14 @@ class DistillTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Portion, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the last one the gradient is finished."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         if inputs.last:
             self.ledger.settle(model.parameters())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._norm = float(norm)
+        self._norm = float(norm)  # type: ignore[arg-type]
         if not self.ledger.accept(self._norm):
             model.zero_grad(
                 set_to_none=True
@@ -149,15 +149,16 @@ class DistillTrainer(Trainer):
             self._asked_at = step
             if self.after_step(step):
                 self.control.should_training_stop = True
-            self.model.train()
+            self.student.train()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = output_dir if output_dir is not None else self.args.output_dir
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if state_dict is not None:
             state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
-        self.student.save_pretrained(folder, state_dict=state_dict)
+        student: Any = self.student
+        student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -169,7 +170,8 @@ class _Rate(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._rate = self.trainer.optimizer.param_groups[0]["lr"]
+        optimizer: Any = self.trainer.optimizer
+        self.trainer._rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= args.max_steps:

@@ -15,9 +15,9 @@ from typing import Protocol
 from torch import Tensor
 
 from selectkd.pair import TokenPair
+from selectkd.verifiers.controls import always, matched_random, matched_shuffle
 from selectkd.verifiers.gates import hellinger, label_top_k, prefix_gate, student_entropy, teacher_entropy
 from selectkd.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
-from selectkd.verifiers.controls import always, matched_random, matched_shuffle
 
 
 class Verifier(Protocol):

@@ -14,7 +14,7 @@ from selectkd.verifiers.selectkd import at_least_one, greedy_topk
 
 
 @dataclass(frozen=True)
-class always:  # noqa: N801
+class always:
     """a = 1 everywhere: plain distillation.
 
     >>> import torch
@@ -31,7 +31,7 @@ class always:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class matched_random:  # noqa: N801
+class matched_random:
     """a = 1 with probability ``rate`` whatever the models say: random places at the rate of the run it controls for.
 
     Set ``rate`` to that run's TAR; the default is a fair coin.
@@ -50,7 +50,7 @@ class matched_random:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class matched_shuffle:  # noqa: N801
+class matched_shuffle:
     """The verdicts of greedy top-k dealt out to random rows of the batch: the same rate at every step, random places.
 
     Not token-local: the loss scores every row first.

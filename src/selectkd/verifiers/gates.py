@@ -23,7 +23,7 @@ def hellinger_distance(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class hellinger:  # noqa: N801
+class hellinger:
     """a = 1 - H(p, q), H = ||sqrt p - sqrt q|| / sqrt 2; in [0, 1], 1 at p = q. The soft weight the paper rejected.
 
     Source: SelecTKD (arXiv 2510.24021), ablation of the weighting.
@@ -37,7 +37,7 @@ class hellinger:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class teacher_entropy:  # noqa: N801
+class teacher_entropy:
     """a = 1 where the teacher's entropy is at most ``max`` nats: learn where the teacher is sure. Default 1 nat."""
 
     max: float = 1.0
@@ -53,7 +53,7 @@ class teacher_entropy:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class student_entropy:  # noqa: N801
+class student_entropy:
     """a = 1 where the student's entropy is at least ``min`` nats: learn where the student is unsure. Default 1 nat."""
 
     min: float = 1.0
@@ -69,7 +69,7 @@ class student_entropy:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class label_top_k:  # noqa: N801
+class label_top_k:
     """a = 1 where the token of the text, y_t, is among the teacher's k best: verifies the label, not the proposal."""
 
     k: int = 5
@@ -87,7 +87,7 @@ class label_top_k:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class prefix_gate:  # noqa: N801
+class prefix_gate:
     """a = 1 up to a sequence's first rejection by greedy top-k, 0 from there on.
 
     Rows of one sequence must stand in order (``pair.sequence``); not token-local, so the loss scores every row first.

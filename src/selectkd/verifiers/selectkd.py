@@ -41,7 +41,7 @@ def within_top(pair: TokenPair, column: Tensor, k: int, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class greedy_topk:  # noqa: N801
+class greedy_topk:
     """Variant A: a = 1 where the student's argmax is among the teacher's k best tokens, else 0.
 
     k = 5 as in the paper; k = V accepts everything. Exact from a stored teacher top-K whenever K >= k.
@@ -69,7 +69,7 @@ class greedy_topk:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class spec_k:  # noqa: N801
+class spec_k:
     """Variant B, fast: a = 1 with probability exactly 1 - TV(p, q)^k, else 0, from one uniform number a token.
 
     It has the law of ``spec_k_literal`` (k independent draws of the student, any of which may pass) without sampling
@@ -96,7 +96,7 @@ class spec_k:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class expected_spec_k:  # noqa: N801
+class expected_spec_k:
     """Variant B without noise: a = 1 - TV(p, q)^k, the probability that spec-k accepts; in [0, 1], 1 at p = q.
 
     Source: SelecTKD (arXiv 2510.24021), Algorithm 1, Variant B, in expectation.
@@ -120,7 +120,7 @@ class expected_spec_k:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class spec_k_literal:  # noqa: N801
+class spec_k_literal:
     """Variant B word for word: k draws y ~ q, each passes if r < min(1, p(y) / q(y)); a = 1 if any passes.
 
     The oracle of the tests and of the one-file example; ``spec_k`` has the same law at a fraction of the cost. Reads

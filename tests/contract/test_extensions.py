@@ -1,0 +1,86 @@
+"""A divergence and a verifier from outside the package work by name, with no file of the package touched."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from selectkd import LiveRows, Objective, distillation_loss
+from selectkd.errors import ConfigError
+from selectkd.testing import check_divergence, check_verifier
+
+OUTSIDE = textwrap.dedent(
+    '''
+    from dataclasses import dataclass
+
+    def squared_hellinger(logp, logq, *, scale=1.0):
+        """scale * (1 - sum sqrt(p q))."""
+        return (scale * 0.5 * ((0.5 * logp).exp() - (0.5 * logq).exp()).square().sum(-1))
+
+    @dataclass(frozen=True)
+    class top_mass:
+        """a = 1 where the teacher gives the proposal at least `least`."""
+
+        least: float = 0.1
+        uniforms_per_token = 0
+        teacher_tokens = None
+
+        def __call__(self, pair, uniform):
+            return (pair.logp.gather(-1, pair.student_top[:, None])[:, 0].exp() >= self.least).to(pair.logp.dtype)
+    '''
+)
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(OUTSIDE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_losses", None)
+
+
+def test_a_divergence_and_a_verifier_from_outside_train(outside):
+    objective = Objective(
+        {"name": "my_losses:squared_hellinger", "scale": 2.0},
+        {"name": "my_losses:top_mass", "least": 0.05},
+        beta=0.2,
+    )
+    check_divergence(objective.divergence, bound=2.0)
+    check_verifier(objective.verifier, accepts_equal=False)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 4, generator=generator).requires_grad_()
+    weight, teacher = torch.randn(20, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    loss, _ = distillation_loss(hidden, weight, LiveRows(teacher, weight), objective)
+    loss.backward()
+    assert loss.item() > 0 and hidden.grad.abs().max() > 0
+
+
+def test_an_outside_name_that_is_not_there_is_refused(outside):
+    with pytest.raises(ConfigError, match="my_losses:nothing"):
+        Objective("my_losses:nothing", "always")
+
+
+def test_a_misspelt_name_or_parameter_is_answered_with_the_right_one():
+    with pytest.raises(ConfigError, match="forward_kl"):
+        Objective("foward_kl", "always")
+    with pytest.raises(ConfigError, match="'alpha'"):
+        Objective({"name": "skew_kl", "alhpa": 0.2}, "always")
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (
+            lambda p, q: -(p.exp() * q.clamp(min=-50)).sum(-1),
+            "p = q|negative",
+        ),  # cross-entropy is not 0 at p = q
+        (lambda p, q: (p.exp() * (p - q)).sum(-1).mean(), "shape"),
+        (lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / (1 + p.exp().sum()), "token-local|p = q"),
+    ],
+)
+def test_the_contract_fails_for_what_is_no_divergence(broken, says):
+    with pytest.raises(AssertionError, match=says):
+        check_divergence(broken)
