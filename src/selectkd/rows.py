@@ -39,7 +39,7 @@ class Head:
         return self.weight.shape[0]
 
     def raw(self, hidden: Tensor, width: int | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The matrix product alone, hidden weight[:width]^T in the head's dtype, written to ``out`` if given: [c, v]."""
+        """The matrix product alone, hidden weight[:width]^T in the head's dtype, into ``out`` if given: [c, v]."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
         if out is None:
             return hidden @ weight

@@ -101,7 +101,7 @@ def _merge(log_dist: Tensor) -> Tensor:
 
 
 def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
-    """A verifier gives [n] numbers in [0, 1] without gradient, the same for the same input; token-local without ``keep``.
+    """A verifier gives [n] numbers in [0, 1] without gradient, the same each time; token-local without ``keep``.
 
     ``accepts_equal``: also that a student equal to its teacher is accepted everywhere.
 
