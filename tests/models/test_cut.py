@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers as hf
 
+from selectkd.data.collate import collate
+from selectkd.data.render import Example
 from selectkd.errors import ConfigError
 from selectkd.models.cut import cut_student, even_layers
 
@@ -54,6 +56,22 @@ def test_a_measured_cut_removes_what_trying_every_layer_would(llama, batches):
         left.remove(removed)
     assert kept == report.kept == left and report.rows == 24 + 49
     assert [h[0] for h in heard] == report.removed and heard[-1][1] == tuple(kept)
+
+
+def test_a_batch_is_compared_where_it_is_trained(llama):
+    examples = [
+        Example(
+            input_ids=[5, 6, 7, 8, 2], completion=[False, False, True, True, True], stream=0, origin="a:1"
+        ),
+        Example(input_ids=[9, 4, 2], completion=[False, True, True], stream=1, origin="a:2"),
+    ]
+    batch = collate(examples, pad_id=0)
+    student, _, report = cut_student(llama, 3, "measured", [batch])
+    apart = [
+        ({"input_ids": torch.tensor([[5, 6, 7, 8, 2]])}, torch.tensor([1, 2, 3])),
+        ({"input_ids": torch.tensor([[9, 4, 2]])}, torch.tensor([0, 1])),
+    ]
+    assert report.rows == 5 and report.kl[0] == pytest.approx(held_out_kl(llama, student, apart), rel=1e-4)
 
 
 def test_a_bfloat16_teacher_is_measured_and_its_student_stays_bfloat16(llama, batches):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectkd.cli.terminal import say
+from selectkd.cli.terminal import say, without_other_bars
 
 if TYPE_CHECKING:
     from selectkd.assembly import Assembly
@@ -36,6 +36,7 @@ def demo(
     from selectkd.training.progress import TrainingProgress
     from selectkd.training.run import train
 
+    without_other_bars()
     changes = list(changes or [])
     if quick:
         folder = output_dir or Path(tempfile.mkdtemp(prefix="selectkd-demo-"))

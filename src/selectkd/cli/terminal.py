@@ -71,3 +71,10 @@ def _encodable(text: str, stream: object) -> str:
     """``text`` with what the stream's encoding lacks as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def without_other_bars() -> None:
+    """No progress bars of transformers between ours: loading and saving a model each draw one."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

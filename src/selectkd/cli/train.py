@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.terminal import Told, say
+from selectkd.cli.terminal import Told, say, without_other_bars
 
 
 def train(
@@ -26,6 +26,7 @@ def train(
     from selectkd.training.progress import TrainingProgress
     from selectkd.training.run import train as run
 
+    without_other_bars()
     log = logging.getLogger("selectkd")
     log.addHandler(Told(logging.WARNING))
     log.propagate = False

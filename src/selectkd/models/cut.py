@@ -3,6 +3,8 @@
 n compared rows, t positions, d width, v vocabulary.
 """
 
+# torch types an attribute of a module as Tensor | Module; what these functions read of one is neither
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false
 from __future__ import annotations
 
 import copy
@@ -15,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectkd.data.collate import Batch
+from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.models.head import decoder_of, head_of, unwrapped
 from selectkd.rows import Head
 
 Inputs = Mapping[str, Tensor]
+HeldOut = Batch | tuple[Inputs, Tensor | None]
 Progress = Callable[[int, tuple[int, ...], float], None]
 
 PIECE_POSITIONS = 128
-"""Token positions run at once: enough for fast matrix products, few enough to give up a bad candidate early."""
+"""Token positions run at once: enough for fast matrix products, few enough to give a bad cut up early."""
 HEAD_ROWS = 64
 """Rows whose logits exist at once; 64 rows of a 152,000-word vocabulary are 39 MB in fp32."""
 
@@ -47,7 +52,7 @@ def cut_student(
     teacher: nn.Module,
     layers: int,
     choose: str | Sequence[int] = "measured",
-    batches: Iterable[tuple[Inputs, Tensor | None]] | None = None,
+    batches: Iterable[HeldOut] | None = None,
     *,
     on_progress: Progress | None = None,
 ) -> tuple[nn.Module, list[int], CutReport]:
@@ -165,11 +170,11 @@ def _listed(choice: list[int], layers: int, total: int) -> list[int]:
 def measured_layers(
     teacher: nn.Module,
     layers: int,
-    batches: Iterable[tuple[Inputs, Tensor | None]],
+    batches: Iterable[HeldOut],
     *,
     on_progress: Progress | None = None,
 ) -> CutReport:
-    """The greedy choice: remove the layer without which KL(teacher || rest), a mean over rows, is least; repeat.
+    """The greedy choice: remove the layer without which the mean KL(teacher || rest) is least; repeat.
 
     Equal to running every candidate in full. What it saves: a candidate starts from the stored input of the
     layer it leaves out, and is given up once the pieces of its KL seen so far exceed the whole of another's.
@@ -290,12 +295,13 @@ def _final_norm(decoder: nn.Module) -> nn.Module:
     )
 
 
-def _split(
-    teacher: nn.Module, batches: Iterable[tuple[Inputs, Tensor | None]]
-) -> Iterable[tuple[Inputs, Tensor]]:
+def _split(teacher: nn.Module, batches: Iterable[HeldOut]) -> Iterable[tuple[Inputs, Tensor]]:
     """Batches cut into pieces of whole sequences, about PIECE_POSITIONS long, on the teacher's device."""
     device = next(teacher.parameters()).device
-    for inputs, rows in batches:
+    for batch in batches:
+        inputs, rows = (
+            (batch.model_inputs(), supervised(batch).position) if isinstance(batch, Batch) else batch
+        )
         b, t = inputs["input_ids"].shape
         if rows is None:
             mask = inputs.get("attention_mask")

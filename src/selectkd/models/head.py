@@ -3,6 +3,8 @@
 b sequences, t positions, d width, v vocabulary.
 """
 
+# torch types an attribute of a module as Tensor | Module; what these functions read of one is neither
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -40,7 +42,7 @@ def head_of(model: nn.Module) -> Head:
     weight = layer.weight
     if not weight.is_floating_point():
         raise ConfigError(
-            f"the head of {type(plain).__name__} is stored as {weight.dtype}. Load it without quantising its head."
+            f"the head of {type(plain).__name__} is stored as {weight.dtype}. Do not quantise the head."
         )
     config = plain.config.get_text_config()
     return Head(weight, getattr(layer, "bias", None), _scale(config), _softcap(config))
@@ -100,8 +102,8 @@ def check_head(model: nn.Module) -> None:
     error = (ours - theirs).abs().max().item()
     if not error <= tolerance:
         raise ConfigError(
-            f"the head of {type(unwrapped(model)).__name__} does something to its logits that selectkd does not "
-            f"know: they differ by {error:.3g}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
+            f"the head of {type(unwrapped(model)).__name__} does something to its logits that is not known here: "
+            f"they differ by {error:.3g}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
         )
 
 

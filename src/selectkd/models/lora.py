@@ -1,5 +1,7 @@
 """Low-rank adapters on a student (peft): added to its linear layers, and merged back."""
 
+# torch types an attribute of a module as Tensor | Module; what these functions read of one is neither
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false
 from __future__ import annotations
 
 import warnings

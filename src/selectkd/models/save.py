@@ -1,5 +1,7 @@
 """A student written as a Hugging Face model folder, whole or not at all."""
 
+# torch types an attribute of a module as Tensor | Module; what these functions read of one is neither
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false
 from __future__ import annotations
 
 import copy
