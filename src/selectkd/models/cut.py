@@ -103,7 +103,7 @@ def even_layers(total: int, layers: int) -> list[int]:
     return [(index * (total - 1) + (layers - 1) // 2) // (layers - 1) for index in range(layers)]
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: Any) -> nn.ModuleList:
     """The decoder's list of layers; ConfigError for an architecture without one."""
     decoder = decoder_of(model)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
@@ -115,7 +115,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def build(teacher: nn.Module, kept: Sequence[int]) -> nn.Module:
+def build(teacher: Any, kept: Sequence[int]) -> nn.Module:
     """A model of the teacher's class with the layers ``kept``, renumbered from 0, in memory of its own.
 
     Built from the cut configuration, so layer_idx, per-layer lists (layer_types and the like) and tied
@@ -168,7 +168,7 @@ def _listed(choice: list[int], layers: int, total: int) -> list[int]:
 
 
 def measured_layers(
-    teacher: nn.Module,
+    teacher: Any,
     layers: int,
     batches: Iterable[HeldOut],
     *,
@@ -300,7 +300,9 @@ def _split(teacher: nn.Module, batches: Iterable[HeldOut]) -> Iterable[tuple[Inp
     device = next(teacher.parameters()).device
     for batch in batches:
         inputs, rows = (
-            (batch.model_inputs(), supervised(batch).position) if isinstance(batch, Batch) else batch
+            (batch.model_inputs(dtype=teacher.dtype), supervised(batch).position)
+            if isinstance(batch, Batch)
+            else batch
         )
         b, t = inputs["input_ids"].shape
         if rows is None:

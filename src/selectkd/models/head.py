@@ -73,15 +73,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The Hugging Face model itself, out of peft's wrapper where it has one."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if getattr(model.active_peft_config, "is_prompt_learning", False):
+    wrapper: Any = model
+    if not hasattr(wrapper, "get_base_model"):
+        return wrapper
+    if getattr(wrapper.active_peft_config, "is_prompt_learning", False):
         raise ConfigError(
-            f"{model.active_peft_config.peft_type} adds virtual tokens outside the backbone. Use LoRA."
+            f"{wrapper.active_peft_config.peft_type} adds virtual tokens outside the backbone. Use LoRA."
         )
-    return model.get_base_model()
+    return wrapper.get_base_model()
 
 
 def check_head(model: nn.Module) -> None:

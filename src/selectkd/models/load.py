@@ -235,7 +235,7 @@ def _local(spec: str | os.PathLike[str]) -> Path | None:
 def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
     """A snapshot of a hub model: configuration first, checked, and only then the safetensors files."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=WITHOUT_WEIGHTS))
@@ -245,7 +245,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
             folder = Path(
                 snapshot_download(name, revision=commit, allow_patterns=[*WITHOUT_WEIGHTS, "*.safetensors"])
             )
-    except (HTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{name!r} is no local folder, and the hub does not give it"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 def add_lora(
-    model: nn.Module,
+    model: Any,
     *,
     r: int = 16,
     alpha: int = 128,
@@ -61,7 +62,7 @@ def add_lora(
         return get_peft_model(model, config)
 
 
-def linear_layers(model: nn.Module) -> list[str]:
+def linear_layers(model: Any) -> list[str]:
     """The last names of the model's linear layers in order of first appearance, the head left out."""
     head = model.get_output_embeddings()
     names = {
@@ -72,7 +73,7 @@ def linear_layers(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: Any) -> Any:
     """The plain model with each adapter's product added to its weight; a model without adapters as it is.
 
     In place: the wrapper must not be used afterwards.

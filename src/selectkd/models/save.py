@@ -10,13 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from selectkd.errors import ConfigError, ResourceError
 from selectkd.models.lora import merge
 
 
-def save_student(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str], card: str) -> Path:
+def save_student(model: Any, tokenizer: Any, folder: str | os.PathLike[str], card: str) -> Path:
     """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card).
 
     AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
