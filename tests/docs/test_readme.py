@@ -1,0 +1,45 @@
+"""The README's code runs, its commands exist, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_the_code_of_the_readme_runs(code):
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert 0.0 <= float(names["tar"]) <= 1.0  # type: ignore[arg-type]
+
+
+def test_every_command_of_the_readme_is_one():
+    from selectkd.cli.app import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
+    used = set(re.findall(r"selectkd ([a-z]+)", README)) - {"distils", "import"}
+    assert used and used <= known
+    targets = set(re.findall(r"make ([a-z]+)", README))
+    assert (
+        targets <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+        and {"demo", "test"} <= targets
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_test_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}" in tests, name
+    for path in re.findall(r"`((?:tests|src|examples|recipes|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
