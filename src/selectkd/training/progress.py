@@ -10,12 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+EVERY = 10
+"""Steps between two plain lines."""
+
 
 class TrainingProgress:
-    """A rich progress bar fed with log lines; a context manager. Off where the console is no terminal."""
+    """A rich progress bar fed with log lines; a context manager. Where the console is no terminal, plain lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console if console is not None else Console(stderr=True)
+        self.plain = None if console.is_terminal else console
+        self.total: int | None = None
         self.bar = Progress(
             TextColumn("[progress.description]{task.description}"),
             BarColumn(),
@@ -39,6 +44,9 @@ class TrainingProgress:
     def stage(self, name: str, total: int | None = None) -> None:
         """Says what is going on, and how many steps it has."""
         self.bar.update(self.task, description=name, total=total, told="")
+        self.total = total
+        if self.plain is not None:
+            self.plain.out(name)
 
     def line(self, line: dict[str, Any]) -> None:
         """Shows a line of metrics.jsonl."""
@@ -49,6 +57,8 @@ class TrainingProgress:
                 + (f"  skipped {line['skipped']}" if line["skipped"] else "")
             )
             self.bar.update(self.task, completed=line["step"], told=told)
+            if self.plain is not None and (line["step"] % EVERY == 0 or line["step"] == self.total):
+                self.plain.out(f"step {line['step']}/{self.total or '?'}  {told}")
 
 
 def _short(value: float | None) -> str:
