@@ -28,8 +28,8 @@ from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers.live import LiveTeacher
 
-CUT_SAMPLES = 6
-"""Held-out samples a cut is measured on: some 300 positions; its time grows with them (docs/log.md)."""
+CUT_SAMPLES = 4
+"""Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
 
 
 @dataclass

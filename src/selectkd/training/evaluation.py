@@ -26,8 +26,8 @@ class Evaluation:
     """What held-out text says: ``kl`` is KL(p || q) in nats a token at temperature 1, whatever the objective.
 
     perplexity, teacher_perplexity: of the text's own tokens. tar, acceptance (mean over tokens), bite (of the
-    KL), overlap (mean of sum_v min(p, q)): at the objective's verifier and beta. streams: tar and kl of each
-    stream.
+    KL), overlap (mean of sum_v min(p, q)): at the objective's verifier and beta, where a run gives the beta it
+    ends with. streams: tar and kl of each stream.
     """
 
     kl: float

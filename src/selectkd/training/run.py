@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -232,7 +232,7 @@ class _Watch:
         line: dict[str, Any] = {"step": step}
         if made.heldout:
             self.latest = evaluate(
-                made.student, made.teacher, made.heldout, made.objective,
+                made.student, made.teacher, made.heldout, replace(made.objective, beta=made.beta.end),
                 seed=training.seed, streams=made.streams, chunk=training.chunk, device=self.device,
             )  # fmt: skip
             self.latest_step = step
