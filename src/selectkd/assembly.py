@@ -270,10 +270,9 @@ def _student(
         )
     texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if wanted.choose == "measured" else None
     choose = wanted.choose if isinstance(wanted.choose, str) else list(wanted.choose)
-    total = loaded.model.config.get_text_config().num_hidden_layers
 
     def removed(layer: int, kept: tuple[int, ...], kl: float) -> None:
-        say(f"choosing layers: {total - len(kept)} of {total - wanted.layers} removed, held-out KL {kl:.3f}")
+        say(f"choosing layers: {len(kept)} left on the way to {wanted.layers}, held-out KL {kl:.3f}")
 
     student, kept, report = cut_student(loaded.model, wanted.layers, choose, texts, on_progress=removed)
     student.requires_grad_(True)
