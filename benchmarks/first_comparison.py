@@ -17,7 +17,10 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from selectkd import Objective
+from selectkd.assembly import Assembly
 from selectkd.config import recipe_from
+from selectkd.training.evaluation import evaluate
 from selectkd.training.manifest import device_name, versions
 from selectkd.training.run import train
 
@@ -86,15 +89,17 @@ def run(student: str, method: str, *, steps: int, seed: int, lora: bool = False)
                 },
             }
         )
-        result = train(recipe)
+        made: list[Assembly] = []
+        result = train(recipe, on_assembled=made.append)
     assert result.before is not None and result.after is not None
+    # one verifier for all, so that their TAR can be compared
+    judge = Objective("forward_kl", {"name": "greedy_topk", "k": 5}, beta=0.01)
+    after = evaluate(made[0].student, made[0].teacher, made[0].heldout, judge)
     return {
         "kl before": result.before.kl,
-        "tar before": result.before.tar,
-        "kl": result.after.kl,
-        "perplexity": result.after.perplexity,
-        "tar": result.after.tar,
-        "bite": result.after.bite,
+        "kl": after.kl,
+        "perplexity": after.perplexity,
+        "tar, greedy k = 5": after.tar,
         "seconds": result.seconds,
     }
 
