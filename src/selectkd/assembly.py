@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import get_available_reporting_integrations
 
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
@@ -81,6 +82,7 @@ def assemble(
     """
     say = stage if stage is not None else _silent
     check_output_dir(Path(recipe.training.output_dir))
+    check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
     plan = prepare(recipe)
     say("loading the teacher")
@@ -109,12 +111,21 @@ def assemble(
     )
     mask = alignment.mask(widths[0])
     shared = None if mask[: min(widths)].all() else mask
+    reference = None
+    if recipe.reference is not None:
+        say("loading the reference student")
+        own = load_model(
+            recipe.reference.model,
+            dtype=recipe.reference.dtype or dtype,
+            revision=recipe.reference.revision,
+        )
+        reference = LiveTeacher(own.model.to(device), shared=shared)
     names = tuple(source.name for source in plan.sources)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
     return Assembly(
-        teacher=LiveTeacher(loaded.model, shared=shared),
+        teacher=LiveTeacher(loaded.model, shared=shared, reference=reference),
         student=student,
         tokenizer=plan.tokenizer,
         objective=plan.objective,
@@ -144,6 +155,13 @@ def prepare(recipe: Any) -> Plan:
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
     if named is not None:
         align(teacher_tokenizer, tokenizer)
+    if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
+        raise ConfigError(
+            f"objective.selector = {type(objective.verifier).__name__} compares with a reference student. "
+            "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
+        )
+    if recipe.reference is not None:
+        align(teacher_tokenizer, load_tokenizer(recipe.reference.model, revision=recipe.reference.revision))
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(
@@ -222,6 +240,16 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], lis
             "Give a larger share, or a file of its own."
         )
     return kept, held
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """ConfigError unless the library of each logger is installed."""
+    missing = sorted(set(names) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ConfigError(
+            f"training.report_to names {', '.join(missing)}, which is not installed. Install it, or leave it out: "
+            "metrics.jsonl holds every number either way."
+        )
 
 
 def check_output_dir(folder: Path) -> None:

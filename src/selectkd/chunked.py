@@ -39,7 +39,6 @@ class Work:
     chunk: int
     labels: Tensor | None  # [n]
     sequence: Tensor | None  # [n]
-    reference: TeacherRows | None
     acceptance: Tensor | None = None  # [n], from the first pass
 
 
@@ -62,10 +61,8 @@ class ChunkPairs:
     def __init__(self, work: Work, rows: slice, width: int, scratch: Scratch) -> None:
         self.work, self.rows = work, rows
         self.teacher: PairOf = work.teacher.open(rows, width, scratch)
-        needs_reference = work.reference is not None and work.acceptance is None
-        self.reference = (
-            work.reference.open(rows, width, scratch) if needs_reference and work.reference else None
-        )
+        reference = work.teacher.reference if work.acceptance is None else None
+        self.reference = None if reference is None else reference.open(rows, width, scratch)
 
     def seen_by_verifier(self, block: slice, logits: Tensor) -> TokenPair:
         """The pair at the verification temperature, with labels, sequences and the reference student attached."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass
@@ -14,19 +15,18 @@ from selectkd.rows import CachedRows, Head, TeacherRows
 
 
 def distillation_loss(
-    hidden: Tensor,
-    head: Tensor | Head,
+    hidden: Float[Tensor, "n d"],
+    head: Float[Tensor, "v d"] | Head,
     teacher: TeacherRows,
     objective: Objective,
-    uniform: Tensor | None = None,
+    uniform: Float[Tensor, "n r"] | None = None,
     *,
-    row_scale: Tensor | None = None,
+    row_scale: Float[Tensor, " n"] | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
-    labels: Tensor | None = None,
-    sequence: Tensor | None = None,
-    reference: TeacherRows | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    labels: Int[Tensor, " n"] | None = None,
+    sequence: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
 
     hidden [n, d]: the student's last hidden states where a supervised token is predicted; the gradient reaches them
@@ -36,7 +36,6 @@ def distillation_loss(
     1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
     labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of.
-    reference: a reference student's rows, for adaspec and rho_1.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
@@ -79,7 +78,6 @@ def distillation_loss(
         chunk=chunk_rows(n, width, chunk),
         labels=labels,
         sequence=sequence,
-        reference=reference,
     )
     if objective.ranks_the_batch and n:
         detached = replace(student, weight=student.weight.detach())

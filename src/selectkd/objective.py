@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences import DIVERGENCES, Divergence
@@ -26,10 +27,10 @@ Spec = str | Mapping[str, Any] | Callable[..., Any]
 class Judgement(NamedTuple):
     """What an objective says of n rows: divergence (with gradient), weight, acceptance and overlap, each [n]."""
 
-    divergence: Tensor
-    weight: Tensor
-    acceptance: Tensor
-    overlap: Tensor
+    divergence: Float[Tensor, " n"]
+    weight: Float[Tensor, " n"]
+    acceptance: Float[Tensor, " n"]
+    overlap: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,17 @@ class Objective:
         return hasattr(self.verifier, "keep")
 
     @torch.no_grad()
-    def accept(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def accept(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         """The acceptance of a pair's rows, [n] in [0, 1], before ``always_accept``."""
         return self.verifier(pair, uniform)
 
     def __call__(
         self,
         pair: TokenPair,
-        uniform: Tensor,
+        uniform: Float[Tensor, "n r"],
         *,
         verified: TokenPair | None = None,
-        acceptance: Tensor | None = None,
+        acceptance: Float[Tensor, " n"] | None = None,
     ) -> Judgement:
         """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
@@ -27,22 +28,22 @@ class TokenPair:
     finite: [n], False where the teacher's row was not finite (logp then repeats logq); None means all are.
     """
 
-    logp: Tensor
-    logq: Tensor
-    student_top: Tensor
+    logp: Float[Tensor, "n s"]
+    logq: Float[Tensor, "n s"]
+    student_top: Int[Tensor, " n"]
     tail: bool = False
-    ids: Tensor | None = None
-    label: Tensor | None = None
-    sequence: Tensor | None = None
-    logr: Tensor | None = None
-    finite: Tensor | None = None
+    ids: Int[Tensor, "n k"] | None = None
+    label: Int[Tensor, " n"] | None = None
+    sequence: Int[Tensor, " n"] | None = None
+    logr: Float[Tensor, "n s"] | None = None
+    finite: Bool[Tensor, " n"] | None = None
 
     @property
-    def ranked(self) -> Tensor:
+    def ranked(self) -> Float[Tensor, "n k"]:
         """The teacher's log-probabilities of single tokens: logp without the tail, [n, s - tail]."""
         return self.logp[:, :-1] if self.tail else self.logp
 
-    def column(self, token: Tensor) -> Tensor:
+    def column(self, token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The column of each token id [n]; -1 where it is in the tail or outside the support."""
         width = self.ranked.shape[-1]
         if self.ids is None:
@@ -51,7 +52,7 @@ class TokenPair:
         return torch.where(hit.any(-1), hit.float().argmax(-1), -1)
 
 
-def dense_pair(logp: Tensor, logq: Tensor) -> TokenPair:
+def dense_pair(logp: Float[Tensor, "n v"], logq: Float[Tensor, "n w"]) -> TokenPair:
     """The pair of two full distributions [n, v]; widths may differ over the same ids.
 
     Ids beyond the narrower width are unshared: the wider side is conditioned on the shared ids (log-prob -inf
@@ -71,7 +72,7 @@ def dense_pair(logp: Tensor, logq: Tensor) -> TokenPair:
     return TokenPair(logp=logp.detach(), logq=logq, student_top=logq.detach().argmax(-1))
 
 
-def topk_pair(ids: Tensor, logp: Tensor, logq: Tensor) -> TokenPair:
+def topk_pair(ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"], logq: Float[Tensor, "n v"]) -> TokenPair:
     """The pair on a teacher's K stored tokens plus one tail column, from ids [n, K], logp [n, K], logq [n, v].
 
     Both tails hold all the mass outside the K tokens, so nothing is renormalised: a student that moved its mass
@@ -108,7 +109,7 @@ def topk_pair(ids: Tensor, logp: Tensor, logq: Tensor) -> TokenPair:
     )
 
 
-def _logsumexp(x: Tensor) -> Tensor:
+def _logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:
     """logsumexp over the last axis, [n, 1], whose gradient is 0 (not nan) where every entry is -inf."""
     empty = torch.isneginf(x).all(-1, keepdim=True)
     total = torch.logsumexp(x.masked_fill(empty, 0.0), -1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -35,9 +36,9 @@ def uniforms(
     step: int,
     rank: int = 0,
     micro: int = 0,
-    counter: Tensor | None = None,
+    counter: Int[Tensor, " n"] | None = None,
     device: torch.device | str | None = None,
-) -> Tensor:
+) -> Float[Tensor, "n r"]:
     """n x r numbers uniform in (0, 1), fp32, a pure function of the arguments: [n, r].
 
     ``counter`` [n] names the rows (default 0 ... n - 1), so that packing or resharding can keep a row's numbers.

@@ -6,9 +6,10 @@ n rows, c rows of one chunk, v vocabulary, s support, d/e student/teacher width,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
@@ -23,13 +24,13 @@ class Head:
     ``softcap`` Gemma. Gradients reach weight and bias where they require them.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
-    def of(cls, head: Tensor | Head) -> Head:
+    def of(cls, head: Float[Tensor, "v d"] | Head) -> Head:
         """The head itself, or a plain weight matrix as a head without bias, scale or cap."""
         return head if isinstance(head, Head) else cls(head)
 
@@ -38,14 +39,20 @@ class Head:
         """Number of rows of the head, padded vocabulary rows included."""
         return self.weight.shape[0]
 
-    def raw(self, hidden: Tensor, width: int | None = None, *, out: Tensor | None = None) -> Tensor:
+    def raw(
+        self,
+        hidden: Float[Tensor, "c d"],
+        width: int | None = None,
+        *,
+        out: Float[Tensor, "b w"] | None = None,
+    ) -> Float[Tensor, "c w"]:
         """The matrix product alone, hidden weight[:width]^T in the head's dtype, into ``out`` if given: [c, v]."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
         if out is None:
             return hidden @ weight
         return torch.mm(hidden, weight, out=out[: hidden.shape[0]])
 
-    def finish(self, raw: Tensor) -> Tensor:
+    def finish(self, raw: Float[Tensor, "c w"]) -> Float[Tensor, "c w"]:
         """fp32 (or wider), bias, scale and soft-cap on top of ``raw``: elementwise and differentiable."""
         logits = raw if raw.dtype == torch.float64 else raw.float()
         if self.bias is not None:
@@ -56,7 +63,7 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def logits(self, hidden: Tensor, width: int | None = None) -> Tensor:
+    def logits(self, hidden: Float[Tensor, "c d"], width: int | None = None) -> Float[Tensor, "c w"]:
         """The logits the model itself would give, in fp32 or wider: [c, v]."""
         return self.finish(self.raw(hidden, width))
 
@@ -67,7 +74,7 @@ class Scratch:
     def __init__(self) -> None:
         self.buffers: dict[int, Tensor] = {}
 
-    def of(self, owner: object, rows: int, width: int, like: Tensor) -> Tensor:
+    def of(self, owner: object, rows: int, width: int, like: Tensor) -> Float[Tensor, "b w"]:
         """``owner``'s buffer of at least ``rows`` rows, in the dtype and on the device of ``like``."""
         buffer = self.buffers.get(id(owner))
         if buffer is None or buffer.shape[0] < rows:
@@ -75,21 +82,26 @@ class Scratch:
         return buffer
 
 
+@runtime_checkable
 class PairOf(Protocol):
     """Puts a block of a chunk's teacher rows beside the student's logits [b, v] at a temperature."""
 
-    def __call__(self, block: slice, logits: Tensor, temperature: float) -> TokenPair: ...
+    def __call__(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair: ...
 
 
+@runtime_checkable
 class TeacherRows(Protocol):
     """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once,
-    and may write its logits into ``scratch``.
+    and may write its logits into ``scratch``. ``reference``: a reference student's rows, for selectors that compare.
 
     ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is within the chunk.
     """
 
     @property
     def count(self) -> int: ...
+
+    @property
+    def reference(self) -> TeacherRows | None: ...
 
     def shared_width(self, student_width: int) -> int: ...
 
@@ -101,18 +113,20 @@ class LiveRows:
 
     The two heads may have different widths over the same ids: ids beyond the narrower one are unshared, and so
     is every id where ``shared`` [v] is False. Unshared ids get a logit of -inf on both sides before the softmax,
-    so a padded or dead row of either head changes nothing.
+    so a padded or dead row of either head changes nothing. reference: the rows of a reference student over the same
+    ids, for the selectors that compare with one (adaspec, rho_1).
     """
 
     def __init__(
         self,
-        hidden: Tensor,
-        head: Tensor | Head,
+        hidden: Float[Tensor, "n e"],
+        head: Float[Tensor, "v e"] | Head,
         *,
-        bias: Tensor | None = None,
+        bias: Float[Tensor, " v"] | None = None,
         scale: float = 1.0,
         softcap: float | None = None,
-        shared: Tensor | None = None,
+        shared: Bool[Tensor, " v"] | None = None,
+        reference: TeacherRows | None = None,
     ) -> None:
         plain = isinstance(head, Tensor)
         if not plain and (bias is not None or scale != 1.0 or softcap is not None):
@@ -127,6 +141,12 @@ class LiveRows:
             )
         self.hidden = hidden.detach()
         self.shared = shared
+        if reference is not None and reference.count != hidden.shape[0]:
+            raise ConfigError(
+                f"the reference student has {reference.count} rows and the teacher {hidden.shape[0]}; "
+                "they must be the same."
+            )
+        self.reference = reference
 
     @property
     def count(self) -> int:
@@ -144,7 +164,7 @@ class LiveRows:
             )  # [c, v]
         unshared = None if self.shared is None else ~self.shared[:width]
 
-        def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:
+        def pair(block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
             with torch.no_grad():
                 teacher = head.finish(raw[block]).to(logits.dtype)
                 if unshared is not None:
@@ -170,12 +190,13 @@ class CachedRows:
     are lower bounds and the spec-k acceptance is an upper bound (data-processing inequality).
     """
 
-    def __init__(self, ids: Tensor, logp: Tensor) -> None:
+    def __init__(self, ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"]) -> None:
         if ids.shape != logp.shape or ids.ndim != 2:
             raise ConfigError(
                 f"cached ids are {tuple(ids.shape)} and log-probs {tuple(logp.shape)}; both must be [n, K]."
             )
         self.ids, self.logp = ids, logp.detach()
+        self.reference: TeacherRows | None = None  # its rows would have no place on a support of K tokens
 
     @property
     def count(self) -> int:
@@ -187,7 +208,7 @@ class CachedRows:
     def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf:
         ids, stored = self.ids[rows], self.logp[rows]
 
-        def pair(block: slice, logits: Tensor, temperature: float) -> TokenPair:
+        def pair(block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
             if temperature != 1.0:
                 raise ConfigError(
                     f"temperature = {temperature} with a top-K teacher: its tail cannot be re-tempered. "
@@ -198,6 +219,6 @@ class CachedRows:
         return pair
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Float[Tensor, "n v"], temperature: float) -> Float[Tensor, "n v"]:
     """Log-softmax of logits / temperature over the last axis; a temperature of 1 costs nothing."""
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

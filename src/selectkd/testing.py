@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.pair import dense_pair
@@ -86,7 +87,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _check_descends(divergence: Callable[[Tensor, Tensor], Tensor], logp: Tensor, logits: Tensor) -> None:
+def _check_descends(
+    divergence: Callable[[Tensor, Tensor], Tensor], logp: Float[Tensor, "n s"], logits: Float[Tensor, "n s"]
+) -> None:
     """A small step against the gradient lowers the divergence."""
     leaf = logits.clone().requires_grad_()
     before = divergence(logp, torch.log_softmax(leaf, -1))
@@ -95,7 +98,7 @@ def _check_descends(divergence: Callable[[Tensor, Tensor], Tensor], logp: Tensor
     _must(bool((after < before.detach()).all()), "a step against the gradient does not lower it")
 
 
-def _merge(log_dist: Tensor) -> Tensor:
+def _merge(log_dist: Float[Tensor, "n s"]) -> Float[Tensor, "n merged"]:
     """The last three outcomes as one: [n, s - 2]."""
     return torch.cat([log_dist[:, :-3], torch.logsumexp(log_dist[:, -3:], -1, keepdim=True)], -1)
 

@@ -70,7 +70,7 @@ def test_ties_at_rank_k_are_accepted():
 @pytest.mark.parametrize(
     "name", ["greedy_topk", "spec_k", "spec_k_literal", "expected_spec_k", "label_top_k"]
 )
-def test_a_k_that_is_no_positive_integer_is_refused(name, k):
+def test_a_k_that_is_no_positive_integer_is_refused(name, k, unchecked):
     with pytest.raises(ConfigError, match=name):
         VERIFIERS[name](k=k)
 

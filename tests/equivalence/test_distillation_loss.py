@@ -42,8 +42,8 @@ def both(
     scale = torch.full((N,), 1.0 / N, dtype=dtype) if row_scale is None else row_scale
     reference = LiveRows(teacher_hidden * 0.5, teacher_weight)
     loss, sums = distillation_loss(
-        hidden, head(weight), LiveRows(teacher_hidden, teacher_weight), objective, u, row_scale=scale,
-        temperature=temperature, chunk=chunk, labels=labels, sequence=sequence, reference=reference,
+        hidden, head(weight), LiveRows(teacher_hidden, teacher_weight, reference=reference), objective, u,
+        row_scale=scale, temperature=temperature, chunk=chunk, labels=labels, sequence=sequence,
     )  # fmt: skip
     ours = (loss, *torch.autograd.grad(loss, (hidden, weight)), sums)
 
@@ -274,7 +274,7 @@ def test_no_rows_at_all_give_a_loss_of_zero():
     assert loss.item() == 0.0 and sums["n"] == 0
 
 
-def test_wrong_shapes_are_refused_with_what_would_work():
+def test_wrong_shapes_are_refused_with_what_would_work(unchecked):
     hidden, weight, teacher_hidden, teacher_weight = rows()
     teacher = LiveRows(teacher_hidden, teacher_weight)
     with pytest.raises(ConfigError, match="must be the same"):

@@ -72,7 +72,7 @@ def recipe(folders: Path, tmp_path: Path) -> Callable[..., Any]:
         }
         for section, values in changed.items():
             replaces = section in ("objective", "student")
-            content[section] = values if replaces else {**content[section], **values}
+            content[section] = values if replaces else {**content.get(section, {}), **values}
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(content), "utf-8")
         return load_recipe(path, [])
@@ -266,3 +266,27 @@ def test_a_card_with_hostile_names_parses_to_the_same_values() -> None:
     front = yaml.safe_load(card[4:end])
     assert front["selectkd"]["teacher"] == name and "license" not in front
     assert "<script>" not in card[end:].replace("\\<", "")
+
+
+def test_a_selector_that_compares_with_a_reference_student_trains_with_one(
+    recipe: Callable[..., Any], folders: Path
+) -> None:
+    objective = {"selector": {"name": "adaspec"}, "beta": 0.0}
+    with pytest.raises(ConfigError, match=r"reference: \{model"):
+        train(recipe(objective=objective))
+    path = {"reference": {"model": str(folders / "student")}}
+    result = train(recipe(objective=objective, **path))
+    assert result.steps == 4 and result.skipped == 0
+
+
+def test_taid_follows_its_schedule_to_forward_kl(recipe: Callable[..., Any]) -> None:
+    result = train(recipe(objective={"divergence": {"name": "taid"}, "verifier": {"name": "always"}}))
+    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert steps[0]["divergence"] < steps[0]["kl"]  # t = .4: the target is near the student
+    assert steps[-1]["divergence"] / steps[-1]["kl"] > steps[0]["divergence"] / steps[0]["kl"]
+
+
+def test_a_logger_that_is_not_installed_is_refused_before_weights(recipe: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="clearml"):
+        train(recipe(training={"report_to": ["clearml"]}))

@@ -68,6 +68,14 @@ class Teacher(Section):
     quantization: Text | None = None
 
 
+class Reference(Section):
+    """A reference student, for the selectors that compare with one: a hub id, a folder, or a .gguf file."""
+
+    model: Text
+    revision: Text | None = None
+    dtype: Dtype | None = None
+
+
 class FromTeacher(Section):
     """A student cut from the teacher: how many of its layers stay, and which."""
 
@@ -237,6 +245,9 @@ class Training(Section):
     log_every: Count = 1
     probe_samples: Annotated[Whole, Field(ge=0)] = 16
     engine: Literal["trainer", "loop"] = "trainer"
+    report_to: list[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio"]
+    ] = []
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -249,6 +260,10 @@ class Training(Section):
             )
         if self.early_stopping is not None and self.evaluate_every is None:
             raise refuse("early_stopping looks at evaluations; set evaluate_every to a number of steps")
+        if self.report_to and self.engine == "loop":
+            raise refuse(
+                f"report_to = {self.report_to} needs engine: trainer; the plain loop writes metrics.jsonl alone"
+            )
         return self
 
 
@@ -258,6 +273,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     data: Data
+    reference: Reference | None = None
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection.model_validate({}))
     training: Training
 

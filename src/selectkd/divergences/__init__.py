@@ -39,4 +39,20 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
     }
 )
 
-__all__ = ["DIVERGENCES", "Divergence", *DIVERGENCES]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "adaptive_kl",
+    "alpha_beta",
+    "forward_kl",
+    "generalized_jsd",
+    "jeffreys",
+    "kl_tv_hybrid",
+    "neg_log_acceptance",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "taid",
+    "todi",
+    "total_variation",
+]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
 from selectkd.errors import ConfigError
 
 
-def overlap(logp: Tensor, logq: Tensor) -> Tensor:
+def overlap(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """sum_v min(p, q) = 1 - TV(p, q), [n], in [0, 1]: the rate at which speculative decoding accepts one draw of q."""
     return torch.minimum(logp, logq).exp().sum(-1).clamp(max=1.0)
 
 
-def total_variation(logp: Tensor, logq: Tensor) -> Tensor:
+def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Total variation, 1/2 sum_v |p - q|.
 
     In [0, 1], 0 at p = q; 1 - TV is the acceptance rate of speculative decoding. No unit.
@@ -28,7 +29,7 @@ def total_variation(logp: Tensor, logq: Tensor) -> Tensor:
     return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
 
 
-def neg_log_acceptance(logp: Tensor, logq: Tensor) -> Tensor:
+def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Negative log acceptance, -log sum_v min(p, q).
 
     In [0, 87] nats (a sum below e^-87 counts as e^-87), 0 at p = q.
@@ -48,7 +49,9 @@ def neg_log_acceptance(logp: Tensor, logq: Tensor) -> Tensor:
     return torch.where((logp == logq).all(-1), loss * 0.0, loss)
 
 
-def kl_tv_hybrid(logp: Tensor, logq: Tensor, *, eta: float = 3.0) -> Tensor:
+def kl_tv_hybrid(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, eta: float = 3.0
+) -> Float[Tensor, " n"]:
     """lambda KL(p || q) + (1 - lambda) TV(p, q) with lambda = e^(-eta * acceptance), acceptance without gradient.
 
     In [0, inf), 0 at p = q: forward KL where the two hardly meet, total variation where they nearly agree. Default 3

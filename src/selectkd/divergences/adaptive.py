@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
 
 
-def adaptive_kl(logp: Tensor, logq: Tensor, *, mu: float = 0.5) -> Tensor:
+def adaptive_kl(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, mu: float = 0.5
+) -> Float[Tensor, " n"]:
     """AKL, g_head/(g_head + g_tail) KL(p || q) + g_tail/(g_head + g_tail) KL(q || p), g = sum |p - q| on head and tail.
 
     The head is the teacher's tokens in descending p up to cumulative mass ``mu`` (its best token always); the gaps
@@ -34,7 +37,7 @@ def adaptive_kl(logp: Tensor, logq: Tensor, *, mu: float = 0.5) -> Tensor:
     return share * forward_kl(logp, logq) + (1.0 - share) * reverse_kl(logp, logq)
 
 
-def todi(logp: Tensor, logq: Tensor) -> Tensor:
+def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """ToDi, sum_v w p log(p / q) + (1 - w) q log(q / p) with w = p / (p + q) without gradient.
 
     In [0, inf), 0 at p = q; its value is sum_v (p^2 - q^2) / (p + q) log(p / q) = KL(p || q) + KL(q || p);
@@ -53,7 +56,7 @@ def todi(logp: Tensor, logq: Tensor) -> Tensor:
     return terms.clamp(min=0.0).sum(-1)
 
 
-def taid(logp: Tensor, logq: Tensor, *, t: float = 0.4) -> Tensor:
+def taid(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, t: float = 0.4) -> Float[Tensor, " n"]:
     """TAID, KL(m || q) with m = softmax((1 - t) log q + t log p), the student in m without gradient.
 
     In [0, inf), 0 at p = q; t in [0, 1], 1 is forward KL. t rises over training: see schedules.TaidSchedule;

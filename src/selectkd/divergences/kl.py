@@ -7,6 +7,7 @@ no rounding (bf16 inputs included) makes a divergence negative.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.errors import ConfigError
@@ -19,12 +20,12 @@ probability times 87 nats. Every finite log-probability is used as it is.
 """
 
 
-def floored(log_a: Tensor) -> Tensor:
+def floored(log_a: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
     """log_a with -inf replaced by LOG_FLOOR (gradient 0 there)."""
     return log_a.masked_fill(torch.isneginf(log_a), LOG_FLOOR)
 
 
-def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
+def relative_entropy(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """KL(a || b) = sum a log(a / b), as sum a (e^d - 1 - d) with d = log b - log a: [n].
 
     Never negative; 0 exactly where a = b. The added sum(b) - sum(a) is 0 for distributions; it makes each term
@@ -38,7 +39,9 @@ def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(gap <= 1.0, near, far).clamp(min=0.0).sum(-1)
 
 
-def log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+def log_mixture(
+    log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], share: float
+) -> Float[Tensor, "n s"]:
     """log(share * a + (1 - share) * b), [n, s]; exactly log a or log b at share 1 or 0, and where a = b."""
     if share == 1.0:
         return log_a
@@ -59,7 +62,7 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
-def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
 
     In [0, inf) nats, 0 at p = q; mean-seeking: the student pays wherever the teacher has mass.
@@ -73,7 +76,7 @@ def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
     return relative_entropy(logp, logq)
 
 
-def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
 
     In [0, inf) nats, 0 at p = q; mode-seeking: the student pays where it has mass and the teacher has none.
@@ -87,7 +90,9 @@ def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
     return relative_entropy(logq, logp)
 
 
-def jeffreys(logp: Tensor, logq: Tensor, *, weight: float = 0.5) -> Tensor:
+def jeffreys(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
+) -> Float[Tensor, " n"]:
     """Weighted Jeffreys divergence, (1 - weight) KL(p || q) + weight KL(q || p).
 
     In [0, inf) nats, 0 at p = q; ``weight`` in [0, 1] is the share of reverse KL. weight 0 is forward_kl, 1 reverse_kl.
@@ -102,7 +107,9 @@ def jeffreys(logp: Tensor, logq: Tensor, *, weight: float = 0.5) -> Tensor:
     return (1.0 - w) * relative_entropy(logp, logq) + w * relative_entropy(logq, logp)
 
 
-def skew_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skew_kl(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.1
+) -> Float[Tensor, " n"]:
     """Skew KL, KL(p || alpha p + (1 - alpha) q), at most -log alpha.
 
     0 at p = q; alpha in [0, 1], 0 is forward KL, 1 is 0. Default .1 as in the paper.
@@ -117,8 +124,12 @@ def skew_kl(logp: Tensor, logq: Tensor, *, alpha: float = 0.1) -> Tensor:
 
 
 def skew_reverse_kl(
-    logp: Tensor, logq: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False
-) -> Tensor:
+    logp: Float[Tensor, "n s"],
+    logq: Float[Tensor, "n s"],
+    *,
+    alpha: float = 0.1,
+    detach_mixture: bool = False,
+) -> Float[Tensor, " n"]:
     """Skew reverse KL, KL(q || (1 - alpha) p + alpha q), at most -log alpha.
 
     0 at p = q; alpha in [0, 1], 0 is reverse KL. ``detach_mixture`` stops the gradient through the student inside
@@ -134,7 +145,9 @@ def skew_reverse_kl(
     return relative_entropy(logq, log_mixture(inner, logp, share_of("alpha", alpha)))
 
 
-def generalized_jsd(logp: Tensor, logq: Tensor, *, beta: float = 0.5) -> Tensor:
+def generalized_jsd(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, beta: float = 0.5
+) -> Float[Tensor, " n"]:
     """Generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     In [0, log 2] at beta = .5, in general at most the entropy of (beta, 1 - beta); 0 at p = q, continuous in beta,

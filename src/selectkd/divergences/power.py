@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences.kl import floored, reverse_kl
 from selectkd.errors import ConfigError
 
 
-def power_gap(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
+def power_gap(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], power: float) -> Float[Tensor, "n s"]:
     """(b^power - a^power) / power, [n, s]; log b - log a at power 0, its limit. No overflow for power >= 0."""
     gap = log_b - log_a
     if power == 0.0:
@@ -18,7 +19,9 @@ def power_gap(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
     return -torch.sign(gap) * torch.exp(power * larger) * torch.expm1(-power * gap.abs()) / power
 
 
-def alpha_beta(logp: Tensor, logq: Tensor, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+def alpha_beta(
+    logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.2, beta: float = 0.7
+) -> Float[Tensor, " n"]:
     """Alpha-beta divergence, -1/(ab) sum[p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta.
 
     In [0, inf), 0 at p = q; alpha, beta >= 0, not both 0; continuous towards (1, 0) = forward KL and (0, 1) = reverse

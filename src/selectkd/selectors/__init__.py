@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.pair import TokenPair
 from selectkd.selectors.ranked import adakd, adaspec, atkd, rho_1, se_kd, teachability, tip
 
 
+@runtime_checkable
 class Selector(Protocol):
     """What an objective needs of a selector: a verifier with a first pass."""
 
@@ -25,11 +27,11 @@ class Selector(Protocol):
     @property
     def teacher_tokens(self) -> int | None: ...
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor: ...
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]: ...
 
-    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor: ...
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]: ...
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor: ...
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]: ...
 
 
 SELECTORS: Mapping[str, Callable[..., Selector]] = MappingProxyType(
@@ -44,4 +46,14 @@ SELECTORS: Mapping[str, Callable[..., Selector]] = MappingProxyType(
     }
 )
 
-__all__ = ["SELECTORS", "Selector", *SELECTORS]
+__all__ = [
+    "SELECTORS",
+    "Selector",
+    "adakd",
+    "adaspec",
+    "atkd",
+    "rho_1",
+    "se_kd",
+    "teachability",
+    "tip",
+]

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.divergences.kl import forward_kl
@@ -18,7 +19,7 @@ from selectkd.pair import TokenPair
 from selectkd.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
 
 
-def top_share(score: Tensor, share: float) -> Tensor:
+def top_share(score: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
     """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. Rows not finite come last."""
     score = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     count = math.ceil(share * score.shape[0] - 1e-9)
@@ -26,22 +27,22 @@ def top_share(score: Tensor, share: float) -> Tensor:
     return torch.zeros_like(score).scatter(0, best, 1.0)
 
 
-def normalised(score: Tensor) -> Tensor:
+def normalised(score: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The score scaled to [0, 1] over the batch; 0 where all rows are equal."""
     low, high = score.min(), score.max()
     return (score - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
 
 
-def reference_of(pair: TokenPair, name: str) -> Tensor:
+def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:
     """The reference student's log-probabilities, or a ConfigError that says who needs them."""
     if pair.logr is None:
         raise ConfigError(
-            f"{name} compares with a reference student; pass reference=LiveRows(...) to distillation_loss."
+            f"{name} compares with a reference student; give LiveRows one: reference=LiveRows(...)."
         )
     return pair.logr
 
 
-def label_log_prob(pair: TokenPair, log_a: Tensor, name: str) -> Tensor:
+def label_log_prob(pair: TokenPair, log_a: Float[Tensor, "n s"], name: str) -> Float[Tensor, " n"]:
     """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail."""
     column = pair.column(label_of(pair, name))
     return log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
@@ -54,18 +55,19 @@ class Ranked:
     share: float = 0.5
     uniforms_per_token = 0
     teacher_tokens = None
+    needs_reference = False  # whether it compares with a reference student
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise ConfigError(f"{type(self).__name__}(share={self.share}): share must lie in (0, 1].")
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         raise TypeError(f"{type(self).__name__} states no score")
 
-    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         return top_share(scores[:, 0], self.share)
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
 
 
@@ -75,7 +77,7 @@ class se_kd(Ranked):
 
     share: float = 0.2
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return entropy(pair.logq)[:, None]
 
 
@@ -84,10 +86,10 @@ class tip(Ranked):
     """TIP: the 50% of rows with the highest 1 - (1 - h)(1 - d), h student entropy and d KL(p || q), each scaled to
     [0, 1] over the batch."""
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return torch.stack([entropy(pair.logq), forward_kl(pair.logp, pair.logq)], -1)  # [n, 2]
 
-    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         h, d = normalised(scores[:, 0]), normalised(scores[:, 1])
         return top_share(1.0 - (1.0 - h) * (1.0 - d), self.share)
 
@@ -99,7 +101,7 @@ class teachability(Ranked):
     share: float = 0.05
     top: int = 16
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         singles = pair.logq[:, : pair.ranked.shape[-1]]
         best = singles.topk(min(self.top, singles.shape[-1]), -1).indices  # [n, top]
         mass = pair.ranked.gather(-1, best).exp().sum(-1)
@@ -114,8 +116,9 @@ class adaspec(Ranked):
     """
 
     share: float = 0.4
+    needs_reference = True
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         reference = reference_of(pair, "adaspec")
         return (forward_kl(pair.logp, pair.logq) - forward_kl(pair.logp, reference))[:, None]
 
@@ -127,7 +130,7 @@ class atkd(Ranked):
     Source: ATKD (arXiv 2402.11890).
     """
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return (1.0 - label_log_prob(pair, pair.logp, "atkd").exp())[:, None]
 
 
@@ -135,7 +138,7 @@ class atkd(Ranked):
 class adakd(Ranked):
     """AdaKD: the rows with the highest Hellinger distance between teacher and student."""
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return hellinger_distance(pair.logp, pair.logq)[:, None]
 
 
@@ -147,7 +150,8 @@ class rho_1(Ranked):
     """
 
     share: float = 0.6
+    needs_reference = True
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         reference = label_log_prob(pair, reference_of(pair, "rho_1"), "rho_1")
         return (reference - label_log_prob(pair, pair.logq, "rho_1"))[:, None]

@@ -18,12 +18,16 @@ class LiveTeacher:
     The model is frozen and put into eval mode here, once. It is no ``nn.Module`` on purpose: held by a
     trained module, it is neither trained, wrapped, saved nor moved along; it moves itself to the device of
     the batch. shared: which rows of its head [v] stand for a token of both vocabularies; None where all do.
+    reference: a reference student, held the same way, whose rows go along with the teacher's.
     """
 
-    def __init__(self, model: nn.Module, *, shared: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, shared: Tensor | None = None, reference: LiveTeacher | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = head_of(model)
         self.shared = shared
+        self.reference = reference
 
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
@@ -35,4 +39,5 @@ class LiveTeacher:
         hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)
-        return LiveRows(rows, self.head, shared=shared)
+        reference = None if self.reference is None else self.reference(batch, position)
+        return LiveRows(rows, self.head, shared=shared, reference=reference)

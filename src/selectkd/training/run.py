@@ -185,7 +185,7 @@ def _run(
         seed=training.seed,
         use_cpu=device.type == "cpu",
         save_strategy="no",
-        report_to="none",
+        report_to=list(training.report_to) or "none",
         disable_tqdm=True,
     )
     trainer = DistillTrainer(

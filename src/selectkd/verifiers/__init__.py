@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.pair import TokenPair
@@ -20,6 +21,7 @@ from selectkd.verifiers.gates import hellinger, label_top_k, prefix_gate, studen
 from selectkd.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """What an objective needs of a verifier."""
 
@@ -29,7 +31,7 @@ class Verifier(Protocol):
     @property
     def teacher_tokens(self) -> int | None: ...
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor: ...
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]: ...
 
 
 VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
@@ -49,4 +51,19 @@ VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
     }
 )
 
-__all__ = ["VERIFIERS", "Verifier", *VERIFIERS]
+__all__ = [
+    "VERIFIERS",
+    "Verifier",
+    "always",
+    "expected_spec_k",
+    "greedy_topk",
+    "hellinger",
+    "label_top_k",
+    "matched_random",
+    "matched_shuffle",
+    "prefix_gate",
+    "spec_k",
+    "spec_k_literal",
+    "student_entropy",
+    "teacher_entropy",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
@@ -26,7 +27,7 @@ class always:
     uniforms_per_token = 0
     teacher_tokens = 0
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return torch.ones(pair.logp.shape[0], dtype=pair.logp.dtype, device=pair.logp.device)
 
 
@@ -45,7 +46,7 @@ class matched_random:
         if not 0.0 <= self.rate <= 1.0:
             raise ConfigError(f"matched_random(rate={self.rate}): rate must lie in [0, 1].")
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (uniform[:, 0] < self.rate).to(pair.logp.dtype)
 
 
@@ -66,12 +67,12 @@ class matched_shuffle:
     def teacher_tokens(self) -> int:
         return self.k
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         verdict = greedy_topk(self.k)(pair, uniform)
         return torch.stack([verdict, uniform[:, 0].to(verdict.dtype)], -1)  # [n, 2]
 
-    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         return scores[torch.argsort(scores[:, 1], stable=True), 0]
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))

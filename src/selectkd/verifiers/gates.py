@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
@@ -12,12 +13,12 @@ from selectkd.pair import TokenPair
 from selectkd.verifiers.selectkd import at_least_one, greedy_topk, within_top
 
 
-def entropy(log_a: Tensor) -> Tensor:
+def entropy(log_a: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Shannon entropy -sum a log a in nats, [n], in [0, log s]; an impossible outcome contributes 0."""
     return -(log_a.exp() * log_a.masked_fill(torch.isneginf(log_a), 0.0)).sum(-1)
 
 
-def hellinger_distance(logp: Tensor, logq: Tensor) -> Tensor:
+def hellinger_distance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """H(p, q) = ||sqrt p - sqrt q|| / sqrt 2, [n], in [0, 1]."""
     return (0.5 * (torch.exp(0.5 * logp) - torch.exp(0.5 * logq)).square().sum(-1)).sqrt().clamp(max=1.0)
 
@@ -32,7 +33,7 @@ class hellinger:
     uniforms_per_token = 0
     teacher_tokens = None
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return 1.0 - hellinger_distance(pair.logp, pair.logq)
 
 
@@ -48,7 +49,7 @@ class teacher_entropy:
         if not self.max >= 0:
             raise ConfigError(f"teacher_entropy(max={self.max}): max is in nats and must be 0 or more.")
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (entropy(pair.logp) <= self.max).to(pair.logp.dtype)
 
 
@@ -64,7 +65,7 @@ class student_entropy:
         if not self.min >= 0:
             raise ConfigError(f"student_entropy(min={self.min}): min is in nats and must be 0 or more.")
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (entropy(pair.logq) >= self.min).to(pair.logq.dtype)
 
 
@@ -82,7 +83,7 @@ class label_top_k:
     def teacher_tokens(self) -> int:
         return self.k
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.column(label_of(pair, "label_top_k")), self.k, "label_top_k")
 
 
@@ -103,10 +104,10 @@ class prefix_gate:
     def teacher_tokens(self) -> int:
         return self.k
 
-    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return greedy_topk(self.k)(pair, uniform)[:, None]  # [n, 1]
 
-    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         rejected = 1.0 - scores[:, 0]
         order = torch.argsort(sequence, stable=True)
         count = rejected[order].cumsum(0)
@@ -116,18 +117,18 @@ class prefix_gate:
         within = count - before[first.long().cumsum(0) - 1]
         return torch.zeros_like(rejected).scatter(0, order, (within == 0).to(rejected.dtype))
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
 
 
-def label_of(pair: TokenPair, name: str) -> Tensor:
+def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
     """The labels of the rows, or a ConfigError that says who needs them."""
     if pair.label is None:
         raise ConfigError(f"{name} looks at the tokens of the text; pass labels=[n] to distillation_loss.")
     return pair.label
 
 
-def sequence_of(pair: TokenPair) -> Tensor:
+def sequence_of(pair: TokenPair) -> Int[Tensor, " n"]:
     """Which sequence each row belongs to, [n]; one sequence where nothing was said."""
     if pair.sequence is not None:
         return pair.sequence

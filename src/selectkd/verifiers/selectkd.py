@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.divergences.acceptance import overlap
@@ -21,7 +22,7 @@ def at_least_one(name: str, k: int) -> None:
         raise ConfigError(f"{name}(k={k!r}): k must be an integer of 1 or more; the paper's default is 5.")
 
 
-def within_top(pair: TokenPair, column: Tensor, k: int, name: str) -> Tensor:
+def within_top(pair: TokenPair, column: Int[Tensor, " n"], k: int, name: str) -> Float[Tensor, " n"]:
     """Whether fewer than k tokens have p(v) > p(column): [n] of 0 and 1, without a sort.
 
     Ties at rank k are accepted. A column of -1 (in the tail) is rejected: the tail is a crowd and has no rank.
@@ -64,7 +65,7 @@ class greedy_topk:
     def teacher_tokens(self) -> int:
         return self.k
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.student_top, self.k, "greedy_topk")
 
 
@@ -90,7 +91,7 @@ class spec_k:
     def __post_init__(self) -> None:
         at_least_one("spec_k", self.k)
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         chance = acceptance_probability(pair, self.k)
         return (uniform[:, 0].to(chance.dtype) < chance).to(chance.dtype)
 
@@ -115,7 +116,7 @@ class expected_spec_k:
     def __post_init__(self) -> None:
         at_least_one("expected_spec_k", self.k)
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return acceptance_probability(pair, self.k)
 
 
@@ -144,7 +145,7 @@ class spec_k_literal:
     def uniforms_per_token(self) -> int:
         return 2 * self.k
 
-    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         q = pair.logq.double().exp()
         cumulative = q.cumsum(-1)
         draws, tests = uniform.double().split(self.k, dim=-1)  # [n, k] each
@@ -154,6 +155,6 @@ class spec_k_literal:
         return (tests < ratio).any(-1).to(pair.logp.dtype)
 
 
-def acceptance_probability(pair: TokenPair, k: int) -> Tensor:
+def acceptance_probability(pair: TokenPair, k: int) -> Float[Tensor, " n"]:
     """1 - TV(p, q)^k, [n]: the probability that at least one of k draws of the student passes."""
     return 1.0 - (1.0 - overlap(pair.logp, pair.logq)) ** k
