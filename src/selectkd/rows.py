@@ -41,18 +41,18 @@ class Head:
 
     def raw(
         self,
-        hidden: Float[Tensor, "c d"],
+        hidden: Float[Tensor, "*c d"],
         width: int | None = None,
         *,
         out: Float[Tensor, "b w"] | None = None,
-    ) -> Float[Tensor, "c w"]:
+    ) -> Float[Tensor, "*c w"]:
         """The matrix product alone, hidden weight[:width]^T in the head's dtype, into ``out`` if given: [c, v]."""
         hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
         if out is None:
             return hidden @ weight
         return torch.mm(hidden, weight, out=out[: hidden.shape[0]])
 
-    def finish(self, raw: Float[Tensor, "c w"]) -> Float[Tensor, "c w"]:
+    def finish(self, raw: Float[Tensor, "*c w"]) -> Float[Tensor, "*c w"]:
         """fp32 (or wider), bias, scale and soft-cap on top of ``raw``: elementwise and differentiable."""
         logits = raw if raw.dtype == torch.float64 else raw.float()
         if self.bias is not None:
@@ -63,7 +63,7 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def logits(self, hidden: Float[Tensor, "c d"], width: int | None = None) -> Float[Tensor, "c w"]:
+    def logits(self, hidden: Float[Tensor, "*c d"], width: int | None = None) -> Float[Tensor, "*c w"]:
         """The logits the model itself would give, in fp32 or wider: [c, v]."""
         return self.finish(self.raw(hidden, width))
 

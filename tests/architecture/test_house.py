@@ -86,7 +86,11 @@ def test_only_the_command_line_and_the_demo_print() -> None:
 
 
 def test_the_mathematics_imports_torch_and_nothing_else_that_is_installed() -> None:
-    allowed = set(sys.stdlib_module_names) | {"torch", "selectkd"}
+    allowed = set(sys.stdlib_module_names) | {
+        "torch",
+        "selectkd",
+        "jaxtyping",
+    }  # jaxtyping: shapes in signatures
     for name, tree in trees([PACKAGE / file for file in MATHEMATICS]):
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
