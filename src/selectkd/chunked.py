@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selectkd.block import Rows, Settings, for_verifier, judge
 from selectkd.objective import Objective
-from selectkd.pair import TokenPair
-from selectkd.rows import Head, PairOf, Scratch, TeacherRows
+from selectkd.rows import Head, Scratch, TeacherRows
 
 CHUNK_ROWS = 256
 CHUNK_ENTRIES = 1 << 22
@@ -41,7 +41,17 @@ class Work:
     sequence: Tensor | None  # [n]
     acceptance: Tensor | None = None  # [n], from the first pass
 
+    def rows(self, chunk: slice, block: slice) -> Rows:
+        """What the rows of a block of a chunk need beside their logits."""
+        here = slice(chunk.start + block.start, chunk.start + block.stop)
+        label, sequence, acceptance = (
+            None if x is None else x[here] for x in (self.labels, self.sequence, self.acceptance)
+        )
+        return Rows(self.uniform[here], self.row_scale[here], label, sequence, acceptance)
 
+
+PIECE = 2048
+"""Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
 ROWS = ("acceptance", "divergence", "weight", "overlap")
 
 
@@ -55,46 +65,23 @@ def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
-class ChunkPairs:
-    """The pairs of one chunk: the loss pair, and the pair the verifier sees where its temperature differs."""
-
-    def __init__(self, work: Work, rows: slice, width: int, scratch: Scratch) -> None:
-        self.work, self.rows = work, rows
-        self.teacher: PairOf = work.teacher.open(rows, width, scratch)
-        reference = work.teacher.reference if work.acceptance is None else None
-        self.reference = None if reference is None else reference.open(rows, width, scratch)
-
-    def seen_by_verifier(self, block: slice, logits: Tensor) -> TokenPair:
-        """The pair at the verification temperature, with labels, sequences and the reference student attached."""
-        temperature = self.work.objective.verify_temperature
-        pair = self.attach(self.teacher(block, logits, temperature), block)
-        if self.reference is not None:
-            pair = replace(pair, logr=self.reference(block, logits, temperature).logp)
-        return pair
-
-    def for_loss(self, block: slice, logits: Tensor) -> TokenPair:
-        """The pair at the temperature of the loss."""
-        return self.attach(self.teacher(block, logits, self.work.temperature), block)
-
-    def attach(self, pair: TokenPair, block: slice) -> TokenPair:
-        here = slice(self.rows.start + block.start, self.rows.start + block.stop)
-        label = None if self.work.labels is None else self.work.labels[here]
-        sequence = None if self.work.sequence is None else self.work.sequence[here]
-        return replace(pair, label=label, sequence=sequence)
-
-
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
     selector = work.objective.verifier
     scores, scratch = [], Scratch()
+    settings = Settings(work.objective, head, work.temperature, wants_gradient=False, wants_bias=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
-        pairs = ChunkPairs(work, rows, width, scratch)
+        teacher = work.teacher.open(rows, width, scratch)
+        beside = work.teacher.reference
+        reference = None if beside is None else beside.open(rows, width, scratch)
         for block in cuts(0, raw.shape[0], max(1, BLOCK_ENTRIES // width)):
-            pair = pairs.seen_by_verifier(block, head.finish(raw[block]))
-            here = slice(rows.start + block.start, rows.start + block.stop)
-            score = selector.score(pair, work.uniform[here])  # [b, m]
+            at = work.rows(rows, block)
+            pair = for_verifier(raw, block, teacher, at, settings)
+            if reference is not None:
+                pair = replace(pair, logr=for_verifier(raw, block, reference, at, settings).logp)
+            score = selector.score(pair, at.uniform)  # [b, m]
             if pair.finite is not None:
                 score = torch.where(pair.finite[:, None], score, torch.nan)
             scores.append(score)
@@ -125,46 +112,35 @@ class ChunkedLoss(torch.autograd.Function):
         bad = torch.zeros((), dtype=fp, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # fp32 throughout: a sum of bf16 products kept in bf16 is worse than the plain program
-        grad_weight = torch.zeros(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
+        grad_weight = torch.empty(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
+        if grad_weight is not None:
+            grad_weight[width if n else 0 :].zero_()
         grad_bias = (
             torch.zeros(bias.shape, dtype=fp, device=weight.device)
             if wants_bias and bias is not None
             else None
         )
 
+        settings = Settings(work.objective, head, work.temperature, wants_any, wants_bias)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
             with torch.no_grad():
                 # [c, v], overwritten by its gradient block by block
                 raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
-            pairs = ChunkPairs(work, rows, width, scratch)
+            teacher = work.teacher.open(rows, width, scratch)
             for block in cuts(0, raw.shape[0], max(1, BLOCK_ENTRIES // width)):
+                at = work.rows(rows, block)
+                judged = judge(raw, block, teacher, at, settings, scratch)
+                loss += judged.loss
+                bad += judged.bad
                 here = slice(rows.start + block.start, rows.start + block.stop)
-                leaf = raw[block].to(fp, copy=True).requires_grad_(wants_any)  # [b, v]
-                with torch.set_grad_enabled(wants_any):
-                    logits = head.finish(leaf)
-                    pair = pairs.for_loss(block, logits)
-                    verified = None
-                    if work.acceptance is None and work.objective.verify_temperature != work.temperature:
-                        with torch.no_grad():
-                            verified = pairs.seen_by_verifier(block, logits.detach())
-                    given = None if work.acceptance is None else work.acceptance[here]
-                    judged = work.objective(pair, work.uniform[here], verified=verified, acceptance=given)
-                    share = (work.row_scale[here].to(fp) * judged.weight * judged.divergence).sum()
-                loss += share.detach()
-                if pair.finite is not None:
-                    bad += (~pair.finite).sum()
                 for name in ROWS:
-                    seen[name][here] = getattr(judged, name).detach()
-                if wants_any:
-                    leaves = [leaf] if leaf_bias is None or not wants_bias else [leaf, leaf_bias]
-                    grads = torch.autograd.grad(share, leaves)
-                    raw[block] = grads[0]
-                    if grad_bias is not None:
-                        grad_bias += grads[1]
+                    seen[name][here] = getattr(judged, name)
+                if grad_bias is not None and judged.grad_bias is not None:
+                    grad_bias[: judged.grad_bias.shape[0]] += judged.grad_bias
             if wants_any:
-                kept = _rows_with_gradient(seen["weight"][rows], work.objective.beta)
+                kept = rows_with_gradient(seen["weight"][rows]) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
                 if grad_hidden is not None:
@@ -175,10 +151,7 @@ class ChunkedLoss(torch.autograd.Function):
                         grad_hidden[rows] = 0
                         grad_hidden[rows][kept] = part.to(hidden.dtype)
                 if grad_weight is not None:
-                    if weight.dtype == fp:
-                        grad_weight[:width].addmm_(gradient.t(), inputs)
-                    else:
-                        grad_weight[:width] += gradient.t() @ inputs
+                    add_product(grad_weight[:width], gradient, inputs, first=rows.start == 0)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]
@@ -201,12 +174,26 @@ class ChunkedLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _rows_with_gradient(weight: Tensor, beta: float) -> Tensor | None:
-    """The rows of a chunk whose weight is not 0, so that the others cost no product; None means all of them.
-
-    Only beta = 0 makes such rows, and only then is it worth looking.
-    """
-    if beta != 0.0:
-        return None
+def rows_with_gradient(weight: Tensor) -> Tensor | None:
+    """The rows of a chunk whose weight is not 0, so that the others cost no product; None means all of them."""
     kept = weight.nonzero()[:, 0]
     return None if kept.shape[0] == weight.shape[0] else kept
+
+
+def add_product(total: Tensor, gradient: Tensor, inputs: Tensor, *, first: bool) -> None:
+    """total [v, d] += gradient^T [v, c] inputs [c, d]; the first chunk writes instead of adding to zeros.
+
+    Of a bf16 product only PIECE rows exist at a time, added in fp32 while they are in the cache.
+    """
+    if gradient.dtype == total.dtype:
+        if first:
+            torch.mm(gradient.t(), inputs, out=total)
+        else:
+            torch.addmm(total, gradient.t(), inputs, out=total)
+        return
+    for piece in cuts(0, total.shape[0], PIECE):
+        part = gradient[:, piece].t() @ inputs
+        if first:
+            total[piece].copy_(part)
+        else:
+            total[piece].add_(part)

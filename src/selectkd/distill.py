@@ -32,7 +32,7 @@ def distillation_loss(
     hidden [n, d]: the student's last hidden states where a supervised token is predicted; the gradient reaches them
     and the head's weight and bias. head: its weight [v, d], or a Head with bias, scale and soft-cap.
     teacher: LiveRows or CachedRows of the same n rows. uniform [n, r]: numbers in (0, 1), r =
-    objective.verifier.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
+    objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
     1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
     labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of.
@@ -97,7 +97,7 @@ def distillation_loss(
 
 
 def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, device: torch.device) -> Tensor:
-    need = objective.verifier.uniforms_per_token
+    need = objective.uniforms_per_token
     if uniform is None:
         uniform = torch.empty(n, 0, device=device)
     if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:

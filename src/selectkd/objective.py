@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences import DIVERGENCES, Divergence
-from selectkd.divergences.acceptance import overlap
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.registry import bind, build
@@ -42,6 +41,8 @@ class Objective:
     beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as in the paper.
     always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for instance EOS.
     verify_temperature: verification uses p and q at this temperature, whatever the temperature of the loss.
+    thin_rejected: keep a row with probability V at weight 1, and drop it otherwise: an unbiased estimate of the loss
+        and its gradient in which dropped rows cost no gradient product. Reads one more uniform number a token.
     Source: SelecTKD (arXiv 2510.24021), equation 4 and Algorithm 1.
 
     >>> import torch
@@ -57,6 +58,7 @@ class Objective:
     beta: float = 0.01
     always_accept: tuple[int, ...] = field(default=(), kw_only=True)
     verify_temperature: float = field(default=1.0, kw_only=True)
+    thin_rejected: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -70,6 +72,16 @@ class Objective:
         object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
 
     @property
+    def uniforms_per_token(self) -> int:
+        """Columns of uniform numbers a call reads: the verifier's, and one more to thin rejected rows."""
+        return self.verifier.uniforms_per_token + self.thin_rejected
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether some rows may have weight 0, so that it pays to look for them."""
+        return self.beta == 0.0 or self.thin_rejected
+
+    @property
     def ranks_the_batch(self) -> bool:
         """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``."""
         return hasattr(self.verifier, "keep")
@@ -78,6 +90,33 @@ class Objective:
     def accept(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         """The acceptance of a pair's rows, [n] in [0, 1], before ``always_accept``."""
         return self.verifier(pair, uniform)
+
+    @torch.no_grad()
+    def weigh(
+        self,
+        pair: TokenPair,
+        uniform: Float[Tensor, "n r"],
+        *,
+        acceptance: Float[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """(weight, acceptance) of the rows of the pair the verifier sees; ``acceptance`` is a first pass's result."""
+        if acceptance is None:
+            acceptance = self.accept(pair, uniform)
+        acceptance = acceptance.to(pair.logq.dtype)
+        if self.always_accept:
+            if pair.label is None:
+                raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
+            named = torch.isin(pair.label, torch.tensor(self.always_accept, device=pair.label.device))
+            acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
+        # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
+        weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
+        weight = weight if self.beta < 1.0 else torch.ones_like(acceptance)
+        if self.thin_rejected:
+            # weight 1 with probability V instead of weight V: the same mean, and rows without gradient products
+            weight = (uniform[:, -1].to(weight.dtype) < weight).to(weight.dtype)
+        if pair.finite is not None:
+            weight = weight * pair.finite  # a teacher row that is not finite teaches nothing
+        return weight, acceptance
 
     def __call__(
         self,
@@ -90,20 +129,8 @@ class Objective:
         """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""
         seen = pair if verified is None else verified
+        weight, acceptance = self.weigh(seen, uniform, acceptance=acceptance)
         with torch.no_grad():
-            if acceptance is None:
-                acceptance = self.accept(seen, uniform)
-            acceptance = acceptance.to(pair.logq.dtype)
-            if self.always_accept:
-                if pair.label is None:
-                    raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
-                named = torch.isin(pair.label, torch.tensor(self.always_accept, device=pair.label.device))
-                acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
-            # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
-            weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
-            weight = weight if self.beta < 1.0 else torch.ones_like(acceptance)
-            if pair.finite is not None:
-                weight = weight * pair.finite  # a teacher row that is not finite teaches nothing
-            meeting = overlap(seen.logp, seen.logq)
+            overlap = seen.overlap
         divergence: Divergence = self.divergence  # type: ignore[assignment]
-        return Judgement(divergence(pair.logp, pair.logq), weight, acceptance, meeting)
+        return Judgement(divergence(pair.logp, pair.logq), weight, acceptance, overlap)

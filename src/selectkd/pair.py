@@ -26,6 +26,7 @@ class TokenPair:
     sequence: [n], which sequence a row belongs to, rows of one sequence in order; None means one sequence.
     logr: [n, s], a reference student's log-probabilities, for the selectors that compare with one.
     finite: [n], False where the teacher's row was not finite (logp then repeats logq); None means all are.
+    shared_mass: [n], sum_v min(p, q) where it is known already; ``overlap`` computes it otherwise.
     """
 
     logp: Float[Tensor, "n s"]
@@ -37,11 +38,19 @@ class TokenPair:
     sequence: Int[Tensor, " n"] | None = None
     logr: Float[Tensor, "n s"] | None = None
     finite: Bool[Tensor, " n"] | None = None
+    shared_mass: Float[Tensor, " n"] | None = None
 
     @property
     def ranked(self) -> Float[Tensor, "n k"]:
         """The teacher's log-probabilities of single tokens: logp without the tail, [n, s - tail]."""
         return self.logp[:, :-1] if self.tail else self.logp
+
+    @property
+    def overlap(self) -> Float[Tensor, " n"]:
+        """sum_v min(p, q) = 1 - TV(p, q), in [0, 1]: how often speculative decoding accepts one draw of q."""
+        if self.shared_mass is not None:
+            return self.shared_mass
+        return torch.minimum(self.logp, self.logq).exp().sum(-1).clamp(max=1.0)
 
     def column(self, token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The column of each token id [n]; -1 where it is in the tail or outside the support."""
@@ -83,30 +92,45 @@ def topk_pair(ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"], logq: Float[T
     >>> pair.logp.exp().tolist(), pair.logq.exp().tolist(), pair.student_top.tolist()
     ([[0.5, 0.5]], [[0.25, 0.75]], [-1])
     """
-    ids = ids.long()
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= logq.shape[1]):
-        raise ConfigError(
-            f"the teacher's stored ids reach from {int(ids.min())} to {int(ids.max())}, but the student's vocabulary "
-            f"has {logq.shape[1]} tokens; teacher and student must share their ids."
-        )
+    ids = checked_ids(ids, logq.shape[1])
+    rest = _logsumexp(logq.scatter(1, ids, -torch.inf))  # [n, 1]
+    return support_pair(ids, logp, torch.cat([logq.gather(1, ids), rest], 1), logq.detach().argmax(-1))
+
+
+def support_pair(
+    ids: Int[Tensor, "n k"],
+    logp: Float[Tensor, "n k"],
+    logq: Float[Tensor, "n s"],
+    student_top: Int[Tensor, " n"],
+) -> TokenPair:
+    """The pair from K stored tokens and the student on the same K tokens and their rest, logq [n, K + 1].
+
+    student_top: the id of the student's argmax over its whole vocabulary.
+    """
     finite = torch.isfinite(logp.clamp(min=-1e30)).all(
         -1
     )  # -inf is a probability of 0, nan and +inf are faults
-    kept = logq.gather(1, ids)  # [n, K]
-    logp = torch.where(finite[:, None], logp.to(logq.dtype), kept.detach())
-    rest = logq.scatter(1, ids, -torch.inf)  # [n, v]
-    tail_q = _logsumexp(rest)  # [n, 1]
-    tail_p = torch.log1p(-logp.double().exp().sum(-1, keepdim=True).clamp(max=1.0)).to(logq.dtype)  # [n, 1]
-    top = logq.detach().argmax(-1)
-    hit = ids == top[:, None]
+    logp = torch.where(finite[:, None], logp.to(logq.dtype), logq[:, :-1].detach())
+    rest = torch.log1p(-logp.double().exp().sum(-1, keepdim=True).clamp(max=1.0)).to(logq.dtype)  # [n, 1]
+    hit = ids == student_top[:, None]
     return TokenPair(
-        logp=torch.cat([logp, tail_p], 1).detach(),
-        logq=torch.cat([kept, tail_q], 1),
+        logp=torch.cat([logp, rest], 1).detach(),
+        logq=logq,
         student_top=torch.where(hit.any(-1), hit.float().argmax(-1), -1),
         tail=True,
         ids=ids,
         finite=finite,
     )
+
+
+def checked_ids(ids: Int[Tensor, "n k"], width: int) -> Int[Tensor, "n k"]:
+    """The ids as int64, or a ConfigError where one is no token of a vocabulary of ``width``."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= width):
+        raise ConfigError(
+            f"the teacher's stored ids reach from {int(ids.min())} to {int(ids.max())}, but the student's "
+            f"vocabulary has {width} tokens; teacher and student must share their ids."
+        )
+    return ids.long()
 
 
 def _logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.pair import TokenPair, topk_pair
+from selectkd.pair import TokenPair, checked_ids, topk_pair
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Head:
     def of(cls, head: Float[Tensor, "v d"] | Head) -> Head:
         """The head itself, or a plain weight matrix as a head without bias, scale or cap."""
         return head if isinstance(head, Head) else cls(head)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are the product itself: no bias, scale or cap."""
+        return self.bias is None and self.scale == 1.0 and self.softcap is None
 
     @property
     def width(self) -> int:
@@ -83,18 +88,21 @@ class Scratch:
 
 
 @runtime_checkable
-class PairOf(Protocol):
-    """Puts a block of a chunk's teacher rows beside the student's logits [b, v] at a temperature."""
+class TeacherChunk(Protocol):
+    """One chunk of a teacher's rows, read once; ``block`` is within the chunk, b rows.
 
-    def __call__(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair: ...
+    Any kind can give the pair. What LiveChunk and CachedChunk have beyond it lets the loss do without autograd.
+    """
+
+    def pair(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair: ...
 
 
 @runtime_checkable
 class TeacherRows(Protocol):
-    """A teacher's rows beside the student's: ``count`` of them; ``open`` reads one chunk of them, once,
-    and may write its logits into ``scratch``. ``reference``: a reference student's rows, for selectors that compare.
+    """A teacher's rows beside the student's: ``count`` of them. ``open`` reads one chunk of them, and may keep its
+    logits in ``scratch``. ``reference``: a reference student's rows, for selectors that compare.
 
-    ``shared_width`` says how many leading vocabulary rows the student's logits need; ``block`` is within the chunk.
+    ``shared_width`` says how many leading vocabulary rows the student's logits need.
     """
 
     @property
@@ -105,7 +113,7 @@ class TeacherRows(Protocol):
 
     def shared_width(self, student_width: int) -> int: ...
 
-    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf: ...
+    def open(self, rows: slice, width: int, scratch: Scratch) -> TeacherChunk: ...
 
 
 class LiveRows:
@@ -155,32 +163,41 @@ class LiveRows:
     def shared_width(self, student_width: int) -> int:
         return min(student_width, self.head.width)
 
-    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf:
-        head = self.head
+    def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
+        hidden = self.hidden[rows]
         with torch.no_grad():
-            hidden = self.hidden[rows]
-            raw = head.raw(
-                hidden, width, out=scratch.of(self, hidden.shape[0], width, self.head.weight)
-            )  # [c, v]
-        unshared = None if self.shared is None else ~self.shared[:width]
+            out = scratch.of(self, hidden.shape[0], width, self.head.weight)
+            raw = self.head.raw(hidden, width, out=out)  # [c, v]
+        return LiveChunk(raw, self.head, None if self.shared is None else ~self.shared[:width])
 
-        def pair(block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
-            with torch.no_grad():
-                teacher = head.finish(raw[block]).to(logits.dtype)
-                if unshared is not None:
-                    teacher = teacher.masked_fill(unshared, -torch.inf)
-                logp = log_softmax(teacher, temperature)
-            if unshared is not None:
-                logits = logits.masked_fill(unshared, -torch.inf)
-            logq = log_softmax(logits, temperature)
-            with torch.no_grad():
-                # one entry that is nan or +inf makes the whole row of a log-softmax nan
-                finite = ~logp[:, 0].isnan()
-                logp = torch.where(finite[:, None], logp, logq)
-                top = logits.argmax(-1)
-            return TokenPair(logp=logp, logq=logq, student_top=top, finite=finite)
 
-        return pair
+class LiveChunk:
+    """A chunk of a live teacher's logits, [c, v] as its head's product gave them."""
+
+    def __init__(self, raw: Float[Tensor, "c w"], head: Head, unshared: Bool[Tensor, " w"] | None) -> None:
+        self.raw, self.head, self.unshared = raw, head, unshared
+
+    @torch.no_grad()
+    def logits(self, block: slice) -> Float[Tensor, "b w"]:
+        """The finished logits of a block, in memory the caller may overwrite."""
+        return self.head.finish(self.raw[block])
+
+    def pair(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
+        """The pair of a block; unshared ids at -inf on both sides, rows that are not finite replaced and marked."""
+        with torch.no_grad():
+            teacher = self.head.finish(self.raw[block]).to(logits.dtype)
+            if self.unshared is not None:
+                teacher = teacher.masked_fill(self.unshared, -torch.inf)
+            logp = log_softmax(teacher, temperature)
+        if self.unshared is not None:
+            logits = logits.masked_fill(self.unshared, -torch.inf)
+        logq = log_softmax(logits, temperature)
+        with torch.no_grad():
+            # one entry that is nan or +inf makes the whole row of a log-softmax nan
+            finite = ~logp[:, 0].isnan()
+            logp = torch.where(finite[:, None], logp, logq)
+            top = logits.argmax(-1)
+        return TokenPair(logp=logp, logq=logq, student_top=top, finite=finite)
 
 
 class CachedRows:
@@ -205,18 +222,28 @@ class CachedRows:
     def shared_width(self, student_width: int) -> int:
         return student_width
 
-    def open(self, rows: slice, width: int, scratch: Scratch) -> PairOf:
-        ids, stored = self.ids[rows], self.logp[rows]
+    def open(self, rows: slice, width: int, scratch: Scratch) -> CachedChunk:
+        return CachedChunk(checked_ids(self.ids[rows], width), self.logp[rows])
 
-        def pair(block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
-            if temperature != 1.0:
-                raise ConfigError(
-                    f"temperature = {temperature} with a top-K teacher: its tail cannot be re-tempered. "
-                    "Set temperature to 1.0, or use a live or hidden-state teacher."
-                )
-            return topk_pair(ids[block], stored[block], log_softmax(logits, 1.0))
 
-        return pair
+class CachedChunk:
+    """A chunk of a cached teacher's K best tokens."""
+
+    def __init__(self, ids: Int[Tensor, "c k"], logp: Float[Tensor, "c k"]) -> None:
+        self.ids, self.logp = ids, logp
+
+    def stored(self, block: slice, temperature: float) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
+        """Ids and log-probabilities of a block; a ConfigError at a temperature they were not stored at."""
+        if temperature != 1.0:
+            raise ConfigError(
+                f"temperature = {temperature} with a top-K teacher: its tail cannot be re-tempered. "
+                "Set temperature to 1.0, or use a live or hidden-state teacher."
+            )
+        return self.ids[block], self.logp[block]
+
+    def pair(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
+        """The pair of a block on its K tokens and the rest."""
+        return topk_pair(*self.stored(block, temperature), log_softmax(logits, 1.0))
 
 
 def log_softmax(logits: Float[Tensor, "n v"], temperature: float) -> Float[Tensor, "n v"]:

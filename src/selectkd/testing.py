@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selectkd.divergences.gradient import Block, closed_form_of
 from selectkd.pair import dense_pair
 from selectkd.verifiers import Verifier
 
@@ -38,7 +39,8 @@ def _must(holds: bool, what: str) -> None:
 def check_divergence(
     divergence: Callable[[Tensor, Tensor], Tensor], *, merging: bool = True, bound: float | None = None
 ) -> None:
-    """A divergence is [n, s] x [n, s] -> [n], finite, >= 0, 0 at p = q, token-local, with a true and finite gradient.
+    """A divergence is [n, s] x [n, s] -> [n], finite, >= 0, 0 at p = q, token-local, with a true and finite gradient,
+    and the closed form it states, if any, equals it in value and gradient.
 
     ``merging``: also that merging outcomes never raises it (the data-processing inequality, true of f-divergences and
     what makes a top-K value a lower bound). ``bound``: its declared largest value.
@@ -77,6 +79,9 @@ def check_divergence(
         same = divergence(p.to(dtype), p.to(dtype))
         _must(bool((same == 0).all()), f"not exactly 0 at p = q in {dtype}: {same}")
 
+    if closed_form_of(divergence) is not None:
+        _check_closed_form(divergence)
+
     if merging:
         merged = divergence(_merge(p), _merge(q))
         _must(bool((merged <= value + 1e-9).all()), f"merging outcomes raised it by {(merged - value).max()}")
@@ -96,6 +101,28 @@ def _check_descends(
     (grad,) = torch.autograd.grad(before.sum(), leaf)
     after = divergence(logp, torch.log_softmax(logits - 1e-3 * grad, -1))
     _must(bool((after < before.detach()).all()), "a step against the gradient does not lower it")
+
+
+def _check_closed_form(divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Value and gradient of the closed form equal the formula's and autograd's, in fp64."""
+    closed_form = closed_form_of(divergence)
+    p = torch.log_softmax(3.0 * torch.randn(16, 13, dtype=torch.float64, generator=seeded(8)), -1)
+    logits = (3.0 * torch.randn(16, 13, dtype=torch.float64, generator=seeded(9))).requires_grad_()
+    q = torch.log_softmax(logits, -1)
+    value = divergence(p, q)
+    (expected,) = torch.autograd.grad(value.sum(), logits)
+    q = q.detach()
+    block = Block(logp=p, logq=q, p=p.exp(), q=q.exp(), out=torch.empty_like(q), spare=torch.empty_like(q))
+    assert closed_form is not None  # the caller looked
+    stated, total = closed_form(block)
+    total = block.out.sum(-1) if total is None else torch.as_tensor(total).expand(len(p))
+    gradient = block.out - q.exp() * total[:, None]
+    _must(
+        bool(torch.allclose(stated, value.detach(), rtol=1e-9, atol=1e-11)), "the closed form's value differs"
+    )
+    _must(
+        bool(torch.allclose(gradient, expected, rtol=1e-8, atol=1e-11)), "the closed form's gradient differs"
+    )
 
 
 def _merge(log_dist: Float[Tensor, "n s"]) -> Float[Tensor, "n merged"]:

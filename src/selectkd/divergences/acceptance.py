@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
 from selectkd.errors import ConfigError
 
 
-def overlap(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """sum_v min(p, q) = 1 - TV(p, q), [n], in [0, 1]: the rate at which speculative decoding accepts one draw of q."""
-    return torch.minimum(logp, logq).exp().sum(-1).clamp(max=1.0)
+def _total_variation(block: Block) -> tuple[Tensor, None]:
+    """h = q sign(q - p) / 2."""
+    torch.sub(block.q, block.p, out=block.spare)
+    value = 0.5 * torch.linalg.vector_norm(block.spare, ord=1, dim=-1)
+    torch.sign(block.spare, out=block.out).mul_(block.q).mul_(0.5)
+    return value, None
 
 
+@with_gradient(_total_variation)
 def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Total variation, 1/2 sum_v |p - q|.
 
@@ -29,6 +36,20 @@ def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> F
     return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
 
 
+def _neg_log_acceptance(block: Block) -> tuple[Tensor, None]:
+    """h = -q [q < p] / sum min(p, q); half of it where q = p, as autograd divides a minimum."""
+    shared = torch.minimum(block.p, block.q, out=block.spare).sum(-1)
+    floor = math.exp(LOG_FLOOR)
+    value = -shared.clamp(min=floor, max=1.0).log()
+    torch.sub(block.p, block.q, out=block.spare).sign_().add_(
+        1.0
+    )  # 2 where q < p, 1 where equal, 0 elsewhere
+    scale = torch.where((shared > floor) & (shared < 1.0), -0.5 / shared.clamp(min=floor), 0.0)
+    torch.mul(block.spare, block.q, out=block.out).mul_(scale[:, None])
+    return value, None
+
+
+@with_gradient(_neg_log_acceptance)
 def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Negative log acceptance, -log sum_v min(p, q).
 
@@ -65,5 +86,6 @@ def kl_tv_hybrid(
     """
     if eta < 0:
         raise ConfigError(f"eta = {eta} must be 0 or more.")
-    share = torch.exp(-eta * overlap(logp, logq).detach())
+    acceptance = torch.minimum(logp, logq).exp().sum(-1).clamp(max=1.0)
+    share = torch.exp(-eta * acceptance.detach())
     return share * forward_kl(logp, logq) + (1.0 - share) * total_variation(logp, logq)

@@ -6,9 +6,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
+from selectkd.divergences.gradient import Block, with_gradient
+from selectkd.divergences.kl import dot, floored, forward_kl, relative_entropy, reverse_kl, share_of
 
 
+@torch.no_grad()
+def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> Float[Tensor, " n"]:
+    """The head's part of sum |p - q|, [n]; the head is the best tokens of p up to mass ``mu``, the first one always."""
+    best_first, order = p.sort(dim=-1, descending=True, stable=True)
+    before = best_first.cumsum(-1) - best_first  # mass of the better tokens
+    sorted_head = before < mu
+    sorted_head[:, 0] = True
+    head = torch.zeros_like(sorted_head).scatter(-1, order, sorted_head)  # back to vocabulary order
+    gap = (p - q).abs()
+    in_head, in_all = (gap * head).sum(-1), gap.sum(-1)
+    return torch.where(in_all > 0, in_head / in_all.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)
+
+
+def _adaptive_kl(block: Block, *, mu: float = 0.5) -> tuple[Tensor, None]:
+    """h = -share p + (1 - share) q (log q - log p + 1)."""
+    share = head_share(block.p, block.q, share_of("mu", mu))
+    torch.sub(block.logq, block.logp, out=block.spare)
+    forward, reverse = -dot(block.p, block.spare), dot(block.q, block.spare)
+    torch.mul(block.q, block.spare, out=block.out).mul_((1.0 - share)[:, None])
+    block.out.addcmul_(block.p, share[:, None], value=-1.0)
+    return share * forward + (1.0 - share) * reverse, None
+
+
+@with_gradient(_adaptive_kl)
 def adaptive_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, mu: float = 0.5
 ) -> Float[Tensor, " n"]:
@@ -23,20 +48,20 @@ def adaptive_kl(
     >>> round(adaptive_kl(p.log(), q.log()).item(), 4)
     0.1373
     """
-    share_of("mu", mu)
-    with torch.no_grad():
-        p, q = logp.exp(), logq.exp()
-        best_first, order = p.sort(dim=-1, descending=True, stable=True)
-        before = best_first.cumsum(-1) - best_first  # mass of the better tokens
-        sorted_head = before < mu
-        sorted_head[:, 0] = True
-        head = torch.zeros_like(sorted_head).scatter(-1, order, sorted_head)  # back to vocabulary order
-        gap = (p - q).abs()
-        in_head, in_all = (gap * head).sum(-1), gap.sum(-1)
-        share = torch.where(in_all > 0, in_head / in_all.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)  # [n]
+    share = head_share(logp.exp(), logq.exp(), share_of("mu", mu))
     return share * forward_kl(logp, logq) + (1.0 - share) * reverse_kl(logp, logq)
 
 
+def _todi(block: Block) -> tuple[Tensor, None]:
+    """h = -w p + (1 - w) q (log q - log p + 1), w = p / (p + q) without gradient."""
+    torch.sub(block.logq, block.logp, out=block.spare)  # d = log(q / p)
+    value = dot(block.q, block.spare) - dot(block.p, block.spare)
+    rest = torch.sigmoid(block.spare)  # 1 - w
+    torch.add(block.spare, 1.0, out=block.out).mul_(block.q).add_(block.p).mul_(rest).sub_(block.p)
+    return value, None
+
+
+@with_gradient(_todi)
 def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """ToDi, sum_v w p log(p / q) + (1 - w) q log(q / p) with w = p / (p + q) without gradient.
 

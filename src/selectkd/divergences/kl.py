@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.errors import ConfigError
 
 LOG_FLOOR = -87.0
@@ -62,6 +63,25 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
+def log_of_mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
+    """log(share p + (1 - share) q) into ``block.spare``; a sum that underflows counts as the smallest normal number."""
+    torch.mul(block.q, 1.0 - share, out=block.spare).add_(block.p, alpha=share)
+    return block.spare.clamp_(min=torch.finfo(block.spare.dtype).tiny).log_()
+
+
+def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """sum_v a b, [n], without a temporary."""
+    return torch.linalg.vecdot(a, b)
+
+
+def _forward_kl(block: Block) -> tuple[Tensor, float]:
+    """h = -p."""
+    torch.sub(block.logp, block.logq, out=block.spare)
+    torch.neg(block.p, out=block.out)
+    return dot(block.p, block.spare), -1.0
+
+
+@with_gradient(_forward_kl)
 def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
 
@@ -76,6 +96,14 @@ def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logp, logq)
 
 
+def _reverse_kl(block: Block) -> tuple[Tensor, Tensor]:
+    """h = q (log q - log p + 1)."""
+    torch.sub(block.logq, block.logp, out=block.out).mul_(block.q)
+    value = block.out.sum(-1)
+    return value, value  # without the + 1: h + c q and h have the same projection
+
+
+@with_gradient(_reverse_kl)
 def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
 
@@ -90,6 +118,16 @@ def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logq, logp)
 
 
+def _jeffreys(block: Block, *, weight: float = 0.5) -> tuple[Tensor, None]:
+    """h = -(1 - weight) p + weight q (log q - log p + 1)."""
+    w = share_of("weight", weight)
+    torch.sub(block.logq, block.logp, out=block.spare)
+    forward, reverse = -dot(block.p, block.spare), dot(block.q, block.spare)
+    torch.mul(block.q, block.spare, out=block.out).mul_(w).add_(block.p, alpha=w - 1.0)
+    return (1.0 - w) * forward + w * reverse, None
+
+
+@with_gradient(_jeffreys)
 def jeffreys(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
 ) -> Float[Tensor, " n"]:
@@ -107,6 +145,16 @@ def jeffreys(
     return (1.0 - w) * relative_entropy(logp, logq) + w * relative_entropy(logq, logp)
 
 
+def _skew_kl(block: Block, *, alpha: float = 0.1) -> tuple[Tensor, None]:
+    """h = -(1 - alpha) p q / m, m = alpha p + (1 - alpha) q."""
+    mixture = log_of_mixture(block, share_of("alpha", alpha))
+    torch.sub(block.logp, mixture, out=block.spare)  # log(p / m)
+    value = dot(block.p, block.spare)
+    torch.exp(block.spare, out=block.out).mul_(block.q).mul_(alpha - 1.0)
+    return value, None
+
+
+@with_gradient(_skew_kl)
 def skew_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.1
 ) -> Float[Tensor, " n"]:
@@ -123,6 +171,22 @@ def skew_kl(
     return relative_entropy(logp, log_mixture(logp, logq, share_of("alpha", alpha)))
 
 
+def _skew_reverse_kl(
+    block: Block, *, alpha: float = 0.1, detach_mixture: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """h = q (log(q / m) + 1 - alpha q / m), m = (1 - alpha) p + alpha q; without the last term if m is detached."""
+    mixture = log_of_mixture(block, 1.0 - share_of("alpha", alpha))
+    torch.sub(block.logq, mixture, out=block.spare)  # log(q / m)
+    if detach_mixture:
+        torch.mul(block.q, block.spare, out=block.out)
+        value = block.out.sum(-1)
+        return value, value
+    value = dot(block.q, block.spare)
+    torch.exp(block.spare, out=block.out).mul_(-alpha).add_(block.spare).mul_(block.q)
+    return value, None
+
+
+@with_gradient(_skew_reverse_kl)
 def skew_reverse_kl(
     logp: Float[Tensor, "n s"],
     logq: Float[Tensor, "n s"],
@@ -145,6 +209,19 @@ def skew_reverse_kl(
     return relative_entropy(logq, log_mixture(inner, logp, share_of("alpha", alpha)))
 
 
+def _generalized_jsd(block: Block, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """h = (1 - beta) q log(q / m), m = beta p + (1 - beta) q."""
+    b = share_of("beta", beta)
+    mixture = log_of_mixture(block, b)
+    torch.sub(block.logp, mixture, out=block.out)  # log(p / m)
+    forward = dot(block.p, block.out)
+    torch.sub(block.logq, mixture, out=block.out).mul_(block.q)  # q log(q / m)
+    reverse = block.out.sum(-1)
+    block.out.mul_(1.0 - b)
+    return b * forward + (1.0 - b) * reverse, (1.0 - b) * reverse
+
+
+@with_gradient(_generalized_jsd)
 def generalized_jsd(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, beta: float = 0.5
 ) -> Float[Tensor, " n"]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.divergences.kl import floored, reverse_kl
 from selectkd.errors import ConfigError
 
@@ -19,6 +20,19 @@ def power_gap(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], power: f
     return -torch.sign(gap) * torch.exp(power * larger) * torch.expm1(-power * gap.abs()) / power
 
 
+def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> tuple[Tensor, None]:
+    """h = (q^(alpha + beta) - p^alpha q^beta) / alpha; q^beta (log q - log p) at alpha = 0, its limit."""
+    value = alpha_beta(block.logp, block.logq, alpha=alpha, beta=beta)
+    student = torch.mul(block.logq, beta, out=block.spare).exp_()  # q^beta
+    if alpha == 0.0:
+        torch.sub(block.logq, block.logp, out=block.out).mul_(student)
+    else:
+        torch.mul(block.logp, alpha, out=block.out).exp_().neg_()
+        block.out.add_(torch.exp(alpha * block.logq)).mul_(student).div_(alpha)
+    return value, None
+
+
+@with_gradient(_alpha_beta)
 def alpha_beta(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.2, beta: float = 0.7
 ) -> Float[Tensor, " n"]:

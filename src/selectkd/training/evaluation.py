@@ -76,7 +76,7 @@ def evaluate(
             hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
             hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
             rows = teacher(batch, seen.position)
-            uniform = draws(batch, seen, objective.verifier.uniforms_per_token, seed=seed, step=0)
+            uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
             loss, sums = distillation_loss(
                 hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
             )
@@ -135,7 +135,7 @@ def probe(
         head = head_of(student)
         hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
         hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
-        uniform = draws(batch, seen, objective.verifier.uniforms_per_token, seed=seed, step=0)
+        uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
         sums = distillation_loss(
             hidden,
             head,

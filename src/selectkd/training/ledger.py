@@ -103,7 +103,7 @@ class Ledger:
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
             self.now = replace(self.now, divergence={"name": "taid", "t": self.taid.t})
-        r = self.now.verifier.uniforms_per_token
+        r = self.now.uniforms_per_token
         self._sums = self._zeros()
         self._portions = [
             Portion(

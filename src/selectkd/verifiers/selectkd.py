@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.divergences.acceptance import overlap
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 
@@ -157,4 +156,4 @@ class spec_k_literal:
 
 def acceptance_probability(pair: TokenPair, k: int) -> Float[Tensor, " n"]:
     """1 - TV(p, q)^k, [n]: the probability that at least one of k draws of the student passes."""
-    return 1.0 - (1.0 - overlap(pair.logp, pair.logq)) ** k
+    return 1.0 - (1.0 - pair.overlap) ** k

@@ -1,0 +1,244 @@
+"""The elementwise work of the fused loss on one block of rows: from logits to weights and to their gradient.
+
+b rows, v vocabulary, K stored tokens. Three ways, the same result: a closed form where the divergence states one and
+the teacher is dense; autograd on the K + 1 outcomes of a top-K teacher; autograd on the whole vocabulary otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.objective import Judgement, Objective
+from selectkd.pair import TokenPair, support_pair
+from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
+
+IMPOSSIBLE = -1e4
+"""The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
+LANES = 64
+"""Width of the pieces an argmax looks at first."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every block of a call."""
+
+    objective: Objective
+    head: Head
+    temperature: float
+    wants_gradient: bool
+    wants_bias: bool
+
+
+class Rows(NamedTuple):
+    """What a block needs beside its logits, each [b] or [b, r]; acceptance is the result of a first pass."""
+
+    uniform: Tensor
+    scale: Tensor
+    label: Tensor | None
+    sequence: Tensor | None
+    acceptance: Tensor | None
+
+
+class Seen(NamedTuple):
+    """What came of a block: its part of the loss, four columns [b], its rows without a finite teacher, and the bias's
+    gradient [v]."""
+
+    loss: Tensor
+    divergence: Tensor
+    weight: Tensor
+    acceptance: Tensor
+    overlap: Tensor
+    bad: Tensor | int
+    grad_bias: Tensor | None
+
+
+def judge(
+    raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings, scratch: Scratch
+) -> Seen:
+    """Judges the rows of a block and writes the gradient of the loss to ``raw[block]`` [b, v] over the logits there."""
+    closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
+    verified = None
+    if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
+        verified = for_verifier(raw, block, teacher, rows, settings)
+    if isinstance(teacher, LiveChunk) and closed_form is not None:
+        return _closed(raw, block, teacher, rows, settings, scratch, closed_form, verified)
+    if isinstance(teacher, CachedChunk):
+        return _top_k(raw, block, teacher, rows, settings, scratch, verified)
+    return _autograd(raw, block, teacher, rows, settings, verified)
+
+
+@torch.no_grad()
+def for_verifier(
+    raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
+) -> TokenPair:
+    """The pair the verifier sees, at its temperature, with labels, sequences and the reference student."""
+    logits = settings.head.finish(raw[block])
+    pair = teacher.pair(block, logits, settings.objective.verify_temperature)
+    return replace(pair, label=rows.label, sequence=rows.sequence)
+
+
+def _closed(
+    raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
+    closed_form: Callable[[Block], tuple[Tensor, Tensor | float | None]], verified: TokenPair | None,
+) -> Seen:  # fmt: skip
+    """A dense teacher and a divergence with a closed form: no autograd, memory reused from block to block."""
+    head, temperature = settings.head, settings.temperature
+    b, width = raw[block].shape
+    target = raw[block]
+    plain = head.is_plain and raw.dtype != torch.bfloat16 and raw.dtype != torch.float16
+    logits = target if plain else head.finish(target)  # [b, v], fp32 or wider
+    capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
+    fp = logits.dtype
+    p, q, out, spare = (scratch.of(name, b, width, logits)[:b] for name in ("p", "q", "out", "spare"))
+
+    with torch.no_grad():
+        other = teacher.logits(block).to(fp)  # [b, v], ours to overwrite
+        unshared = teacher.unshared
+        if unshared is not None:
+            logits, other = logits.masked_fill(unshared, IMPOSSIBLE), other.masked_fill(unshared, IMPOSSIBLE)
+        if temperature != 1.0:
+            logits, other = logits.div_(temperature), other.div_(temperature)
+        top = argmax(logits)
+        to_log_probabilities(logits, q, top)
+        finite = torch.isfinite(to_log_probabilities(other, p, argmax(other)))
+        if not bool(finite.all()):
+            other[~finite], p[~finite] = logits[~finite], q[~finite]
+        shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
+        pair = TokenPair(
+            logp=other, logq=logits, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
+            shared_mass=shared,
+        )  # fmt: skip
+        seen = pair if verified is None else verified
+        weight, acceptance = settings.objective.weigh(seen, rows.uniform, acceptance=rows.acceptance)
+        divergence, total = closed_form(Block(logp=other, logq=logits, p=p, q=q, out=out, spare=spare))
+        divergence = divergence.clamp(min=0.0)
+        share = rows.scale.to(fp) * weight  # [b]
+        grad_bias = None
+        if settings.wants_gradient:
+            if total is None:
+                total = out.sum(-1)
+            scale = share / temperature
+            out.mul_(scale[:, None]).addcmul_(q, (-scale * total)[:, None])
+            grad_bias = finish_gradient(out, capped, settings)
+            target.copy_(out)
+    return Seen(
+        (share * divergence).sum(), divergence, weight, acceptance, seen.overlap, (~finite).sum(), grad_bias
+    )
+
+
+def _top_k(
+    raw: Tensor, block: slice, teacher: CachedChunk, rows: Rows, settings: Settings, scratch: Scratch,
+    verified: TokenPair | None,
+) -> Seen:  # fmt: skip
+    """A top-K teacher: the objective on K + 1 outcomes by autograd, taken back to the vocabulary in closed form.
+
+    With h = dL / d log q on the K tokens and the rest, the gradient to a logit is h_v - q_v sum(h) for a stored token
+    and q_v (h_rest / q_rest - sum(h)) for any other.
+    """
+    head = settings.head
+    b, width = raw[block].shape
+    target = raw[block]
+    ids, stored = teacher.stored(block, settings.temperature)
+    with torch.no_grad():
+        logits = head.finish(target)
+        capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
+        q = scratch.of("q", b, width, logits)[:b]
+        top = argmax(logits)
+        torch.softmax(logits, -1, out=q)
+        at = top[:, None]
+        total = logits.gather(-1, at) - q.gather(-1, at).log()  # log-sum-exp, [b, 1]
+        chosen, chosen_log = q.gather(-1, ids), logits.gather(-1, ids) - total  # [b, K]
+        q.scatter_(-1, ids, 0.0)
+        rest = q.sum(-1, keepdim=True)  # [b, 1]
+        support = torch.cat([chosen_log, rest.log()], 1)  # [b, K + 1]
+    leaf = support.requires_grad_(settings.wants_gradient)
+    with torch.set_grad_enabled(settings.wants_gradient):
+        pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
+        judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
+        loss = (rows.scale.to(leaf.dtype) * judged.weight * judged.divergence).sum()
+    grad_bias = None
+    if settings.wants_gradient:
+        (h,) = torch.autograd.grad(loss, leaf)
+        of_tokens, of_rest, sum_h = h[:, :-1], h[:, -1:], h.sum(-1, keepdim=True)
+        tiny = torch.finfo(q.dtype).tiny
+        gradient = q.mul_(of_rest / rest.clamp(min=tiny) - sum_h)
+        gradient.scatter_(-1, ids, of_tokens - chosen * sum_h)
+        grad_bias = finish_gradient(gradient, capped, settings)
+        target.copy_(gradient)
+    return _seen(loss, judged, pair, grad_bias)
+
+
+def finish_gradient(gradient: Tensor, capped: Tensor | None, settings: Settings) -> Tensor | None:
+    """Takes d loss / d logits back through soft-cap and scale in place, and returns the bias's part of it, [v]."""
+    head = settings.head
+    if capped is not None and head.softcap is not None:
+        gradient.mul_(capped.div_(head.softcap).square_().neg_().add_(1.0))
+    if head.scale != 1.0:
+        gradient.mul_(head.scale)
+    return gradient.sum(0) if settings.wants_bias else None
+
+
+def _autograd(
+    raw: Tensor,
+    block: slice,
+    teacher: TeacherChunk,
+    rows: Rows,
+    settings: Settings,
+    verified: TokenPair | None,
+) -> Seen:
+    """Any divergence, any teacher: the objective as it stands, differentiated."""
+    fp = torch.float64 if raw.dtype == torch.float64 else torch.float32
+    leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    head = settings.head
+    with torch.set_grad_enabled(settings.wants_gradient):
+        pair = teacher.pair(block, head.finish(leaf), settings.temperature)
+        pair = replace(pair, label=rows.label, sequence=rows.sequence)
+        judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
+        loss = (rows.scale.to(fp) * judged.weight * judged.divergence).sum()
+    grad_bias = None
+    if settings.wants_gradient:
+        leaves = [leaf, head.bias] if settings.wants_bias else [leaf]
+        gradients = torch.autograd.grad(loss, leaves)
+        raw[block] = gradients[0]
+        grad_bias = gradients[1] if settings.wants_bias else None
+    return _seen(loss, judged, pair, grad_bias)
+
+
+def _seen(loss: Tensor, judged: Judgement, pair: TokenPair, grad_bias: Tensor | None) -> Seen:
+    bad = 0 if pair.finite is None else (~pair.finite).sum()
+    divergence, weight, acceptance, overlap = judged
+    return Seen(loss.detach(), divergence.detach(), weight, acceptance, overlap, bad, grad_bias)
+
+
+def to_log_probabilities(logits: Tensor, probabilities: Tensor, best: Tensor) -> Tensor:
+    """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; log-sum-exp [b].
+
+    The log-sum-exp is max z - log(max softmax): no second exponential.
+    """
+    torch.softmax(logits, -1, out=probabilities)
+    at = best[:, None]
+    total = logits.gather(-1, at) - probabilities.gather(-1, at).log()  # [b, 1]
+    logits.sub_(total)
+    return total[:, 0]
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The column of the first largest entry of each row, [b]: the best piece of LANES columns, then inside it."""
+    b, v = x.shape
+    whole = v - v % LANES
+    if whole < 2 * LANES or not x.is_contiguous():
+        return x.argmax(-1)
+    pieces = x[:, :whole].unflatten(-1, (-1, LANES))  # [b, v / LANES, LANES]
+    piece = pieces.amax(-1).argmax(-1)  # [b]
+    inside = pieces.gather(1, piece[:, None, None].expand(b, 1, LANES))[:, 0].argmax(-1)
+    best = piece * LANES + inside
+    if whole < v:
+        rest = x[:, whole:].max(-1)
+        best = torch.where(rest.values > x.gather(-1, best[:, None])[:, 0], whole + rest.indices, best)
+    return best
