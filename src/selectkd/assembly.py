@@ -201,6 +201,7 @@ def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bo
         beta=schedule.start,
         always_accept=always_accepted(spec.always_accept, tokenizer),
         verify_temperature=spec.verify_temperature,
+        thin_rejected=spec.thin_rejected,
     )
     return objective, schedule, divergence["name"] == "taid" and "t" not in divergence
 

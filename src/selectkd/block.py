@@ -20,6 +20,8 @@ from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
+SMALL = 1e-30
+"""A probability with all its digits: far above the smallest normal fp32 number, 1.2e-38."""
 LANES = 64
 """Width of the pieces an argmax looks at first."""
 
@@ -101,12 +103,13 @@ def _closed(
         other = teacher.logits(block).to(fp)  # [b, v], ours to overwrite
         unshared = teacher.unshared
         if unshared is not None:
-            logits, other = logits.masked_fill(unshared, IMPOSSIBLE), other.masked_fill(unshared, IMPOSSIBLE)
+            logits.masked_fill_(unshared, IMPOSSIBLE)
+            other.masked_fill_(unshared, IMPOSSIBLE)
         if temperature != 1.0:
             logits, other = logits.div_(temperature), other.div_(temperature)
         top = argmax(logits)
         to_log_probabilities(logits, q, top)
-        finite = torch.isfinite(to_log_probabilities(other, p, argmax(other)))
+        finite = torch.isfinite(to_log_probabilities(other, p, top))
         if not bool(finite.all()):
             other[~finite], p[~finite] = logits[~finite], q[~finite]
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
@@ -124,9 +127,11 @@ def _closed(
             if total is None:
                 total = out.sum(-1)
             scale = share / temperature
-            out.mul_(scale[:, None]).addcmul_(q, (-scale * total)[:, None])
-            grad_bias = finish_gradient(out, capped, settings)
-            target.copy_(out)
+            gradient = torch.mul(out, scale[:, None], out=logits)  # the log-probabilities are done with
+            gradient.addcmul_(q, (-scale * total)[:, None])
+            grad_bias = finish_gradient(gradient, capped, settings)
+            if not plain:
+                target.copy_(gradient)
     return Seen(
         (share * divergence).sum(), divergence, weight, acceptance, seen.overlap, (~finite).sum(), grad_bias
     )
@@ -216,14 +221,19 @@ def _seen(loss: Tensor, judged: Judgement, pair: TokenPair, grad_bias: Tensor | 
     return Seen(loss.detach(), divergence.detach(), weight, acceptance, overlap, bad, grad_bias)
 
 
-def to_log_probabilities(logits: Tensor, probabilities: Tensor, best: Tensor) -> Tensor:
+def to_log_probabilities(logits: Tensor, probabilities: Tensor, column: Tensor) -> Tensor:
     """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; log-sum-exp [b].
 
-    The log-sum-exp is max z - log(max softmax): no second exponential.
+    The log-sum-exp is z - log softmax(z) at one ``column`` [b] of each row, which costs no second exponential. Any
+    column will do whose probability has all its digits; a row where it has not gets its log-sum-exp the long way.
     """
     torch.softmax(logits, -1, out=probabilities)
-    at = best[:, None]
-    total = logits.gather(-1, at) - probabilities.gather(-1, at).log()  # [b, 1]
+    at = column[:, None]
+    here = probabilities.gather(-1, at)  # [b, 1]
+    total = logits.gather(-1, at) - here.log()
+    small = ~(here > SMALL)[:, 0]
+    if bool(small.any()):
+        total[small] = torch.logsumexp(logits[small], -1, keepdim=True)
     logits.sub_(total)
     return total[:, 0]
 

@@ -168,9 +168,13 @@ class ChunkedLoss(torch.autograd.Function):
                 "the distillation loss was already backpropagated; call distillation_loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        plain = (
+            grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        )  # elsewhere a look would cost a sync
         for i, dtype in enumerate(ctx.dtypes):
             if gradients[i] is not None:
-                gradients[i] = gradients[i].mul_(grad_loss.to(gradients[i].dtype)).to(dtype)
+                scaled = gradients[i] if plain else gradients[i].mul_(grad_loss.to(gradients[i].dtype))
+                gradients[i] = scaled.to(dtype)
         return (*gradients, None, None)
 
 

@@ -175,6 +175,7 @@ class ObjectiveSection(Section):
     reduction: Literal["sequence_mean", "token_mean", "weight_mean"] = "sequence_mean"
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    thin_rejected: bool = False
     always_accept: list[Literal["eos"] | Annotated[Whole, Field(ge=0)]] = []
 
     @model_validator(mode="before")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
 from selectkd.distill import distillation_loss
+from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import Head, TeacherRows
+
+_LOG = logging.getLogger("selectkd")
 
 
 class Teacher(Protocol):
@@ -63,7 +68,7 @@ class DistillationModel(nn.Module):
         hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
-        loss, sums = distillation_loss(
+        loss, sums = self._loss(
             rows,
             head,
             teacher,
@@ -71,17 +76,45 @@ class DistillationModel(nn.Module):
             uniform,
             row_scale=row_scale,
             temperature=self.temperature,
-            chunk=self.chunk,
             labels=seen.labels,
             sequence=seen.sequence,
         )
         sums["kl"] = self._kl(rows, head, teacher) if self.also_kl else sums["divergence"]
         return loss, sums
 
+    def _loss(self, hidden: Tensor, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
+
+        The smaller chunk stays for the steps to come.
+        """
+        while True:
+            try:
+                return distillation_loss(hidden, *given, chunk=self.chunk, **named)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                rows = self.chunk or chunk_rows(hidden.shape[0], given[0].width, None)
+                if not out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise ResourceError(
+                        f"no memory for one row of the loss: {error}. Use a smaller training.batch_size or "
+                        "training.max_length, or a device with more memory."
+                    ) from error
+                self.chunk = rows // 2
+            _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
+
     @torch.no_grad()
     def _kl(self, rows: Tensor, head: Head, teacher: TeacherRows) -> Tensor:
         sums = distillation_loss(rows.detach(), head, teacher, _PLAIN, chunk=self.chunk)[1]
         return sums["divergence"]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocation that failed, on an accelerator or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
 
 
 _PLAIN = Objective("forward_kl", "always", beta=1.0)

@@ -1,0 +1,66 @@
+"""An allocation that fails in the loss halves the chunk and keeps the value (FAULTS, N8)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from selectkd import Objective
+from selectkd.data.supervised import supervised
+from selectkd.errors import ResourceError
+from selectkd.teachers.live import LiveTeacher
+from selectkd.training.step import DistillationModel
+from training.tiny import padded, texts, tiny_llama
+
+
+class Short(TorchDispatchMode):
+    """A machine on which no softmax of more than ``rows`` rows fits."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.failures = rows, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "softmax" in str(func) and args[0].ndim == 2 and args[0].shape[0] > self.rows:
+            self.failures += 1
+            raise torch.OutOfMemoryError("out of memory (injected)")
+        return func(*args, **(kwargs or {}))
+
+
+def step(rows: int | None, chunk: int | None = None) -> tuple[float, torch.Tensor, DistillationModel, int]:
+    model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1)), chunk=chunk)
+    batch = padded(texts(6), 6)[0]
+    n = len(supervised(batch))
+    given = (batch, torch.full((n,), 1 / n), torch.empty(n, 0), Objective("forward_kl", "greedy_topk"))
+    if rows is None:
+        loss, _ = model(*given)
+        failures = 0
+    else:
+        with Short(rows) as machine:
+            loss, _ = model(*given)
+        failures = machine.failures
+    loss.backward()
+    return loss.item(), model.student.get_output_embeddings().weight.grad, model, failures
+
+
+def test_an_allocation_that_fails_halves_the_chunk_and_keeps_the_value():
+    plain, gradient, _, _ = step(None)
+    short, short_gradient, model, failures = step(5)
+    assert failures >= 1 and model.chunk is not None and model.chunk <= 5
+    assert short == pytest.approx(plain, rel=1e-6)
+    torch.testing.assert_close(short_gradient, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_no_memory_at_all_says_what_would_help():
+    with pytest.raises(ResourceError, match="batch_size"):
+        step(0)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1, hidden=16)))
+    model.teacher.head = LiveTeacher(tiny_llama(1)).head  # of another width than the hidden states
+    batch = padded(texts(2), 2)[0]
+    n = len(supervised(batch))
+    with pytest.raises(ValueError, match="hidden states"):
+        model(batch, torch.ones(n), torch.empty(n, 0), Objective())
