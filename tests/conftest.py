@@ -1,11 +1,18 @@
-"""Shapes in signatures are checked while the tests run: jaxtyping's annotations, by beartype."""
+"""Shapes in signatures are checked while the tests run: jaxtyping's annotations, by beartype. Without a GPU the Triton
+kernels run in Triton's interpreter, which must be known before Triton is imported.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from jaxtyping import config, install_import_hook
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 MATHEMATICS = (
     "pair",

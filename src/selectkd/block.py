@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,14 @@ def judge(
     if isinstance(teacher, CachedChunk):
         return _top_k(raw, block, teacher, rows, settings, scratch, verified)
     return _autograd(raw, block, teacher, rows, settings, verified)
+
+
+def has_closed_form(settings: Settings, teacher: TeacherChunk) -> bool:
+    """Whether a block is judged without autograd over the vocabulary."""
+    if isinstance(teacher, CachedChunk):
+        return True
+    divergence: Any = settings.objective.divergence
+    return isinstance(teacher, LiveChunk) and closed_form_of(divergence) is not None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectkd.divergences import DIVERGENCES, Divergence
@@ -102,11 +102,22 @@ class Objective:
         """(weight, acceptance) of the rows of the pair the verifier sees; ``acceptance`` is a first pass's result."""
         if acceptance is None:
             acceptance = self.accept(pair, uniform)
-        acceptance = acceptance.to(pair.logq.dtype)
+        return self.weight_of(acceptance.to(pair.logq.dtype), uniform, label=pair.label, finite=pair.finite)
+
+    @torch.no_grad()
+    def weight_of(
+        self,
+        acceptance: Float[Tensor, " n"],
+        uniform: Float[Tensor, "n r"],
+        *,
+        label: Int[Tensor, " n"] | None = None,
+        finite: Bool[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """(weight, acceptance) from the verifier's acceptance: ``always_accept``, beta, thinning, faulty rows."""
         if self.always_accept:
-            if pair.label is None:
+            if label is None:
                 raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
-            named = torch.isin(pair.label, torch.tensor(self.always_accept, device=pair.label.device))
+            named = torch.isin(label, torch.tensor(self.always_accept, device=label.device))
             acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
         # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
         weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
@@ -114,8 +125,8 @@ class Objective:
         if self.thin_rejected:
             # weight 1 with probability V instead of weight V: the same mean, and rows without gradient products
             weight = (uniform[:, -1].to(weight.dtype) < weight).to(weight.dtype)
-        if pair.finite is not None:
-            weight = weight * pair.finite  # a teacher row that is not finite teaches nothing
+        if finite is not None:
+            weight = weight * finite  # a teacher row that is not finite teaches nothing
         return weight, acceptance
 
     def __call__(

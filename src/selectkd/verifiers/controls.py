@@ -12,6 +12,7 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.verifiers.gates import sequence_of
 from selectkd.verifiers.selectkd import at_least_one, greedy_topk
+from selectkd.verifiers.statistics import RowStatistics
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class always:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return torch.ones(pair.logp.shape[0], dtype=pair.logp.dtype, device=pair.logp.device)
+
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return torch.ones_like(statistics.overlap)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class matched_random:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (uniform[:, 0] < self.rate).to(pair.logp.dtype)
+
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return (uniform[:, 0] < self.rate).to(statistics.overlap.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.verifiers.selectkd import at_least_one, greedy_topk, within_top
+from selectkd.verifiers.statistics import RowStatistics
 
 
 def entropy(log_a: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
@@ -36,6 +37,11 @@ class hellinger:
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return 1.0 - hellinger_distance(pair.logp, pair.logq)
 
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return 1.0 - (1.0 - statistics.affinity).clamp(min=0.0).sqrt()
+
 
 @dataclass(frozen=True)
 class teacher_entropy:
@@ -52,6 +58,11 @@ class teacher_entropy:
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (entropy(pair.logp) <= self.max).to(pair.logp.dtype)
 
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return (statistics.teacher_entropy <= self.max).to(statistics.overlap.dtype)
+
 
 @dataclass(frozen=True)
 class student_entropy:
@@ -67,6 +78,11 @@ class student_entropy:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return (entropy(pair.logq) >= self.min).to(pair.logq.dtype)
+
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return (statistics.student_entropy >= self.min).to(statistics.overlap.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,11 @@ class label_top_k:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.column(label_of(pair, "label_top_k")), self.k, "label_top_k")
+
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return (statistics.label_rank < self.k).to(statistics.overlap.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
+from selectkd.verifiers.statistics import RowStatistics
 
 
 def at_least_one(name: str, k: int) -> None:
@@ -69,6 +70,11 @@ class greedy_topk:
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.student_top, self.k, "greedy_topk")
 
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return (statistics.rank < self.k).to(statistics.overlap.dtype)
+
 
 @dataclass(frozen=True)
 class spec_k:
@@ -96,6 +102,12 @@ class spec_k:
         chance = acceptance_probability(pair, self.k)
         return (uniform[:, 0].to(chance.dtype) < chance).to(chance.dtype)
 
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        chance = 1.0 - (1.0 - statistics.overlap) ** self.k
+        return (uniform[:, 0].to(chance.dtype) < chance).to(chance.dtype)
+
 
 @dataclass(frozen=True)
 class expected_spec_k:
@@ -119,6 +131,11 @@ class expected_spec_k:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return acceptance_probability(pair, self.k)
+
+    def from_statistics(
+        self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
+    ) -> Float[Tensor, " n"]:
+        return 1.0 - (1.0 - statistics.overlap) ** self.k
 
 
 @dataclass(frozen=True)

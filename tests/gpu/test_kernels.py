@@ -1,0 +1,181 @@
+"""The Triton kernels equal block.judge, for every divergence, verifier and kind of head they claim.
+
+Without a GPU they run in Triton's interpreter (tests/conftest.py switches it on).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from selectkd import Head, LiveRows, Objective, chunked, distillation_loss, kernels, uniforms
+from selectkd.block import Rows, Settings
+from selectkd.block import judge as reference
+from selectkd.rows import Scratch
+from selectkd.verifiers import VERIFIERS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+C, V, D, E = 7, 300, 8, 12
+READ_STATISTICS = [name for name, factory in VERIFIERS.items() if hasattr(factory(), "from_statistics")]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 128)  # three tiles, the last one cut off
+
+
+def made(*, student=None, teacher=None, shared=None, seed=0, v=V):
+    g = torch.Generator().manual_seed(seed)
+    hidden, other = torch.randn(C, D, generator=g), torch.randn(C, E, generator=g)
+    weight, teacher_weight = torch.randn(v, D, generator=g) * 0.7, torch.randn(v, E, generator=g) * 0.7
+    head = (student or Head)(weight)
+    rows = LiveRows(other, (teacher or Head)(teacher_weight), shared=shared)
+    return hidden, head, rows
+
+
+def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=None, spoil=None, **options):
+    hidden, head, live = made(student=student, teacher=teacher, shared=shared)
+    if spoil is not None:
+        live.hidden[spoil] = torch.nan
+    uniform = uniforms(C, objective.uniforms_per_token, seed=1, step=3)
+    at = Rows(
+        uniform, torch.linspace(0.1, 1.0, C), torch.arange(C) * 3, torch.zeros(C, dtype=torch.long), None
+    )
+    settings = Settings(objective, head, temperature, wants_gradient=True, wants_bias=head.bias is not None)
+    results = []
+    for run in ("kernel", "reference"):
+        raw = head.raw(hidden).detach().clone()
+        chunk = live.open(slice(0, C), V, Scratch())
+        if run == "kernel":
+            assert kernels.claims(settings, chunk)
+            seen = kernels.judge(raw, chunk, at, settings)
+        else:
+            seen = reference(raw, slice(0, C), chunk, at, settings, Scratch())
+        results.append((raw, seen))
+    (raw, seen), (raw_there, seen_there) = results
+    # fp32 sums of 300 terms in another order
+    torch.testing.assert_close(raw, raw_there, atol=2e-6, rtol=2e-5)
+    for name in ("loss", "divergence", "weight", "acceptance", "overlap"):
+        torch.testing.assert_close(
+            getattr(seen, name), getattr(seen_there, name), atol=2e-6, rtol=2e-5, msg=name
+        )
+    assert int(seen.bad) == int(seen_there.bad)
+    if head.bias is not None:
+        torch.testing.assert_close(seen.grad_bias, seen_there.grad_bias, atol=2e-6, rtol=2e-5)
+    return seen
+
+
+PARAMETERS = [
+    *[(name, {}) for name in kernels.TERMS],
+    ("jeffreys", {"weight": 0.2}),
+    ("skew_kl", {"alpha": 0.4}),
+    ("skew_reverse_kl", {"alpha": 0.4, "detach_mixture": True}),
+    ("generalized_jsd", {"beta": 0.1}),
+    ("alpha_beta", {"alpha": 0.9, "beta": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("name", "params"), PARAMETERS)
+def test_every_divergence_of_the_kernels_equals_the_reference(name, params):
+    compare(Objective({"name": name, **params}, {"name": "greedy_topk", "k": 40}, beta=0.2))
+
+
+@pytest.mark.parametrize("name", READ_STATISTICS)
+def test_every_verifier_that_reads_statistics_equals_the_reference(name):
+    compare(Objective("forward_kl", name, beta=0.2))
+
+
+def test_most_verifiers_read_statistics():
+    assert set(VERIFIERS) - set(READ_STATISTICS) == {"spec_k_literal", "prefix_gate", "matched_shuffle"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda w: Head(w, bias=torch.linspace(-1, 1, V)),
+        lambda w: Head(w, scale=0.4),
+        lambda w: Head(w, softcap=3.0),
+        lambda w: Head(w, bias=torch.linspace(-1, 1, V), scale=1.5, softcap=4.0),
+    ],
+)
+@pytest.mark.parametrize("name", ["forward_kl", "generalized_jsd"])
+def test_heads_with_bias_scale_and_softcap(head, name):
+    compare(Objective(name, "greedy_topk", beta=0.2), student=head, teacher=head)
+
+
+def test_temperatures_of_loss_and_verifier():
+    compare(Objective("reverse_kl", {"name": "expected_spec_k", "k": 2}, beta=0.2), temperature=2.0)
+    compare(
+        Objective("forward_kl", {"name": "expected_spec_k", "k": 2}, verify_temperature=0.5), temperature=2.0
+    )
+
+
+def test_unshared_ids_take_no_part():
+    shared = torch.ones(V, dtype=torch.bool)
+    shared[[0, 130, 299]] = False
+    compare(Objective("generalized_jsd", "greedy_topk", beta=0.2), shared=shared)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_teacher_row_that_is_not_finite_teaches_nothing():
+    seen = compare(Objective("forward_kl", "always", beta=0.2), spoil=2)
+    assert int(seen.bad) == 1 and seen.weight[2] == 0
+
+
+def test_always_accept_and_thinning():
+    compare(Objective("forward_kl", "greedy_topk", beta=0.5, always_accept=(3, 9), thin_rejected=True))
+
+
+def test_what_the_kernels_do_not_claim_is_left_to_the_reference():
+    _, head, live = made()
+    chunk = live.open(slice(0, C), V, Scratch())
+
+    def claimed(*objective):
+        return kernels.claims(Settings(Objective(*objective), head, 1.0, True, False), chunk)
+
+    assert claimed("forward_kl", "greedy_topk")
+    assert not claimed("adaptive_kl", "greedy_topk") and not claimed("taid", "greedy_topk")
+    assert not claimed("forward_kl", "spec_k_literal")
+    assert not claimed({"name": "alpha_beta", "alpha": 0.0, "beta": 1.0}, "greedy_topk")
+    assert not claimed(lambda p, q: (p.exp() - q.exp()).abs().sum(-1), "greedy_topk")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["forward_kl", "skew_reverse_kl"])
+def test_the_whole_loss_with_the_kernels_equals_the_whole_loss(name, dtype, monkeypatch):
+    hidden, head, live = made()
+    results = []
+    for module in (None, kernels):
+        monkeypatch.setattr(chunked, "kernels_for", lambda *_, module=module: module)
+        h = hidden.to(dtype).detach().requires_grad_()
+        w = head.weight.to(dtype).detach().requires_grad_()
+        teacher = LiveRows(live.hidden.to(dtype), live.head.weight.to(dtype))
+        objective = Objective(name, {"name": "greedy_topk", "k": 40}, beta=0.2)
+        loss, sums = distillation_loss(h, w, teacher, objective, chunk=3)
+        results.append((loss, *torch.autograd.grad(loss, (h, w)), sums["row_weight"], sums["overlap"]))
+    # bf16: both round the same gradient of the logits to 8 bits, at most one unit apart
+    tolerance = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-2}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_loss_on_the_gpu_equals_the_loss_on_the_cpu():
+    hidden, head, live = made()
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w = (t.detach().to(device).requires_grad_() for t in (hidden, head.weight))
+        teacher = LiveRows(live.hidden.to(device), live.head.weight.to(device))
+        loss, _ = distillation_loss(h, w, teacher, Objective("forward_kl", "greedy_topk"))
+        results.append([t.cpu() for t in (loss, *torch.autograd.grad(loss, (h, w)))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)  # the GPU's products may use tf32
+
+
+def test_partial_parameters_reach_the_kernels():
+    objective = Objective(functools.partial(Objective("skew_kl").divergence, alpha=0.4), "always")
+    compare(objective)
