@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Settings, for_verifier, has_closed_form, judge
-from selectkd.rows import Head, Scratch
+from selectkd.block import Rows, Settings, for_verifier, has_closed_form, judge
+from selectkd.objective import Objective
+from selectkd.rows import Head, Scratch, TeacherRows
 
 CHUNK_ROWS = 256
 """Rows of a chunk: each chunk costs the head's gradient one pass over [v, d], and 256 rows make that small (measured:
@@ -31,6 +32,29 @@ AUTOGRAD_ENTRIES = 1 << 17
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
 ROWS = ("acceptance", "divergence", "weight", "overlap")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything of one call but the tensors with gradients."""
+
+    teacher: TeacherRows
+    objective: Objective
+    uniform: Tensor  # [n, r]
+    row_scale: Tensor  # [n]
+    temperature: float
+    chunk: int
+    labels: Tensor | None  # [n]
+    sequence: Tensor | None  # [n]
+    acceptance: Tensor | None = None  # [n], from the first pass
+
+    def rows(self, chunk: slice, block: slice) -> Rows:
+        """What the rows of a block of a chunk need beside their logits."""
+        here = slice(chunk.start + block.start, chunk.start + block.stop)
+        label, sequence, acceptance = (
+            None if x is None else x[here] for x in (self.labels, self.sequence, self.acceptance)
+        )
+        return Rows(self.uniform[here], self.row_scale[here], label, sequence, acceptance)
 
 
 def chunk_rows(n: int, width: int, chunk: int | None) -> int:

