@@ -101,13 +101,13 @@ def _closed(
     head, temperature = settings.head, settings.temperature
     b, width = raw[block].shape
     target = raw[block]
-    plain = head.is_plain and raw.dtype != torch.bfloat16 and raw.dtype != torch.float16
-    logits = target if plain else head.finish(target)  # [b, v], fp32 or wider
-    capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
-    fp = logits.dtype
-    p, q, out, spare = (scratch.of(name, b, width, logits)[:b] for name in ("p", "q", "out", "spare"))
+    plain = head.is_plain and raw.dtype in (torch.float32, torch.float64)
 
     with torch.no_grad():
+        logits = target if plain else head.finish(target)  # [b, v], fp32 or wider, ours to overwrite
+        capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
+        fp = logits.dtype
+        p, q, out, spare = (scratch.of(name, b, width, logits)[:b] for name in ("p", "q", "out", "spare"))
         other = teacher.logits(block).to(fp)  # [b, v], ours to overwrite
         unshared = teacher.unshared
         if unshared is not None:
