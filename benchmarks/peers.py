@@ -187,7 +187,7 @@ PEERS = (
     Peer("liger_1024", "liger-kernel", with_options(liger, chunk=1024), quick=False),
     Peer("torchtune", "torchtune", torchtune, KL_ONLY),
     Peer("torchtune_chunked", "torchtune", torchtune_chunked, KL_ONLY, quick=False),
-    Peer("ms_swift", "ms-swift", ms_swift),
+    Peer("ms_swift", "ms-swift", ms_swift, quick=False),
     Peer("distillkit", "distillkit", distillkit, ("forward_kl",)),
     Peer("trl_gkd_compiled", "trl", with_options(trl_gkd, compiled=True), compiled=True, quick=False),
     Peer(

@@ -20,8 +20,8 @@ from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
-SMALL = 1e-30
-"""A probability with all its digits: far above the smallest normal fp32 number, 1.2e-38."""
+LIKELY = 0.05
+"""A probability whose logarithm has all its digits: its exponent was a small number."""
 LANES = 64
 """Width of the pieces an argmax looks at first."""
 
@@ -117,7 +117,7 @@ def _closed(
             logits, other = logits.div_(temperature), other.div_(temperature)
         top = argmax(logits)
         to_log_probabilities(logits, q, top)
-        finite = torch.isfinite(to_log_probabilities(other, p, top))
+        finite = to_log_probabilities(other, p, top)
         if not bool(finite.all()):
             other[~finite], p[~finite] = logits[~finite], q[~finite]
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
@@ -230,20 +230,20 @@ def _seen(loss: Tensor, judged: Judgement, pair: TokenPair, grad_bias: Tensor | 
 
 
 def to_log_probabilities(logits: Tensor, probabilities: Tensor, column: Tensor) -> Tensor:
-    """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; log-sum-exp [b].
+    """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; whether finite, [b].
 
-    The log-sum-exp is z - log softmax(z) at one ``column`` [b] of each row, which costs no second exponential. Any
-    column will do whose probability has all its digits; a row where it has not gets its log-sum-exp the long way.
+    log softmax = (z - z_y) + log softmax(z)_y, for a ``column`` y [b] of each row: no second exponential, and exact to
+    the last digits where the probabilities are. y must be a likely token; a row where it is not takes its own argmax.
     """
     torch.softmax(logits, -1, out=probabilities)
     at = column[:, None]
-    here = probabilities.gather(-1, at)  # [b, 1]
-    total = logits.gather(-1, at) - here.log()
-    small = ~(here > SMALL)[:, 0]
-    if bool(small.any()):
-        total[small] = torch.logsumexp(logits[small], -1, keepdim=True)
-    logits.sub_(total)
-    return total[:, 0]
+    unlikely = ~(probabilities.gather(-1, at) > LIKELY)[:, 0]
+    if bool(unlikely.any()):
+        at = at.clone()
+        at[unlikely, 0] = argmax(logits[unlikely])
+    offset = probabilities.gather(-1, at).log()  # [b, 1]
+    logits.sub_(logits.gather(-1, at)).add_(offset)
+    return torch.isfinite(offset[:, 0])
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -63,10 +63,12 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
-def log_of_mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
-    """log(share p + (1 - share) q) into ``block.spare``; a sum that underflows counts as the smallest normal number."""
-    torch.mul(block.q, 1.0 - share, out=block.spare).add_(block.p, alpha=share)
-    return block.spare.clamp_(min=torch.finfo(block.spare.dtype).tiny).log_()
+def mixture_and_log(block: Block, share: float) -> tuple[Float[Tensor, "n s"], Float[Tensor, "n s"]]:
+    """m = share p + (1 - share) q in ``block.out`` and log m in ``block.spare``; an m that underflows counts as the
+    smallest normal number."""
+    mixture = torch.mul(block.q, 1.0 - share, out=block.out).add_(block.p, alpha=share)
+    mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
+    return mixture, torch.log(mixture, out=block.spare)
 
 
 def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
@@ -147,10 +149,9 @@ def jeffreys(
 
 def _skew_kl(block: Block, *, alpha: float = 0.1) -> tuple[Tensor, None]:
     """h = -(1 - alpha) p q / m, m = alpha p + (1 - alpha) q."""
-    mixture = log_of_mixture(block, share_of("alpha", alpha))
-    torch.sub(block.logp, mixture, out=block.spare)  # log(p / m)
-    value = dot(block.p, block.spare)
-    torch.exp(block.spare, out=block.out).mul_(block.q).mul_(alpha - 1.0)
+    mixture, log_mixture = mixture_and_log(block, share_of("alpha", alpha))
+    value = dot(block.p, torch.sub(block.logp, log_mixture, out=block.spare))  # sum p log(p / m)
+    torch.div(block.p, mixture, out=block.out).mul_(block.q).mul_(alpha - 1.0)
     return value, None
 
 
@@ -175,14 +176,13 @@ def _skew_reverse_kl(
     block: Block, *, alpha: float = 0.1, detach_mixture: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """h = q (log(q / m) + 1 - alpha q / m), m = (1 - alpha) p + alpha q; without the last term if m is detached."""
-    mixture = log_of_mixture(block, 1.0 - share_of("alpha", alpha))
-    torch.sub(block.logq, mixture, out=block.spare)  # log(q / m)
+    mixture, log_mixture = mixture_and_log(block, 1.0 - share_of("alpha", alpha))
+    gap = torch.sub(block.logq, log_mixture, out=block.spare)  # log(q / m)
     if detach_mixture:
-        torch.mul(block.q, block.spare, out=block.out)
-        value = block.out.sum(-1)
+        value = torch.mul(block.q, gap, out=block.out).sum(-1)
         return value, value
-    value = dot(block.q, block.spare)
-    torch.exp(block.spare, out=block.out).mul_(-alpha).add_(block.spare).mul_(block.q)
+    value = dot(block.q, gap)
+    torch.div(block.q, mixture, out=block.out).mul_(-alpha).add_(gap).mul_(block.q)
     return value, None
 
 
@@ -212,10 +212,9 @@ def skew_reverse_kl(
 def _generalized_jsd(block: Block, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """h = (1 - beta) q log(q / m), m = beta p + (1 - beta) q."""
     b = share_of("beta", beta)
-    mixture = log_of_mixture(block, b)
-    torch.sub(block.logp, mixture, out=block.out)  # log(p / m)
-    forward = dot(block.p, block.out)
-    torch.sub(block.logq, mixture, out=block.out).mul_(block.q)  # q log(q / m)
+    _, log_mixture = mixture_and_log(block, b)
+    forward = dot(block.p, torch.sub(block.logp, log_mixture, out=block.out))  # sum p log(p / m)
+    torch.sub(block.logq, log_mixture, out=block.out).mul_(block.q)  # q log(q / m)
     reverse = block.out.sum(-1)
     block.out.mul_(1.0 - b)
     return b * forward + (1.0 - b) * reverse, (1.0 - b) * reverse
