@@ -136,7 +136,8 @@ def _closed(
                 total = out.sum(-1)
             scale = share / temperature
             gradient = torch.mul(out, scale[:, None], out=logits)  # the log-probabilities are done with
-            gradient.addcmul_(q, (-scale * total)[:, None])
+            if not (isinstance(total, float) and total == 0.0):
+                gradient.addcmul_(q, (-scale * total)[:, None])
             grad_bias = finish_gradient(gradient, capped, settings)
             if not plain:
                 target.copy_(gradient)

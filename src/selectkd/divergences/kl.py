@@ -77,10 +77,9 @@ def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]
 
 
 def _forward_kl(block: Block) -> tuple[Tensor, float]:
-    """h = -p."""
-    torch.sub(block.logp, block.logq, out=block.spare)
-    torch.neg(block.p, out=block.out)
-    return dot(block.p, block.spare), -1.0
+    """h = q - p: h + c q and h have the same projection, and this one sums to 0."""
+    torch.sub(block.q, block.p, out=block.out)
+    return dot(block.p, torch.sub(block.logp, block.logq, out=block.spare)), 0.0
 
 
 @with_gradient(_forward_kl)
