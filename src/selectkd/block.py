@@ -234,14 +234,12 @@ def to_log_probabilities(logits: Tensor, probabilities: Tensor, column: Tensor) 
     """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; whether finite, [b].
 
     log softmax = (z - z_y) + log softmax(z)_y, for a ``column`` y [b] of each row: no second exponential, and exact to
-    the last digits where the probabilities are. y must be a likely token; a row where it is not takes its own argmax.
+    the last digits where the probabilities are. y must be a likely token; where one is not, argmaxes are looked for.
     """
     torch.softmax(logits, -1, out=probabilities)
     at = column[:, None]
-    unlikely = ~(probabilities.gather(-1, at) > LIKELY)[:, 0]
-    if bool(unlikely.any()):
-        at = at.clone()
-        at[unlikely, 0] = argmax(logits[unlikely])
+    if bool((probabilities.gather(-1, at) <= LIKELY).any()):
+        at = argmax(logits)[:, None]
     offset = probabilities.gather(-1, at).log()  # [b, 1]
     logits.sub_(logits.gather(-1, at)).add_(offset)
     return torch.isfinite(offset[:, 0])
