@@ -38,7 +38,7 @@ METHODS = {
 STUDENTS = {
     # the layers that a measured cut to 25 of 30 keeps, so that each run need not measure them again
     "warm": [i for i in range(30) if i not in (3, 14, 16, 17, 18)],
-    # ten layers evenly spaced: the cold student of METHOD, section 1b
+    # ten layers evenly spaced agree with the teacher nowhere
     "cold": [round(i * 29 / 9) for i in range(10)],
 }
 COLUMNS = [

@@ -1,4 +1,4 @@
-"""An allocation that fails in the loss halves the chunk and keeps the value (FAULTS, N8)."""
+"""An allocation that fails in the loss halves the chunk and keeps the value."""
 
 from __future__ import annotations
 
