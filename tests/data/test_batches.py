@@ -202,3 +202,11 @@ def test_a_source_with_nothing_left_is_refused(tmp_path, tokenizer):
 def test_a_source_entry_that_cannot_be_is_a_config_error(tokenizer, spec):
     with pytest.raises(ConfigError):
         dataset_source(spec, tokenizer, max_length=64)
+
+
+def test_a_batch_gives_back_its_samples_padded_or_packed() -> None:
+    texts = [[5, 6, 7], [8, 9], [1, 2, 3, 4]]
+    examples = [Example(ids, [i > 0 for i in range(len(ids))]) for ids in texts]
+    for batch in (collate(examples, pad_id=0), collate_packed(pack(examples, 8), pad_id=0)):
+        found = sorted(ids.tolist() for ids in batch.samples())
+        assert found == sorted(texts)

@@ -40,6 +40,14 @@ class Batch:
         extra = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.extra.items()}
         return replace(self, **moved, extra=extra)
 
+    def samples(self) -> list[Tensor]:
+        """The token ids of each sample without its padding, in order: what a cache or a server knows it by.
+
+        Flat position i of the batch belongs to sample ``sequence.flatten()[i]``, at ``position_ids.flatten()[i]``.
+        """
+        ids, owner = self.input_ids.flatten(), self.sequence.flatten()
+        return [ids[owner == sample] for sample in range(self.stream.shape[0])]
+
     def model_inputs(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """What a Hugging Face backbone takes. ``dtype`` is that of the model, for the additive mask of a
         packed batch.
