@@ -23,11 +23,14 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded, load_model, load_tokenizer
+from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers.live import LiveTeacher
+from selectkd.teachers.model import shared_rows
+from selectkd.teachers.open import plan_teacher
+from selectkd.teachers.protocol import Teacher, TeacherPlan
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -39,7 +42,7 @@ class Assembly:
     ``probe`` are micro-batches of text; heldout is empty without any.
     """
 
-    teacher: LiveTeacher
+    teacher: Teacher
     student: nn.Module
     tokenizer: Any
     objective: Objective
@@ -50,7 +53,7 @@ class Assembly:
     sources: list[Source]
     heldout: list[Any]
     probe: Any
-    teacher_loaded: Loaded
+    teacher_plan: TeacherPlan
     student_source: str
     student_revision: str | None
     kept: list[int] | None = None
@@ -66,7 +69,7 @@ class Plan:
     beta: BetaSchedule
     taid: bool
     tokenizer: Any
-    teacher_tokenizer: Any
+    teacher: TeacherPlan
     sources: list[Source]
     heldout: list[Any]  # examples
 
@@ -85,32 +88,19 @@ def assemble(
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
     plan = prepare(recipe)
-    say("loading the teacher")
     dtype = recipe.training.dtype
-    loaded = load_model(
-        recipe.teacher.model,
-        dtype=recipe.teacher.dtype or dtype,
-        quantization=recipe.teacher.quantization,
-        revision=recipe.teacher.revision,
-    )
-    loaded.model.to(device)
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
     told: list[str] = []
 
-    student, source, revision, kept, cut = _student(recipe, loaded, plan, examples, device, say, told)
+    student, source, revision, kept, cut = _student(recipe, plan, examples, device, say, told)
     if recipe.training.gradient_checkpointing:
         _checkpoint(student)
     if recipe.training.lora is not None:
         student = add_lora(student, **_given(recipe.training.lora))
 
-    widths = [head_of(model).width for model in (loaded.model, student)]
-    alignment = align(
-        plan.teacher_tokenizer, plan.tokenizer, teacher_width=widths[0], student_width=widths[1]
-    )
-    mask = alignment.mask(widths[0])
-    shared = None if mask[: min(widths)].all() else mask
+    student_width = head_of(student).width
     reference = None
     if recipe.reference is not None:
         say("loading the reference student")
@@ -119,13 +109,17 @@ def assemble(
             dtype=recipe.reference.dtype or dtype,
             revision=recipe.reference.revision,
         )
+        width = head_of(own.model).width
+        shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
         reference = LiveTeacher(own.model.to(device), shared=shared)
+    say("loading the teacher" if plan.teacher.payload == "live" else "opening the teacher")
+    teacher = plan.teacher.open(plan.tokenizer, student_width=student_width, reference=reference)
     names = tuple(source.name for source in plan.sources)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
     return Assembly(
-        teacher=LiveTeacher(loaded.model, shared=shared, reference=reference),
+        teacher=teacher,
         student=student,
         tokenizer=plan.tokenizer,
         objective=plan.objective,
@@ -136,7 +130,7 @@ def assemble(
         sources=plan.sources,
         heldout=heldout,
         probe=probe,
-        teacher_loaded=loaded,
+        teacher_plan=plan.teacher,
         student_source=source,
         student_revision=revision,
         kept=kept,
@@ -147,21 +141,24 @@ def assemble(
 
 def prepare(recipe: Any) -> Plan:
     """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text."""
-    teacher_tokenizer = load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision)
+    teacher = plan_teacher(recipe.teacher, dtype=recipe.training.dtype)
     named = recipe.student.model
-    tokenizer = (
-        load_tokenizer(named, revision=recipe.student.revision) if named is not None else teacher_tokenizer
-    )
+    if named is None and teacher.model is None:
+        raise ConfigError(
+            f"student.from_teacher cuts the teacher's model, but {teacher.source} does not say where that is. "
+            "Name the student: student: {model: ...}."
+        )
+    tokenizer: Any = load_tokenizer(named, revision=recipe.student.revision) if named else teacher.tokenizer()
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
     if named is not None:
-        align(teacher_tokenizer, tokenizer)
+        teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
         raise ConfigError(
             f"objective.selector = {type(objective.verifier).__name__} compares with a reference student. "
             "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
         )
     if recipe.reference is not None:
-        align(teacher_tokenizer, load_tokenizer(recipe.reference.model, revision=recipe.reference.revision))
+        align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(
@@ -187,7 +184,8 @@ def prepare(recipe: Any) -> Plan:
         heldout = list(text(_given(evaluation), stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
-    return Plan(objective, beta, taid, tokenizer, teacher_tokenizer, sources, heldout)
+    teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
+    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout)
 
 
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
@@ -277,7 +275,6 @@ def check_output_dir(folder: Path) -> None:
 
 def _student(
     recipe: Any,
-    loaded: Loaded,
     plan: Plan,
     examples: list[Any],
     device: torch.device | str,
@@ -291,6 +288,9 @@ def _student(
         own = load_model(recipe.student.model, dtype=dtype, revision=recipe.student.revision)
         return own.model.to(device), own.source, own.revision, None, None
     wanted = recipe.student.from_teacher
+    say("loading the teacher")
+    loaded = plan.teacher.loaded()
+    loaded.model.to(device)
     say("choosing the student's layers")
     measured_on = plan.heldout or examples
     if wanted.choose == "measured" and not plan.heldout:

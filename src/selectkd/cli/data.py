@@ -136,8 +136,12 @@ def _of(recipe: Recipe, tokenizer: str | None) -> Wanted:
         held_out=None
         if evaluation is None or isinstance(evaluation, int | float)
         else evaluation.model_dump(exclude_none=True),
-        tokenizer=named or recipe.teacher.model,
-        revision=None if tokenizer else recipe.student.revision if named else recipe.teacher.revision,
+        tokenizer=named or getattr(recipe.teacher, "model", None),
+        revision=None
+        if tokenizer
+        else recipe.student.revision
+        if named
+        else getattr(recipe.teacher, "revision", None),
         rendering={
             "max_length": recipe.training.max_length,
             "max_prompt_length": recipe.training.max_prompt_length,

@@ -54,7 +54,7 @@ def demo(
 
     def before_training(made: Assembly) -> None:
         seen["made"] = made
-        seen["teacher"] = complete(made.teacher_loaded.model, made.tokenizer, prompts)
+        seen["teacher"] = complete(made.teacher_plan.loaded().model, made.tokenizer, prompts)
         seen["before"] = complete(made.student, made.tokenizer, prompts)
 
     with TrainingProgress() as progress:

@@ -13,16 +13,18 @@ from selectkd.config.schema import (
     Recipe,
     SourceSection,
     Student,
-    Teacher,
     Training,
 )
+from selectkd.config.teachers import CacheTeacher, ModelTeacher, Teacher
 
 __all__ = [
     "BetaChange",
+    "CacheTeacher",
     "Data",
     "EarlyStopping",
     "FromTeacher",
     "Lora",
+    "ModelTeacher",
     "ObjectiveSection",
     "Recipe",
     "SourceSection",

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from selectkd.teachers.live import LiveTeacher
+from selectkd.teachers.open import plan_teacher
+from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
 
-__all__ = ["LiveTeacher"]
+__all__ = ["LiveTeacher", "Payload", "Teacher", "TeacherPlan", "plan_teacher"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selectkd.models.head import backbone, head_of
 from selectkd.rows import LiveRows
+from selectkd.teachers.protocol import Teacher
 
 
 class LiveTeacher:
@@ -22,7 +23,7 @@ class LiveTeacher:
     """
 
     def __init__(
-        self, model: nn.Module, *, shared: Tensor | None = None, reference: LiveTeacher | None = None
+        self, model: nn.Module, *, shared: Tensor | None = None, reference: Teacher | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = head_of(model)

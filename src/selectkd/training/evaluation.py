@@ -16,9 +16,9 @@ from selectkd.distill import distillation_loss
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import Head, LiveRows
+from selectkd.teachers.protocol import Teacher
 from selectkd.training.draws import draws
 from selectkd.training.ledger import FIELDS, STREAM_FIELDS, Portion, named, rates, step_sums, stream_rates
-from selectkd.training.step import Teacher
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def _card(
         _plain(recipe.training.lora) or "full"
     )
     return model_card(
-        teacher=made.teacher_loaded.source,
+        teacher=made.teacher_plan.source,
         student=made.student_source,
         data=made.streams,
         method=method,
@@ -336,7 +336,7 @@ def _manifest(
         "device": device_name(device),
         "ranks": ranks(),
         "seed": recipe.training.seed,
-        "teacher": {"source": made.teacher_loaded.source, "revision": made.teacher_loaded.revision},
+        "teacher": {"source": made.teacher_plan.source, "revision": made.teacher_plan.revision},
         "student": {"source": made.student_source, "revision": made.student_revision, "cut": cut},
         "data": {
             "fingerprint": data_fingerprint(

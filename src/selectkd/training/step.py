@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,9 @@ from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import Head, TeacherRows
+from selectkd.teachers.protocol import Teacher
 
 _LOG = logging.getLogger("selectkd")
-
-
-class Teacher(Protocol):
-    """What puts the teacher's rows beside the student's at the supervised positions of a batch."""
-
-    def __call__(self, batch: Any, position: Tensor) -> TeacherRows: ...
 
 
 class DistillationModel(nn.Module):

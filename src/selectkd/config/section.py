@@ -1,0 +1,54 @@
+"""What every section of a recipe is made of: strict, frozen models and the types of their values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def refuse(message: str) -> PydanticCustomError:
+    """The error a check of several keys raises; the message is shown as it is."""
+    return PydanticCustomError("selectkd", "{told}", {"told": message})
+
+
+def _whole(value: Any) -> Any:
+    """1e3 and 1000.0 count as 1000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str) and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise refuse("must not hold control characters")
+    return value
+
+
+def _component(value: Any) -> Any:
+    """A component as {name, **params}; a bare name stands for its defaults."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise refuse("must be a name or {name: ..., parameter: value}")
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        raise refuse("needs a name: write {name: ..., parameter: value}; `selectkd show` lists the names")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(_printable)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
+Component = Annotated[dict[str, Any], BeforeValidator(_component)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict about types, no unknown keys, no nan or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )

@@ -1,0 +1,73 @@
+"""A teacher that a recipe names as a model: looked up first, loaded when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from selectkd.data.alignment import align
+from selectkd.models.head import head_of
+from selectkd.models.load import Loaded, load_model, load_tokenizer
+from selectkd.teachers.live import LiveTeacher
+from selectkd.teachers.protocol import Payload, Teacher
+
+
+@dataclass
+class ModelPlan:
+    """The plan of ``teacher: {model: ...}``; exact for every divergence and verifier."""
+
+    model: str
+    dtype: str = "float32"
+    quantization: str | None = None
+    wanted_revision: str | None = None
+    payload: Payload = "live"
+    k: int | None = None
+    _loaded: Loaded | None = field(default=None, repr=False)
+
+    @property
+    def source(self) -> str:
+        return self.model
+
+    @property
+    def revision(self) -> str | None:
+        """The commit or checksum that was loaded; before that, the one asked for."""
+        return self.wanted_revision if self._loaded is None else self._loaded.revision
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model, revision=self.wanted_revision)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        align(self.tokenizer(), tokenizer)
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """Nothing to check: a model answers for any text."""
+
+    def loaded(self) -> Loaded:
+        if self._loaded is None:
+            self._loaded = load_model(
+                self.model,
+                dtype=self.dtype,
+                quantization=self.quantization,
+                revision=self.wanted_revision,
+            )
+        return self._loaded
+
+    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> LiveTeacher:
+        loaded = self.loaded()
+        shared = shared_rows(
+            loaded.tokenizer,
+            tokenizer,
+            teacher_width=head_of(loaded.model).width,
+            student_width=student_width,
+        )
+        return LiveTeacher(loaded.model, shared=shared, reference=reference)
+
+
+def shared_rows(teacher: Any, student: Any, *, teacher_width: int, student_width: int) -> Tensor | None:
+    """Which rows of the teacher's head [v] stand for a token of both vocabularies; None where all do."""
+    alignment = align(teacher, student, teacher_width=teacher_width, student_width=student_width)
+    mask = alignment.mask(teacher_width)
+    return None if mask[: min(teacher_width, student_width)].all() else mask

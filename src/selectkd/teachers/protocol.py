@@ -1,0 +1,63 @@
+"""What a teacher is to a run, and what is known of one before any weight loads. n supervised rows, v vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from selectkd.models.load import Loaded
+from selectkd.rows import TeacherRows
+
+Payload = Literal["live", "hidden", "top_k"]
+"""What a kind of teacher hands over: a live or a stored hidden state with its head, or its K best tokens."""
+
+
+class Teacher(Protocol):
+    """What puts the teacher's rows beside the student's at the supervised positions [n] of a batch."""
+
+    def __call__(self, batch: Any, position: Tensor) -> TeacherRows: ...
+
+
+class TeacherPlan(Protocol):
+    """A teacher of a recipe that has been looked up and not yet opened; making one reads no weight.
+
+    payload and, for top_k, k: what it hands over. source, revision: whose numbers they are. model: what
+    ``load_model`` takes to hold it in memory, None where that is not known.
+    """
+
+    @property
+    def payload(self) -> Payload: ...
+
+    @property
+    def k(self) -> int | None: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def model(self) -> str | None: ...
+
+    def tokenizer(self) -> Any | None:
+        """The teacher's own tokenizer; None where it has none at hand, and the student's is used."""
+        ...
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """ConfigError where it cannot teach a student of this tokenizer."""
+        ...
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """CacheError, DataError or TeacherError where it cannot answer for these samples."""
+        ...
+
+    def loaded(self) -> Loaded:
+        """The model itself, loaded once; ConfigError where ``model`` is None."""
+        ...
+
+    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> Teacher:
+        """The teacher for a student of this tokenizer and head width, with a reference student beside it."""
+        ...
