@@ -27,6 +27,7 @@ from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
+from selectkd.teachers.exactness import check as check_payload
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
@@ -150,6 +151,13 @@ def prepare(recipe: Any) -> Plan:
         )
     tokenizer: Any = load_tokenizer(named, revision=recipe.student.revision) if named else teacher.tokenizer()
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
+    check_payload(
+        objective,
+        teacher.payload,
+        k=teacher.k,
+        temperature=recipe.objective.temperature,
+        source=teacher.source,
+    )
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:

@@ -94,6 +94,7 @@ class spec_k:
     k: int = 5
     uniforms_per_token = 1
     teacher_tokens = None
+    from_top_k = "upper bound"  # merging outcomes only lowers TV
 
     def __post_init__(self) -> None:
         at_least_one("spec_k", self.k)
@@ -125,6 +126,7 @@ class expected_spec_k:
     k: int = 5
     uniforms_per_token = 0
     teacher_tokens = None
+    from_top_k = "upper bound"  # merging outcomes only lowers TV
 
     def __post_init__(self) -> None:
         at_least_one("expected_spec_k", self.k)
@@ -155,6 +157,7 @@ class spec_k_literal:
 
     k: int = 5
     teacher_tokens = None
+    from_top_k = "upper bound"  # merging outcomes only lowers TV
 
     def __post_init__(self) -> None:
         at_least_one("spec_k_literal", self.k)
