@@ -32,6 +32,7 @@ from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
+from selectkd.teachers.several import SeveralPlan
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -192,6 +193,8 @@ def prepare(recipe: Any) -> Plan:
         heldout = list(text(_given(evaluation), stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
+    if isinstance(teacher, SeveralPlan):
+        teacher.check_streams([source.name for source in sources])
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
     return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout)
 

@@ -1,4 +1,4 @@
-"""Every verdict on a teacher's payload is checked by numbers; the table, the page and the refusals read from one place."""
+"""Every verdict on a payload is checked by numbers; table, page and refusals read from one place."""
 
 from __future__ import annotations
 

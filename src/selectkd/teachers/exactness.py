@@ -125,9 +125,9 @@ def page() -> str:
     lines = [
         "# What a teacher's payload is worth",
         "",
-        "Written by `selectkd show teachers --markdown` from what the code declares; a test holds the two equal. A row's",
-        "loss is as good as the weaker of its divergence and its verifier. Components stand at their default parameters:",
-        "alpha_beta with alpha + beta = 1, jeffreys at weight 0 and taid at t = 1 are bounds too.",
+        "Written by `selectkd show teachers --markdown` from what the code declares; a test holds the two equal.",
+        "A row's loss is as good as the weaker of its divergence and its verifier. Components stand at their default",
+        "parameters: alpha_beta with alpha + beta = 1, jeffreys at weight 0 and taid at t = 1 are bounds too.",
         "",
     ]
     lines += [f"- **{payload}**: {what}." for payload, what in PAYLOADS.items()]
