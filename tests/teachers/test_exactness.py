@@ -60,12 +60,18 @@ DECLARED = [(name, {}) for name in DIVERGENCES] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "params"), DECLARED)
+BOUNDS = [
+    one
+    for one in DECLARED
+    if from_top_k(functools.partial(DIVERGENCES[one[0]], **one[1])).verdict != "refused"
+]
+
+
+@pytest.mark.parametrize(("name", "params"), BOUNDS)
 @pytest.mark.parametrize("k", [1, 8, 32])
 def test_a_divergence_declared_a_lower_bound_is_one_on_every_row(name, params, k):
     divergence = functools.partial(DIVERGENCES[name], **params)
-    if from_top_k(divergence).verdict != "lower bound":
-        pytest.skip("refused")
+    assert from_top_k(divergence).verdict == "lower bound"
     for world, logp, logq in worlds():
         pair = from_k(logp, logq, k)
         above = divergence(pair.logp, pair.logq) - divergence(logp, logq)
