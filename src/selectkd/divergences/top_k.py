@@ -1,7 +1,7 @@
 """What a divergence says of itself when the teacher is known by its K best tokens and one tail outcome.
 
 Merging outcomes never raises an f-divergence (the data-processing inequality), so its value on K + 1 outcomes is a
-lower bound. That says nothing of the gradient: one that asks for log p of every token of the tail has none worth having.
+lower bound. That says nothing of the gradient: one that asks for log p of each token of the tail is far off.
 """
 
 from __future__ import annotations
