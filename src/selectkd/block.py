@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.divergences.gradient import Block, closed_form_of, reads_differences_only
 from selectkd.objective import Judgement, Objective
 from selectkd.pair import TokenPair, support_pair
 from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
@@ -116,18 +116,34 @@ def _closed(
         if temperature != 1.0:
             logits, other = logits.div_(temperature), other.div_(temperature)
         top = argmax(logits)
-        to_log_probabilities(logits, q, top)
-        finite = to_log_probabilities(other, p, top)
+        student_total, _ = softmax_and_total(logits, q, top)
+        teacher_total, finite = softmax_and_total(other, p, top)
         if not bool(finite.all()):
-            other[~finite], p[~finite] = logits[~finite], q[~finite]
+            other[~finite], p[~finite], teacher_total[~finite] = (
+                logits[~finite],
+                q[~finite],
+                student_total[~finite],
+            )
+        shift: Tensor | float = 0.0
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
+        read = logits, other  # by the verifier
+        if not reads_differences_only(settings.objective.divergence):  # type: ignore[arg-type]
+            logits.sub_(student_total)
+            other.sub_(teacher_total)
+        else:
+            shift = (student_total - teacher_total)[:, 0]
+            # the verifier's own copies, so that it changes nothing about the divergence's rounding
+            if verified is None and rows.acceptance is None and not settings.objective.shift_free:
+                read = torch.sub(logits, student_total, out=spare), torch.sub(other, teacher_total, out=out)
         pair = TokenPair(
-            logp=other, logq=logits, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
+            logp=read[1], logq=read[0], student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
             shared_mass=shared,
         )  # fmt: skip
         seen = pair if verified is None else verified
         weight, acceptance = settings.objective.weigh(seen, rows.uniform, acceptance=rows.acceptance)
-        divergence, total = closed_form(Block(logp=other, logq=logits, p=p, q=q, out=out, spare=spare))
+        divergence, total = closed_form(
+            Block(logp=other, logq=logits, p=p, q=q, out=out, spare=spare, shift=shift)
+        )
         divergence = divergence.clamp(min=0.0)
         share = rows.scale.to(fp) * weight  # [b]
         grad_bias = None
@@ -230,19 +246,18 @@ def _seen(loss: Tensor, judged: Judgement, pair: TokenPair, grad_bias: Tensor | 
     return Seen(loss.detach(), divergence.detach(), weight, acceptance, overlap, bad, grad_bias)
 
 
-def to_log_probabilities(logits: Tensor, probabilities: Tensor, column: Tensor) -> Tensor:
-    """Turns logits [b, v] into log-probabilities in place, leaves softmax in ``probabilities``; whether finite, [b].
+def softmax_and_total(logits: Tensor, probabilities: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves softmax(logits) in ``probabilities``; (log-sum-exp [b, 1], whether finite [b]).
 
-    log softmax = (z - z_y) + log softmax(z)_y, for a ``column`` y [b] of each row: no second exponential, and exact to
-    the last digits where the probabilities are. y must be a likely token; where one is not, argmaxes are looked for.
+    log-sum-exp = z_y - log softmax(z)_y, for a ``column`` y [b] of each row: no second exponential, and exact to the
+    last digits where the probabilities are. y must be a likely token; where one is not, argmaxes are looked for.
     """
     torch.softmax(logits, -1, out=probabilities)
     at = column[:, None]
     if bool((probabilities.gather(-1, at) <= LIKELY).any()):
         at = argmax(logits)[:, None]
-    offset = probabilities.gather(-1, at).log()  # [b, 1]
-    logits.sub_(logits.gather(-1, at)).add_(offset)
-    return torch.isfinite(offset[:, 0])
+    logarithm = probabilities.gather(-1, at).log()  # [b, 1]
+    return logits.gather(-1, at) - logarithm, torch.isfinite(logarithm[:, 0])
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ class Objective:
         return self.beta == 0.0 or self.thin_rejected
 
     @property
+    def shift_free(self) -> bool:
+        """Whether the verifier takes logits for log-probabilities: it reads only their order and the overlap."""
+        return getattr(self.verifier, "shift_free", False)
+
+    @property
     def ranks_the_batch(self) -> bool:
         """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``."""
         return hasattr(self.verifier, "keep")

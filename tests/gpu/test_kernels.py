@@ -87,6 +87,15 @@ def test_every_verifier_that_reads_statistics_equals_the_reference(name):
     compare(Objective("forward_kl", name, beta=0.2))
 
 
+def test_the_rank_at_the_edge_equals_the_references():
+    hidden, head, live = made()
+    student, teacher = head.raw(hidden), live.head.raw(live.hidden)
+    better = (teacher > teacher.gather(-1, student.argmax(-1, keepdim=True))).sum(-1)
+    edge = int(better[better > 0].min())  # this row has exactly so many tokens before its own
+    for k in (edge, edge + 1):
+        compare(Objective("forward_kl", {"name": "greedy_topk", "k": k}, beta=0.2))
+
+
 def test_most_verifiers_read_statistics():
     assert set(VERIFIERS) - set(READ_STATISTICS) == {"spec_k_literal", "prefix_gate", "matched_shuffle"}
 

@@ -20,7 +20,9 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 class Block:
     """A block of rows as the closed forms see it, each [n, s]; every log-probability is finite.
 
-    logp, logq, p, q are read only. out receives h; spare is memory for temporaries.
+    logp, logq, p, q are read only. out receives h; spare is memory for temporaries. shift: log p - log q is
+    logp - logq + shift; not 0 only where the closed form said ``differences_only``: logp and logq are then logits,
+    known up to one constant a row.
     """
 
     logp: Float[Tensor, "n s"]
@@ -29,6 +31,7 @@ class Block:
     q: Float[Tensor, "n s"]
     out: Float[Tensor, "n s"]
     spare: Float[Tensor, "n s"]
+    shift: Float[Tensor, " n"] | float = 0.0
 
 
 class ClosedForm(Protocol):
@@ -37,14 +40,18 @@ class ClosedForm(Protocol):
     def __call__(self, block: Block, **params: float) -> tuple[Tensor, Tensor | float | None]: ...
 
 
-def with_gradient(closed_form: Callable[..., tuple[Tensor, Tensor | float | None]]) -> Callable[[F], F]:
+def with_gradient(
+    closed_form: Callable[..., tuple[Tensor, Tensor | float | None]], *, differences_only: bool = False
+) -> Callable[[F], F]:
     """Declares ``closed_form`` as value and gradient of the divergence it decorates; both take the same parameters.
 
+    differences_only: it reads logp and logq only as logp - logq + shift, so that nobody has to normalise them.
     The contract suite holds the two equal in fp64.
     """
 
     def declare(divergence: F) -> F:
         divergence.closed_form = closed_form  # type: ignore[attr-defined]
+        divergence.differences_only = differences_only  # type: ignore[attr-defined]
         return divergence
 
     return declare
@@ -64,3 +71,8 @@ def closed_form_of(
         return closed_form(block, **params)
 
     return bound
+
+
+def reads_differences_only(divergence: Callable[..., Tensor]) -> bool:
+    """Whether the divergence's closed form can do with logits and ``Block.shift``."""
+    return getattr(getattr(divergence, "func", divergence), "differences_only", False)

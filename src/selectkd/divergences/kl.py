@@ -80,11 +80,11 @@ def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]
 def _forward_kl(block: Block) -> tuple[Tensor, float]:
     """h = q - p: h + c q and h have the same projection, and this one sums to 0."""
     torch.sub(block.q, block.p, out=block.out)
-    return dot(block.p, torch.sub(block.logp, block.logq, out=block.spare)), 0.0
+    return dot(block.p, torch.sub(block.logp, block.logq, out=block.spare)) + block.shift, 0.0
 
 
 @on_top_k(MERGED)
-@with_gradient(_forward_kl)
+@with_gradient(_forward_kl, differences_only=True)
 def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
 
@@ -102,12 +102,12 @@ def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
 def _reverse_kl(block: Block) -> tuple[Tensor, Tensor]:
     """h = q (log q - log p + 1)."""
     torch.sub(block.logq, block.logp, out=block.out).mul_(block.q)
-    value = block.out.sum(-1)
-    return value, value  # without the + 1: h + c q and h have the same projection
+    total = block.out.sum(-1)
+    return total - block.shift, total  # without the + 1 and the shift: h + c q and h have the same projection
 
 
 @on_top_k(REVERSE)
-@with_gradient(_reverse_kl)
+@with_gradient(_reverse_kl, differences_only=True)
 def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
 
@@ -126,13 +126,14 @@ def _jeffreys(block: Block, *, weight: float = 0.5) -> tuple[Tensor, None]:
     """h = -(1 - weight) p + weight q (log q - log p + 1)."""
     w = share_of("weight", weight)
     torch.sub(block.logq, block.logp, out=block.spare)
-    forward, reverse = -dot(block.p, block.spare), dot(block.q, block.spare)
+    forward = block.shift - dot(block.p, block.spare)
+    reverse = dot(block.q, block.spare) - block.shift
     torch.mul(block.q, block.spare, out=block.out).mul_(w).add_(block.p, alpha=w - 1.0)
     return (1.0 - w) * forward + w * reverse, None
 
 
 @on_top_k(lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
-@with_gradient(_jeffreys)
+@with_gradient(_jeffreys, differences_only=True)
 def jeffreys(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
 ) -> Float[Tensor, " n"]:

@@ -77,6 +77,7 @@ class greedy_topk:
 
     k: int = 5
     uniforms_per_token = 0
+    shift_free = True  # adding a constant to a row's logarithms changes no verdict
 
     def __post_init__(self) -> None:
         at_least_one("greedy_topk", self.k)
@@ -111,6 +112,7 @@ class spec_k:
 
     k: int = 5
     uniforms_per_token = 1
+    shift_free = True
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 
@@ -143,6 +145,7 @@ class expected_spec_k:
 
     k: int = 5
     uniforms_per_token = 0
+    shift_free = True
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 
