@@ -45,6 +45,7 @@ def test_log_probabilities_come_back_within_a_step_and_in_the_same_order(k: int)
     error, reach = (back - logp).abs().amax(-1), logp.amax(-1) - logp.amin(-1)
     assert (error <= 0.01 * reach + 1e-4).all(), "pushed at most some 40 of 4,094 steps where values crowd"
     assert float(error.median()) < 0.005
+    assert float((back - logp).max()) <= 1e-5, "never upwards"
 
 
 def test_what_is_no_probability_stays_none() -> None:

@@ -169,6 +169,8 @@ def build_cache(
         path = folder / SHARDS / shard_name(number)
         if _sound(path, number, own):
             continue
+        for left in path.parent.glob(f".{path.name}.partial-*"):  # of a builder that was killed
+            left.unlink(missing_ok=True)
         write_whole(path, compute_shard(model, plan, number, shards[number]))
         say(f"shard {number + 1} of {len(shards)}")
     found = [_sound(folder / SHARDS / shard_name(number), number, own) for number in range(len(shards))]

@@ -78,8 +78,9 @@ def log_prob_bytes(k: int) -> int:
 def encode_log_probs(logp: NDArray[np.float32]) -> Bytes:
     """Log-probabilities [n, k] as whole steps below the largest of their row, in any order.
 
-    The step is the row's range over the codes there are, so the error is half a step, .0015 nats where the row
-    reaches 12 nats down. Order survives: different values get different codes and equal ones the same, by moving
+    The step is the row's range over the codes there are, .003 nats where the row reaches 12 nats down, and the error
+    at most one where values do not crowd. It is always downwards: the mass that is left to the tail is never less
+    than the teacher's, so a tail never vanishes by rounding. Order survives: different values get different codes and equal ones the same, by moving
     the smaller value down a step where two would meet; the step is widened where the last would run out of codes.
     A row with a value that is not a log-probability (nan, +inf) comes back as nan throughout.
     """
@@ -96,13 +97,13 @@ def encode_log_probs(logp: NDArray[np.float32]) -> Bytes:
     smaller = np.concatenate([np.zeros((n, 1), bool), best_first[:, 1:] < best_first[:, :-1]], 1)
     rank = np.cumsum(smaller & ~never, 1)  # distinct values above each
     codes, step = np.zeros((n, k), np.int64), np.zeros((n, 1), np.float32)
-    # c_j = max(round(d_j / step), c_i + 1 for the value before) is r_j + the running maximum of round(d / step) - r
+    # c_j = max(ceil(d_j / step), c_i + 1 for the value before) is r_j + the running maximum of ceil(d / step) - r
     room = NEVER - 1
     left = np.ones(n, bool)
     reach = np.full(n, float(room))
     while left.any():
         step[left] = np.maximum(down[left].max(1) / reach[left], 1e-6)[:, None].astype(np.float32)
-        rounded = np.rint(down[left] / step[left].astype(np.float64)).astype(np.int64)
+        rounded = np.ceil(down[left] / step[left].astype(np.float64)).astype(np.int64)
         codes[left] = np.maximum.accumulate(rounded - rank[left], 1) + rank[left]
         over = np.where(never, 0, codes).max(1) > room
         reach[over] = np.maximum(reach[over] * 0.98 - 1, 1.0)
