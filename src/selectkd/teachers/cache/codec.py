@@ -80,8 +80,9 @@ def encode_log_probs(logp: NDArray[np.float32]) -> Bytes:
 
     The step is the row's range over the codes there are, .003 nats where the row reaches 12 nats down, and the error
     at most one where values do not crowd. It is always downwards: the mass that is left to the tail is never less
-    than the teacher's, so a tail never vanishes by rounding. Order survives: different values get different codes and equal ones the same, by moving
-    the smaller value down a step where two would meet; the step is widened where the last would run out of codes.
+    than the teacher's, so that the declared bounds hold. Order survives: different values get different codes and
+    equal ones the same, by moving the smaller value down a step where two would meet; the step is widened where the
+    last would run out of codes.
     A row with a value that is not a log-probability (nan, +inf) comes back as nan throughout.
     """
     n, k = logp.shape
