@@ -28,10 +28,12 @@ from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers.cache.plan import check_objective
+from selectkd.teachers.exactness import check as check_payload
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
+from selectkd.teachers.several import SeveralPlan
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -154,6 +156,13 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         )
     tokenizer: Any = load_tokenizer(named, revision=recipe.student.revision) if named else teacher.tokenizer()
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
+    check_payload(
+        objective,
+        teacher.payload,
+        k=teacher.k,
+        temperature=recipe.objective.temperature,
+        source=teacher.source,
+    )
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
@@ -190,6 +199,8 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         heldout = list(text(_given(evaluation), stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
+    if isinstance(teacher, SeveralPlan):
+        teacher.check_streams([source.name for source in sources])
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
     return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout)
 

@@ -119,7 +119,13 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_repository_names_no_machine() -> None:
-    tracked = [*ROOT.glob("*.*"), *ROOT.glob("recipes/*"), *ROOT.glob("docs/*"), *FILES, ROOT / "Makefile"]
+    tracked = [
+        *ROOT.glob("[!.]*.*"),
+        *ROOT.glob("recipes/*"),
+        *ROOT.glob("docs/*"),
+        *FILES,
+        ROOT / "Makefile",
+    ]
     for file in tracked:
         if file.is_file():
             told = file.read_text(errors="replace")

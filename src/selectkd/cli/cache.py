@@ -146,6 +146,7 @@ def _folder(target: str, changes: list[str] | None) -> Path:
 def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
     """(the teacher's plan as a model, all text, what to store, the tokenizer) of a cache that is to be built."""
     from selectkd.assembly import prepare
+    from selectkd.teachers import exactness
     from selectkd.teachers.cache import Wish, check_objective
     from selectkd.teachers.cache.build import SHARD_ROWS
     from selectkd.teachers.model import ModelPlan
@@ -156,6 +157,9 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
     wish = Wish(spec.payload or "hidden", spec.k, spec.precision, spec.shard_rows or SHARD_ROWS)
     teacher = ModelPlan(spec.model, spec.dtype or recipe.training.dtype, spec.quantization, spec.revision)
     plan = prepare(recipe, teacher)
+    temperature = recipe.objective.temperature
+    payload: Any = wish.payload
+    exactness.check(plan.objective, payload, k=wish.k, temperature=temperature, source=spec.model)
     check_objective(wish.payload, wish.k, recipe.objective, plan.objective.verifier)
     examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
     return teacher, examples, wish, plan.tokenizer

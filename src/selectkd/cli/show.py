@@ -16,12 +16,19 @@ from selectkd.registry import did_you_mean, parameters
 
 def show(
     kind: Annotated[
-        str | None, typer.Argument(help="divergences, verifiers, selectors, methods, or the name of one.")
+        str | None,
+        typer.Argument(help="divergences, verifiers, selectors, methods, teachers, or the name of one."),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One component, told in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/teachers.md.")] = False,
 ) -> None:
-    """What a recipe can name, with parameters and defaults."""
+    """What a recipe can name, with parameters and defaults; of teachers, what each payload is worth."""
+    if markdown and kind != "teachers":
+        raise ConfigError("--markdown prints one page: write `selectkd show teachers --markdown`.")
+    if kind == "teachers":
+        _teachers(name, as_json, markdown)
+        return
     chosen = _chosen(catalogue(), kind, name)
     if as_json:
         shown = {
@@ -38,6 +45,26 @@ def show(
         say(title)
         for row in rows:
             say(f"  {row['name']}({_spelled(row['parameters'])})\n      {row['doc']}")
+
+
+def _teachers(name: str | None, as_json: bool, markdown: bool) -> None:
+    """Divergence, verifier or selector x payload: exact, a bound or refused."""
+    from selectkd.teachers.exactness import PAYLOADS, page, table
+
+    rows = table()
+    known = dict.fromkeys(row["name"] for row in rows)
+    if name is not None and name not in known:
+        raise ConfigError(f"no component is called {name!r}.{did_you_mean(name, known)}")
+    rows = [row for row in rows if name in (None, row["name"])]
+    if as_json:
+        say(json.dumps({"payloads": PAYLOADS, "teachers": rows}, indent=2))
+    elif markdown:
+        say(page().rstrip("\n"))
+    else:
+        for one in dict.fromkeys((row["kind"], row["name"]) for row in rows):
+            mine = [row for row in rows if (row["kind"], row["name"]) == one]
+            say(f"{one[0]} {one[1]}: " + ", ".join(f"{row['payload']} {row['verdict']}" for row in mine))
+            say(f"      top_k: {mine[-1]['reason']}")
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
@@ -101,11 +128,11 @@ def _chosen(
             return found
         every = [*rows, *(row["name"] for table in rows.values() for row in table)]
         raise ConfigError(
-            f"there is no {kind!r} to show.{did_you_mean(kind, every)} Kinds: {', '.join(rows)}."
+            f"there is no {kind!r} to show.{did_you_mean(kind, every)} Kinds: {', '.join([*rows, 'teachers'])}."
         )
     if title is None:
         raise ConfigError(
-            f"there is no kind {kind!r}.{did_you_mean(str(kind), rows)} Kinds: {', '.join(rows)}."
+            f"there is no kind {kind!r}.{did_you_mean(str(kind), rows)} Kinds: {', '.join([*rows, 'teachers'])}."
         )
     if name is None:
         return {title: rows[title]}

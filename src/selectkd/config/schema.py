@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
+from selectkd.config.several import Several
 from selectkd.config.teachers import Teacher
 
 
@@ -215,15 +216,31 @@ class Training(Section):
         return self
 
 
-class Recipe(Section):
-    """One run: a teacher, a student, text, an objective and how to train."""
+def _teacher_kind(value: Any) -> str:
+    return "several teachers" if isinstance(value, list) else "one teacher"
 
-    teacher: Teacher
+
+class Recipe(Section):
+    """One run: a teacher or several, a student, text, an objective and how to train."""
+
+    teacher: Annotated[
+        Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
+        Discriminator(_teacher_kind),
+    ]
     student: Student
     data: Data
     reference: Reference | None = None
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection.model_validate({}))
     training: Training
+
+    @model_validator(mode="after")
+    def _held_out_text_has_a_teacher(self) -> Self:
+        routed = isinstance(self.teacher, list) and self.teacher[0].streams is not None
+        if routed and isinstance(self.data.evaluation, SourceSection):
+            raise refuse(
+                "teacher routes by stream, and data.evaluation is a file of no stream; set it to a share such as 0.05"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evaluates_on_something(self) -> Self:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
+from selectkd.divergences.top_k import MERGED, NO_DIRECTION, on_top_k
 from selectkd.errors import ConfigError
 
 
@@ -21,6 +22,7 @@ def _total_variation(block: Block) -> tuple[Tensor, None]:
     return value, None
 
 
+@on_top_k(MERGED)
 @with_gradient(_total_variation)
 def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Total variation, 1/2 sum_v |p - q|.
@@ -49,6 +51,7 @@ def _neg_log_acceptance(block: Block) -> tuple[Tensor, None]:
     return value, None
 
 
+@on_top_k(MERGED)
 @with_gradient(_neg_log_acceptance)
 def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Negative log acceptance, -log sum_v min(p, q).
@@ -70,6 +73,7 @@ def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -
     return torch.where((logp == logq).all(-1), loss * 0.0, loss)
 
 
+@on_top_k(NO_DIRECTION)
 def kl_tv_hybrid(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, eta: float = 3.0
 ) -> Float[Tensor, " n"]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.divergences.kl import dot, floored, forward_kl, relative_entropy, reverse_kl, share_of
+from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def _adaptive_kl(block: Block, *, mu: float = 0.5) -> tuple[Tensor, None]:
     return share * forward + (1.0 - share) * reverse, None
 
 
+@on_top_k(NO_DIRECTION)
 @with_gradient(_adaptive_kl)
 def adaptive_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, mu: float = 0.5
@@ -61,6 +63,7 @@ def _todi(block: Block) -> tuple[Tensor, None]:
     return value, None
 
 
+@on_top_k(REVERSE)
 @with_gradient(_todi)
 def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """ToDi, sum_v w p log(p / q) + (1 - w) q log(q / p) with w = p / (p + q) without gradient.
@@ -81,6 +84,7 @@ def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor
     return terms.clamp(min=0.0).sum(-1)
 
 
+@on_top_k(lambda t=0.4: MERGED if t == 1.0 else NO_DIRECTION)
 def taid(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, t: float = 0.4) -> Float[Tensor, " n"]:
     """TAID, KL(m || q) with m = softmax((1 - t) log q + t log p), the student in m without gradient.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.divergences.gradient import Block, with_gradient
+from selectkd.divergences.top_k import MERGED, REVERSE, on_top_k
 from selectkd.errors import ConfigError
 
 LOG_FLOOR = -87.0
@@ -82,6 +83,7 @@ def _forward_kl(block: Block) -> tuple[Tensor, float]:
     return dot(block.p, torch.sub(block.logp, block.logq, out=block.spare)), 0.0
 
 
+@on_top_k(MERGED)
 @with_gradient(_forward_kl)
 def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
@@ -104,6 +106,7 @@ def _reverse_kl(block: Block) -> tuple[Tensor, Tensor]:
     return value, value  # without the + 1: h + c q and h have the same projection
 
 
+@on_top_k(REVERSE)
 @with_gradient(_reverse_kl)
 def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
@@ -128,6 +131,7 @@ def _jeffreys(block: Block, *, weight: float = 0.5) -> tuple[Tensor, None]:
     return (1.0 - w) * forward + w * reverse, None
 
 
+@on_top_k(lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
 @with_gradient(_jeffreys)
 def jeffreys(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
@@ -154,6 +158,7 @@ def _skew_kl(block: Block, *, alpha: float = 0.1) -> tuple[Tensor, None]:
     return value, None
 
 
+@on_top_k(MERGED)
 @with_gradient(_skew_kl)
 def skew_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.1
@@ -185,6 +190,7 @@ def _skew_reverse_kl(
     return value, None
 
 
+@on_top_k(lambda alpha=0.1, detach_mixture=False: REVERSE if alpha == 0.0 else MERGED)
 @with_gradient(_skew_reverse_kl)
 def skew_reverse_kl(
     logp: Float[Tensor, "n s"],
@@ -219,6 +225,7 @@ def _generalized_jsd(block: Block, *, beta: float = 0.5) -> tuple[Tensor, Tensor
     return b * forward + (1.0 - b) * reverse, (1.0 - b) * reverse
 
 
+@on_top_k(MERGED)
 @with_gradient(_generalized_jsd)
 def generalized_jsd(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, beta: float = 0.5

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selectkd.divergences.gradient import Block, with_gradient
 from selectkd.divergences.kl import floored, reverse_kl
+from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, Exactness, on_top_k
 from selectkd.errors import ConfigError
 
 
@@ -18,6 +19,13 @@ def power_gap(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], power: f
         return gap
     larger = torch.maximum(log_a, log_b)
     return -torch.sign(gap) * torch.exp(power * larger) * torch.expm1(-power * gap.abs()) / power
+
+
+def _of_alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Exactness:
+    """An f-divergence where alpha + beta = 1, reverse KL at (0, 1), without a direction elsewhere."""
+    if (alpha, beta) == (0.0, 1.0):
+        return REVERSE
+    return MERGED if abs(alpha + beta - 1.0) < 1e-9 else NO_DIRECTION
 
 
 def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> tuple[Tensor, None]:
@@ -32,6 +40,7 @@ def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> tuple
     return value, None
 
 
+@on_top_k(_of_alpha_beta)
 @with_gradient(_alpha_beta)
 def alpha_beta(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.2, beta: float = 0.7

@@ -7,14 +7,21 @@ from typing import Any
 
 from selectkd.config import CacheTeacher, ModelTeacher
 from selectkd.config import Teacher as Section
+from selectkd.config.several import Member
 from selectkd.errors import ConfigError
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.several import SeveralPlan
 
 
-def plan_teacher(spec: Section, *, dtype: str = "float32") -> TeacherPlan:
+def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> TeacherPlan:
     """The plan of a recipe's teacher; ``dtype`` is used where the section names none."""
+    if isinstance(spec, list):
+        plans = [plan_teacher(member.teacher, dtype=dtype) for member in spec]
+        weights = [member.weight for member in spec if member.weight is not None]
+        streams = [member.streams for member in spec if member.streams is not None]
+        return SeveralPlan(plans, weights or None, streams or None)
     if isinstance(spec, ModelTeacher):
         return ModelPlan(
             spec.model,

@@ -33,6 +33,7 @@ class hellinger:
 
     uniforms_per_token = 0
     teacher_tokens = None
+    from_top_k = "upper bound"  # merging outcomes only lowers H
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return 1.0 - hellinger_distance(pair.logp, pair.logq)
@@ -50,6 +51,7 @@ class teacher_entropy:
     max: float = 1.0
     uniforms_per_token = 0
     teacher_tokens = None
+    from_top_k = "upper bound"  # merging outcomes only lowers an entropy
 
     def __post_init__(self) -> None:
         if not self.max >= 0:
@@ -71,6 +73,7 @@ class student_entropy:
     min: float = 1.0
     uniforms_per_token = 0
     teacher_tokens = None
+    from_top_k = "lower bound"  # merging outcomes only lowers an entropy
 
     def __post_init__(self) -> None:
         if not self.min >= 0:

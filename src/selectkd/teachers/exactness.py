@@ -1,0 +1,141 @@
+"""What each payload of a teacher is worth to each divergence and each verifier: exact, a bound, or refused, and why.
+
+Divergences say it of themselves (``divergences.top_k``); verifiers by ``teacher_tokens`` and, where that is None,
+``from_top_k``; what is here puts the two together. ``of`` is the one way to ask, ``check`` the one way to refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from selectkd.divergences import DIVERGENCES
+from selectkd.divergences.top_k import Exactness, from_top_k
+from selectkd.errors import ConfigError
+from selectkd.objective import Objective
+from selectkd.registry import name_of
+from selectkd.selectors import SELECTORS
+from selectkd.teachers.protocol import Payload
+from selectkd.verifiers import VERIFIERS
+
+PAYLOADS: dict[Payload, str] = {
+    "live": "the model in memory",
+    "hidden": "a cache of its last hidden states and its head",
+    "top_k": "its K best tokens, from a cache or a server",
+}
+"""What each payload is; ``show teachers`` and docs/teachers.md have a column for each."""
+
+WHOLE = Exactness("exact", "the whole distribution is at hand, in the precision of the hidden states")
+BATCH = Exactness(
+    "refused",
+    "it ranks the rows of a batch by a score that K tokens and a tail do not give, so the order itself can change",
+)
+SILENT = Exactness(
+    "refused", "it needs the whole vocabulary, and does not declare what a top-K teacher does to it"
+)
+WHY = {
+    "upper bound": "merging the tail into one outcome never lowers the acceptance, and can raise it",
+    "lower bound": "merging the tail into one outcome never raises the acceptance, and can lower it",
+}
+
+
+def of_divergence(divergence: Any, payload: Payload) -> Exactness:
+    """What a divergence's value is from a payload; its parameters, where bound, count."""
+    return from_top_k(divergence) if payload == "top_k" else WHOLE
+
+
+def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exactness:
+    """What a verifier's or selector's acceptance is from a payload of K = ``k`` tokens; None: as many as it needs."""
+    if payload != "top_k":
+        return WHOLE
+    need = verifier.teacher_tokens
+    if need is None:
+        verdict = getattr(verifier, "from_top_k", None)
+        if verdict is not None:
+            return Exactness(verdict, WHY[verdict])
+        return BATCH if hasattr(verifier, "keep") else SILENT
+    if need == 0:
+        return Exactness("exact", "it does not look at the teacher")
+    if k is not None and k < need:
+        return Exactness("refused", f"it needs the teacher's {need} best tokens, and there are {k}")
+    return Exactness(
+        "exact", f"it asks for the {need} best tokens alone; store 2k, which shows ties across rank k"
+    )
+
+
+def of(objective: Objective, payload: Payload, *, k: int | None = None) -> dict[str, Exactness]:
+    """What the two parts of an objective are from a payload: {"divergence": ..., "verifier": ...}."""
+    return {
+        "divergence": of_divergence(objective.divergence, payload),
+        "verifier": of_verifier(objective.verifier, payload, k=k),
+    }
+
+
+def check(
+    objective: Objective,
+    payload: Payload,
+    *,
+    k: int | None = None,
+    temperature: float = 1.0,
+    source: str = "",
+) -> None:
+    """ConfigError where a payload refuses a part of the objective; says what both sides are and what would work."""
+    teacher = f"the teacher {source}".strip() + (
+        f" gives its {k} best tokens" if k else " gives its best tokens"
+    )
+    for part, told in of(objective, payload, k=k).items():
+        if told.verdict == "refused":
+            raise ConfigError(
+                f"objective.{part} = {name_of(getattr(objective, part))} cannot be taken from this teacher: "
+                f"{teacher}, and {told.reason}. Use {_instead(part)}, or a teacher that gives hidden states "
+                "(live, or a cache built with payload: hidden); `selectkd show teachers` has the table."
+            )
+    for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
+        if payload == "top_k" and value != 1.0:
+            raise ConfigError(
+                f"objective.{key} = {value} cannot be taken from this teacher: {teacher} at temperature 1, and "
+                "their tail cannot be re-tempered. Set it to 1.0, or use a teacher that gives hidden states."
+            )
+
+
+def _instead(part: str) -> str:
+    if part == "verifier":
+        return "greedy_topk with k up to the stored K"
+    good = [name for name, one in DIVERGENCES.items() if from_top_k(one).verdict != "refused"]
+    return ", ".join(good[:-1]) + f" or {good[-1]}"
+
+
+def table() -> list[dict[str, Any]]:
+    """Every component at its defaults against every payload: [{kind, name, payload, verdict, reason}]."""
+    rows: list[dict[str, Any]] = []
+    for kind, names in (("divergence", DIVERGENCES), ("verifier", VERIFIERS), ("selector", SELECTORS)):
+        for name, component in names.items():
+            for payload in PAYLOADS:
+                told = (
+                    of_divergence(component, payload)
+                    if kind == "divergence"
+                    else of_verifier(component(), payload)
+                )
+                rows.append({"kind": kind, "name": name, "payload": payload, **asdict(told)})
+    return rows
+
+
+def page() -> str:
+    """docs/teachers.md: the table and its reasons, written from what the code declares."""
+    lines = [
+        "# What a teacher's payload is worth",
+        "",
+        "Written by `selectkd show teachers --markdown` from what the code declares; a test holds the two equal.",
+        "A row's loss is as good as the weaker of its divergence and its verifier. Components stand at their default",
+        "parameters: alpha_beta with alpha + beta = 1, jeffreys at weight 0 and taid at t = 1 are bounds too.",
+        "",
+    ]
+    lines += [f"- **{payload}**: {what}." for payload, what in PAYLOADS.items()]
+    rows = table()
+    for kind in ("divergence", "verifier", "selector"):
+        lines += ["", f"| {kind} | live | hidden | top_k | why, for top_k |", "|---|---|---|---|---|"]
+        for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
+            mine = {row["payload"]: row for row in rows if (row["kind"], row["name"]) == (kind, name)}
+            verdicts = " | ".join(mine[payload]["verdict"] for payload in PAYLOADS)
+            lines.append(f"| `{name}` | {verdicts} | {mine['top_k']['reason']} |")
+    return "\n".join(lines) + "\n"

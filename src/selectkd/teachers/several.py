@@ -1,0 +1,230 @@
+"""Several teachers of one tokenizer as one: the probabilities averaged, or each stream taught by its own.
+
+n rows, c rows of a chunk, w shared vocabulary, K stored tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+from selectkd.models.load import Loaded
+from selectkd.rows import CachedRows, Head, LiveChunk, LiveRows, Scratch, TeacherRows
+from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
+
+
+class SeveralRows:
+    """Rows of teachers with hidden states: of row i the weighted mean of their distributions, sum_m share[m, i] p_m.
+
+    share: [m, n], non-negative, each column sums to 1; a column of one 1 is a row with one teacher, and rows[m] holds
+    any numbers where share[m] is 0. Exact: the mean is of probabilities, over the ids that all of them share. A
+    temperature acts on the mean.
+    """
+
+    def __init__(self, rows: Sequence[LiveRows], share: Tensor, reference: TeacherRows | None = None) -> None:
+        self.rows, self.share, self.reference = list(rows), share, reference
+
+    @property
+    def count(self) -> int:
+        return self.share.shape[1]
+
+    def shared_width(self, student_width: int) -> int:
+        return min(rows.shared_width(student_width) for rows in self.rows)
+
+    @torch.no_grad()
+    def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
+        """The log of the mean as a chunk of logits, [c, w]; one more such buffer for the member at hand."""
+        unshared = self._unshared(width)
+        like = torch.empty(0, device=self.share.device)
+        mean = None
+        for one, share in zip(self.rows, self.share[:, rows], strict=True):
+            taught = share > 0
+            if not taught.any():
+                continue
+            if mean is None:
+                count = share.shape[0]
+                mean = scratch.of(self, count, width, like)[:count].fill_(-torch.inf)
+            raw = one.open(rows, width, scratch).raw  # [c, w]
+            logits = one.head.finish(raw)
+            if unshared is not None:
+                logits = logits.masked_fill(unshared, -torch.inf)
+            logp = torch.log_softmax(logits[taught], -1).add_(share[taught].log()[:, None])
+            mean[taught] = torch.logaddexp(mean[taught], logp)
+        assert mean is not None  # each column of share sums to 1
+        return LiveChunk(mean, _PLAIN, unshared)
+
+    def _unshared(self, width: int) -> Tensor | None:
+        masks = [~rows.shared[:width] for rows in self.rows if rows.shared is not None]
+        return torch.stack(masks).any(0) if masks else None
+
+
+_PLAIN = Head(torch.empty(0, 0))
+"""The head of logits that are finished already."""
+
+
+@dataclass
+class SeveralTeacher:
+    """weights [m]: of the average. streams: instead, the teacher of each stream by number; one of the two is None."""
+
+    members: list[Teacher]
+    weights: list[float] | None
+    streams: list[int] | None
+    reference: Teacher | None = None
+
+    def __call__(self, batch: Any, position: Tensor) -> TeacherRows:
+        """The rows at ``position`` [n]; a routed teacher sees the rows of the batch that hold a sample of its own."""
+        device, n = batch.input_ids.device, position.shape[0]
+        reference = None if self.reference is None else self.reference(batch, position)
+        if self.weights is not None:
+            total = math.fsum(self.weights)
+            share = torch.tensor([weight / total for weight in self.weights], device=device)
+            rows = [member(batch, position) for member in self.members]
+            return SeveralRows([_dense(one) for one in rows], share[:, None].expand(-1, n), reference)
+        assert self.streams is not None  # one of the two is given
+        owner = torch.tensor(self.streams, device=device)[batch.stream][
+            batch.sequence.flatten()[position]
+        ]  # [n]
+        chosen = [(owner == index).nonzero()[:, 0] for index in range(len(self.members))]
+        parts = [
+            (at, member(*rows_of(batch, position[at])))
+            for at, member in zip(chosen, self.members, strict=True)
+            if at.numel()
+        ]
+        if parts and all(isinstance(rows, CachedRows) for _, rows in parts):
+            return _together(parts, n)  # type: ignore[arg-type]
+        return _routed([(at, _dense(rows)) for at, rows in parts], n, device, reference)
+
+
+def rows_of(batch: Any, position: Tensor) -> tuple[Any, Tensor]:
+    """The batch without the rows that ``position`` [n] has no part in, its samples renumbered, and the positions in it.
+
+    A batch that carries extra model inputs stays whole: how those go with the rows is not known here.
+    """
+    width = batch.input_ids.shape[1]
+    row, place = position // width, position % width
+    wanted, at = row.unique(return_inverse=True)
+    if batch.extra or wanted.numel() == batch.input_ids.shape[0]:
+        return batch, position
+    sequence = batch.sequence[wanted]
+    samples = sequence[sequence >= 0].unique()
+    number = torch.full(
+        (batch.stream.shape[0] + 1,), -1, device=sequence.device
+    )  # the last entry is padding's
+    number[samples] = torch.arange(samples.numel(), device=sequence.device)
+    named = ("input_ids", "attention_mask", "completion", "position_ids")
+    fewer = {name: getattr(batch, name)[wanted] for name in named}
+    small = replace(batch, **fewer, sequence=number[sequence], stream=batch.stream[samples])
+    return small, at * width + place
+
+
+def _dense(rows: TeacherRows) -> LiveRows:
+    if not isinstance(rows, LiveRows):
+        raise ConfigError(
+            "a teacher of K best tokens cannot be joined with others. Use teachers with hidden states."
+        )
+    return rows
+
+
+def _routed(
+    parts: list[tuple[Tensor, LiveRows]], n: int, device: Any, reference: TeacherRows | None
+) -> SeveralRows:
+    share = torch.zeros(len(parts), n, device=device)
+    whole = []
+    for index, (at, rows) in enumerate(parts):
+        share[index, at] = 1.0
+        hidden = rows.hidden.new_zeros(n, rows.hidden.shape[1]).index_copy(0, at, rows.hidden)
+        whole.append(LiveRows(hidden, rows.head, shared=rows.shared))
+    return SeveralRows(whole, share, reference)
+
+
+def _together(parts: list[tuple[Tensor, CachedRows]], n: int) -> CachedRows:
+    """Top-K rows of several teachers in the batch's order, each cut to the smallest K."""
+    k = min(rows.ids.shape[1] for _, rows in parts)
+    first = parts[0][1]
+    ids, logp = first.ids.new_zeros(n, k), first.logp.new_zeros(n, k)
+    for at, rows in parts:
+        best = rows.logp.topk(k, -1)
+        ids[at], logp[at] = rows.ids.gather(1, best.indices).to(ids.dtype), best.values.to(logp.dtype)
+    return CachedRows(ids, logp)
+
+
+@dataclass
+class SeveralPlan:
+    """The plan of ``teacher: [{...}, {...}]``. weights or streams: as the recipe gives them, one entry a teacher."""
+
+    plans: list[TeacherPlan]
+    weights: list[float] | None = None
+    streams: list[list[str]] | None = None
+    model: str | None = None
+    _of_stream: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        few = [plan.source for plan in self.plans if plan.payload == "top_k"]
+        if few and (self.weights is not None or len(few) < len(self.plans)):
+            what = "averaged" if self.weights is not None else "routed beside teachers with hidden states"
+            raise ConfigError(
+                f"teacher: {few[0]} gives its best tokens and a tail, which cannot be {what}: the others' mass on its "
+                "tail is not known. Use teachers with hidden states (live, or a cache built with payload: hidden)."
+            )
+
+    @property
+    def payload(self) -> Payload:
+        kinds = {plan.payload for plan in self.plans}
+        return "live" if "live" in kinds else "hidden" if "hidden" in kinds else "top_k"
+
+    @property
+    def k(self) -> int | None:
+        return min((plan.k for plan in self.plans if plan.k is not None), default=None)
+
+    @property
+    def source(self) -> str:
+        return " and ".join(plan.source for plan in self.plans)
+
+    @property
+    def revision(self) -> str | None:
+        return " and ".join(str(plan.revision) for plan in self.plans)
+
+    def tokenizer(self) -> Any | None:
+        """The first tokenizer at hand, which all the others must equal."""
+        return next((own for plan in self.plans if (own := plan.tokenizer()) is not None), None)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        for plan in self.plans:
+            plan.check_tokenizer(tokenizer)
+
+    def check_streams(self, names: Sequence[str]) -> None:
+        """ConfigError unless every stream of the data has one teacher and every teacher's streams exist."""
+        if self.streams is None:
+            return
+        owner = {stream: index for index, mine in enumerate(self.streams) for stream in mine}
+        for stream in [*owner, *names]:
+            if stream not in names or stream not in owner:
+                what = "is no source of the data" if stream not in names else "has no teacher"
+                raise ConfigError(
+                    f"teacher: the stream {stream} {what}. The sources are called {', '.join(names)}; name each of "
+                    "them under one teacher's streams (data.sources[].name sets a source's name)."
+                )
+        self._of_stream = [owner[name] for name in names]
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """Each teacher is asked about the samples it will teach."""
+        for index, plan in enumerate(self.plans):
+            routed = self._of_stream
+            plan.check_text(
+                examples if routed is None else [e for e in examples if routed[e.stream] == index]
+            )
+
+    def loaded(self) -> Loaded:
+        raise ConfigError(
+            "several teachers are no one model to cut a student from. Name the student: student: {model: ...}."
+        )
+
+    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> SeveralTeacher:
+        members = [plan.open(tokenizer, student_width=student_width) for plan in self.plans]
+        return SeveralTeacher(members, self.weights, self._of_stream, reference)
