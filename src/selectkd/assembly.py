@@ -27,6 +27,7 @@ from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
+from selectkd.teachers.cache.plan import check_objective
 from selectkd.teachers.exactness import check as check_payload
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
@@ -141,9 +142,12 @@ def assemble(
     )
 
 
-def prepare(recipe: Any) -> Plan:
-    """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text."""
-    teacher = plan_teacher(recipe.teacher, dtype=recipe.training.dtype)
+def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
+    """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text.
+
+    teacher: in place of the recipe's, for a cache that is still to be built.
+    """
+    teacher = plan_teacher(recipe.teacher, dtype=recipe.training.dtype) if teacher is None else teacher
     named = recipe.student.model
     if named is None and teacher.model is None:
         raise ConfigError(
@@ -168,6 +172,8 @@ def prepare(recipe: Any) -> Plan:
         )
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
+    if teacher.payload != "live":
+        check_objective(teacher.payload, teacher.k, recipe.objective, objective.verifier)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from selectkd.config.section import Dtype, Section, Text
+from selectkd.config.section import Count, Dtype, Section, Text
 
 
 class ModelTeacher(Section):
@@ -19,9 +19,21 @@ class ModelTeacher(Section):
 
 
 class CacheTeacher(Section):
-    """A folder that `selectkd cache build` has filled with the teacher's rows of this text."""
+    """A folder that `selectkd cache build` fills with the teacher's rows of this text, and a run reads.
+
+    A build needs model, and payload and k where the payload is not hidden. A run needs none of them: each one that
+    is given must be the cache's own.
+    """
 
     cache: Text
+    model: Text | None = None
+    revision: Text | None = None
+    dtype: Dtype | None = None
+    quantization: Text | None = None
+    payload: Literal["hidden", "top_k", "sampled"] | None = None
+    k: Count | None = None
+    precision: Literal["bfloat16", "float32", "packed"] | None = None
+    shard_rows: Count | None = None
 
 
 def _kind(value: Any) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from selectkd.config import ModelTeacher
+from pathlib import Path
+from typing import Any
+
+from selectkd.config import CacheTeacher, ModelTeacher
 from selectkd.config import Teacher as Section
 from selectkd.config.several import Member
 from selectkd.errors import ConfigError
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
 from selectkd.teachers.several import SeveralPlan
@@ -25,4 +29,13 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
             quantization=spec.quantization,
             wanted_revision=spec.revision,
         )
+    if isinstance(spec, CacheTeacher):
+        return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
     raise ConfigError(f"no teacher can be made of {type(spec).__name__}. Name one: teacher: {{model: ...}}.")
+
+
+def wanted_of(spec: CacheTeacher) -> dict[str, Any]:
+    """What a recipe says of its cache, as the index has it; keys it leaves out are left out."""
+    teacher = spec.model_dump(include={"model", "revision", "dtype", "quantization"}, exclude_none=True)
+    stored = spec.model_dump(include={"payload", "k", "precision", "shard_rows"}, exclude_none=True)
+    return {**({"teacher": teacher} if teacher else {}), **stored}

@@ -10,8 +10,9 @@ from torch import Tensor
 from selectkd.models.load import Loaded
 from selectkd.rows import TeacherRows
 
-Payload = Literal["live", "hidden", "top_k"]
-"""What a kind of teacher hands over: a live or a stored hidden state with its head, or its K best tokens."""
+Payload = Literal["live", "hidden", "top_k", "sampled"]
+"""What a kind of teacher hands over: a live or a stored hidden state with its head, its K best
+tokens, or K ids drawn from it."""
 
 
 class Teacher(Protocol):

@@ -1,0 +1,165 @@
+"""``selectkd cache build|verify|repair|info``: a teacher's rows on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selectkd.cli.terminal import say, told
+from selectkd.errors import CacheError, ConfigError
+
+if TYPE_CHECKING:
+    from selectkd.config import Recipe
+
+app = typer.Typer(
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    help="The teacher's rows on disk, checked when read.",
+)
+
+Target = Annotated[
+    str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe with teacher.cache, or the cache's folder.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
+]
+
+
+@app.command("build")
+def build(
+    recipe: Annotated[str, typer.Argument(help="A recipe with teacher: {cache: FOLDER, model: MODEL}.")],
+    changes: Changes = None,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Build or finish a recipe's cache: training, held-out and probe text."""
+    from selectkd.teachers.cache import build_cache, plan_of
+
+    if rank >= ranks:
+        raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
+    checked = _recipe(recipe, changes)
+    teacher, examples, wish, tokenizer = _text(checked)
+    loaded = teacher.loaded()
+    loaded.model.requires_grad_(False)
+    plan, records = plan_of(
+        loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization,
+        tokenizer=tokenizer, examples=examples, wish=wish,
+    )  # fmt: skip
+    folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
+    index = build_cache(
+        folder, plan, records, loaded.model, rank=rank, ranks=ranks, say=told if as_json else say
+    )
+    if index is None:
+        say(
+            json.dumps({"finished": False})
+            if as_json
+            else "the shards of this rank are there; others are not yet."
+        )
+    else:
+        _describe(folder, index, as_json)
+
+
+@app.command("verify")
+def verify(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+    """Check every byte of a cache; exit code 5 where one is wrong."""
+    from selectkd.teachers.cache import verify as look
+
+    folder = _folder(target, changes)
+    found = look(folder)
+    if as_json:
+        say(
+            json.dumps({"sound": not found, "shards": found.shards, "files": found.files, "told": found.told})
+        )
+    if found:
+        more = "" if len(found.told) <= 4 else f"\n... and {len(found.told) - 4} more"
+        raise CacheError("\n".join(found.told[:4]) + more)
+    if not as_json:
+        say(f"{folder}: sound")
+
+
+@app.command("repair")
+def repair(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+    """Compute again what is broken, and only that."""
+    from selectkd.teachers.cache import records_of
+    from selectkd.teachers.cache import repair as mend
+
+    folder = _folder(target, changes)
+    records = records_of(_text(_recipe(target, changes))[1]) if _is_recipe(target) else None
+    found = mend(folder, records=records, say=told if as_json else say)
+    if as_json:
+        say(json.dumps({"shards": found.shards, "files": found.files}))
+    else:
+        say(f"{folder}: {len(found.shards)} shards and {len(found.files)} other files written again")
+
+
+@app.command("info")
+def info(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+    """Say what a cache holds and whose it is."""
+    from selectkd.teachers.cache import read_index
+
+    folder = _folder(target, changes)
+    _describe(folder, read_index(folder / "index.json"), as_json)
+
+
+def _describe(folder: Path, index: dict[str, Any], as_json: bool) -> None:
+    size = sum(shard["size"] for shard in index["shards"])
+    if as_json:
+        say(json.dumps({**index, "finished": True, "bytes": size, "folder": str(folder)}))
+        return
+    teacher = index["teacher"]
+    k = "" if index["k"] is None else f", K = {index['k']}"
+    say(f"{folder}: {index['payload']}{k}, {index['precision']}, of {teacher['model']} in {teacher['dtype']}")
+    say(
+        f"  {index['records']:,} samples, {index['rows']:,} rows of {index['row_bytes']} bytes, "
+        f"{len(index['shards'])} shards, {size / 1e6:,.1f} MB"
+    )
+
+
+def _is_recipe(target: str) -> bool:
+    return target.lower().endswith((".yaml", ".yml"))
+
+
+def _recipe(path: str, changes: list[str] | None) -> Recipe:
+    from selectkd.config import CacheTeacher, load_recipe
+
+    recipe = load_recipe(path, changes or [])
+    if not isinstance(recipe.teacher, CacheTeacher):
+        raise ConfigError(
+            f"{path} names no cache. Write teacher: {{cache: FOLDER, model: MODEL}}, or --set teacher.cache=FOLDER."
+        )
+    return recipe
+
+
+def _folder(target: str, changes: list[str] | None) -> Path:
+    if not _is_recipe(target):
+        if not Path(target).is_dir():
+            raise ConfigError(f"{target} is neither a recipe (.yaml) nor a folder.")
+        return Path(target)
+    return Path(_recipe(target, changes).teacher.cache).expanduser()  # type: ignore[union-attr]
+
+
+def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
+    """(the teacher's plan as a model, all text, what to store, the tokenizer) of a cache that is to be built."""
+    from selectkd.assembly import prepare
+    from selectkd.teachers import exactness
+    from selectkd.teachers.cache import Wish, check_objective
+    from selectkd.teachers.cache.build import SHARD_ROWS
+    from selectkd.teachers.model import ModelPlan
+
+    spec: Any = recipe.teacher
+    if spec.model is None:
+        raise ConfigError("teacher.cache without teacher.model: a build needs the model. Add teacher.model.")
+    wish = Wish(spec.payload or "hidden", spec.k, spec.precision, spec.shard_rows or SHARD_ROWS)
+    teacher = ModelPlan(spec.model, spec.dtype or recipe.training.dtype, spec.quantization, spec.revision)
+    plan = prepare(recipe, teacher)
+    temperature = recipe.objective.temperature
+    payload: Any = wish.payload
+    exactness.check(plan.objective, payload, k=wish.k, temperature=temperature, source=spec.model)
+    check_objective(wish.payload, wish.k, recipe.objective, plan.objective.verifier)
+    examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
+    return teacher, examples, wish, plan.tokenizer

@@ -1,0 +1,135 @@
+"""The plan of ``teacher: {cache: FOLDER}``: what can be known of a cache before it is opened, and the refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
+from selectkd.errors import CacheError, ConfigError
+from selectkd.models.load import Loaded, load_tokenizer
+from selectkd.teachers.cache.build import differences
+from selectkd.teachers.cache.index import read_index, records_of
+from selectkd.teachers.cache.reader import CachedTeacher, CacheReader
+from selectkd.teachers.model import ModelPlan, shared_rows
+from selectkd.teachers.protocol import Payload, Teacher
+
+
+@dataclass
+class CachePlan:
+    """A cache and what the recipe says of it; a key that the recipe leaves out is taken from the cache."""
+
+    folder: Path
+    wanted: dict[str, Any] = field(default_factory=dict)
+    _index: dict[str, Any] | None = field(default=None, repr=False)
+    _model: ModelPlan | None = field(default=None, repr=False)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """index.json, read once; CacheError where it is damaged or another teacher's."""
+        if self._index is None:
+            index = read_index(self.folder / "index.json")
+            self._refuse(differences(index, self.wanted))
+            self._index = index
+        return self._index
+
+    @property
+    def payload(self) -> Payload:
+        return self.index["payload"]
+
+    @property
+    def k(self) -> int | None:
+        return self.index["k"]
+
+    @property
+    def source(self) -> str:
+        return f"{self.index['teacher']['model']} (cache {self.folder.name})"
+
+    @property
+    def revision(self) -> str | None:
+        return self.index["teacher"]["revision"]
+
+    @property
+    def model(self) -> str | None:
+        return self.index["teacher"]["model"]
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.index["teacher"]["model"], revision=self._hub_revision())
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        own = {"tokenizer": tokenizer_fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
+        self._refuse(differences(self.index, own))
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """CacheError unless every trained token has its row; more in the cache than in the text is fine."""
+        reader = CacheReader(self.folder, self.index)
+        for number, record in enumerate(records_of(examples)):
+            reader.find(record.ids, np.array(record.places), f"sample {number} of the text")
+
+    def loaded(self) -> Loaded:
+        """The model the cache was built with: only a cut needs it."""
+        if self._model is None:
+            said = self.index["teacher"]
+            self._model = ModelPlan(
+                said["model"],
+                dtype=said["dtype"],
+                quantization=said["quantization"],
+                wanted_revision=self._hub_revision(),
+            )
+        return self._model.loaded()
+
+    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> CachedTeacher:
+        self._model = None  # a teacher that was loaded for a cut goes
+        reader = CacheReader(self.folder, self.index)
+        width = self.index["head"]["vocabulary"]
+        shared = None
+        if self.payload == "hidden":
+            shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=student_width)
+        elif reference is not None:
+            raise ConfigError(
+                f"a reference student has no place beside the {self.payload} rows of {self.folder}. "
+                "Build a cache of hidden states, or take a selector that needs none."
+            )
+        return CachedTeacher(reader, shared=shared, reference=reference)
+
+    def _hub_revision(self) -> str | None:
+        """The revision as ``load_model`` takes it: local models have none."""
+        said = self.index["teacher"]
+        return said["revision"] if said["revision"] and len(said["revision"]) == 40 else None
+
+    def _refuse(self, differ: Sequence[str]) -> None:
+        if differ:
+            raise CacheError(
+                f"the cache {self.folder} is another one: {'; '.join(differ[:5])}. "
+                "Name the cache of this teacher, or build it: selectkd cache build RECIPE."
+            )
+
+
+def check_objective(payload: str, k: int | None, section: Any, verifier: Any) -> None:
+    """ConfigError where a cache of this payload cannot carry a recipe's objective; before anything is built."""
+    if payload == "hidden":
+        return
+    name = type(verifier).__name__
+    if section.temperature != 1.0:
+        raise ConfigError(
+            f"objective.temperature = {section.temperature} with stored tokens, whose rest cannot be re-tempered. "
+            "Set it to 1.0, or build a cache of hidden states."
+        )
+    if payload == "sampled":
+        if section.divergence["name"] != "forward_kl" or name not in ("always",):
+            raise ConfigError(
+                f"drawn ids give the gradient of forward_kl under `always` without bias and nothing else; the recipe "
+                f"has {section.divergence['name']} under {name}. Use those two, or the payload top_k or hidden."
+            )
+        return
+    need = verifier.teacher_tokens
+    if need is not None and k is not None and k < 2 * need:
+        raise ConfigError(
+            f"{name} looks at the teacher's {need} best tokens and needs {2 * need} stored, so that ties across the "
+            f"edge are seen; teacher.k is {k}. Build with k: {2 * need} or more, or set objective.verifier.k to "
+            f"{k // 2} or less."
+        )

@@ -1,0 +1,126 @@
+"""A teacher that is read from a cache. n supervised rows, w bytes a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from safetensors.torch import load
+from torch import Tensor
+
+from selectkd.errors import CacheError
+from selectkd.rows import Head, LiveRows, TeacherRows
+from selectkd.teachers.cache.index import HEAD, open_shards, read_index
+from selectkd.teachers.cache.payloads import HiddenPayload, payload_of
+from selectkd.teachers.cache.shard import Shard, record_key
+from selectkd.teachers.protocol import Teacher
+
+
+class CacheReader:
+    """The rows of a cache by sample and place. Several readers, in one process or many, share the same pages."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder, self.index = folder, index
+        self.payload = payload_of(index)
+        self.shards = open_shards(folder, index)
+        self.where: dict[bytes, tuple[Shard, int, int]] = {
+            key: (shard, int(shard.first[i]), int(shard.first[i + 1]))
+            for shard in self.shards
+            for i, key in enumerate(shard.keys)
+        }
+
+    def find(
+        self, ids: Sequence[int] | NDArray[Any], places: NDArray[np.int64], origin: str
+    ) -> tuple[Shard, NDArray[np.int64]]:
+        """(shard, rows in it) of a sample's places; CacheError for a sample or place the cache does not hold."""
+        at = self.where.get(record_key(ids))
+        if at is None:
+            raise CacheError(
+                f"the cache {self.folder} does not hold {origin}. Build one for this text: selectkd cache build RECIPE."
+            )
+        shard, low, high = at
+        own = shard.places[low:high]
+        rows = np.searchsorted(own, places)
+        if len(own) == 0 or (own[np.minimum(rows, len(own) - 1)] != places).any():
+            raise CacheError(
+                f"the cache {self.folder} holds {origin} with other tokens trained. "
+                "Build one for this recipe: selectkd cache build RECIPE."
+            )
+        return shard, rows + low
+
+    def ahead(self, batch: Any) -> None:
+        """Asks the system to read what ``batch`` will need."""
+        for ids in batch.samples():
+            at = self.where.get(record_key(ids.numpy()))
+            if at is not None:
+                at[0].ahead(at[1], at[2])
+
+    def rows(self, batch: Any, position: Tensor) -> NDArray[np.uint8]:
+        """The stored rows at ``position`` [n] of a batch, checked: [n, w]."""
+        owner = batch.sequence.flatten()[position].cpu().numpy()
+        place = batch.position_ids.flatten()[position].cpu().numpy()
+        out = np.empty((len(owner), self.payload.row_bytes), np.uint8)
+        found = []
+        for sample, ids in enumerate(batch.samples()):
+            mine = np.nonzero(owner == sample)[0]
+            if len(mine):
+                found.append(
+                    (mine, *self.find(ids.cpu().numpy(), place[mine], f"sample {sample} of the batch"))
+                )
+        for _, shard, rows in found:
+            shard.ahead(int(rows.min()), int(rows.max()) + 1)
+        for mine, shard, rows in found:
+            out[mine] = shard.rows(rows)
+        return out
+
+    def head(self) -> Head:
+        """The teacher's head of a hidden payload, checked."""
+        path, said = self.folder / HEAD, self.index["head"]
+        content = path.read_bytes() if path.is_file() else b""
+        if xxhash.xxh3_128(content).hexdigest() != said["checksum"]:
+            raise CacheError(
+                f"{path} is missing or damaged. `selectkd cache repair {self.folder}` writes it again."
+            )
+        tensors = load(content)
+        return Head(tensors["weight"], tensors.get("bias"), said["scale"], said["softcap"])
+
+
+class CachedTeacher:
+    """The teacher of a cache at the supervised positions of a batch: what a live one would give, from disk.
+
+    hidden: LiveRows with the stored head. top_k and sampled: CachedRows. shared, reference: as for LiveTeacher.
+    """
+
+    def __init__(
+        self, reader: CacheReader, *, shared: Tensor | None = None, reference: Teacher | None = None
+    ) -> None:
+        self.reader, self.shared, self.reference = reader, shared, reference
+        self.head = reader.head() if isinstance(reader.payload, HiddenPayload) else None
+
+    def __call__(self, batch: Any, position: Tensor) -> TeacherRows:
+        """The rows at ``position`` [n]; CacheError before a damaged or foreign row is used."""
+        device = batch.input_ids.device
+        raw = self.reader.rows(batch, position)
+        payload = self.reader.payload
+        if self.head is None or not isinstance(payload, HiddenPayload):
+            rows = payload.decode(raw)
+            rows.ids, rows.logp = rows.ids.to(device), rows.logp.to(device)  # type: ignore[union-attr]
+            return rows  # type: ignore[return-value]
+        if self.head.weight.device != device:
+            moved = None if self.head.bias is None else self.head.bias.to(device)
+            self.head = Head(self.head.weight.to(device), moved, self.head.scale, self.head.softcap)
+        hidden = payload.decode(raw).to(device)
+        shared = None if self.shared is None else self.shared.to(device)
+        reference = None if self.reference is None else self.reference(batch, position)
+        return LiveRows(hidden, self.head, shared=shared, reference=reference)
+
+
+def open_cache(folder: Path) -> CacheReader:
+    """The reader of a finished cache; CacheError where any of it is missing, of another size or damaged ahead of
+    its rows, which are checked as they are read.
+    """
+    return CacheReader(folder, read_index(folder / "index.json"))

@@ -1,0 +1,62 @@
+"""A tiny pair on disk, and caches of its teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from selectkd.config import load_recipe
+from training.test_run import WORDS, tiny_tokenizer
+from training.tiny import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: Any) -> Path:
+    """A teacher, a student and 24 texts on disk."""
+    root = tmp_path_factory.mktemp("pair")
+    for name, model in (("teacher", tiny_llama(1, layers=3, hidden=48)), ("student", tiny_llama(2))):
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    with (root / "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(24):
+            words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
+            file.write(
+                json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
+            )
+    return root
+
+
+@pytest.fixture
+def recipe(pair: Path, tmp_path: Path) -> Callable[..., str]:
+    """The path of a recipe for the tiny pair: recipe(teacher={...}, objective={...}, run="name")."""
+
+    def made(teacher: dict[str, Any], objective: dict[str, Any] | None = None, run: str = "run") -> str:
+        content = {
+            "teacher": teacher,
+            "student": {"model": str(pair / "student")},
+            "data": {"sources": [{"path": str(pair / "text.jsonl"), "name": "made"}], "evaluation": 0.25},
+            "objective": objective or {"verifier": {"name": "greedy_topk", "k": 5}, "beta": 0.1},
+            "training": {
+                "output_dir": str(tmp_path / run),
+                "max_steps": 6,
+                "batch_size": 3,
+                "learning_rate": 1e-2,
+                "max_length": 32,
+                "max_prompt_length": 16,
+                "evaluate_every": 3,
+                "engine": "loop",
+            },
+        }
+        path = tmp_path / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        load_recipe(path, [])
+        return str(path)
+
+    return made
