@@ -252,17 +252,17 @@ def test_a_recipe_cannot_be_changed() -> None:
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_quickly(tmp_path: Path, text: str | bytes, words: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert words in message(written(tmp_path, text))
-    assert time.perf_counter() - started < 1.0  # the promise for hostile files
+    assert time.process_time() - started < 1.0  # the promise for hostile files
 
 
 def test_nested_aliases_cannot_multiply(tmp_path: Path) -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 7)}]" for i in range(1, 9)]
-    started = time.perf_counter()
+    started = time.process_time()
     assert "values" in message(written(tmp_path, "\n".join(rows)))
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_a_few_aliases_and_a_merge_are_fine(tmp_path: Path) -> None:
