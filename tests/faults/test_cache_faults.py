@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from faults.tiny_cache import EXAMPLES, build
 from selectkd.cli import main
 from selectkd.data.collate import collate
 from selectkd.data.supervised import supervised
 from selectkd.errors import CacheError
-from selectkd.models.load import Loaded, load_model
-from selectkd.teachers.cache import build_cache, open_cache, plan_of, repair, verify
-from selectkd.teachers.cache.build import Wish
+from selectkd.teachers.cache import open_cache, repair, verify
 from selectkd.teachers.cache.reader import CachedTeacher
 from training.test_run import tiny_tokenizer
-from training.tiny import texts, tiny_llama
-
-EXAMPLES = texts(40)
+from training.tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +31,6 @@ def teacher(tmp_path_factory: Any) -> str:
     tiny_llama(1, layers=1).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def build(teacher: str, folder: Path, pause: float = 0.0) -> None:
-    """A cache of the tiny teacher in shards of about 20 rows; ``pause``: seconds after each."""
-    torch.set_num_threads(1)
-    loaded: Loaded = load_model(teacher)
-    plan, records = plan_of(
-        loaded, model=teacher, dtype="float32", quantization=None, tokenizer=loaded.tokenizer,
-        examples=EXAMPLES, wish=Wish(shard_rows=20),
-    )  # fmt: skip
-    build_cache(folder, plan, records, loaded.model, say=lambda _: time.sleep(pause))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +116,14 @@ def test_shards_that_are_lost_exchanged_or_of_another_cache_are_detected(
         use(cache)
 
 
+def test_a_build_keeps_no_shard_of_another_place(cache: Path, whole: Path, teacher: str) -> None:
+    shards = sorted((cache / "shards").iterdir())
+    shards[0].write_bytes(shards[1].read_bytes())
+    (cache / "index.json").unlink()
+    build(teacher, cache)
+    assert contents(cache) == contents(whole)
+
+
 def test_the_command_line_names_the_shard_and_ends_with_5(cache: Path, capsys: Any) -> None:
     (cache / "shards" / "000002.shard").unlink()
     assert main(["cache", "verify", str(cache)]) == 5
@@ -155,7 +148,9 @@ def test_a_build_killed_twenty_times_leaves_the_bytes_of_one_that_was_not(
 ) -> None:
     folder, dice = tmp_path / "cache", random.Random(2)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selectkd.teachers.cache", "faults.test_cache_faults"])
+    context.set_forkserver_preload(
+        ["selectkd.models.load", "transformers.models.llama.modeling_llama", "pytest"]
+    )
     for _ in range(20):
         builder = context.Process(target=build, args=(teacher, folder, 0.05))
         builder.start()
@@ -169,9 +164,9 @@ def test_a_build_killed_twenty_times_leaves_the_bytes_of_one_that_was_not(
         ):
             time.sleep(0.005)
         time.sleep(dice.random() * 0.05)
-        if builder.is_alive():
-            os.kill(builder.pid or 0, signal.SIGKILL)
+        os.kill(builder.pid or 0, signal.SIGKILL)
         builder.join()
+        assert builder.exitcode == -signal.SIGKILL, "it was still at work"
         assert all(path.stat().st_mtime_ns == kept[path] for path in kept), "a shard that was there is kept"
     build(teacher, folder)
     assert contents(folder) == contents(whole)

@@ -96,6 +96,8 @@ def test_text_that_the_cache_lacks_is_refused_and_less_text_is_fine(
     with pytest.raises(CacheError, match="does not hold sample 0"):
         train(load_recipe(path, [f"data.sources.0.path={other}", "data.evaluation=null",
                                  "training.evaluate_every=null"]))  # fmt: skip
+    with pytest.raises(CacheError, match="with other tokens trained"):
+        train(load_recipe(path, ["data.train_on=all"]))
     train(load_recipe(path, ["data.sources.0.limit=12"]))
 
 

@@ -1,0 +1,26 @@
+"""A small cache of a tiny teacher, built in this process or in one that will be killed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from selectkd.models.load import Loaded, load_model
+from selectkd.teachers.cache import build_cache, plan_of
+from selectkd.teachers.cache.build import Wish
+from training.tiny import texts
+
+EXAMPLES = texts(40)
+
+
+def build(teacher: str, folder: Path, pause: float = 0.0) -> None:
+    """A cache of the tiny teacher in 40 shards, most of one sample; ``pause``: seconds after each."""
+    torch.set_num_threads(1)
+    loaded: Loaded = load_model(teacher)
+    plan, records = plan_of(
+        loaded, model=teacher, dtype="float32", quantization=None, tokenizer=loaded.tokenizer,
+        examples=EXAMPLES, wish=Wish(shard_rows=6),
+    )  # fmt: skip
+    build_cache(folder, plan, records, loaded.model, say=lambda _: time.sleep(pause))
