@@ -142,6 +142,13 @@ def test_a_top_k_teacher_beside_hidden_states_is_refused(how):
         SeveralPlan([Plain("m"), Plain("cache/x", "top_k", 32)], **how)
 
 
+@pytest.mark.parametrize("beside", ["sampled", "top_k", "hidden"])
+@pytest.mark.parametrize("how", [{"weights": [1.0, 1.0]}, {"streams": [["a"], ["b"]]}])
+def test_a_teacher_known_by_drawn_ids_stands_beside_no_other(how, beside):
+    with pytest.raises(ConfigError, match="cache/x gives ids drawn from it"):
+        SeveralPlan([Plain("cache/x", "sampled", 32), Plain("m", beside, 32)], **how)
+
+
 def test_a_stream_without_a_teacher_and_a_teacher_without_its_stream_are_refused():
     plan = SeveralPlan([Plain("a"), Plain("b")], streams=[["maths"], ["code"]])
     plan.check_streams(["code", "maths"])

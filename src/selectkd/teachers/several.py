@@ -165,6 +165,12 @@ class SeveralPlan:
     _of_stream: list[int] | None = None
 
     def __post_init__(self) -> None:
+        drawn = [plan.source for plan in self.plans if plan.payload == "sampled"]
+        if drawn:
+            raise ConfigError(
+                f"teacher: {drawn[0]} gives ids drawn from it, which cannot stand beside other teachers' rows. "
+                "Use it alone, or teachers with hidden states (live, or a cache built with payload: hidden)."
+            )
         few = [plan.source for plan in self.plans if plan.payload == "top_k"]
         if few and (self.weights is not None or len(few) < len(self.plans)):
             what = "averaged" if self.weights is not None else "routed beside teachers with hidden states"
