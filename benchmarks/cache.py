@@ -38,7 +38,7 @@ from selectkd.models.load import load_model
 from selectkd.objective import Objective
 from selectkd.rows import CachedRows, LiveRows, Scratch
 from selectkd.teachers.cache import CachedTeacher, Wish, build_cache, open_cache, plan_of
-from selectkd.teachers.cache.codec import encode_ids, encode_log_probs
+from selectkd.teachers.cache.codec import decode_log_probs, encode_ids, encode_log_probs
 from selectkd.teachers.live import LiveTeacher
 from selectkd.verifiers.selectkd import greedy_topk
 
@@ -150,8 +150,6 @@ def encodings(model: Any, examples: list[Any]) -> Iterator[Row]:
                 float((stored.float() - best.values).abs().max()),
             )
         yield f"top_k {k}", "logp fp16", "rows that lose an order", ties
-        from selectkd.teachers.cache.codec import decode_log_probs
-
         back = torch.from_numpy(decode_log_probs(ours[1], k))
         error = (back - best.values.gather(-1, order)).abs()
         yield f"top_k {k}", "logp 12-bit codes", "bytes a token", float(ours[1].shape[1])

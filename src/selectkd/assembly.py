@@ -27,8 +27,7 @@ from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
-from selectkd.teachers.cache.plan import check_objective
-from selectkd.teachers.exactness import check as check_payload
+from selectkd.teachers import exactness
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
@@ -156,13 +155,14 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         )
     tokenizer: Any = load_tokenizer(named, revision=recipe.student.revision) if named else teacher.tokenizer()
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
-    check_payload(
+    exactness.check(
         objective,
         teacher.payload,
         k=teacher.k,
         temperature=recipe.objective.temperature,
         source=teacher.source,
     )
+    exactness.check_edge(objective, teacher.payload, k=teacher.k)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
@@ -172,8 +172,6 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         )
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
-    if teacher.payload != "live":
-        check_objective(teacher.payload, teacher.k, recipe.objective, objective.verifier)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(

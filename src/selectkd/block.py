@@ -119,14 +119,11 @@ def _closed(
         student_total, _ = softmax_and_total(logits, q, top)
         teacher_total, finite = softmax_and_total(other, p, top)
         if not bool(finite.all()):
-            other[~finite], p[~finite], teacher_total[~finite] = (
-                logits[~finite],
-                q[~finite],
-                student_total[~finite],
-            )
-        shift: Tensor | float = 0.0
+            for ours, theirs in ((other, logits), (p, q), (teacher_total, student_total)):
+                ours[~finite] = theirs[~finite]
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
-        read = logits, other  # by the verifier
+        shift: Tensor | float = 0.0
+        logp, logq = other, logits  # what the verifier reads
         if not reads_differences_only(settings.objective.divergence):  # type: ignore[arg-type]
             logits.sub_(student_total)
             other.sub_(teacher_total)
@@ -134,9 +131,12 @@ def _closed(
             shift = (student_total - teacher_total)[:, 0]
             # the verifier's own copies, so that it changes nothing about the divergence's rounding
             if verified is None and rows.acceptance is None and not settings.objective.shift_free:
-                read = torch.sub(logits, student_total, out=spare), torch.sub(other, teacher_total, out=out)
+                logp, logq = (
+                    torch.sub(other, teacher_total, out=out),
+                    torch.sub(logits, student_total, out=spare),
+                )
         pair = TokenPair(
-            logp=read[1], logq=read[0], student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
+            logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
             shared_mass=shared,
         )  # fmt: skip
         seen = pair if verified is None else verified
@@ -180,9 +180,7 @@ def _top_k(
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
         q = scratch.of("q", b, width, logits)[:b]
         top = argmax(logits)
-        torch.softmax(logits, -1, out=q)
-        at = top[:, None]
-        total = logits.gather(-1, at) - q.gather(-1, at).log()  # log-sum-exp, [b, 1]
+        total, _ = softmax_and_total(logits, q, top)
         chosen, chosen_log = q.gather(-1, ids), logits.gather(-1, ids) - total  # [b, K]
         q.scatter_(-1, ids, 0.0)
         rest = q.sum(-1, keepdim=True)  # [b, 1]

@@ -21,8 +21,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import CacheError
 from selectkd.teachers.cache import open_cache, repair, verify
 from selectkd.teachers.cache.reader import CachedTeacher
-from training.test_run import tiny_tokenizer
-from training.tiny import tiny_llama
+from training.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from selectkd.config import load_recipe
-from training.test_run import WORDS, tiny_tokenizer
-from training.tiny import tiny_llama
+from training.tiny import tiny_llama, write_pair
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: Any) -> Path:
     """A teacher, a student and 24 texts on disk."""
     root = tmp_path_factory.mktemp("pair")
-    for name, model in (("teacher", tiny_llama(1, layers=3, hidden=48)), ("student", tiny_llama(2))):
-        model.save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    generator = torch.Generator().manual_seed(0)
-    with (root / "text.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(24):
-            words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
-            file.write(
-                json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
-            )
+    write_pair(root, tiny_llama(1, layers=3, hidden=48))
     return root
 
 

@@ -10,43 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selectkd.config import load_recipe
 from selectkd.errors import ConfigError
 from selectkd.training.card import model_card
 from selectkd.training.metrics import REQUIRED
 from selectkd.training.run import train
-from training.tiny import VOCABULARY, tiny_llama
+from training.tiny import VOCABULARY, WORDS, tiny_llama, tiny_tokenizer, write_pair
 
-WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 PLAIN_KD = {"divergence": "forward_kl", "verifier": "always", "beta": 1.0}
-
-
-def tiny_tokenizer(words: list[str] = WORDS) -> Any:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: Any) -> Path:
     """A teacher, a student and text on disk."""
     root = tmp_path_factory.mktemp("pair")
-    for name, model in (("teacher", tiny_llama(1, layers=4)), ("student", tiny_llama(2))):
-        model.save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    generator = torch.Generator().manual_seed(0)
-    with (root / "text.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(24):
-            words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
-            file.write(
-                json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
-            )
+    write_pair(root, tiny_llama(1, layers=4))
     return root
 
 

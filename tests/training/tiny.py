@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selectkd.data.collate import collate
 from selectkd.data.render import Example
 
 VOCABULARY = 64
+WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 
 
 def tiny_llama(seed: int, *, layers: int = 2, hidden: int = 32, dtype: torch.dtype = torch.float32) -> Any:
@@ -57,3 +61,26 @@ def texts(count: int, *, seed: int = 0, streams: int = 2) -> list[Example]:
 
 def padded(examples: list[Example], size: int) -> list[Any]:
     return [collate(examples[i : i + size], pad_id=0) for i in range(0, len(examples), size)]
+
+
+def tiny_tokenizer(words: list[str] = WORDS) -> Any:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def write_pair(root: Path, teacher: Any) -> None:
+    """A teacher, a student and 24 texts on disk."""
+    for name, model in (("teacher", teacher), ("student", tiny_llama(2))):
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    with (root / "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(24):
+            words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
+            file.write(
+                json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
+            )

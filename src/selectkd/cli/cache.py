@@ -147,7 +147,7 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
     """(the teacher's plan as a model, all text, what to store, the tokenizer) of a cache that is to be built."""
     from selectkd.assembly import prepare
     from selectkd.teachers import exactness
-    from selectkd.teachers.cache import Wish, check_objective
+    from selectkd.teachers.cache import Wish
     from selectkd.teachers.cache.build import SHARD_ROWS
     from selectkd.teachers.model import ModelPlan
 
@@ -160,6 +160,6 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
     temperature = recipe.objective.temperature
     payload: Any = wish.payload
     exactness.check(plan.objective, payload, k=wish.k, temperature=temperature, source=spec.model)
-    check_objective(wish.payload, wish.k, recipe.objective, plan.objective.verifier)
+    exactness.check_edge(plan.objective, payload, k=wish.k)
     examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
     return teacher, examples, wish, plan.tokenizer

@@ -1,7 +1,8 @@
 """What each payload of a teacher is worth to each divergence and each verifier: exact, a bound, or refused, and why.
 
 Divergences say it of themselves (``divergences.top_k``); verifiers by ``teacher_tokens`` and, where that is None,
-``from_top_k``; what is here puts the two together. ``of`` is the one way to ask, ``check`` the one way to refuse.
+``from_top_k``; what is here puts the two together. ``of`` is the one way to ask, ``check`` and ``check_edge`` the ways
+to refuse.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ WHY = {
     "upper bound": "merging the tail into one outcome never lowers the acceptance, and can raise it",
     "lower bound": "merging the tail into one outcome never raises the acceptance, and can lower it",
 }
+
+
+DRAWN = ("forward_kl", "always")
+"""The divergence and the verifier whose gradient ids drawn from the teacher give without bias; no others."""
 
 
 def of_divergence(divergence: Any, payload: Payload) -> Exactness:
@@ -83,6 +88,12 @@ def check(
     teacher = f"the teacher {source}".strip() + (
         f" gives its {k} best tokens" if k else " gives its best tokens"
     )
+    names = name_of(objective.divergence), name_of(objective.verifier)
+    if payload == "sampled" and names != DRAWN:
+        raise ConfigError(
+            f"drawn ids give the gradient of {DRAWN[0]} under `{DRAWN[1]}` without bias and nothing else; the recipe "
+            f"has {names[0]} under {names[1]}. Use those two, or the payload top_k or hidden."
+        )
     for part, told in of(objective, payload, k=k).items():
         if told.verdict == "refused":
             raise ConfigError(
@@ -91,11 +102,22 @@ def check(
                 "(live, or a cache built with payload: hidden); `selectkd show teachers` has the table."
             )
     for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
-        if payload == "top_k" and value != 1.0:
+        if payload in ("top_k", "sampled") and value != 1.0:
             raise ConfigError(
                 f"objective.{key} = {value} cannot be taken from this teacher: {teacher} at temperature 1, and "
                 "their tail cannot be re-tempered. Set it to 1.0, or use a teacher that gives hidden states."
             )
+
+
+def check_edge(objective: Objective, payload: Payload, *, k: int | None) -> None:
+    """ConfigError where a teacher stores its K = ``k`` best tokens and a tie across their edge would go unseen."""
+    need = objective.verifier.teacher_tokens
+    if payload == "top_k" and need is not None and k is not None and k < 2 * need:
+        raise ConfigError(
+            f"{name_of(objective.verifier)} looks at the teacher's {need} best tokens and needs {2 * need} stored, so "
+            f"that ties across the edge are seen; teacher.k is {k}. Build with k: {2 * need} or more, or set "
+            f"objective.verifier.k to {k // 2} or less."
+        )
 
 
 def _instead(part: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from selectkd.teachers.cache.build import Wish, build_cache, plan_of
 from selectkd.teachers.cache.index import read_index, records_of
-from selectkd.teachers.cache.plan import CachePlan, check_objective
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.cache.reader import CachedTeacher, CacheReader, open_cache
 from selectkd.teachers.cache.repair import Findings, repair, verify
 
@@ -15,7 +15,6 @@ __all__ = [
     "Findings",
     "Wish",
     "build_cache",
-    "check_objective",
     "open_cache",
     "plan_of",
     "read_index",

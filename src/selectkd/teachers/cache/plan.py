@@ -107,29 +107,3 @@ class CachePlan:
                 f"the cache {self.folder} is another one: {'; '.join(differ[:5])}. "
                 "Name the cache of this teacher, or build it: selectkd cache build RECIPE."
             )
-
-
-def check_objective(payload: str, k: int | None, section: Any, verifier: Any) -> None:
-    """ConfigError where a cache of this payload cannot carry a recipe's objective; before anything is built."""
-    if payload == "hidden":
-        return
-    name = type(verifier).__name__
-    if section.temperature != 1.0:
-        raise ConfigError(
-            f"objective.temperature = {section.temperature} with stored tokens, whose rest cannot be re-tempered. "
-            "Set it to 1.0, or build a cache of hidden states."
-        )
-    if payload == "sampled":
-        if section.divergence["name"] != "forward_kl" or name not in ("always",):
-            raise ConfigError(
-                f"drawn ids give the gradient of forward_kl under `always` without bias and nothing else; the recipe "
-                f"has {section.divergence['name']} under {name}. Use those two, or the payload top_k or hidden."
-            )
-        return
-    need = verifier.teacher_tokens
-    if need is not None and k is not None and k < 2 * need:
-        raise ConfigError(
-            f"{name} looks at the teacher's {need} best tokens and needs {2 * need} stored, so that ties across the "
-            f"edge are seen; teacher.k is {k}. Build with k: {2 * need} or more, or set objective.verifier.k to "
-            f"{k // 2} or less."
-        )

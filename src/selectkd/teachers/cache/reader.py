@@ -52,13 +52,6 @@ class CacheReader:
             )
         return shard, rows + low
 
-    def ahead(self, batch: Any) -> None:
-        """Asks the system to read what ``batch`` will need."""
-        for ids in batch.samples():
-            at = self.where.get(record_key(ids.numpy()))
-            if at is not None:
-                at[0].ahead(at[1], at[2])
-
     def rows(self, batch: Any, position: Tensor) -> NDArray[np.uint8]:
         """The stored rows at ``position`` [n] of a batch, checked: [n, w]."""
         owner = batch.sequence.flatten()[position].cpu().numpy()
