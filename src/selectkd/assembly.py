@@ -114,7 +114,10 @@ def assemble(
         width = head_of(own.model).width
         shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
         reference = LiveTeacher(own.model.to(device), shared=shared)
-    say("loading the teacher" if plan.teacher.payload == "live" else "opening the teacher")
+    if plan.teacher.payload != "live":
+        say("opening the teacher")
+    elif recipe.student.model is not None:  # a cut has loaded it
+        say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student_width=student_width, reference=reference)
     names = tuple(source.name for source in plan.sources)
     training = recipe.training
