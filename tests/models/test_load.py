@@ -40,7 +40,11 @@ def test_the_tokenizer_alone_needs_no_weights(folder, no_network):
 @pytest.mark.parametrize(
     "spec", ["./nowhere", "/no/such/model", "runs/../x", "nowhere.gguf", "a/b/c", "a/b;rm", "../x"]
 )
-def test_a_path_that_does_not_exist_is_said_to_be_missing_and_never_looked_up(spec, no_network):
+def test_a_path_that_does_not_exist_is_said_to_be_missing_and_never_looked_up(
+    spec, tmp_path, monkeypatch, no_network
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # what lies beside the repository is not this test's business
     for load in (load_model, load_tokenizer):
         with pytest.raises(ConfigError, match="does not exist"):
             load(spec)
