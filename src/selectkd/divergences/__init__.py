@@ -18,6 +18,7 @@ from selectkd.divergences.kl import (
     skew_reverse_kl,
 )
 from selectkd.divergences.power import alpha_beta
+from selectkd.divergences.sorted import is_unpaired, uld
 
 Divergence = Callable[..., Tensor]
 
@@ -36,6 +37,7 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
         "taid": taid,
         "neg_log_acceptance": neg_log_acceptance,
         "kl_tv_hybrid": kl_tv_hybrid,
+        "uld": uld,
     }
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "alpha_beta",
     "forward_kl",
     "generalized_jsd",
+    "is_unpaired",
     "jeffreys",
     "kl_tv_hybrid",
     "neg_log_acceptance",
