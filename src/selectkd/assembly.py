@@ -28,6 +28,7 @@ from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
+from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
@@ -166,6 +167,8 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         source=teacher.source,
     )
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
+    if isinstance(teacher, AlignedPlan):
+        teacher.check_objective(objective)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:

@@ -270,7 +270,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
             weight, acceptance = objective.weigh(seen, rows.uniform)
             unverified = (column < 0) & (objective.verifier.teacher_tokens != 0)
             if teacher.unverified_weight is not None:
-                weight = torch.where(unverified, teacher.unverified_weight * finite, weight)
+                weight = torch.where(unverified, teacher.unverified_weight * finite.to(fp), weight)
         loss = (rows.scale.to(fp) * weight * divergence).sum()
     grad_bias = grad_later = None
     if settings.wants_gradient:

