@@ -115,7 +115,7 @@ def assemble(
         width = head_of(own.model).width
         shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
         reference = LiveTeacher(own.model.to(device), shared=shared)
-    if plan.teacher.payload != "live":
+    if plan.teacher.payload not in ("live", "aligned"):
         say("opening the teacher")
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")

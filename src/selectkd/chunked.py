@@ -101,7 +101,13 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: Tensor | None, head: Head, work: Work
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        later: Tensor | None,
+        head: Head,
+        work: Work,
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
@@ -154,7 +160,7 @@ class ChunkedLoss(torch.autograd.Function):
                     seen[name][here] = getattr(judged, name)
                 if grad_bias is not None and judged.grad_bias is not None:
                     grad_bias[: judged.grad_bias.shape[0]] += judged.grad_bias
-                if grad_later is not None:
+                if grad_later is not None and judged.grad_later is not None:
                     grad_later[here] = judged.grad_later
             if wants_any:
                 kept = rows_with_gradient(seen["weight"][rows]) if work.objective.drops_rows else None

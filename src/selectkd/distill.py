@@ -126,7 +126,7 @@ def _by_spans(
         name: None if (value := getattr(work, name)) is None else value[first]
         for name in ("uniform", "row_scale", "labels", "sequence")
     }
-    work = replace(work, teacher=teacher, **chosen)
+    work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
     loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, work)  # type: ignore[misc]
     inside = span >= 0
     seen = {}

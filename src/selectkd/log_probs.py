@@ -58,7 +58,9 @@ class _TokenLogProbs(torch.autograd.Function):
         head: Head = replace(ctx.head, weight=weight, bias=bias)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if wants_weight else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if wants_weight else None
+        )
         grad_bias = torch.zeros(bias.shape, dtype=grad.dtype, device=bias.device) if wants_bias else None
         scratch = Scratch()
         for rows in cuts(0, hidden.shape[0], ctx.rows):

@@ -1,12 +1,14 @@
 """A teacher of another vocabulary beside the student, span by span of the same text.
 
-n supervised rows, g spans, c spans of a chunk, b of a block, v / w student / teacher vocabulary, m tokens of both. A span
-is the shortest stretch of text that both tokenizers cut at both ends; its distributions are those at its first token.
+n supervised rows, g spans, c spans of a chunk, b of a block, v / w student / teacher vocabulary, m tokens of both. A
+span is the shortest stretch of text that both tokenizers cut at both ends; its distributions are those at its first
+token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,7 +45,9 @@ class Vocabularies:
 
     def dead(self, width: int, *, of_teacher: bool = False) -> Bool[Tensor, " v"]:
         """The rows of a head that stand for no token."""
-        ids = (self.shared_teacher, self.own_teacher) if of_teacher else (self.shared_student, self.own_student)
+        ids = (
+            (self.shared_teacher, self.own_teacher) if of_teacher else (self.shared_student, self.own_student)
+        )
         dead = torch.ones(width, dtype=torch.bool, device=self.image.device)
         dead[torch.cat(ids)] = False
         return dead
@@ -74,8 +78,8 @@ class AlignedRows:
 
     teacher: its rows, one a span. first: [g], the student's row of each span's first token, ascending. span: [n], the
     span of each row, -1 where its text could not be aligned. later: [r], the rows of the spans' other tokens. token:
-    [n], the text's tokens. student, ours: the two sides; ``student.later`` is filled in by the loss. merged: [g], whether
-    the span is anything but the same one token on both sides.
+    [n], the text's tokens. student, ours: the two sides; the loss fills ``student.later`` in. merged: [g], whether the
+    span is anything but the same one token on both sides.
     matched_weight: what the divergence on the shared tokens counts, and 1 minus it the sorted distance of the others;
     None for the shared part of the teacher's vocabulary. unverified_weight: the weight of a span whose proposal has no
     counterpart; None for beta, as if it were rejected. by_index: the same teacher with its i-th token beside the
@@ -118,6 +122,12 @@ class AlignedRows:
         is_first[self.first] = True
         return ((self.span >= 0) & ~is_first).nonzero()[:, 0]
 
+    def with_later(self, later: Float[Tensor, " g"]) -> AlignedRows:
+        """The same rows, the student's later tokens filled in."""
+        filled = copy(self)
+        filled.student = replace(self.student, later=later)
+        return filled
+
     def shared_width(self, student_width: int) -> int:
         return student_width
 
@@ -143,7 +153,9 @@ class AlignedChunk:
         return self.teacher.raw.shape[1]
 
     @torch.no_grad()
-    def teacher_log_probs(self, block: slice, like: Tensor) -> tuple[Float[Tensor, "b w1"], Bool[Tensor, " b"]]:
+    def teacher_log_probs(
+        self, block: slice, like: Tensor
+    ) -> tuple[Float[Tensor, "b w1"], Bool[Tensor, " b"]]:
         """(log p [b, w + 1], whether finite [b]); uniform where it is not."""
         logits = self.teacher.logits(block).to(like.dtype)
         dead = self.dead_teacher
@@ -161,14 +173,29 @@ class AlignedChunk:
         logq = torch.log_softmax(logits.masked_fill(self.dead, -torch.inf), -1)
         return with_span(logq, self.student[block], later.to(logq.dtype), self.merged[block])
 
+    def pair(self, block: slice, logits: Float[Tensor, "b v"], temperature: float) -> TokenPair:
+        """The pair of a block on what both can say, at temperature 1 alone; see ``shared_pair``."""
+        if temperature != 1.0:
+            raise ConfigError(
+                f"temperature = {temperature} with a teacher of another tokenizer: the probability of a span is a "
+                "product of its tokens' at temperature 1. Set temperature to 1.0."
+            )
+        logp, finite = self.teacher_log_probs(block, logits)
+        logq = self.student_log_probs(block, logits, self.student.later[block])
+        return replace(self.shared_pair(logp, logq), finite=finite)
+
     def shared_pair(self, logp: Float[Tensor, "b w1"], logq: Float[Tensor, "b v1"]) -> TokenPair:
         """The pair on what both can say: the m shared tokens, the span's text, and all the rest as one tail."""
         of = self.vocabularies
         columns = [
             torch.cat([x.index_select(1, shared), x[:, -1:], logsumexp(x.index_select(1, own))], 1)
-            for x, shared, own in ((logp, of.shared_teacher, of.own_teacher), (logq, of.shared_student, of.own_student))
+            for x, shared, own in (
+                (logp, of.shared_teacher, of.own_teacher),
+                (logq, of.shared_student, of.own_student),
+            )
         ]
-        top = torch.full_like(self.ours.first[: logp.shape[0]], -1)  # the verifier has a pair of its own
+        best = columns[1][:, :-1].detach().max(-1)
+        top = torch.where(best.values >= logq.detach().amax(-1), best.indices, -1)
         return TokenPair(logp=columns[0], logq=columns[1], student_top=top, tail=True)
 
     @torch.no_grad()
@@ -193,7 +220,9 @@ def with_span(
     spelled, several = merged & (side.whole >= 0), merged & side.several
     impossible = logp.new_full((), -torch.inf)
     at_first = logp.gather(1, column)[:, 0]
-    later = torch.where(several, later, -1.0).clamp(max=SURE)  # any number where there is none: no nan in a gradient
+    later = torch.where(several, later, -1.0).clamp(
+        max=SURE
+    )  # any number where there is none: no nan in a gradient
     written = torch.where(several, at_first + later, impossible)
     single = torch.where(spelled, logp.gather(1, whole)[:, 0], impossible)
     text = logsumexp(torch.stack([written, single], 1))  # [b, 1]

@@ -22,7 +22,10 @@ def byte_level(size: int, *, end: str = END, text: tuple[str, ...] = TEXT) -> An
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=size,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator(list(text) * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=end)
@@ -32,16 +35,22 @@ def sentence_piece(words: tuple[str, ...] = ("▁the", "▁token", "s", "▁", "
     """A SentencePiece-style BPE with byte fallback, a start token and a few pieces."""
     pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     inner = Tokenizer(
-        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True, fuse_unk=True
+        )
     )
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", bos_token="<s>", pad_token="</s>"
+    )
 
 
-def model_for(tokenizer: Any, seed: int, *, dtype: torch.dtype = torch.float64, rows: int | None = None) -> Any:
+def model_for(
+    tokenizer: Any, seed: int, *, dtype: torch.dtype = torch.float64, rows: int | None = None
+) -> Any:
     """A tiny Llama with a head for the tokenizer, or of ``rows`` rows."""
     config = LlamaConfig(
         vocab_size=rows or len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,

@@ -12,10 +12,10 @@ from selectkd.config.section import Count, Dtype, Section, Share, Text
 class CrossTokenizer(Section):
     """How a teacher of another tokenizer is put beside the student: ``spans``, or these keys.
 
-    pairing: ``spans`` of the same text, or the i-th token beside the i-th (``index``, for uld alone, as its paper has it).
-    matched_weight: what the divergence on the tokens of both counts, and 1 minus it the sorted distance of the others;
-    default the part of the teacher's vocabulary that the student has. unverified_weight: weight of a span whose
-    proposal the teacher has no token for; default beta, the weight of a rejected one.
+    pairing: ``spans`` of the same text, or the i-th token beside the i-th (``index``, for uld alone: its paper's way).
+    matched_weight: what the divergence on the tokens of both counts, and 1 minus it the sorted distance of the
+    others; default the part of the teacher's vocabulary that the student has. unverified_weight: weight of a span
+    whose proposal the teacher has no token for; default beta, the weight of a rejected one.
     """
 
     pairing: Literal["spans", "index"] = "spans"

@@ -88,8 +88,8 @@ class Crossing:
             if self.student_bytes.get(index) is None and index not in self.image and index != start:
                 name = self.student.convert_ids_to_tokens(index)
                 raise ConfigError(
-                    f"the text has the student's special token {name!r} (id {index}), which the teacher's tokenizer has "
-                    "not, so the teacher cannot read it. Use prompt and completion without a chat template, or a "
+                    f"the text has the student's special token {name!r} (id {index}), which the teacher's tokenizer "
+                    "has not, so the teacher cannot read it. Use prompt and completion without a chat template, or a "
                     "teacher with the same template."
                 )
 

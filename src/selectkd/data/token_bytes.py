@@ -25,7 +25,9 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes | None]:
     spelled = _spelling(tokenizer)
     table: dict[int, bytes | None] = {}
     for token, index in tokenizer.get_vocab().items():
-        table[index] = None if index in special else literal[index].encode() if index in literal else spelled(token)
+        table[index] = (
+            None if index in special else literal[index].encode() if index in literal else spelled(token)
+        )
     _check(tokenizer, table)
     return table
 
@@ -37,7 +39,11 @@ def first_with(table: Mapping[int, bytes | None]) -> dict[bytes, int]:
 
 def _spelling(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kinds = json.dumps(json.loads(backend.to_str()).get("decoder"), ensure_ascii=False) if backend is not None else ""
+    kinds = (
+        json.dumps(json.loads(backend.to_str()).get("decoder"), ensure_ascii=False)
+        if backend is not None
+        else ""
+    )
     if '"ByteLevel"' in kinds:
         letters = _letters()
 
@@ -48,7 +54,7 @@ def _spelling(tokenizer: Any) -> Any:
     if any(kind in kinds for kind in ('"ByteFallback"', '"Metaspace"', SPACE)):
         return _of_pieces
     raise ConfigError(
-        f"the tokens of {_named(tokenizer)} have no known bytes: its decoder is neither byte-level nor SentencePiece's. "
+        f"the tokens of {_named(tokenizer)} have no known bytes: its decoder is neither byte-level nor SentencePiece. "
         "Across tokenizers, use a teacher and a student whose tokenizers are (Llama, Qwen, Gemma, Mistral, SmolLM)."
     )
 

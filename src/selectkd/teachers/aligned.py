@@ -83,12 +83,17 @@ class AlignedTeacher:
         hidden, start = self._hidden(readings, device)
         token = batch.input_ids.flatten()[position + 1]  # [n]
         of = (readings, samples, hidden, start, token)
-        by_index = self._rows(index_places(readings, rows), *of, merging=False) if self.pairing == "index" else None
+        by_index = (
+            self._rows(index_places(readings, rows), *of, merging=False) if self.pairing == "index" else None
+        )
         return self._rows(places, *of, merging=True, by_index=by_index)
 
     def _hidden(self, readings: list[Reading], device: Any) -> tuple[Tensor, list[int]]:
         """(the teacher's hidden states of all its tokens [., e], where each reading's begin)."""
-        kept = [Example(reading.teacher_ids or [0], [False] * max(1, len(reading.teacher_ids))) for reading in readings]
+        kept = [
+            Example(reading.teacher_ids or [0], [False] * max(1, len(reading.teacher_ids)))
+            for reading in readings
+        ]
         batch = collate(kept, pad_id=0).to(device)
         hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [samples, t, e]
         width = hidden.shape[1]
@@ -124,9 +129,13 @@ class AlignedTeacher:
             self._spelled(places, crossing.student_id, first, several),
         )  # fmt: skip
         several = [p.span.teacher_stop - p.span.teacher_start > 1 for p in places]
-        ours = Side(theirs, later, ints(several).bool(), self._spelled(places, crossing.teacher_id, theirs, several))
+        ours = Side(
+            theirs, later, ints(several).bool(), self._spelled(places, crossing.teacher_id, theirs, several)
+        )
         single = ints([p.span.single for p in places]).bool()
-        merged = ~(single & (self.vocabularies.image[first] == theirs)) if merging else torch.zeros_like(single)
+        merged = (
+            ~(single & (self.vocabularies.image[first] == theirs)) if merging else torch.zeros_like(single)
+        )
         at = ints([start[p.sample] + p.span.teacher_start - 1 for p in places])
         return AlignedRows(
             LiveRows(hidden[at], self.head), self.vocabularies, first=ints([p.rows[0] for p in places]),
@@ -134,7 +143,9 @@ class AlignedTeacher:
             matched_weight=self.matched_weight, unverified_weight=self.unverified_weight, by_index=by_index,
         )  # fmt: skip
 
-    def _spelled(self, places: list[Place], known: dict[bytes, int], first: Tensor, several: list[bool]) -> Tensor:
+    def _spelled(
+        self, places: list[Place], known: dict[bytes, int], first: Tensor, several: list[bool]
+    ) -> Tensor:
         """The id of the one token that spells each span, [g]: its own where it is one, -1 where there is none."""
         spelled = [known.get(p.span.text, -1) if p.span.text is not None else -1 for p in places]
         return torch.where(
@@ -143,7 +154,9 @@ class AlignedTeacher:
             first,
         )
 
-    def _later(self, places: list[Place], readings: list[Reading], hidden: Tensor, start: list[int]) -> Tensor:
+    def _later(
+        self, places: list[Place], readings: list[Reading], hidden: Tensor, start: list[int]
+    ) -> Tensor:
         """The log-probability of the teacher's tokens after the first of each span, [g]."""
         owner, at, token = [], [], []
         for number, (sample, span, _) in enumerate(places):
@@ -178,7 +191,11 @@ def index_places(readings: list[Reading], rows: list[list[int]]) -> list[Place]:
     for sample, (reading, own) in enumerate(zip(readings, rows, strict=True)):
         taught = [i for i, row in enumerate(own) if row >= 0]
         begin = next(
-            (s.teacher_start for s in reading.spans if taught and s.student_start >= taught[0] and s.teacher_start),
+            (
+                s.teacher_start
+                for s in reading.spans
+                if taught and s.student_start >= taught[0] and s.teacher_start
+            ),
             len(reading.teacher_ids),
         )
         for i, j in zip(taught, range(begin, len(reading.teacher_ids)), strict=False):
@@ -193,7 +210,9 @@ def vocabularies(crossing: Crossing, student_width: int, teacher_width: int) -> 
         ("teacher", crossing.teacher_bytes, teacher_width),
     ):
         if max(table) >= width:
-            raise ConfigError(f"the {side}'s head has {width} rows, but its tokenizer has ids up to {max(table)}.")
+            raise ConfigError(
+                f"the {side}'s head has {width} rows, but its tokenizer has ids up to {max(table)}."
+            )
     image = torch.full((student_width,), -1, dtype=torch.long)
     shared = sorted(crossing.image.items())
     ours, theirs = (torch.tensor([pair[i] for pair in shared], dtype=torch.long) for i in (0, 1))
@@ -203,7 +222,9 @@ def vocabularies(crossing: Crossing, student_width: int, teacher_width: int) -> 
         image,
         ours,
         theirs,
-        torch.tensor([i for i in sorted(crossing.student_bytes) if i not in crossing.image], dtype=torch.long),
+        torch.tensor(
+            [i for i in sorted(crossing.student_bytes) if i not in crossing.image], dtype=torch.long
+        ),
         torch.tensor([i for i in sorted(crossing.teacher_bytes) if i not in taken], dtype=torch.long),
     )
 

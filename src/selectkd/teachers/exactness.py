@@ -50,7 +50,8 @@ DRAWN = ("forward_kl", "always")
 """The divergence and the verifier whose gradient ids drawn from the teacher give without bias; no others."""
 
 UNBIASED = Exactness(
-    "unbiased", "the drawn ids give the gradient q - p in the mean; its value is larger by a constant of the text"
+    "unbiased",
+    "the drawn ids give the gradient q - p in the mean; its value is larger by a constant of the text",
 )
 DRAWS = Exactness("refused", "drawn ids have no ranks, and only forward_kl's gradient is linear in p")
 EVERY = Exactness("exact", "it takes every row and looks at nothing")
@@ -60,9 +61,12 @@ REST = Exactness(
     "it is taken on the tokens of both, the span's text and the rest as one outcome; merging never raises it. "
     "The sorted distance of the other tokens is added",
 )
-UNLIKE = Exactness("refused", "it is no f-divergence: nothing bounds what merging the tokens without a counterpart does")
+UNLIKE = Exactness(
+    "refused", "it is no f-divergence: nothing bounds what merging the tokens without a counterpart does"
+)
 TRANSLATED = Exactness(
-    "exact", "where the proposal's bytes are a token of the teacher; the other rows are unverified, and counted"
+    "exact",
+    "where the proposal's bytes are a token of the teacher; the other rows are unverified, and counted",
 )
 APART = Exactness("refused", "it compares the two distributions token by token, and their tokens differ")
 
@@ -122,7 +126,13 @@ def check(
     source: str = "",
 ) -> None:
     """ConfigError where a payload refuses a part of the objective; says what both sides are and what would work."""
-    gives = "has another tokenizer" if payload == "aligned" else f"gives its {k} best tokens" if k else "gives its best tokens"
+    gives = (
+        "has another tokenizer"
+        if payload == "aligned"
+        else f"gives its {k} best tokens"
+        if k
+        else "gives its best tokens"
+    )
     teacher = f"the teacher {source}".strip() + f" {gives}"
     names = name_of(objective.divergence), name_of(objective.verifier)
     if payload == "sampled" and names != DRAWN:
@@ -201,7 +211,9 @@ def page() -> str:
         lines += ["", f"| {kind} | {' | '.join(PAYLOADS)} |", "|---" * (len(PAYLOADS) + 1) + "|"]
         for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
             mine = {row["payload"]: row for row in rows if (row["kind"], row["name"]) == (kind, name)}
-            lines.append(f"| `{name}` | " + " | ".join(mine[payload]["verdict"] for payload in PAYLOADS) + " |")
+            lines.append(
+                f"| `{name}` | " + " | ".join(mine[payload]["verdict"] for payload in PAYLOADS) + " |"
+            )
     for payload in ("top_k", "sampled", "aligned"):
         lines += ["", f"Why, for {payload}:", ""]
         reasons = dict.fromkeys((row["verdict"], row["reason"]) for row in rows if row["payload"] == payload)
