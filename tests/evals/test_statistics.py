@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
 def test_unequal_lengths_are_refused() -> None:
     for call in (paired_bootstrap, bootstrap_ratio, mcnemar):
         with pytest.raises(ConfigError):
-            call([1.0, 0.0], [1.0])
+            call([True, False], [True])
 
 
 def test_one_unit_and_none_have_no_width() -> None:

@@ -108,7 +108,7 @@ def dynamics(run: str | os.PathLike[str]) -> Dynamics:
     steps = list(itertools.pairwise(looks))
     with_kl = [look for look in looks if look.kl is not None]
     kl, tar = [look.kl for look in with_kl], [look.tar for look in with_kl]
-    correlated = len(with_kl) >= FEWEST_LOOKS and len(set(kl)) > 1 and len(set(tar)) > 1
+    varied = len(with_kl) >= FEWEST_LOOKS and len(set(kl)) > 1 and len(set(tar)) > 1
     return Dynamics(
         run=str(run),
         looks=looks,
@@ -116,7 +116,7 @@ def dynamics(run: str | os.PathLike[str]) -> Dynamics:
         nondecreasing_share=sum(after.tar >= before.tar for before, after in steps) / len(steps),
         lost=sum(look.lost for look in looks),
         won=sum(look.won for look in looks),
-        rank_correlation=float(stats.spearmanr(tar, kl).statistic) if correlated else None,
+        rank_correlation=_spearman(tar, kl) if varied else None,
     )
 
 
@@ -167,6 +167,11 @@ def read_looks(run: str | os.PathLike[str]) -> list[Look]:
         for line in lines
         if line.get("probe_tar") is not None
     ]
+
+
+def _spearman(one: Sequence[Any], other: Sequence[Any]) -> float:
+    found: Any = stats.spearmanr(one, other)
+    return float(found.statistic)
 
 
 def _learned(paced: Sequence[tuple[int, float]], step: int) -> float:
