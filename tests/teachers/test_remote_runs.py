@@ -89,15 +89,15 @@ def test_a_server_of_another_tokenizer_is_refused_before_it_is_asked(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"kind": "vllm", "tokenizer": "x"}, "say how many: k: 32"),
-        ({"kind": "sglang", "k": 9}, "tokenizer: FOLDER"),
-        ({"kind": "tgi", "k": 9}, "must be 'vllm', 'sglang', 'openai' or 'selectkd'"),
-        ({"url": "http://me:sk-1@host", "kind": "selectkd"}, "api_key_env"),
-        ({"url": "file:///etc/passwd", "kind": "selectkd"}, "must be http"),
-        ({"url": "http://host/?key=1", "kind": "selectkd"}, "query"),
-        ({"url": "http://host:99999", "kind": "selectkd"}, "is no URL"),
-        ({"kind": "selectkd", "api_key": "sk-1"}, "Known here"),
-        ({"kind": "selectkd", "timeout": 0.0}, "above 0"),
+        ({"kind": "vllm", "tokenizer": "x"}, "teacher.k is missing"),
+        ({"kind": "sglang", "k": 9}, "teacher.tokenizer is missing"),
+        ({"kind": "tgi", "k": 9}, "must be 'vllm', 'sglang' or 'openai'"),
+        ({"url": "http://me:sk-1@host", "kind": "vllm"}, "api_key_env"),
+        ({"url": "file:///etc/passwd", "kind": "vllm"}, "must be http"),
+        ({"url": "http://host/?key=1", "kind": "vllm"}, "query"),
+        ({"url": "http://host:99999", "kind": "vllm"}, "is no URL"),
+        ({"kind": "vllm", "api_key": "sk-1"}, "Known here"),
+        ({"kind": "vllm", "timeout": 0.0}, "above 0"),
     ],
 )
 def test_a_server_that_cannot_be_asked_is_a_fault_of_the_recipe(

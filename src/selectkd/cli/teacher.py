@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.terminal import say
-from selectkd.errors import ConfigError, TeacherError
-from selectkd.registry import did_you_mean
+from selectkd.errors import TeacherError
 
 app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False, help="Servers that teach.")
 
@@ -29,9 +28,7 @@ def teacher() -> None:
 @app.command("doctor")
 def doctor(
     url: Annotated[str, typer.Argument(help="The address of a server: http://HOST:PORT")],
-    kind: Annotated[
-        str | None, typer.Option(help="vllm, sglang, openai or selectkd; found out if not given.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help="vllm, sglang or openai; found out if not given.")] = None,
     k: Annotated[int, typer.Option(min=1, help="How many best tokens are wanted.")] = 32,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
     tokenizer: Annotated[
@@ -47,10 +44,11 @@ def doctor(
     from selectkd.config import RemoteTeacher
     from selectkd.config.problems import Problem, explained, raised
 
-    # kind selectkd asks for no tokenizer, and the kind of server plays no part in how it is reached
     keys = {
         "url": url,
-        "kind": "selectkd",
+        "kind": kind or "openai",
+        "k": k,
+        "tokenizer": tokenizer or "unknown",
         "api_key_env": api_key_env,
         "timeout": timeout,
         "wait": 0.0,
@@ -63,17 +61,12 @@ def doctor(
         raise raised([Problem(path, "selectkd teacher doctor", told) for path, told in wrong], url) from None
 
     from selectkd.models.load import load_tokenizer
-    from selectkd.teachers.remote.dialects import DIALECTS
     from selectkd.teachers.remote.plan import connection_of
     from selectkd.teachers.remote.probe import PROBED, UNSTEADY, examine, kind_of
     from selectkd.teachers.remote.server import TopKServer
 
     connection = connection_of(section)
     kind = kind or kind_of(connection)
-    if kind not in DIALECTS:
-        raise ConfigError(
-            f"--kind {kind} is not known.{did_you_mean(kind, DIALECTS)} Known: {', '.join(DIALECTS)}."
-        )
     vocabulary = WIDEST
     if tokenizer is not None:
         vocabulary = max(load_tokenizer(tokenizer).get_vocab().values()) + 1

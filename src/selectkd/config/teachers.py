@@ -67,7 +67,8 @@ class RemoteTeacher(Section):
 class CacheTeacher(Section):
     """A folder that `selectkd cache build` fills with the teacher's rows of this text, and a run reads.
 
-    A build needs model, and payload and k where the payload is not hidden. A run needs none of them: each one that is given must be the cache's own.
+    A build needs model, and payload and k where the payload is not hidden. A run needs none of them: each one that
+    is given must be the cache's own.
     """
 
     cache: Text

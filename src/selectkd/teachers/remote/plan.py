@@ -35,7 +35,6 @@ class RemotePlan:
 
     @property
     def k(self) -> int:
-        assert self.spec.k is not None  # the section demands it of this kind
         return self.spec.k
 
     @property
@@ -48,7 +47,7 @@ class RemotePlan:
         return None
 
     def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.spec.tokenizer))
+        return load_tokenizer(self.spec.tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         align(self.tokenizer(), tokenizer)

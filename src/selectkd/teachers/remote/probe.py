@@ -101,7 +101,7 @@ def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
 
 def kind_of(connection: Connection) -> str:
     """Which kind of server answers, by the paths that only one of them has; openai where none of them is there."""
-    for path, kind in (("/teacher", "selectkd"), ("/get_model_info", "sglang"), ("/version", "vllm")):
+    for path, kind in (("/get_model_info", "sglang"), ("/version", "vllm")):
         try:
             connection.ask(
                 [Question(path, None, SMALL, lambda reply: json_object(reply.body), f"its {path}")]
