@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
 from selectkd.config import Teacher as Section
 from selectkd.config.several import Member
 from selectkd.errors import ConfigError
@@ -13,6 +13,7 @@ from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.plan import RemotePlan, connection_of
 from selectkd.teachers.several import SeveralPlan
 
 
@@ -36,6 +37,8 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
         return AlignedPlan(own, across.pairing, across.matched_weight, across.unverified_weight)
     if isinstance(spec, CacheTeacher):
         return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
+    if isinstance(spec, RemoteTeacher):
+        return RemotePlan(spec, connection_of(spec))
     raise ConfigError(f"no teacher can be made of {type(spec).__name__}. Name one: teacher: {{model: ...}}.")
 
 
