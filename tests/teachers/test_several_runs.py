@@ -144,6 +144,7 @@ def test_a_routed_sample_gets_the_teacher_its_record_names(packed):
 
     got = divergence(SeveralTeacher([LiveTeacher(model) for model in models]))
     for number, model in enumerate(models):
+        assert batch.route is not None
         mine = batch.route[seen.sequence] == number
         torch.testing.assert_close(got[mine], divergence(LiveTeacher(model))[mine], rtol=1e-4, atol=1e-5)
     made_up = collate([type(e)(e.input_ids, e.completion) for e in examples], pad_id=0)
