@@ -123,6 +123,8 @@ def test_both_engines_leave_the_same_student(recipe: Callable[..., Any], tmp_pat
         found[engine] = AutoModelForCausalLM.from_pretrained(result.run_dir / "student").state_dict()
     for name, value in found["loop"].items():
         torch.testing.assert_close(value, found["trainer"][name], rtol=0, atol=1e-6)
+    configurations = {(tmp_path / engine / "student" / "config.json").read_text() for engine in found}
+    assert len(configurations) == 1
 
 
 def test_a_cold_student_is_warned_of_with_the_remedy(recipe: Callable[..., Any], caplog: Any) -> None:

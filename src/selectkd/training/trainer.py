@@ -70,7 +70,10 @@ class DistillTrainer(Trainer):
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
         model = DistillationModel(student, teacher, temperature=temperature, chunk=chunk, also_kl=also_kl)
+        caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
+            model.config.use_cache = caches
         self.ledger = Ledger(
             objective,
             reduction,

@@ -164,7 +164,7 @@ class Checkpoints:
         if self.every == "auto":
             since = time.monotonic() - self._saved_at
             return since >= max(AUTO_SECONDS, self._cost / AUTO_SHARE)
-        return self.every is not None and (last or step % self.every == 0)
+        return isinstance(self.every, int) and (last or step % self.every == 0)
 
     def _agreed(self, due: bool) -> tuple[int | None, bool]:
         """(the signal any rank has heard, whether rank 0 finds it time to save), the same on all ranks."""
