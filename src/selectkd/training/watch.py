@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from selectkd.data.supervised import supervised
+from selectkd.training.breakdown import Breakdown, breakdown
 from selectkd.training.counts import rank, sequence_means
 from selectkd.training.evaluation import Evaluation, evaluate, probe
 from selectkd.training.metrics import MetricsLog
@@ -29,6 +30,7 @@ class Watch:
         stopping = recipe.training.early_stopping
         self.patience = None if stopping is None else stopping.patience
         self.verdicts: Tensor | None = None
+        self.breakdown: Breakdown | None = None
         self.latest: Evaluation | None = None
         self.latest_step = self.best_step = 0
         self.best_seen: Evaluation | None = None
@@ -44,6 +46,7 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, the best student included."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        state["breakdown"] = None if self.breakdown is None else asdict(self.breakdown)
         return state | {name: told(getattr(self, name)) for name in _EVALUATIONS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -54,6 +57,8 @@ class Watch:
             setattr(self, name, None if state[name] is None else Evaluation(**state[name]))
         if self.verdicts is not None:
             self.verdicts = self.verdicts.to(self.device)
+        if state["breakdown"] is not None:
+            self.breakdown = Breakdown(**{key: t.to(self.device) for key, t in state["breakdown"].items()})
 
     def look(self, step: int) -> Evaluation | None:
         """Measures the student and writes a line; remembers the student where it is the best so far."""
@@ -85,6 +90,9 @@ class Watch:
             made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk
         )
         line["probe_tar"] = tar_of(verdicts, made.probe)
+        if self.breakdown is None:
+            self.breakdown = breakdown(made.student, made.teacher, made.probe, chunk=training.chunk)
+        line |= self.breakdown.acceptance(verdicts)
         if self.verdicts is not None:
             line["probe_lost"] = int(((self.verdicts >= 0.5) & (verdicts < 0.5)).sum())
             line["probe_won"] = int(((self.verdicts < 0.5) & (verdicts >= 0.5)).sum())
