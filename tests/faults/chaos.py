@@ -169,7 +169,7 @@ def plain_job(pair: Path, setting: dict[str, Any]) -> Callable[[Path], None]:
         from training.tiny import texts
 
         set_seed(42)
-        rows = [
+        rows: Any = [
             {
                 "input_ids": torch.tensor((example.input_ids * 4)[:24]),
                 "labels": torch.tensor((example.input_ids * 4)[:24]),
