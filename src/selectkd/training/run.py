@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -146,10 +147,16 @@ def _run(
     bad = Path(training.output_dir) / "bad_batches"
     also_kl = temperature != 1.0 or recipe.objective.divergence["name"] != "forward_kl"
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
+    if made.writer is not None:
+        made.writer.steps = steps
+
+    def on_line(line: dict[str, Any]) -> None:
+        log.write(line if made.writer is None else line | {"written": made.writer.told()})
+
     if training.engine == "loop":
         ledger = Ledger(
             made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
-            bad_batches=bad, device=device, taid=taid,
+            bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
         )  # fmt: skip
         model = DistillationModel(
             made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl
@@ -166,7 +173,7 @@ def _run(
             max_grad_norm=training.max_grad_norm,
             accumulation=training.gradient_accumulation,
             log_every=training.log_every,
-            on_line=log.write if rank() == 0 else None,
+            on_line=on_line if rank() == 0 else None,
             after_step=watch,
         )
         return ledger
@@ -202,7 +209,10 @@ def _run(
         streams=made.streams,
         also_kl=also_kl,
         bad_batches=bad,
-        on_line=log.write,
+        on_line=on_line,
+        losses=made.losses,
+        extras=made.extras,
+        write=made.writer,
         after_step=watch,
         processing_class=made.tokenizer,
     )
@@ -237,6 +247,8 @@ class _Watch:
             )  # fmt: skip
             self.latest_step = step
             line["evaluation"] = self.latest.as_dict()
+            if made.writer is not None:
+                made.writer.evaluated(math.log(self.latest.perplexity))
         if made.probe is not None:
             line |= self._probed()
         if self.latest is not None:
