@@ -148,7 +148,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             {
                 "plain": Option(
                     "Without the language-modelling loss.",
-                    {"data": {"policy": {"with_source": False}}, "objective": {"language_model": 0.0}},
+                    {
+                        "data": {"policy": {"with_source": False}},
+                        "objective": {"language_model": 0.0, "by_writer": {"dataset": None}},
+                    },
                 )
             },
         ),

@@ -72,6 +72,9 @@ def _weight_kind(value: Any) -> str:
     return "change" if isinstance(value, dict | WeightChange) else "constant"
 
 
+Writer = Literal["dataset", "teacher", "student", "both"]
+
+
 class StreamObjective(Section):
     """What is different for one stream: keys of ``objective``, and ``weight``, the factor of its rows' loss."""
 
@@ -186,7 +189,7 @@ class ObjectiveSection(Section):
     verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
     thin_rejected: bool = False
     always_accept: list[Literal["eos"] | Annotated[Whole, Field(ge=0)]] = []
-    by_writer: dict[Literal["dataset", "teacher", "student", "both"], StreamObjective] = {}
+    by_writer: dict[Writer, StreamObjective | None] = {}
     language_model: Annotated[float, Field(ge=0.0)] = 0.0
     extras: list[Component] = []
 

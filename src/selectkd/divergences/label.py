@@ -80,20 +80,29 @@ def decoupled_kl(
     if target < 0 or rest < 0:
         raise ConfigError(f"decoupled_kl: target = {target} and rest = {rest} must be 0 or more.")
     place = column.clamp(min=0)[:, None]  # [n, 1]
-    others_p, others_q = (x.scatter(1, place, -torch.inf) for x in (logp, logq))  # [n, s]
-    empty = (torch.isneginf(others_p).all(-1) | torch.isneginf(others_q).all(-1))[:, None]
-    others_p, others_q = (x.masked_fill(empty, 0.0) for x in (others_p, others_q))
-    rest_p, rest_q = (torch.logsumexp(x, -1, keepdim=True) for x in (others_p, others_q))  # [n, 1]
+    others_p, rest_p = _others(logp, place)
+    others_q, rest_q = _others(logq, place)
     loss = torch.zeros_like(logp[:, 0])
     if rest:
-        nckd = relative_entropy(others_p - rest_p, others_q - rest_q)
-        loss = loss + rest * torch.where(empty[:, 0], 0.0, nckd)
+        nothing = torch.isneginf(rest_p)[:, 0]
+        loss = loss + rest * torch.where(nothing, 0.0, relative_entropy(others_p, others_q))
     if target:
-        rest_p, rest_q = (x.masked_fill(empty, -torch.inf) for x in (rest_p, rest_q))
         binary_p = torch.cat([logp.gather(1, place), rest_p], 1)  # [n, 2]
         binary_q = torch.cat([logq.gather(1, place), rest_q], 1)
         loss = loss + target * relative_entropy(binary_p, binary_q)
     return torch.where(column >= 0, loss, 0.0)
+
+
+def _others(
+    log_a: Float[Tensor, "n s"], place: Int[Tensor, "n 1"]
+) -> tuple[Float[Tensor, "n s"], Float[Tensor, "n 1"]]:
+    """All but one column, renormalised (-inf in its place), and the logarithm of their mass; -inf where there is
+    none.
+    """
+    others = log_a.scatter(1, place, -torch.inf)
+    empty = torch.isneginf(others).all(-1, keepdim=True)  # [n, 1]
+    mass = torch.logsumexp(others.masked_fill(empty, 0.0), -1, keepdim=True)
+    return (others - mass).masked_fill(empty, -torch.inf), mass.masked_fill(empty, -torch.inf)
 
 
 def _at(log_a: Float[Tensor, "n s"], column: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -63,6 +63,13 @@ def losses_of(recipe: Any, streams: Sequence[Stream]) -> list[StreamSpec]:
     ``objective`` counts least, then ``objective.by_writer``, then the source's own ``objective``.
     """
     specs = []
+    writers = {stream.writer for stream in streams}
+    for writer, said in recipe.objective.by_writer.items():
+        if said is not None and writer not in writers:
+            raise ConfigError(
+                f"objective.by_writer.{writer} is for text that nobody writes here: the policies give text by "
+                f"{', '.join(sorted(writers))}. Set it to null, or change data.policy."
+            )
     for stream in streams:
         layers = [recipe.objective.by_writer.get(stream.writer), recipe.data.sources[stream.source].objective]
         own: dict[str, Any] = {}
@@ -80,7 +87,7 @@ def losses_of(recipe: Any, streams: Sequence[Stream]) -> list[StreamSpec]:
                 divergence=None if divergence is None else bind(LOSSES, divergence, kind="divergence"),
                 verifier=_judge(own, both),
                 beta=own.get("beta"),
-                selector=build(SELECTORS, selector, kind="selector") if both else None,
+                selector=build(SELECTORS, selector, kind="selector") if selector and both else None,
                 weight=(weight["start"], weight["end"], weight.get("share", 1.0)),
                 language_model=recipe.objective.language_model if stream.writer in LABELLED else 0.0,
             )

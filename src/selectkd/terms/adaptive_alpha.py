@@ -43,8 +43,8 @@ class adaptive_alpha:
             )
         self.sums = {name: [0.0, 0.0] for name in SIGN}
 
-    def __call__(self, forward: Forward, terms: list[Term]) -> list[Term]:
-        if forward.step >= self.window and not self.anchor:
+    def __call__(self, forward: Forward, terms: list[Term], *, step: int) -> list[Term]:
+        if step >= self.window and not self.anchor:
             self._settle(forward.hidden.device)
         result: list[Term] = []
         for term in terms:
@@ -54,7 +54,7 @@ class adaptive_alpha:
                 result.append(term)
                 continue
             which, gaps = self._gaps(forward, term, name)
-            if forward.step < self.window:
+            if step < self.window:
                 total = self.sums[name]
                 total[0] += float(gaps.sum())
                 total[1] += float(gaps.shape[0])

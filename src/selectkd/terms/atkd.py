@@ -23,7 +23,7 @@ class atkd:
         if not 0.0 <= self.easy <= 1.0:
             raise ConfigError(f"atkd(easy={self.easy}): easy must lie in [0, 1].")
 
-    def __call__(self, forward: Forward, terms: list[Term]) -> list[Term]:
+    def __call__(self, forward: Forward, terms: list[Term], *, step: int) -> list[Term]:
         surprise = 1.0 - forward.label_log_probs[:, 0].exp()  # [n]
         n = surprise.shape[0]
         if n == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -12,10 +12,11 @@ from selectkd.objective import Objective
 from selectkd.terms.term import Forward, Term
 
 
+@runtime_checkable
 class Extra(Protocol):
-    """Changes the terms of a step: splits them, scales them, or adds to them."""
+    """Changes the terms of optimizer step ``step`` (from 0): splits them, scales them, or adds to them."""
 
-    def __call__(self, forward: Forward, terms: list[Term]) -> list[Term]: ...
+    def __call__(self, forward: Forward, terms: list[Term], *, step: int) -> list[Term]: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LossPlan:
             term = Term(stream.objective, rows, stream.weight, weighs=stream.weight > 0)
             terms += [term] if stream.selector is None else _split(term, stream.selector, forward)
         for extra in self.extras:
-            terms = extra(forward, terms)
+            terms = extra(forward, terms, step=self.step)
         return terms + self._language_model(forward)
 
     def _language_model(self, forward: Forward) -> list[Term]:
@@ -131,5 +132,4 @@ def taken(forward: Forward, rows: torch.Tensor) -> Forward:
         forward.uniform[rows],
         forward.temperature,
         forward.chunk,
-        forward.step,
     )

@@ -33,7 +33,7 @@ class policy_gradient:
                 f"policy_gradient(share={self.share}, clip={self.clip}): share lies in [0, 1), clip above 0."
             )
 
-    def __call__(self, forward: Forward, terms: list[Term]) -> list[Term]:
+    def __call__(self, forward: Forward, terms: list[Term], *, step: int) -> list[Term]:
         if not forward.hidden.shape[0]:
             return terms
         log_p, log_q = forward.label_log_probs.unbind(-1)  # [n]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from selectkd.chunked import ROWS, Work, chunk_rows, first_pass
@@ -22,7 +22,7 @@ SCALARS = ("n", "accepted", "weight", "divergence", "weighted_divergence", "over
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass of both models gave for n rows. step: the optimizer step, from 0; stream: [n]."""
+    """What a forward pass of both models gave for n rows; stream [n]: which stream each is of."""
 
     hidden: Float[Tensor, "n d"]
     head: Head
@@ -33,7 +33,6 @@ class Forward:
     uniform: Float[Tensor, "n r"]
     temperature: float = 1.0
     chunk: int | None = None
-    step: int = 0
 
     @torch.no_grad()
     def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
@@ -82,8 +81,8 @@ class Term:
         scale = self.scale[rows] if isinstance(self.scale, Tensor) else self.scale
         return replace(self, rows=rows if self.rows is None else self.rows[rows], scale=scale, **changed)
 
-    def of(self, values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-        """The entries of a column [n] that belong to the term's rows."""
+    def of(self, values: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
+        """The entries of a column [n], or of any [n, ...], that belong to the term's rows."""
         return values if self.rows is None else values[self.rows]
 
 

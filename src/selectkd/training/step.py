@@ -68,7 +68,7 @@ class DistillationModel(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
         here = Forward(
-            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature, step=plan.step
+            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature
         )  # fmt: skip
         loss, sums = self._loss(plan, here, row_scale)
         sums["kl"] = self._kl(rows, head, teacher) if self.also_kl else sums["divergence"]
