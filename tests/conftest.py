@@ -22,6 +22,7 @@ MATHEMATICS = (
     "selectors",
     "objective",
     "distill",
+    "terms",
     "randomness",
     "testing",
 )

@@ -24,13 +24,16 @@ from selectkd.models.head import head_of
 from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
+from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
+from selectkd.terms import Extra, StreamSpec
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -38,8 +41,9 @@ CUT_SAMPLES = 4
 
 @dataclass
 class Assembly:
-    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and
-    ``probe`` are micro-batches of text; heldout is empty without any.
+    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and ``probe``
+    are micro-batches of text; heldout is empty without any. losses: of the streams, where they differ; extras: what
+    changes the terms of the loss; writer: writes the text of a step, None where all of it is the data set's.
     """
 
     teacher: Teacher
@@ -59,6 +63,9 @@ class Assembly:
     kept: list[int] | None = None
     cut: CutReport | None = None
     told: list[str] = field(default_factory=list)
+    losses: list[StreamSpec] = field(default_factory=list)
+    extras: list[Extra] = field(default_factory=list)
+    writer: Writer | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class Plan:
     teacher: TeacherPlan
     sources: list[Source]
     heldout: list[Any]  # examples
+    streams: list[Stream]
+    losses: list[StreamSpec]
+    extras: list[Extra]
 
 
 def assemble(
@@ -120,7 +130,8 @@ def assemble(
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student_width=student_width, reference=reference)
-    names = tuple(source.name for source in plan.sources)
+    names = tuple(stream.name for stream in plan.streams)
+    writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
@@ -142,6 +153,9 @@ def assemble(
         kept=layers,
         cut=cut,
         told=told,
+        losses=plan.losses,
+        extras=plan.extras,
+        writer=writer,
     )
 
 
@@ -191,20 +205,33 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         on_too_long=recipe.data.on_too_long,
         train_on=recipe.data.train_on,
     )
-    sources = [text(_given(spec), stream=index) for index, spec in enumerate(recipe.data.sources)]
+    sources = [text(spec.reading, stream=index) for index, spec in enumerate(recipe.data.sources)]
     evaluation = recipe.data.evaluation
     if evaluation is None:
         heldout: list[Any] = []
     elif isinstance(evaluation, int | float):
         sources, heldout = hold_out(sources, float(evaluation))
     else:
-        heldout = list(text(_given(evaluation), stream=0).examples)
+        heldout = list(text(evaluation.reading, stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
+    streams = streams_of([source.name for source in sources], recipe.data.policies)
+    losses, extras = losses_of(recipe, streams), extras_of(recipe)
+    check_labels(extras, teacher.payload, teacher.source)
+    for spec in losses:
+        own = spec.objective_on(objective)
+        exactness.check(
+            own, teacher.payload, k=teacher.k, temperature=recipe.objective.temperature, source=teacher.source
+        )
     if isinstance(teacher, SeveralPlan):
-        teacher.check_streams([source.name for source in sources])
+        teacher.check_streams([sources[stream.source].name for stream in streams])
+    if isinstance(teacher, CachePlan) and any(policy.name != "dataset" for policy in recipe.data.policies):
+        raise ConfigError(
+            f"{teacher.source} holds the teacher's rows of the data set's text alone, and a policy has other text "
+            "written. Use teacher: {model: ...}, or policy: dataset."
+        )
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
-    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout)
+    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras)
 
 
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:

@@ -17,6 +17,13 @@ from selectkd.divergences.kl import (
     skew_kl,
     skew_reverse_kl,
 )
+from selectkd.divergences.label import (
+    LABEL_LOSSES,
+    cross_entropy,
+    decoupled_kl,
+    reads_label,
+    sampled_reverse_kl,
+)
 from selectkd.divergences.power import alpha_beta
 
 Divergence = Callable[..., Tensor]
@@ -41,15 +48,20 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
 
 __all__ = [
     "DIVERGENCES",
+    "LABEL_LOSSES",
     "Divergence",
     "adaptive_kl",
     "alpha_beta",
+    "cross_entropy",
+    "decoupled_kl",
     "forward_kl",
     "generalized_jsd",
     "jeffreys",
     "kl_tv_hybrid",
     "neg_log_acceptance",
+    "reads_label",
     "reverse_kl",
+    "sampled_reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "taid",

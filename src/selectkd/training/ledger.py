@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import NumericsError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.terms import Extra, LossPlan, StreamLoss, StreamSpec
 from selectkd.training.counts import (
     Counts,
     checked,
@@ -61,7 +62,8 @@ class Ledger:
 
     Every rank keeps the same book, since sums are reduced over ranks in ``settle``; beta and the guard then
     agree. bad_batches: a folder for the token ids of steps that were left out. taid: a schedule for the t of
-    ``taid``.
+    ``taid``. losses: one for each stream, where streams differ. extras: what changes the terms of the loss. write:
+    (batch, step) -> the batch with its text written, before anything is counted.
     """
 
     objective: Objective
@@ -73,6 +75,9 @@ class Ledger:
     bad_batches: Path | None = None
     device: torch.device | str = "cpu"
     taid: TaidSchedule | None = None
+    losses: Sequence[StreamSpec] = ()
+    extras: Sequence[Extra] = ()
+    write: Callable[[Any, int], Any] | None = None
 
     step: int = field(default=0, init=False)  # optimizer steps done, skipped ones included
     left_out: list[int] = field(default_factory=list, init=False)  # steps without finite numbers
@@ -91,6 +96,7 @@ class Ledger:
         self._window: list[Tensor] = []
         self._since = time.perf_counter()
         self.now = self.objective
+        self.plan = LossPlan.of(self.objective)
 
     @property
     def skipped(self) -> int:
@@ -128,6 +134,8 @@ class Ledger:
         """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
         the step.
         """
+        if self.write is not None:
+            micro = [self.write(batch, self.step) for batch in micro]
         micro = [batch.to(self.device) for batch in micro]
         seen = [supervised(batch) for batch in micro]
         self._counts = count(seen)
@@ -135,7 +143,10 @@ class Ledger:
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
             self.now = replace(self.now, divergence={"name": "taid", "t": self.taid.t})
-        r = self.now.uniforms_per_token
+        total = self.total_steps or self.step + 1
+        streams = [spec.at(self.now, self.step, total) for spec in self.losses]
+        self.plan = LossPlan(tuple(streams) or (StreamLoss(self.now),), self.extras, self.step)
+        r = self.plan.uniforms_per_token
         self._sums = self._zeros()
         self._portions = [
             Portion(

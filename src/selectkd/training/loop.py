@@ -80,7 +80,7 @@ def train_loop(
         for portion in ledger.begin(micro):
             waits = contextlib.nullcontext() if portion.last or ranks() == 1 else wrapped.no_sync()
             with waits:
-                loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+                loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
                 loss.backward()
             ledger.add(portion, loss, sums)
         ledger.settle(parameters)

@@ -24,7 +24,7 @@ from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.save import save_student
 from selectkd.schedules import TaidSchedule
 from selectkd.training.card import model_card
-from selectkd.training.checkpoint import Checkpoints, read_part
+from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank, ranks
 from selectkd.training.evaluation import Evaluation
@@ -139,6 +139,11 @@ def _train(
     watch = Watch(recipe, made, log, device)
     checkpoints.register("metrics", log, heavy=True)
     checkpoints.register("watch", watch)
+    if made.writer is not None:
+        checkpoints.register("writer", made.writer, own=True)
+    for number, extra in enumerate(made.extras):
+        if isinstance(extra, Stateful):
+            checkpoints.register(f"term-{number}", extra)
     checkpoints.register("origin", Named(origin, "kept", "cut", "told"))
     if claim.opened is None:
         log.load_state_dict({})  # what a run left that was killed before its first checkpoint
@@ -254,10 +259,16 @@ def _run(
     bad = Path(training.output_dir) / "bad_batches"
     also_kl = temperature != 1.0 or recipe.objective.divergence["name"] != "forward_kl"
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
+    if made.writer is not None:
+        made.writer.steps = steps
+
+    def on_line(line: dict[str, Any]) -> None:
+        log.write(line if made.writer is None else line | made.writer.told())
+
     if training.engine == "loop":
         ledger = Ledger(
             made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
-            bad_batches=bad, device=device, taid=taid,
+            bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
         )  # fmt: skip
         model = DistillationModel(
             made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl
@@ -274,7 +285,7 @@ def _run(
             max_grad_norm=training.max_grad_norm,
             accumulation=training.gradient_accumulation,
             log_every=training.log_every,
-            on_line=log.write if rank() == 0 else None,
+            on_line=on_line if rank() == 0 else None,
             after_step=watch,
             checkpoints=checkpoints,
         )
@@ -311,7 +322,10 @@ def _run(
         streams=made.streams,
         also_kl=also_kl,
         bad_batches=bad,
-        on_line=log.write,
+        on_line=on_line,
+        losses=made.losses,
+        extras=made.extras,
+        write=made.writer,
         after_step=watch,
         checkpoints=checkpoints,
         processing_class=made.tokenizer,

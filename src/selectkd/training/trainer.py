@@ -4,7 +4,7 @@ drive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from selectkd.errors import ConfigError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.terms import Extra, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger, Portion
@@ -26,13 +27,13 @@ class DistillTrainer(Trainer):
     """A transformers.Trainer whose loss is the distillation loss; equals ``train_loop`` on the same
     micro-batches.
 
-    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches:
-    the micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not
-    read). objective, reduction, temperature, chunk: as in a recipe; beta: a schedule, default the objective's
-    constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that are not finite
-    are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to the bit. Optimizer,
-    learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the student as a plain
-    Hugging Face folder.
+    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
+    micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
+    objective, reduction, temperature, chunk: as in a recipe; beta: a schedule, default the objective's constant.
+    losses, extras, write: as of ``Ledger``. Loss scaling, counts over accumulation and ranks, and the skipping of
+    steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
+    the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
+    student as a plain Hugging Face folder.
 
     Raises ConfigError for arguments that would change the loss behind our back.
     """
@@ -55,6 +56,9 @@ class DistillTrainer(Trainer):
         streams: tuple[str, ...] = ("data",),
         also_kl: bool = False,
         bad_batches: Path | None = None,
+        losses: Sequence[StreamSpec] = (),
+        extras: Sequence[Extra] = (),
+        write: Callable[[Any, int], Any] | None = None,
         on_line: OnLine | None = None,
         after_step: AfterStep | None = None,
         checkpoints: Checkpoints | None = None,
@@ -84,6 +88,9 @@ class DistillTrainer(Trainer):
             bad_batches=bad_batches,
             device=args.device,
             taid=taid,
+            losses=losses,
+            extras=extras,
+            write=write,
         )
         self.on_line, self.after_step = on_line, after_step
         self.distillation, self.checkpoints = model, checkpoints
@@ -121,7 +128,7 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: Portion, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss of one micro-batch, computed inside the wrapped forward."""
-        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.now)
+        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.plan)
         self.ledger.add(inputs, loss, sums)
         return (loss, sums) if return_outputs else loss
 

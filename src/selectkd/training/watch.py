@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ class Watch:
             )  # fmt: skip
             self.latest_step = step
             line["evaluation"] = self.latest.as_dict()
+            if made.writer is not None:
+                made.writer.evaluated(math.log(self.latest.perplexity))
         if made.probe is not None:
             line |= self._probed()
         if self.latest is not None:
