@@ -117,10 +117,9 @@ def claimed(folder: Path, recipe: Any, *, resume: str, allowed: Sequence[str]) -
         total([0])  # all have read run.json
         try:
             yield claim
-        except BaseException:
+        finally:
             if claim.fresh and rank() == 0:
                 _leave(folder)
-            raise
 
 
 def _claim(folder: Path, recipe: Any, resume: str, allowed: Sequence[str], held: ExitStack | None) -> Claim:
