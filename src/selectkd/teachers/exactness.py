@@ -21,7 +21,7 @@ from selectkd.verifiers import VERIFIERS
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
-    "hidden": "its last hidden states and its head, from a cache",
+    "hidden": "its last hidden states and its head, from a cache or from `selectkd serve-teacher`",
     "top_k": "its K best tokens, from a cache or a server",
 }
 """What each payload is; ``show teachers`` and docs/teachers.md have a column for each."""
