@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import xxhash
@@ -63,5 +64,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        content: Any = (
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        )  # a buffer, whatever its stubs say
+        digest.update(content)
     return digest.hexdigest()
