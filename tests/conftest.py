@@ -24,6 +24,7 @@ MATHEMATICS = (
     "selectors",
     "objective",
     "distill",
+    "terms",
     "randomness",
     "testing",
 )

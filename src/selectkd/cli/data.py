@@ -164,10 +164,8 @@ def _of(recipe: Recipe, tokenizer: str | None) -> Wanted:
     evaluation = recipe.data.evaluation
     named = tokenizer or recipe.student.model
     return Wanted(
-        sources=[source.model_dump(exclude_none=True) for source in recipe.data.sources],
-        held_out=None
-        if evaluation is None or isinstance(evaluation, int | float)
-        else evaluation.model_dump(exclude_none=True),
+        sources=[source.reading for source in recipe.data.sources],
+        held_out=None if evaluation is None or isinstance(evaluation, int | float) else evaluation.reading,
         tokenizer=named or getattr(recipe.teacher, "model", None),
         revision=None
         if tokenizer

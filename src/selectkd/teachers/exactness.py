@@ -22,7 +22,7 @@ from selectkd.verifiers import VERIFIERS, reads_proposal_alone
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
-    "hidden": "its last hidden states and its head, from a cache",
+    "hidden": "its last hidden states and its head, from a cache or from `selectkd serve-teacher`",
     "top_k": "its K best tokens, from a cache or a server",
     "sampled": "K ids drawn from it, from a cache (sparse logit sampling)",
     "aligned": "a model of another tokenizer in memory, aligned by spans of text",

@@ -13,6 +13,7 @@ from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.own_plan import OwnPlan
 from selectkd.teachers.remote.plan import RemotePlan, connection_of
 from selectkd.teachers.several import SeveralPlan
 
@@ -39,7 +40,8 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
     if isinstance(spec, CacheTeacher):
         return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
     if isinstance(spec, RemoteTeacher):
-        return RemotePlan(spec, connection_of(spec))
+        kind = OwnPlan if spec.kind == "selectkd" else RemotePlan
+        return kind(spec, connection_of(spec))
     raise ConfigError(f"no teacher can be made of {type(spec).__name__}. Name one: teacher: {{model: ...}}.")
 
 

@@ -37,6 +37,10 @@ class SeveralRows:
     def shared_width(self, student_width: int) -> int:
         return min(rows.shared_width(student_width) for rows in self.rows)
 
+    def take(self, index: Tensor) -> SeveralRows:
+        reference = None if self.reference is None else self.reference.take(index)
+        return SeveralRows([rows.take(index) for rows in self.rows], self.share[:, index], reference)
+
     @torch.no_grad()
     def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
         """The log of the mean as a chunk of logits, [c, w]; one more such buffer for the member at hand."""
