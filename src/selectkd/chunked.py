@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Rows, Settings, for_verifier, has_closed_form, judge
+from selectkd.block import Rows, Seen, Settings, for_verifier, has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.rows import Head, Scratch, TeacherRows
 
@@ -51,10 +51,10 @@ class Work:
     def rows(self, chunk: slice, block: slice) -> Rows:
         """What the rows of a block of a chunk need beside their logits."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
-        label, sequence, acceptance = (
-            None if x is None else x[here] for x in (self.labels, self.sequence, self.acceptance)
+        columns = (self.labels, self.sequence, self.acceptance)
+        return Rows(
+            self.uniform[here], self.row_scale[here], *(None if x is None else x[here] for x in columns)
         )
-        return Rows(self.uniform[here], self.row_scale[here], label, sequence, acceptance)
 
 
 def chunk_rows(n: int, width: int, chunk: int | None) -> int:
@@ -72,7 +72,7 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
     selector = work.objective.verifier
     scores, scratch = [], Scratch()
-    settings = Settings(work.objective, head, work.temperature, wants_gradient=False, wants_bias=False)
+    settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
         teacher = work.teacher.open(rows, width, scratch)
@@ -103,8 +103,7 @@ class ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_any = wants_hidden or wants_weight or wants_bias
         weight = weight.detach()
-        leaf_bias = None if bias is None else bias.detach().requires_grad_(wants_bias)
-        head = replace(head, weight=weight, bias=leaf_bias)
+        head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
         width = work.teacher.shared_width(head.width)
         fp = torch.float64 if weight.dtype == torch.float64 else torch.float32
         n = hidden.shape[0]
@@ -123,32 +122,20 @@ class ChunkedLoss(torch.autograd.Function):
             else None
         )
 
-        settings = Settings(work.objective, head, work.temperature, wants_any, wants_bias)
+        settings = Settings(work.objective, head, work.temperature, wants_any)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
             with torch.no_grad():
                 # [c, v], overwritten by its gradient block by block
                 raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
-            teacher = work.teacher.open(rows, width, scratch)
-            entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
-            kernels = kernels_for(raw, teacher, settings)
-            size = raw.shape[0] if kernels is not None else max(1, entries // width)
-            for block in cuts(0, raw.shape[0], size):
-                at = work.rows(rows, block)
-                if kernels is not None:
-                    judged = kernels.judge(raw, teacher, at, settings)
-                else:
-                    judged = judge(raw, block, teacher, at, settings, scratch)
-                loss += judged.loss
-                bad += judged.bad
-                here = slice(rows.start + block.start, rows.start + block.stop)
-                for name in ROWS:
-                    seen[name][here] = getattr(judged, name)
-                if grad_bias is not None and judged.grad_bias is not None:
-                    grad_bias[: judged.grad_bias.shape[0]] += judged.grad_bias
+            judged = judge_chunk(raw, rows, width, work, settings, scratch)
+            for name in ROWS:
+                seen[name][rows] = getattr(judged, name)
+            loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
+            bad += (~judged.finite).sum()
             if wants_any:
-                kept = rows_with_gradient(seen["weight"][rows]) if work.objective.drops_rows else None
+                kept = rows_with_gradient(judged.weight) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
                 if grad_hidden is not None:
@@ -160,6 +147,9 @@ class ChunkedLoss(torch.autograd.Function):
                         grad_hidden[rows][kept] = part.to(hidden.dtype)
                 if grad_weight is not None:
                     add_product(grad_weight[:width], gradient, inputs, first=rows.start == 0)
+                if grad_bias is not None:
+                    for piece in cuts(0, width, PIECE):
+                        grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]
@@ -184,6 +174,22 @@ class ChunkedLoss(torch.autograd.Function):
                 scaled = gradients[i] if plain else gradients[i].mul_(grad_loss.to(gradients[i].dtype))
                 gradients[i] = scaled.to(dtype)
         return (*gradients, None, None)
+
+
+def judge_chunk(
+    raw: Tensor, rows: slice, width: int, work: Work, settings: Settings, scratch: Scratch
+) -> Seen:
+    """Judges a chunk block by block, or at once where the kernels do this work; the gradient is left in ``raw``."""
+    teacher = work.teacher.open(rows, width, scratch)
+    kernels = kernels_for(raw, teacher, settings)
+    if kernels is not None:
+        return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+    entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
+    judged = [
+        judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
+        for block in cuts(0, raw.shape[0], max(1, entries // width))
+    ]
+    return Seen(*(torch.cat(column) for column in zip(*judged, strict=True)))
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
