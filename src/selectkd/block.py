@@ -57,8 +57,8 @@ class Seen(NamedTuple):
 def judge(
     raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings, scratch: Scratch
 ) -> Seen:
-    """Judges the rows of a block and writes the gradient of sum scale * weight * divergence to ``raw[block]`` [b, v], over
-    the head's product there."""
+    """Judges the rows of a block and writes the gradient of sum scale * weight * divergence over the head's product in
+    ``raw[block]`` [b, v]."""
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
     verified = None
     if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:

@@ -22,8 +22,8 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 class Block:
     """A block of rows as the closed forms see it, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
 
-    zp, zq [n, s]: logits; norm_p, norm_q [n]: their log-sum-exps; p, q [n, s]: their softmaxes, read only. out receives
-    the gradient and may be the memory of zq, so it is written when zq is done with. zp, zq and spare may be overwritten.
+    zp, zq [n, s]: logits; norm_p, norm_q [n]: their log-sum-exps; p, q [n, s]: their softmaxes, read only. zp, zq and
+    spare may be overwritten. out receives the gradient; it may be the memory of zq, so it is written last.
     """
 
     zp: Float[Tensor, "n s"]

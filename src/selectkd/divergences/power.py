@@ -33,11 +33,9 @@ def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Tenso
     logp, logq = block.take_logp(), block.take_logq()
     value = alpha_beta(logp, logq, alpha=alpha, beta=beta)
     student = torch.mul(logq, beta, out=block.spare).exp_()  # q^beta
-    if alpha == 0.0:
-        factor = logq.sub_(logp)
-    else:
-        factor = logq.mul_(alpha).exp_().sub_(logp.mul_(alpha).exp_()).div_(alpha)
-    project(block, factor.mul_(student))
+    logs = logp, logq
+    a, b = logs if alpha == 0.0 else (x.mul_(alpha).exp_().div_(alpha) for x in logs)
+    project(block, b.sub_(a).mul_(student))
     return value
 
 
