@@ -6,6 +6,7 @@ the teacher is dense; autograd on the K + 1 outcomes of a top-K teacher; autogra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
-LANES = 64
+LANES = 128
 """Width of the pieces an argmax looks at first."""
 
 
@@ -45,13 +46,13 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a block, each [b]; finite is False where the teacher's row was not."""
+    """What came of a block: four columns [b], and how many of its rows have no finite teacher."""
 
     divergence: Tensor
     weight: Tensor
     acceptance: Tensor
     overlap: Tensor
-    finite: Tensor
+    bad: Tensor | int
 
 
 def judge(
@@ -112,8 +113,9 @@ def _closed(
         # the log-sum-exp for free: a logit minus the logarithm of its probability, exact where that is not small
         norm_q = (zq.gather(-1, at) - q.gather(-1, at).log_())[:, 0]
         norm_p = zp.amax(-1) - p.amax(-1).log_()
-        finite = torch.isfinite(norm_p)
-        if not bool(finite.all()):
+        finite = None
+        if not math.isfinite(float(norm_p.sum())):
+            finite = torch.isfinite(norm_p)
             for ours, theirs in ((zp, zq), (p, q), (norm_p, norm_q)):
                 ours[~finite] = theirs[~finite]
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp_(max=1.0)
@@ -133,7 +135,7 @@ def _closed(
             finish_gradient(zq, rows.scale * weight, capped, settings)
             if zq is not target:
                 target.copy_(zq)
-    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, finite)
+    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite))
 
 
 def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
@@ -225,8 +227,12 @@ def _judged(
     judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
     loss = (rows.scale.to(judged.divergence.dtype) * judged.weight * judged.divergence).sum()
     divergence, weight, acceptance, overlap = judged
-    finite = torch.ones_like(weight, dtype=torch.bool) if pair.finite is None else pair.finite
-    return loss, Seen(divergence.detach(), weight, acceptance, overlap, finite)
+    return loss, Seen(divergence.detach(), weight, acceptance, overlap, bad_rows(pair.finite))
+
+
+def bad_rows(finite: Tensor | None) -> Tensor | int:
+    """How many rows are not finite; None means that all are."""
+    return 0 if finite is None else (~finite).sum()
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def argmax(x: Tensor) -> Tensor:
     whole = v - v % LANES
     if whole < 2 * LANES or not x.is_contiguous():
         return x.argmax(-1)
-    pieces = x[:, :whole].unflatten(-1, (-1, LANES))  # [b, v / LANES, LANES]
+    pieces = x[:, :whole].view(b, -1, LANES)  # [b, v / LANES, LANES]
     piece = pieces.amax(-1).argmax(-1)  # [b]
     inside = pieces.gather(1, piece[:, None, None].expand(b, 1, LANES))[:, 0].argmax(-1)
     best = piece * LANES + inside

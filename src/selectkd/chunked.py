@@ -20,11 +20,11 @@ from selectkd.block import Rows, Seen, Settings, for_verifier, has_closed_form, 
 from selectkd.objective import Objective
 from selectkd.rows import Head, Scratch, TeacherRows
 
-CHUNK_ROWS = 256
-"""Rows of a chunk: each chunk costs the head's gradient one pass over [v, d], and 256 rows make that small (measured:
-128 rows cost 7% more time)."""
-CHUNK_ENTRIES = 1 << 26
-"""Entries of a chunk, [c, v], at most: 256 MiB in fp32 for each model."""
+CHUNK_ROW_BYTES = 1024
+"""Rows of a chunk times the bytes of a logit: 256 rows in fp32, 512 in bf16. Each chunk costs the head's gradient one
+pass over [v, d], and so many rows make that small (measured: 128 rows in fp32 cost 7% more time)."""
+CHUNK_BYTES = 1 << 28
+"""Bytes of a chunk's logits, [c, v], at most, for each model."""
 BLOCK_ENTRIES = 3 << 17
 """Entries of a block, [b, v]: the six buffers of a closed form, 1.5 MiB each, stay in the third-level cache."""
 AUTOGRAD_ENTRIES = 1 << 17
@@ -57,9 +57,11 @@ class Work:
         )
 
 
-def chunk_rows(n: int, width: int, chunk: int | None) -> int:
-    """Rows of a chunk: what the caller said, else what CHUNK_ENTRIES leaves room for."""
-    return max(1, min(n, chunk if chunk is not None else max(32, min(CHUNK_ROWS, CHUNK_ENTRIES // width))))
+def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch.float32) -> int:
+    """Rows of a chunk: what the caller said, else CHUNK_ROW_BYTES' worth where CHUNK_BYTES leaves room for them."""
+    if chunk is None:
+        chunk = max(32, min(CHUNK_ROW_BYTES, CHUNK_BYTES // width) // dtype.itemsize)
+    return max(1, min(n, chunk))
 
 
 def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -112,10 +114,7 @@ class ChunkedLoss(torch.autograd.Function):
         seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
         bad = torch.zeros((), dtype=fp, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # fp32 throughout: a sum of bf16 products kept in bf16 is worse than the plain program
-        grad_weight = torch.empty(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
-        if grad_weight is not None:
-            grad_weight[width if n else 0 :].zero_()
+        head_gradient = HeadGradient(weight, width, -(-n // work.chunk)) if wants_weight else None
         grad_bias = (
             torch.zeros(bias.shape, dtype=fp, device=weight.device)
             if wants_bias and bias is not None
@@ -133,7 +132,7 @@ class ChunkedLoss(torch.autograd.Function):
             for name in ROWS:
                 seen[name][rows] = getattr(judged, name)
             loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
-            bad += (~judged.finite).sum()
+            bad += judged.bad
             if wants_any:
                 kept = rows_with_gradient(judged.weight) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
@@ -145,14 +144,14 @@ class ChunkedLoss(torch.autograd.Function):
                     else:
                         grad_hidden[rows] = 0
                         grad_hidden[rows][kept] = part.to(hidden.dtype)
-                if grad_weight is not None:
-                    add_product(grad_weight[:width], gradient, inputs, first=rows.start == 0)
+                if head_gradient is not None:
+                    head_gradient.add(gradient, inputs)
                 if grad_bias is not None:
                     for piece in cuts(0, width, PIECE):
                         grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.gradients = [grad_hidden, None if head_gradient is None else head_gradient.total, grad_bias]
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
@@ -189,7 +188,8 @@ def judge_chunk(
         judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
         for block in cuts(0, raw.shape[0], max(1, entries // width))
     ]
-    return Seen(*(torch.cat(column) for column in zip(*judged, strict=True)))
+    *columns, bad = zip(*judged, strict=True)
+    return Seen(*(torch.cat(column) for column in columns), sum(bad))
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
@@ -207,20 +207,35 @@ def rows_with_gradient(weight: Tensor) -> Tensor | None:
     return None if kept.shape[0] == weight.shape[0] else kept
 
 
-def add_product(total: Tensor, gradient: Tensor, inputs: Tensor, *, first: bool) -> None:
-    """total [v, d] += gradient^T [v, c] inputs [c, d]; the first chunk writes instead of adding to zeros.
+class HeadGradient:
+    """The sum of gradient^T [v, c] inputs [c, d] over a known number of chunks, ``total`` [v, d] in the head's dtype.
 
-    Of a bf16 product only PIECE rows exist at a time, added in fp32 while they are in the cache.
+    No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
+    second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
+    need no second tensor: they are rounded once.
     """
-    if gradient.dtype == total.dtype:
-        if first:
+
+    def __init__(self, weight: Tensor, width: int, products: int) -> None:
+        self.total, self.width = torch.empty_like(weight, memory_format=torch.contiguous_format), width
+        self.total[width if products else 0 :].zero_()
+        self.narrow = weight.dtype.itemsize < 4
+        self.rest = torch.zeros_like(self.total[:width]) if self.narrow and products > 2 else None
+        self.empty = True
+
+    def add(self, gradient: Tensor, inputs: Tensor) -> None:
+        """Adds one chunk's product; below fp32 PIECE rows at a time, which stay in the cache."""
+        total = self.total[: self.width]
+        if self.empty:
             torch.mm(gradient.t(), inputs, out=total)
-        else:
+        elif not self.narrow:
             torch.addmm(total, gradient.t(), inputs, out=total)
-        return
-    for piece in cuts(0, total.shape[0], PIECE):
-        part = gradient[:, piece].t() @ inputs
-        if first:
-            total[piece].copy_(part)
         else:
-            total[piece].add_(part)
+            for piece in cuts(0, self.width, PIECE):
+                product = gradient[:, piece].t() @ inputs
+                if self.rest is None:
+                    total[piece].add_(product)
+                else:
+                    exact = product.float().add_(total[piece]).add_(self.rest[piece])
+                    total[piece].copy_(exact)
+                    self.rest[piece].copy_(exact.sub_(total[piece]))
+        self.empty = False

@@ -274,7 +274,7 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
     share = rows.scale.to(torch.float32) * weight
     if settings.wants_gradient:
         launch.gradient(floats, factor.contiguous(), share.contiguous())
-    return Seen(divergence, weight, acceptance, overlap, finite)
+    return Seen(divergence, weight, acceptance, overlap, (~finite).sum())
 
 
 class _Launch:

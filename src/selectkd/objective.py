@@ -96,7 +96,6 @@ class Objective:
         """The acceptance of a pair's rows, [n] in [0, 1], before ``always_accept``."""
         return self.verifier(pair, uniform)
 
-    @torch.no_grad()
     def weigh(
         self,
         pair: TokenPair,
@@ -109,7 +108,6 @@ class Objective:
             acceptance = self.accept(pair, uniform)
         return self.weight_of(acceptance.to(pair.logq.dtype), uniform, label=pair.label, finite=pair.finite)
 
-    @torch.no_grad()
     def weight_of(
         self,
         acceptance: Float[Tensor, " n"],

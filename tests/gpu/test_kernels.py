@@ -55,9 +55,10 @@ def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=No
             seen = reference(raw, slice(0, C), chunk, at, settings, Scratch())
         results.append((raw, seen))
     (raw, seen), (raw_there, seen_there) = results
+    assert int(seen.bad) == int(seen_there.bad)
     # fp32 sums of 300 terms in another order
     torch.testing.assert_close(raw, raw_there, atol=2e-6, rtol=2e-5)
-    for name in ("divergence", "weight", "acceptance", "overlap", "finite"):
+    for name in ("divergence", "weight", "acceptance", "overlap"):
         torch.testing.assert_close(
             getattr(seen, name), getattr(seen_there, name), atol=2e-6, rtol=2e-5, msg=name
         )
@@ -128,7 +129,7 @@ def test_unshared_ids_take_no_part():
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_teacher_row_that_is_not_finite_teaches_nothing():
     seen = compare(Objective("forward_kl", "always", beta=0.2), spoil=2)
-    assert (~seen.finite).nonzero().tolist() == [[2]] and seen.weight[2] == 0
+    assert int(seen.bad) == 1 and seen.weight[2] == 0
 
 
 def test_always_accept_and_thinning():

@@ -86,7 +86,7 @@ class DistillationModel(nn.Module):
             try:
                 return distillation_loss(hidden, *given, chunk=self.chunk, **named)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                rows = self.chunk or chunk_rows(hidden.shape[0], given[0].width, None)
+                rows = self.chunk or chunk_rows(hidden.shape[0], given[0].width, None, given[0].weight.dtype)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:
