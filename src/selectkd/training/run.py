@@ -22,6 +22,7 @@ from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.data.supervised import supervised
 from selectkd.models.save import save_student
 from selectkd.schedules import TaidSchedule
+from selectkd.training.breakdown import Breakdown, breakdown
 from selectkd.training.card import model_card
 from selectkd.training.counts import rank, ranks, sequence_means
 from selectkd.training.evaluation import Evaluation, evaluate, probe
@@ -220,6 +221,7 @@ class _Watch:
         stopping = recipe.training.early_stopping
         self.patience = None if stopping is None else stopping.patience
         self.verdicts: Tensor | None = None
+        self.breakdown: Breakdown | None = None
         self.latest: Evaluation | None = None
         self.latest_step = self.best_step = 0
         self.best_seen: Evaluation | None = None
@@ -254,6 +256,9 @@ class _Watch:
             made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk
         )
         line["probe_tar"] = tar_of(verdicts, made.probe)
+        if self.breakdown is None:
+            self.breakdown = breakdown(made.student, made.teacher, made.probe, chunk=training.chunk)
+        line |= self.breakdown.acceptance(verdicts)
         if self.verdicts is not None:
             line["probe_lost"] = int(((self.verdicts >= 0.5) & (verdicts < 0.5)).sum())
             line["probe_won"] = int(((self.verdicts < 0.5) & (verdicts >= 0.5)).sum())

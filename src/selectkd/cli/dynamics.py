@@ -1,0 +1,48 @@
+"""``selectkd dynamics RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
+from selectkd.cli.terminal import say
+
+
+def dynamics(
+    run: Annotated[Path, typer.Argument(help="A run folder, with metrics.jsonl.")],
+    json_file: JsonFile = None,
+    figure: FigureFile = None,
+) -> None:
+    """How TAR grew on the fixed probe batch: Theorem 1's kappa, steps back, flips, TAR against held-out loss."""
+    from selectkd.evals.dynamics import dynamics as measure
+    from selectkd.evals.figures import check_figure, draw_dynamics
+
+    check_answer(json_file)
+    check_figure(figure)
+    seen = measure(run)
+    if figure is not None:
+        draw_dynamics(seen, figure)
+    write_answer(json_file, seen.as_dict())
+    if json_file == STDOUT:
+        return
+    say(f"{'step':>7}{'TAR':>8}{'held-out KL':>13}{'lost':>6}{'won':>6}")
+    for look in seen.looks:
+        kl = "" if look.kl is None else f"{look.kl:.4f}"
+        say(f"{look.step:>7}{look.tar:>8.3f}{kl:>13}{look.lost:>6}{look.won:>6}")
+    if seen.line is None:
+        say("kappa: fewer than three looks below TAR 1, so nothing can be fitted")
+    else:
+        one = seen.line
+        say(
+            f"kappa {one.kappa:.4g} [{one.low:.4g}, {one.high:.4g}] per unit of learning rate, {one.rate:.3g} a step "
+            f"({one.used} looks, R2 {one.r_squared:.2f}, residuals correlated {one.correlation:.2f})"
+        )
+    say(
+        f"TAR did not fall on {seen.nondecreasing_share:.0%} of the looks; flips: "
+        f"{seen.lost} accepted to rejected, {seen.won} rejected to accepted"
+    )
+    if seen.rank_correlation is not None:
+        say(f"TAR against held-out KL: rank correlation {seen.rank_correlation:+.2f}")

@@ -1,0 +1,72 @@
+"""Figures of evaluations, as PNG, SVG or PDF by the name of the file; matplotlib is an extra and loaded here alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selectkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selectkd.evals.dynamics import Dynamics
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_figure(path: Path | None) -> None:
+    """ConfigError, before anything is computed, unless a figure can be drawn to ``path``; None needs nothing."""
+    if path is None:
+        return
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--figure {path}: the name must end in one of {', '.join(SUFFIXES)}.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--figure {path}: the folder {path.parent} does not exist. Make it first.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "figures need matplotlib. Install it: pip install 'selectkd[figures]', or leave out --figure."
+        )
+
+
+def draw_dynamics(seen: Dynamics, path: Path) -> None:
+    """TAR over steps, log(1 - TAR) with its fit, TAR against held-out KL, acceptance by teacher entropy."""
+    figure = _figure(10, 7)
+    tar, line, loss, sure = figure.subplots(2, 2).ravel()
+    steps = [look.step for look in seen.looks]
+    tars = [look.tar for look in seen.looks]
+    tar.plot(steps, tars, "o-")
+    tar.set(xlabel="step", ylabel="TAR", title="TAR on the fixed probe batch", ylim=(0, 1))
+
+    import numpy as np
+
+    below = [look for look in seen.looks if look.tar < 1]
+    x = np.array([look.learned for look in below])
+    line.plot(x, np.log1p(-np.array([look.tar for look in below])), "o")
+    fitted = seen.line
+    if fitted is not None:
+        line.plot(x, fitted.intercept - fitted.kappa * x, "-")
+        line.set_title(f"kappa {fitted.kappa:.3g} [{fitted.low:.3g}, {fitted.high:.3g}]")
+    line.set(xlabel="summed learning rate", ylabel="log(1 - TAR)")
+
+    held = [look for look in seen.looks if look.kl is not None]
+    loss.plot([look.kl for look in held], [look.tar for look in held], "o-")
+    loss.set(xlabel="held-out KL (nats a token)", ylabel="TAR", title="TAR against held-out loss")
+
+    for look, label in ((seen.looks[0], "first look"), (seen.looks[-1], "last look")):
+        names = [f"{one['from']:g}+" for one in look.by_entropy]
+        sure.plot(names, [one["acceptance"] for one in look.by_entropy], "o-", label=label)
+    if sure.get_lines():
+        sure.legend()
+    sure.set(xlabel="teacher entropy (nats)", ylabel="acceptance", title="who is accepted", ylim=(0, 1))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure outside matplotlib's global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)

@@ -1,0 +1,201 @@
+"""The statistics of every evaluation: bootstrap, paired bootstrap, McNemar's exact test, Wilson's interval.
+
+n units: problems, sequences, prompts; two models answer the same ones. scipy does the mathematics; what stands here
+are the choices: percentile bootstraps, 95%, a seed. Everything is a pure function of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from selectkd.errors import ConfigError
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+"""A percentile at 2.5% of 10,000 resamples rests on 250 of them: its own error is about 3% of the interval."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the interval around it, in the value's units; low <= high, and both equal value where n says
+    nothing.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second minus first on the same units, its interval, and the two-sided p of no difference, in (0, 1]."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """How often only the first and only the second was right, and the exact two-sided p that both are as good."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a proportion successes / n, within [0, 1]; [0, 1] at n = 0.
+
+    Unlike the normal interval it has a width at 0 of n and n of n, and holds its level for small n.
+    Source: Wilson, JASA 22 (1927), by way of scipy.stats.binomtest.
+
+    >>> seen = wilson(8, 10)
+    >>> round(seen.low, 4), seen.value, round(seen.high, 4)
+    (0.4902, 0.8, 0.9433)
+    """
+    if n == 0:
+        return Interval(float("nan"), 0.0, 1.0, 0)
+    if not 0 <= successes <= n:
+        raise ConfigError(f"{successes} successes of {n}: give at most as many as there are trials.")
+    found = stats.binomtest(successes, n).proportion_ci(confidence_level=level, method="wilson")
+    return Interval(successes / n, float(found.low), float(found.high), n)
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of [n] values and its percentile bootstrap over the units.
+
+    >>> bootstrap_mean([2.0, 2.0, 2.0])
+    Interval(value=2.0, low=2.0, high=2.0, n=3)
+    """
+    values = _vector(values)
+    return bootstrap_ratio(values, np.ones_like(values), level=level, resamples=resamples, seed=seed)
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """sum(numerator) / sum(denominator) and its percentile bootstrap, units drawn with both their numbers.
+
+    For a rate per token over sequences of unequal length: the sequence is the unit, since tokens of one sequence
+    are not independent. nan where the denominators sum to 0.
+
+    >>> bootstrap_ratio([1.0, 3.0], [2.0, 6.0]).value
+    0.5
+    """
+    top, below = _vector(numerator), _vector(denominator)
+    if top.shape != below.shape:
+        raise ConfigError(f"{len(top)} numerators and {len(below)} denominators: every unit needs both.")
+    n = len(top)
+    if n == 0 or not below.sum():
+        return Interval(float("nan"), float("nan"), float("nan"), n)
+    value = float(top.sum() / below.sum())
+    drawn = _resampled((top, below), _ratio, resamples=resamples, seed=seed)
+    low, high = _percentiles(drawn, level)
+    return Interval(value, min(low, value), max(high, value), n)
+
+
+def paired_bootstrap(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """mean(second - first) on the same n units, with the percentile bootstrap of the pairs.
+
+    p is twice the smaller share of resamples on either side of 0, one added to count and total so that it is never 0.
+    Source: Koehn, Statistical significance tests for machine translation evaluation, EMNLP 2004.
+
+    >>> paired_bootstrap([0.0, 1.0], [0.0, 1.0])
+    Difference(value=0.0, low=0.0, high=0.0, p=1.0, n=2)
+    """
+    one, two = _vector(first), _vector(second)
+    if one.shape != two.shape:
+        raise ConfigError(f"{len(one)} and {len(two)} answers: a paired comparison needs the same questions.")
+    apart = two - one
+    n = len(apart)
+    if n == 0:
+        return Difference(float("nan"), float("nan"), float("nan"), 1.0, 0)
+    drawn = _resampled((apart,), _mean, resamples=resamples, seed=seed)
+    low, high = _percentiles(drawn, level)
+    value = float(apart.mean())
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+    return Difference(value, min(low, value), max(high, value), p, n)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """McNemar's exact test on right or wrong of two models: of the units they differ on, half should be the second's.
+
+    p is the two-sided binomial probability, 1 where they never differ.
+    Source: McNemar, Psychometrika 12 (1947); exact form, by way of scipy.stats.binomtest.
+
+    >>> mcnemar([True] * 5, [False] * 5)
+    McNemar(only_first=5, only_second=0, p=0.0625)
+    """
+    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if one.shape != two.shape:
+        raise ConfigError(f"{len(one)} and {len(two)} answers: a paired comparison needs the same questions.")
+    only_first, only_second = int((one & ~two).sum()), int((two & ~one).sum())
+    apart = only_first + only_second
+    p = float(stats.binomtest(only_second, apart).pvalue) if apart else 1.0
+    return McNemar(only_first, only_second, p)
+
+
+def _resampled(
+    units: tuple[NDArray[np.float64], ...], statistic: Any, *, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """The statistic of ``resamples`` resamples of the units; of one unit, the same value each time."""
+    n = len(units[0])
+    if n == 1:
+        return np.full(resamples, statistic(*units, axis=-1))
+    found = stats.bootstrap(
+        units,
+        statistic,
+        paired=len(units) > 1,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, 2_000_000 // n),  # at most 16 MB of drawn numbers at a time
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return np.asarray(found.bootstrap_distribution)
+
+
+def _percentiles(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _mean(values: NDArray[np.float64], axis: int) -> Any:
+    return values.mean(axis=axis)
+
+
+def _ratio(top: NDArray[np.float64], below: NDArray[np.float64], axis: int) -> Any:
+    # a resample without any denominator says nothing: it repeats the whole sample's ratio of 0 / tiny = 0
+    return top.sum(axis=axis) / np.maximum(below.sum(axis=axis), np.finfo(np.float64).tiny)
+
+
+def _vector(values: ArrayLike) -> NDArray[np.float64]:
+    made = np.asarray(values, dtype=np.float64)
+    if made.ndim != 1:
+        raise ConfigError(f"a statistic of {made.ndim} axes: give one number for each unit.")
+    return made
