@@ -105,7 +105,8 @@ def _closed(
         if temperature != 1.0:
             zq.div_(temperature)
             zp.div_(temperature)
-        p, q, spare = (scratch.of(name, *zq.shape, zq)[: len(zq)] for name in ("p", "q", "spare"))
+        b, v = zq.shape
+        p, q, spare = (scratch.of(name, b, v, zq)[:b] for name in ("p", "q", "spare"))
         top = argmax(zq)  # [b]
         at = top[:, None]
         torch.softmax(zq, -1, out=q)
@@ -144,7 +145,8 @@ def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
         return head.finish(raw)
     if raw.dtype in (torch.float32, torch.float64):
         return raw
-    return scratch.of(name, *raw.shape, raw, torch.float32)[: len(raw)].copy_(raw)
+    rows, width = raw.shape
+    return scratch.of(name, rows, width, raw, torch.float32)[:rows].copy_(raw)
 
 
 def _top_k(
@@ -161,7 +163,7 @@ def _top_k(
     with torch.no_grad():
         logits = widened(head, target, "zq", scratch)
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
-        q = scratch.of("q", *logits.shape, logits)[: len(logits)]
+        q = scratch.of("q", logits.shape[0], logits.shape[1], logits)[: len(logits)]
         top = argmax(logits)
         torch.softmax(logits, -1, out=q)
         chosen = q.gather(-1, ids)  # [b, K]

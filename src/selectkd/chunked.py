@@ -188,8 +188,8 @@ def judge_chunk(
         judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
         for block in cuts(0, raw.shape[0], max(1, entries // width))
     ]
-    *columns, bad = zip(*judged, strict=True)
-    return Seen(*(torch.cat(column) for column in columns), sum(bad))
+    divergence, weight, acceptance, overlap, bad = zip(*judged, strict=True)
+    return Seen(torch.cat(divergence), torch.cat(weight), torch.cat(acceptance), torch.cat(overlap), sum(bad))
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
