@@ -214,7 +214,11 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         heldout = list(text(evaluation.reading, stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
-    streams = streams_of([source.name for source in sources], recipe.data.policies)
+    streams = streams_of(
+        [source.name for source in sources],
+        recipe.data.policies,
+        [source.written_by for source in recipe.data.sources],
+    )
     losses, extras = losses_of(recipe, streams), extras_of(recipe)
     check_labels(extras, teacher.payload, teacher.source)
     for spec in losses:

@@ -35,5 +35,6 @@ def writer_for(
         width=len(tokenizer),
         pad_id=pad_id_of(tokenizer),
         max_length=recipe.training.max_length,
+        max_new_tokens=recipe.data.max_new_tokens,
         seed=recipe.training.seed,
     )

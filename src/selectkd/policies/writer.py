@@ -48,6 +48,7 @@ class Writer:
     width: int
     pad_id: int
     max_length: int
+    max_new_tokens: int | None = None
     seed: int = 42
     steps: int = 1
     buffers: dict[int, ReplayBuffer] = field(default_factory=dict, init=False)
@@ -189,7 +190,8 @@ class Writer:
         self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int
     ) -> list[Text]:
         """(prompt, completion) of each turn, None where the prompt leaves no room."""
-        room = [min(policy.max_new_tokens or self.max_length, self.max_length - len(t.prompt)) for t in turns]
+        most = policy.max_new_tokens or self.max_new_tokens or self.max_length
+        room = [min(most, self.max_length - len(turn.prompt)) for turn in turns]
         able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
         texts = generate(
             models,
