@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, compare, data, demo, dynamics, env, generate, init, show, train
+from selectkd.cli import cache, compare, data, demo, dynamics, env, generate, init, panel, show, train
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -32,6 +32,7 @@ app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
+app.command("panel")(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command("dynamics")(dynamics.dynamics)
