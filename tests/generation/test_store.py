@@ -160,9 +160,18 @@ def test_a_server_that_cannot_is_a_teacher_error(
 ) -> None:
     command = ["generate", str(recipe), "--out", str(tmp_path / "x.jsonl"), "--server", server(ids=True)]
     assert main([*command, "--server-model", "other"]) == 4
-    assert "answered 404" in capsys.readouterr().err
+    assert "status 404" in capsys.readouterr().err
     assert main(command) == 2  # no name for the model
-    gone = ["generate", str(recipe), "--out", str(tmp_path / "x.jsonl"), "--server", "http://127.0.0.1:9"]
+    gone = [
+        "generate",
+        str(recipe),
+        "--out",
+        str(tmp_path / "x.jsonl"),
+        "--server",
+        "http://127.0.0.1:9",
+        "--server-wait",
+        "0",
+    ]
     assert main([*gone, "--server-model", "tiny"]) == 4
 
 

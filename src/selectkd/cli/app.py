@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, compare, data, demo, dynamics, env, generate, init, panel, show, train
+from selectkd.cli import (
+    cache,
+    compare,
+    data,
+    demo,
+    dynamics,
+    env,
+    generate,
+    init,
+    panel,
+    show,
+    teacher,
+    train,
+)
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -35,6 +48,7 @@ app.command("compare")(compare.compare)
 app.command("panel")(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+app.add_typer(teacher.app, name="teacher")
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)

@@ -28,6 +28,7 @@ def generate(
     server_model: Annotated[
         str | None, typer.Option("--server-model", help="The model's name there.")
     ] = None,
+    wait: Annotated[float, typer.Option("--server-wait", min=0, help="Seconds to wait for it.")] = 60.0,
     key_env: Annotated[
         str | None,
         typer.Option("--server-key-env", help="The environment variable that holds the server's key."),
@@ -58,7 +59,7 @@ def generate(
     without_other_bars()
     there = None
     if server is not None and server_model is not None:
-        there = CompletionServer(server, server_model, os.environ.get(key_env) if key_env else None)
+        there = CompletionServer(server, server_model, os.environ.get(key_env) if key_env else None, wait)
     wish = wish_of(checked, by, copies=copies, server=there)
     started = time.perf_counter()
     done = write(checked, out, wish, on_texts=lambda written, wanted: say(f"{written} of {wanted} texts"))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx2
-
-from selectkd.errors import TeacherError
 from selectkd.generation.engine import Completion, Request, prompt_key
 from selectkd.generation.sampling import Sampling
+from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object, of_length, token_id
+from selectkd.teachers.remote.connection import Connection, Question, Reply
+
+PATH = "/v1/completions"
+BYTES = 256
+"""A token of an answer at the most, as text and as an id with the JSON around it."""
+FRAME = 1 << 16
+"""What an answer holds besides its tokens."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,13 @@ class CompletionServer:
     A prompt goes out as token ids, so its template and tokens are ours. The answer is taken as ids where the server
     gives them (vLLM does), else its text is tokenised here, and the end token added where the server says it stopped
     by itself. Its draws are seeded by prompt; whether the same seed gives the same text is the server's affair.
+    Deadlines, patience and limits are a remote teacher's (``Connection``); ``wait`` seconds for a server that is away.
     """
 
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
-    timeout: float = 120.0
-    concurrency: int = 8
+    wait: float = 60.0
 
     def complete(
         self,
@@ -42,19 +47,15 @@ class CompletionServer:
 
         end: the id that ends a text, None where the tokenizer has none.
         """
-        headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
-        with (
-            httpx2.Client(timeout=self.timeout, trust_env=False, headers=headers) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-            bodies = [self._body(request, sampling, seed) for request in requests]
-            answers = list(pool.map(lambda body: self._ask(client, body), bodies))
-        return [
-            _completion(answer, request, tokenizer, end, self.url)
-            for answer, request in zip(answers, requests, strict=True)
-        ]
+        connection = Connection(self.url.rstrip("/"), self.key, wait=self.wait)
+        try:
+            return connection.ask([self._question(one, sampling, tokenizer, end, seed) for one in requests])
+        finally:
+            connection.close()
 
-    def _body(self, request: Request, sampling: Sampling, seed: int) -> dict[str, Any]:
+    def _question(
+        self, request: Request, sampling: Sampling, tokenizer: Any, end: int | None, seed: int
+    ) -> Question[Completion]:
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(request.prompt),
@@ -64,41 +65,32 @@ class CompletionServer:
             "seed": (prompt_key(request.prompt, request.copy) ^ seed) & 0x7FFFFFFF,
             "return_token_ids": True,
         }
-        return body if sampling.top_k is None else {**body, "top_k": sampling.top_k}
+        if sampling.top_k is not None:
+            body["top_k"] = sampling.top_k
 
-    def _ask(self, client: httpx2.Client, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            answer = client.post(f"{self.url.rstrip('/')}/v1/completions", json=body)
-        except httpx2.HTTPError as error:
-            raise TeacherError(
-                f"{self.url} gave no completion: {type(error).__name__}: {error}. Start it, or check --server."
-            ) from error
-        if answer.status_code != 200:
-            raise TeacherError(
-                f"{self.url} answered {answer.status_code} to a completion: {answer.text[:200]}. Check --server-model, "
-                "which it must know, and its length limit."
-            )
-        try:
-            choice = answer.json()["choices"][0]
-            if not isinstance(choice["text"], str):
-                raise TypeError("text is no string")
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise TeacherError(
-                f"{self.url} answered with something else than a completion ({type(error).__name__}: {error})."
-            ) from error
-        return choice
+        def read(reply: Reply) -> Completion:
+            return completion_of(reply.body, request, tokenizer, end)
+
+        cap = FRAME + BYTES * (request.limit + len(request.prompt))
+        return Question(PATH, json.dumps(body).encode(), cap, read, what="a completion")
 
 
-def _completion(
-    choice: dict[str, Any], request: Request, tokenizer: Any, end: int | None, url: str
-) -> Completion:
+def completion_of(answer: bytes, request: Request, tokenizer: Any, end: int | None) -> Completion:
+    """The completion in an answer; WrongAnswer where it has none, or tokens that are not this tokenizer's."""
+    choice = is_object(of_length(json_object(answer).get("choices"), 1, "choices")[0], "the choice")
+    text, given = choice.get("text"), choice.get("token_ids")
     stopped = choice.get("finish_reason") == "stop"
-    ids = choice.get("token_ids")
-    if ids is None:
-        ids = list(tokenizer(choice["text"], add_special_tokens=False)["input_ids"])
+    if given is not None:
+        ids = [
+            token_id(one, "a token of the completion")
+            for one in of_length(given, len(given) if isinstance(given, list) else 0, "token_ids")
+        ]
+        strange = next((one for one in ids if not 0 <= one < len(tokenizer)), None)
+        if strange is not None:
+            raise WrongAnswer(f"token {strange} is none of the student's {len(tokenizer)}")
+    elif isinstance(text, str):
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         ids += [end] if stopped and end is not None else []
-    elif not all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in ids):
-        raise TeacherError(
-            f"{url} answered with token ids that are not this tokenizer's. Serve a model with the student's tokenizer."
-        )
+    else:
+        raise WrongAnswer("the choice has neither token_ids nor text")
     return Completion(ids[: request.limit], ended=stopped)

@@ -25,9 +25,9 @@ def run_apart(values: Mapping[str, Any], folder: Path, *, keep: bool = False) ->
     comparison's one verifier, training tokens a second, and the peak of the process (of the accelerator where there is
     one). keep: leave the student's weights in the run folder.
     """
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
-        context.set_forkserver_preload(["selectkd.studies.preloaded"])  # type: ignore[attr-defined]
+        context.set_forkserver_preload(["selectkd.studies.preloaded"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(dict(values), str(folder), keep, sender))
     process.start()
