@@ -4,11 +4,9 @@ weights load.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,16 +85,19 @@ class Plan:
 
 
 def assemble(
-    recipe: Any, *, device: torch.device | str = "cpu", stage: Callable[[str], None] | None = None
+    recipe: Any,
+    *,
+    device: torch.device | str = "cpu",
+    stage: Callable[[str], None] | None = None,
+    kept: Sequence[int] | None = None,
 ) -> Assembly:
     """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what
     is going on.
 
-    Raises ConfigError for names, parameters, folders and tokenizers that cannot work, DataError for text that
-    cannot.
+    kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose.
+    Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
     """
     say = stage if stage is not None else _silent
-    check_output_dir(Path(recipe.training.output_dir))
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
     plan = prepare(recipe)
@@ -106,7 +107,7 @@ def assemble(
     examples = [example for source in plan.sources for example in source.examples]
     told: list[str] = []
 
-    student, source, revision, kept, cut = _student(recipe, plan, examples, device, say, told)
+    student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:
         _checkpoint(student)
     if recipe.training.lora is not None:
@@ -149,7 +150,7 @@ def assemble(
         teacher_plan=plan.teacher,
         student_source=source,
         student_revision=revision,
-        kept=kept,
+        kept=layers,
         cut=cut,
         told=told,
         losses=plan.losses,
@@ -300,28 +301,6 @@ def check_loggers(names: Sequence[str]) -> None:
         )
 
 
-def check_output_dir(folder: Path) -> None:
-    """ConfigError unless a run can be written to ``folder``: it must be absent or empty, in a place that is
-    writable.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"training.output_dir = {folder} is a file. Name a folder that is new or empty.")
-    if folder.is_dir() and any(folder.iterdir()):
-        what = "holds another run" if (folder / "manifest.json").exists() else "is not empty"
-        raise ConfigError(f"training.output_dir = {folder} {what}. Name a new folder, or delete this one.")
-    above = folder
-    while not above.exists():
-        above = above.parent
-    try:
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"training.output_dir = {folder} cannot be written: {error.strerror} ({above}). "
-            "Name another folder."
-        ) from error
-
-
 def _student(
     recipe: Any,
     plan: Plan,
@@ -329,6 +308,7 @@ def _student(
     device: torch.device | str,
     say: Callable[[str], None],
     told: list[str],
+    chosen: Sequence[int] | None,
 ) -> tuple[nn.Module, str, str | None, list[int] | None, CutReport | None]:
     """(student, source, revision, kept layers, how they were chosen)."""
     dtype = recipe.training.dtype
@@ -342,12 +322,13 @@ def _student(
     loaded.model.to(device)
     say("choosing the student's layers")
     measured_on = plan.heldout or examples
-    if wanted.choose == "measured" and not plan.heldout:
+    choose = wanted.choose if chosen is None else chosen
+    if choose == "measured" and not plan.heldout:
         told.append(
             "there is no held-out text, so the student's layers are chosen on the first training samples."
         )
-    texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if wanted.choose == "measured" else None
-    choose = wanted.choose if isinstance(wanted.choose, str) else list(wanted.choose)
+    texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if choose == "measured" else None
+    choose = choose if isinstance(choose, str) else list(choose)
 
     def removed(layer: int, kept: tuple[int, ...], kl: float) -> None:
         say(f"choosing layers: {len(kept)} left on the way to {wanted.layers}, held-out KL {kl:.3f}")

@@ -254,7 +254,8 @@ class Training(Section):
     dtype: Dtype = "float32"
     lora: Lora | None = None
     gradient_checkpointing: bool = False
-    save_every: Count | None = None
+    save_every: Count | Literal["auto"] | None = "auto"
+    keep: Annotated[Whole, Field(ge=2)] = 2
     evaluate_every: Count | None = None
     early_stopping: EarlyStopping | None = None
     chunk: Count | None = None

@@ -177,7 +177,10 @@ class Writer:
         new = {key: turn for key, turn in zip(keys, turns, strict=True) if key not in self._teacher_text}
         if new:
             rule = Draw(_sampling(policy))
+            # not counted: a run that is taken up again writes it anew, and its log must be the same
+            counted, self.counts = self.counts, Counter()
             written = self._generated([self._the_teacher()], policy, list(new.values()), rule, step=0)
+            self.counts = counted
             for key, text in zip(new, written, strict=True):
                 if len(self._teacher_text) < KEPT or key in keys:
                     self._teacher_text[key] = [] if text is None else text[1]
@@ -237,34 +240,38 @@ class Writer:
             scheduler.evaluated(loss)
 
     def told(self) -> dict[str, Any]:
-        """What was written since the last call, for a log line: texts, tokens, the share that came to an end, the share
-        of tokens a second model put in, the buffers, phi.
+        """What was written since the last call, for a log line: ``written`` (texts but the teacher's own, tokens, the
+        share that came to an end, the share of tokens a second model put in, the buffers, phi) and
+        ``writing_seconds``.
         """
         counts, seconds = self.counts, self.seconds
         self.counts, self.seconds = Counter(), 0.0
         tokens = counts["tokens"]
-        line: dict[str, Any] = {
+        written: dict[str, Any] = {
             "texts": counts["texts"],
             "tokens": tokens,
             "ended": counts["ended"] / counts["texts"] if counts["texts"] else None,
             "replaced": counts["replaced"] / tokens if tokens else None,
-            "tokens_per_second": tokens / seconds if tokens and seconds else None,
         }
-        line |= {name: counts[name] for name in ("fresh", "replay", "dataset", "no_room") if counts[name]}
+        written |= {name: counts[name] for name in ("fresh", "replay", "dataset", "no_room") if counts[name]}
         if self.buffers:
-            line["stored"] = sum(map(len, self.buffers.values()))
+            written["stored"] = sum(map(len, self.buffers.values()))
         if self.schedulers:
-            line["phi"] = max(scheduler.phi for scheduler in self.schedulers.values())
-        return line
+            written["phi"] = max(scheduler.phi for scheduler in self.schedulers.values())
+        return {"written": written, "writing_seconds": seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is taken up again needs, as plain data: buffers and schedulers. One rank's own."""
+        """What a run that is taken up again needs, as plain data: buffers, schedulers, the counts of the next log
+        line.
+        """
         return {
+            "counts": dict(self.counts),
             "buffers": {str(source): buffer.state_dict() for source, buffer in self.buffers.items()},
             "schedulers": {str(source): one.state_dict() for source, one in self.schedulers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = Counter(state["counts"])
         for source, buffer in self.buffers.items():
             buffer.load_state_dict(state["buffers"][str(source)])
         for source, scheduler in self.schedulers.items():

@@ -77,11 +77,13 @@ def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dic
     held = held_out(kept[0], recipe.training.seed)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     lines = [line for line in lines if "tokens_per_second" in line]
+    clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
+    speed = {line["step"]: line["tokens_per_second"] for line in clock if "tokens_per_second" in line}
     tokens = int(lines[-1]["tokens"])
     training = sum(
-        (line["tokens"] - before) / line["tokens_per_second"]
+        (line["tokens"] - before) / speed[line["step"]]
         for line, before in zip(lines, [0, *(line["tokens"] for line in lines)], strict=False)
-        if line["tokens_per_second"]
+        if speed[line["step"]]
     )
     if not keep:
         shutil.rmtree(folder / "student")

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Ledger:
     write: Callable[[Any, int], Any] | None = None
 
     step: int = field(default=0, init=False)  # optimizer steps done, skipped ones included
-    skipped: int = field(default=0, init=False)
+    left_out: list[int] = field(default_factory=list, init=False)  # steps without finite numbers
     tokens: int = field(default=0, init=False)
     tar: float = field(default=0.0, init=False)  # of the last step
     last: dict[str, float] = field(default_factory=dict, init=False)  # sums of the last step
@@ -97,6 +97,38 @@ class Ledger:
         self._since = time.perf_counter()
         self.now = self.objective
         self.plan = LossPlan.of(self.objective)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out."""
+        return len(self.left_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The book between two steps, schedules of beta and t included."""
+        assert self.beta is not None  # __post_init__ saw to it
+        return {
+            "step": self.step,
+            "left_out": list(self.left_out),
+            "in_a_row": self._in_a_row,
+            "tokens": self.tokens,
+            "tar": self.tar,
+            "last": dict(self.last),
+            "window": [sums.clone() for sums in self._window],
+            "best_tar": self.beta.best_tar,
+            "taid": None if self.taid is None else asdict(self.taid),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next step is the one after the saved one."""
+        assert self.beta is not None  # __post_init__ saw to it
+        self.step, self.left_out, self._in_a_row = state["step"], list(state["left_out"]), state["in_a_row"]
+        self.tokens, self.tar, self.last = state["tokens"], state["tar"], dict(state["last"])
+        self._window = [sums.to(self.device) for sums in state["window"]]
+        self.beta = replace(self.beta, best_tar=state["best_tar"])
+        if self.taid is not None and state["taid"] is not None:
+            self.taid = replace(
+                self.taid, **{key: state["taid"][key] for key in ("t", "mean_fall", "last_loss")}
+            )
 
     def begin(self, micro: Sequence[Any]) -> list[Portion]:
         """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
@@ -174,7 +206,7 @@ class Ledger:
             if self.last["sequences"]:
                 self.tar = self.last["tar"] / self.last["sequences"]
             return True
-        self.skipped += 1
+        self.left_out.append(self.step)
         self._in_a_row += 1
         where = self._keep_batches()
         if self._in_a_row > BAD_IN_A_ROW or self.skipped > max(
