@@ -98,7 +98,7 @@ def test_a_server_that_is_down_at_the_start_is_waited_for_and_then_told(
     assert 0.3 < time.monotonic() - started < 10
     told = capsys.readouterr().err
     assert url in told and "teacher.wait, now 0.4 s" in told and "Traceback" not in told
-    assert not (tmp_path / "run").exists(), "refused before a weight was loaded"
+    assert not (tmp_path / "run" / "run.json").exists(), "refused before a weight was loaded"
 
 
 def test_a_server_that_starts_late_is_waited_for(model: Any) -> None:
