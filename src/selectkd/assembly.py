@@ -183,11 +183,6 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
-    if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
-        raise ConfigError(
-            f"objective.selector = {type(objective.verifier).__name__} compares with a reference student. "
-            "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
-        )
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
@@ -222,11 +217,15 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
     )
     losses, extras = losses_of(recipe, streams), extras_of(recipe)
     check_labels(extras, teacher.payload, teacher.source)
-    for spec in losses:
-        own = spec.objective_on(objective)
+    for own in [objective, *(one for spec in losses for one in spec.objectives_on(objective))]:
         exactness.check(
             own, teacher.payload, k=teacher.k, temperature=recipe.objective.temperature, source=teacher.source
         )
+        if getattr(own.verifier, "needs_reference", False) and recipe.reference is None:
+            raise ConfigError(
+                f"objective.selector = {type(own.verifier).__name__} compares with a reference student. "
+                "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
+            )
     if isinstance(teacher, SeveralPlan):
         teacher.check_streams([sources[stream.source].name for stream in streams])
     if isinstance(teacher, CachePlan) and any(policy.name != "dataset" for policy in recipe.data.policies):

@@ -114,6 +114,14 @@ def extras_of(recipe: Any) -> list[Extra]:
     extras = [build(EXTRAS, dict(spec), kind="extra") for spec in recipe.objective.extras]
     for extra in extras:
         if isinstance(extra, policy_gradient):
+            shaped = [
+                p for p in recipe.data.policies if (p.temperature, p.top_p, p.top_k) != (1.0, 1.0, None)
+            ]
+            if shaped:
+                raise ConfigError(
+                    "objective.extras policy_gradient corrects for text drawn from the models' own distributions; "
+                    f"data.policy {shaped[0].name} shapes them. Leave out its temperature, top_p and top_k."
+                )
             shares = {getattr(policy, "share", None) for policy in recipe.data.policies}
             if shares != {extra.share}:
                 raise ConfigError(

@@ -182,11 +182,10 @@ class Writer:
             written = self._generated([self._the_teacher()], policy, list(new.values()), rule, step=0)
             self.counts = counted
             for key, text in zip(new, written, strict=True):
-                if len(self._teacher_text) < KEPT or key in keys:
-                    self._teacher_text[key] = [] if text is None else text[1]
+                self._teacher_text[key] = [] if text is None else text[1]
         found = [self._teacher_text[key] for key in keys]
-        for key in list(self._teacher_text)[KEPT:]:
-            del self._teacher_text[key]
+        for oldest in list(self._teacher_text)[:-KEPT]:
+            del self._teacher_text[oldest]
         return [(turn.prompt, ids) if ids else None for turn, ids in zip(turns, found, strict=True)]
 
     def _generated(

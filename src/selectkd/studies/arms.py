@@ -90,7 +90,8 @@ def arms(
 
 def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> dict[str, Any]:
     made: dict[str, Any] = copy.deepcopy(dict(values))
-    made["training"] = {**(made.get("training") or {}), "seed": seed}
+    # a run that is killed is run again from its start, so that a checkpoint would only cost time
+    made["training"] = {"save_every": None, **(made.get("training") or {}), "seed": seed}
     chosen = made.pop("selection", None) or SELECTION
     if word:
         made["method"] = method_of(word)

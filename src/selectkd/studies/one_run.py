@@ -86,7 +86,8 @@ def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dic
         if speed[line["step"]]
     )
     if not keep:
-        shutil.rmtree(folder / "student")
+        for heavy in ("student", "checkpoints"):
+            shutil.rmtree(folder / heavy, ignore_errors=True)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_of_process()
     return {
         **held,
