@@ -186,11 +186,6 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         teacher.check_objective(objective)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
-    if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
-        raise ConfigError(
-            f"objective.selector = {type(objective.verifier).__name__} compares with a reference student. "
-            "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
-        )
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
     need, width = objective.verifier.teacher_tokens, len(tokenizer)
@@ -219,14 +214,22 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         heldout = list(text(evaluation.reading, stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
-    streams = streams_of([source.name for source in sources], recipe.data.policies)
+    streams = streams_of(
+        [source.name for source in sources],
+        recipe.data.policies,
+        [source.written_by for source in recipe.data.sources],
+    )
     losses, extras = losses_of(recipe, streams), extras_of(recipe)
     check_labels(extras, teacher.payload, teacher.source)
-    for spec in losses:
-        own = spec.objective_on(objective)
+    for own in [objective, *(one for spec in losses for one in spec.objectives_on(objective))]:
         exactness.check(
             own, teacher.payload, k=teacher.k, temperature=recipe.objective.temperature, source=teacher.source
         )
+        if getattr(own.verifier, "needs_reference", False) and recipe.reference is None:
+            raise ConfigError(
+                f"objective.selector = {type(own.verifier).__name__} compares with a reference student. "
+                "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."
+            )
     if isinstance(teacher, SeveralPlan):
         teacher.check_streams([sources[stream.source].name for stream in streams])
     if isinstance(teacher, CachePlan) and any(policy.name != "dataset" for policy in recipe.data.policies):

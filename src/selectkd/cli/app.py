@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, serve, show, teacher, train
+from selectkd.cli import (
+    cache,
+    compare,
+    data,
+    demo,
+    dynamics,
+    env,
+    generate,
+    init,
+    panel,
+    serve,
+    show,
+    teacher,
+    train,
+)
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -30,6 +44,9 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
+app.command("generate")(generate.generate)
+app.command("compare")(compare.compare)
+app.command("panel")(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")

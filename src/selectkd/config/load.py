@@ -64,6 +64,14 @@ def _text(path: Path) -> str:
         ) from None
 
 
+def values_of(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe file with overrides laid over them, for a recipe that ``load_recipe`` takes."""
+    values = _copied(read(_text(Path(path)), source=str(path)).value)
+    for override in overrides:
+        _lay(values, *_parsed(override))
+    return values
+
+
 def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recipe:
     values = document.value
     if values is None:

@@ -233,9 +233,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "The gradient goes through the student inside the mixture, as in DistiLLM.",
                     {"objective": {"by_writer": {"student": {"divergence": {"detach_mixture": False}}}}},
                 ),
-                "stored": Option(
-                    "The source holds the teacher's text already (`selectkd generate`).",
+                "fresh": Option(
+                    "The source holds the teacher's text (`selectkd generate`); the student writes its half anew.",
                     {"data": {"policy": {"teacher_text": "source"}}},
+                ),
+                "stored": Option(
+                    "Both halves are stored: two sources of one file, written_by: teacher and written_by: student.",
+                    {"data": {"policy": {"name": "dataset"}}},
                 ),
             },
         ),

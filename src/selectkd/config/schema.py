@@ -95,7 +95,8 @@ class StreamObjective(Section):
 class SourceSection(Section):
     """One source of text: a file, a folder or a hub data set id. The format is detected unless given.
 
-    policy: who writes its text, default data.policy. objective: what is different for it.
+    policy: who writes its text, default data.policy. objective: what is different for it. written_by: of a file of
+    `selectkd generate` the records by that writer alone.
     """
 
     path: Text
@@ -105,6 +106,7 @@ class SourceSection(Section):
     config: Text | None = None
     limit: Count | None = None
     weight: Annotated[float, Field(gt=0.0)] | None = None
+    written_by: Literal["teacher", "student"] | None = None
     policy: Policy | None = None
     objective: StreamObjective | None = None
 
@@ -119,10 +121,14 @@ def _evaluation_kind(value: Any) -> str:
 
 
 class Data(Section):
-    """The text: where it is, what is held out, and what to do with records that do not fit."""
+    """The text: where it is, who writes it, what is held out, and what to do with records that do not fit.
+
+    max_new_tokens: for a policy that names no limit of its own.
+    """
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
     policy: Policy = DatasetPolicy(name="dataset")
+    max_new_tokens: Count | None = None
     evaluation: (
         Annotated[
             Annotated[SourceSection, Tag("source")]

@@ -21,7 +21,7 @@ from selectkd.data.formats import FORMATS, to_sample
 from selectkd.data.render import Dropped, Example, OnTooLong, TrainOn, render
 from selectkd.errors import ConfigError, DataError
 
-SPEC_KEYS = ("path", "name", "format", "weight", "split", "limit", "config", "stream")
+SPEC_KEYS = ("path", "name", "format", "weight", "split", "limit", "config", "stream", "written_by")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def dataset_source(
     eos_ids: Collection[int] = (),
     route: Callable[[Mapping[str, Any], str], int] | None = None,
 ) -> Source:
-    """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config}.
+    """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by}.
 
     route: the teacher of a record, from its fields and its origin. Raises ConfigError for a key or weight that cannot
     be, DataError naming file:line for a record that cannot be trained on (kept in ``problems`` instead under
@@ -89,10 +89,14 @@ def dataset_source(
         limit=given.get("limit"),
         on_bad_record=on_bad_record,
     )
+    wanted = given.get("written_by")
     counts: Counter[str] = Counter(read=len(records))
     problems = list(records.skipped)
     examples: list[Example] = []
     for origin, record in records:
+        if wanted is not None and record.get("written_by") != wanted:
+            counts["by another writer"] += 1
+            continue
         try:
             result = render(
                 to_sample(record, records.format, origin=origin),

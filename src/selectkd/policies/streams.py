@@ -34,10 +34,13 @@ class Stream:
     writer: str
 
 
-def streams_of(names: Sequence[str], policies: Sequence[Any]) -> list[Stream]:
+def streams_of(
+    names: Sequence[str], policies: Sequence[Any], written_by: Sequence[str | None] = ()
+) -> list[Stream]:
     """The streams of a recipe: first one a source, under its name, then NAME.WRITER for what others write of it.
 
-    The first stream of a source is its text as it stands, or what a policy that always writes makes of it.
+    written_by: of each source whose file says it. The first stream of a source is its text as it stands, or what a
+    policy that always writes makes of it.
     """
     first, more = [], []
     for number, (name, policy) in enumerate(zip(names, policies, strict=True)):
@@ -46,6 +49,8 @@ def streams_of(names: Sequence[str], policies: Sequence[Any]) -> list[Stream]:
             writers = ("dataset", *writers)
         if policy.name == "student" and policy.probability == 1.0:
             writers = ("student",)
+        if policy.name == "dataset" and written_by and written_by[number] is not None:
+            writers = (str(written_by[number]),)
         first.append(Stream(name, number, writers[0]))
         more += [Stream(f"{name}.{writer}", number, writer) for writer in writers[1:]]
     names_of = [stream.name for stream in first + more]
@@ -109,6 +114,14 @@ def extras_of(recipe: Any) -> list[Extra]:
     extras = [build(EXTRAS, dict(spec), kind="extra") for spec in recipe.objective.extras]
     for extra in extras:
         if isinstance(extra, policy_gradient):
+            shaped = [
+                p for p in recipe.data.policies if (p.temperature, p.top_p, p.top_k) != (1.0, 1.0, None)
+            ]
+            if shaped:
+                raise ConfigError(
+                    "objective.extras policy_gradient corrects for text drawn from the models' own distributions; "
+                    f"data.policy {shaped[0].name} shapes them. Leave out its temperature, top_p and top_k."
+                )
             shares = {getattr(policy, "share", None) for policy in recipe.data.policies}
             if shares != {extra.share}:
                 raise ConfigError(

@@ -48,6 +48,7 @@ class Writer:
     width: int
     pad_id: int
     max_length: int
+    max_new_tokens: int | None = None
     seed: int = 42
     steps: int = 1
     buffers: dict[int, ReplayBuffer] = field(default_factory=dict, init=False)
@@ -176,20 +177,23 @@ class Writer:
         new = {key: turn for key, turn in zip(keys, turns, strict=True) if key not in self._teacher_text}
         if new:
             rule = Draw(_sampling(policy))
+            # not counted: a run that is taken up again writes it anew, and its log must be the same
+            counted, self.counts = self.counts, Counter()
             written = self._generated([self._the_teacher()], policy, list(new.values()), rule, step=0)
+            self.counts = counted
             for key, text in zip(new, written, strict=True):
-                if len(self._teacher_text) < KEPT or key in keys:
-                    self._teacher_text[key] = [] if text is None else text[1]
+                self._teacher_text[key] = [] if text is None else text[1]
         found = [self._teacher_text[key] for key in keys]
-        for key in list(self._teacher_text)[KEPT:]:
-            del self._teacher_text[key]
+        for oldest in list(self._teacher_text)[:-KEPT]:
+            del self._teacher_text[oldest]
         return [(turn.prompt, ids) if ids else None for turn, ids in zip(turns, found, strict=True)]
 
     def _generated(
         self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int
     ) -> list[Text]:
         """(prompt, completion) of each turn, None where the prompt leaves no room."""
-        room = [min(policy.max_new_tokens or self.max_length, self.max_length - len(t.prompt)) for t in turns]
+        most = policy.max_new_tokens or self.max_new_tokens or self.max_length
+        room = [min(most, self.max_length - len(turn.prompt)) for turn in turns]
         able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
         texts = generate(
             models,
@@ -235,38 +239,38 @@ class Writer:
             scheduler.evaluated(loss)
 
     def told(self) -> dict[str, Any]:
-        """What was written since the last call, for a log line. written: texts, tokens, the share that came to an end,
-        the share of tokens a second model put in, the buffers, phi; written_per_second: tokens.
+        """What was written since the last call, for a log line: ``written`` (texts but the teacher's own, tokens, the
+        share that came to an end, the share of tokens a second model put in, the buffers, phi) and
+        ``writing_seconds``.
         """
         counts, seconds = self.counts, self.seconds
         self.counts, self.seconds = Counter(), 0.0
         tokens = counts["tokens"]
-        line: dict[str, Any] = {
+        written: dict[str, Any] = {
             "texts": counts["texts"],
             "tokens": tokens,
             "ended": counts["ended"] / counts["texts"] if counts["texts"] else None,
             "replaced": counts["replaced"] / tokens if tokens else None,
         }
-        line |= {name: counts[name] for name in ("fresh", "replay", "dataset", "no_room") if counts[name]}
+        written |= {name: counts[name] for name in ("fresh", "replay", "dataset", "no_room") if counts[name]}
         if self.buffers:
-            line["stored"] = sum(map(len, self.buffers.values()))
+            written["stored"] = sum(map(len, self.buffers.values()))
         if self.schedulers:
-            line["phi"] = max(scheduler.phi for scheduler in self.schedulers.values())
-        return {"written": line, "written_per_second": tokens / seconds if tokens and seconds else None}
+            written["phi"] = max(scheduler.phi for scheduler in self.schedulers.values())
+        return {"written": written, "writing_seconds": seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is taken up again needs, as plain data: texts, schedulers, counts. One rank's own."""
+        """What a run that is taken up again needs, as plain data: buffers, schedulers, the counts of the next log
+        line.
+        """
         return {
             "counts": dict(self.counts),
-            "teacher_text": {str(prompt): list(text) for prompt, text in self._teacher_text.items()},
             "buffers": {str(source): buffer.state_dict() for source, buffer in self.buffers.items()},
             "schedulers": {str(source): one.state_dict() for source, one in self.schedulers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``state_dict`` gave."""
         self.counts = Counter(state["counts"])
-        self._teacher_text = {int(prompt): text for prompt, text in state["teacher_text"].items()}
         for source, buffer in self.buffers.items():
             buffer.load_state_dict(state["buffers"][str(source)])
         for source, scheduler in self.schedulers.items():

@@ -60,9 +60,10 @@ class StreamSpec:
             self.language_model,
         )
 
-    def objective_on(self, objective: Objective) -> Objective:
-        """The stream's objective at the start of a run, for checks."""
-        return self.at(objective, 0, 1).objective
+    def objectives_on(self, objective: Objective) -> list[Objective]:
+        """The stream's objective at the start of a run, and one with its selector for a verifier, for checks."""
+        own = self.at(objective, 0, 1).objective
+        return [own] if self.selector is None else [own, replace(own, verifier=self.selector)]
 
 
 @dataclass(frozen=True)

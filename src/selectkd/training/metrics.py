@@ -15,7 +15,7 @@ from selectkd.durable import disk_error, sync
 REQUIRED = ("step", "loss", "kl", "tar", "bite", "lr", "tokens", "tokens_per_second", "skipped")
 
 
-CLOCK = ("tokens_per_second", "written_per_second")
+CLOCK = ("tokens_per_second", "writing_seconds")
 """What depends on the machine's speed: null in metrics.jsonl, so that a run and its resumption leave the same bytes,
 and a number in timings.jsonl beside it.
 """

@@ -22,6 +22,7 @@ from selectkd.assembly import Assembly, assemble
 from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.save import save_student
+from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
 from selectkd.training.card import model_card
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
@@ -257,10 +258,17 @@ def _run(
     temperature = recipe.objective.temperature
     warmup = round(training.warmup_ratio * steps)
     bad = Path(training.output_dir) / "bad_batches"
-    also_kl = temperature != 1.0 or recipe.objective.divergence["name"] != "forward_kl"
+    losses = {
+        recipe.objective.divergence["name"],
+        *(name_of(s.divergence) for s in made.losses if s.divergence),
+    }
+    also_kl = temperature != 1.0 or losses != {"forward_kl"} or bool(made.extras)
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
     if made.writer is not None:
         made.writer.steps = steps
+    for number, extra in enumerate(made.extras):
+        if hasattr(extra, "state_dict"):
+            checkpoints.register(f"extra{number}", extra)  # type: ignore[arg-type]
 
     def on_line(line: dict[str, Any]) -> None:
         log.write(line if made.writer is None else line | made.writer.told())

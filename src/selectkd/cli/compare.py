@@ -1,0 +1,120 @@
+"""``selectkd compare RECIPE...``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selectkd.cli.answer import JsonFile, check_answer
+from selectkd.cli.terminal import say
+from selectkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selectkd.studies.compare import Paired
+
+
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One recipe or several.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods", help="NAME or NAME+OPTION, with commas; without it the recipes as they are."
+        ),
+    ] = "",
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Seeds of each arm, from the recipe's own on.")
+    ] = 1,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls", help="Also random rows at the same rate, and the learning rate cut alike."
+        ),
+    ] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of every recipe.")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", help="Where run folders go; the recipe's output_dir otherwise.")
+    ] = None,
+    keep_students: Annotated[
+        bool, typer.Option("--keep-students", help="Keep the students' weights.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Run methods on one budget, plain and with the selection, and say what differs by how much.
+
+    Rows stay in the file as they come; the same command goes on where it was, and runs again what failed.
+    """
+    from selectkd.config import load_recipe, recipe_from
+    from selectkd.config.load import values_of
+    from selectkd.studies.arms import arms as arms_of
+    from selectkd.studies.compare import compare as run
+    from selectkd.studies.compare import differences
+
+    check_answer(json_file)
+    if json_file == Path("-"):
+        raise ConfigError("--json - cannot be taken up again; name a file for the rows.")
+    values: dict[str, Mapping[str, Any]] = {}
+    for path in recipes:
+        load_recipe(path, changes or [])  # every problem of the recipe itself, with its lines
+        if path.stem in values:
+            raise ConfigError(f"two recipes are called {path.stem}; give them different names.")
+        values[path.stem] = values_of(path, changes or [])
+    words = [word.strip() for word in methods.split(",") if word.strip()]
+    found = arms_of(values, words, seeds=seeds, controls=controls)
+    for arm in found:
+        if recipe_from(arm.values).data.evaluation is None:
+            raise ConfigError(
+                "a comparison needs held-out text; set data.evaluation to {path: ...} or a share."
+            )
+    folder = runs if runs is not None else Path(next(iter(values.values()))["training"]["output_dir"])
+
+    def told(number: int, row: dict[str, Any]) -> None:
+        what = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
+        say(f"{number + 1}/{len(found)} {_called(row)}: {what}")
+
+    rows = run(found, json_file, folder, keep=keep_students, on_row=told)
+    _table(rows)
+    _paired(differences(rows))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    good = [row for row in rows if not row.get("error")]
+    head = f"{'method':<22}{'selection':<16}{'runs':>5}{'KL':>9}{'loss':>8}{'TAR':>7}{'bite':>7}"
+    say(f"{head}{'tokens/s':>10}{'peak MB':>9}")
+    for key in dict.fromkeys((row["recipe"], row["method"], row["selection"]) for row in good):
+        mine = [row for row in good if (row["recipe"], row["method"], row["selection"]) == key]
+
+        def mean(name: str, mine: list[Mapping[str, Any]] = mine) -> float:
+            seen = [row[name] for row in mine if row[name] is not None]
+            return sum(seen) / len(seen) if seen else float("nan")
+
+        name = " ".join(part for part in key[:2] if part)
+        say(
+            f"{name:<22}{key[2]:<16}{len(mine):>5}{mean('held_out_kl'):>9.4f}{mean('held_out_loss'):>8.3f}"
+            f"{mean('tar'):>7.3f}{mean('bite'):>7.3f}{mean('tokens_per_second'):>10.1f}"
+            f"{mean('peak_bytes') / 2**20:>9.0f}"
+        )
+    failed = [row for row in rows if row.get("error")]
+    for row in failed:
+        say(f"failed: {_called(row)}: {row['error']}")
+
+
+def _called(row: Mapping[str, Any]) -> str:
+    return f"{row['recipe']} {row['method']} {row['selection']} seed {row['seed']}".strip()
+
+
+def _paired(found: Sequence[Paired]) -> None:
+    if not found:
+        return
+    say(
+        "\nheld-out KL, second minus first, with the 95% interval over held-out sequences; in brackets each seed's own"
+    )
+    for pair in found:
+        one, other = (" ".join(arm) for arm in (pair.first, pair.second))
+        apart = pair.difference
+        seeds = ", ".join(f"{value:+.4f}" for value in pair.by_seed)
+        say(f"{one} -> {other}: {apart.value:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}] ({seeds})")

@@ -1,0 +1,71 @@
+"""``selectkd generate RECIPE --out FILE``."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.terminal import say, without_other_bars
+from selectkd.errors import ConfigError
+
+
+def generate(
+    recipe: Annotated[str, typer.Argument(help="A recipe, whose prompts and models are used.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .jsonl file, gone on with if there.")],
+    by: Annotated[
+        str | None,
+        typer.Option("--by", help="teacher, student or teacher+student; the policy's writer otherwise."),
+    ] = None,
+    copies: Annotated[int, typer.Option("--copies", min=1, help="Texts of each prompt.")] = 1,
+    server: Annotated[
+        str | None,
+        typer.Option("--server", metavar="URL", help="An OpenAI-compatible server writes for the teacher."),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="The model's name there.")
+    ] = None,
+    wait: Annotated[float, typer.Option("--server-wait", min=0, help="Seconds to wait for it.")] = 60.0,
+    key_env: Annotated[
+        str | None,
+        typer.Option("--server-key-env", help="The environment variable that holds the server's key."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
+    ] = None,
+) -> None:
+    """Write the answers to a recipe's prompts: teacher's text for SeqKD, pairs for DistiLLM-2.
+
+    The sampling is the policy's: --set method=seqkd, or --set 'data.policy={name: teacher, temperature: 0.8}'.
+    """
+    from selectkd.config import load_recipe
+
+    checked = load_recipe(recipe, changes or [])
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise ConfigError(f"--out {out}: name a file in a folder that exists.")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out {out}: the texts are lines of JSON; name a .jsonl file.")
+    if (server is None) != (server_model is None):
+        raise ConfigError("--server URL and --server-model NAME go together.")
+    if key_env is not None and key_env not in os.environ:
+        raise ConfigError(f"--server-key-env {key_env}: there is no such variable in the environment.")
+
+    from selectkd.generation.server import CompletionServer
+    from selectkd.writing import wish_of, write
+
+    without_other_bars()
+    there = None
+    if server is not None and server_model is not None:
+        there = CompletionServer(server, server_model, os.environ.get(key_env) if key_env else None, wait)
+    wish = wish_of(checked, by, copies=copies, server=there)
+    started = time.perf_counter()
+    done = write(checked, out, wish, on_texts=lambda written, wanted: say(f"{written} of {wanted} texts"))
+    seconds = time.perf_counter() - started
+    say(
+        f"{out}: {done.written} texts written ({done.tokens} tokens, {done.tokens / seconds:.0f} a second), "
+        f"{done.found} were there; prompts that stand twice {done.twice}, without room {done.no_room}"
+    )
+    say(f"look at it with: selectkd data show {out} --tokenizer MODEL; train on it as data.sources[].path")

@@ -1,0 +1,75 @@
+"""``selectkd panel RECIPE``."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Annotated, Any
+
+import typer
+
+from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
+from selectkd.cli.terminal import say, without_other_bars
+
+SAMPLES = 32
+"""Training samples that are judged where a recipe holds no text out."""
+
+
+def panel(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe; its student is judged as it is, its held-out text is used.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one key: --set 'student={model: runs/x/student}'"
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """What every verifier and selector would keep of the same rows: rates, overlaps, loss and gradient removed."""
+    from selectkd.config import load_recipe
+
+    checked = load_recipe(recipe, changes or [])
+    check_answer(json_file)
+
+    from selectkd.assembly import assemble
+    from selectkd.data import collate, pad_id_of
+    from selectkd.studies.panel import judges
+    from selectkd.studies.panel import panel as judge
+
+    without_other_bars()
+    with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
+        training = checked.training.model_copy(update={"output_dir": empty})
+        made = assemble(checked.model_copy(update={"training": training}))
+    batches = made.heldout
+    if not batches:
+        examples = [example for source in made.sources for example in source.examples][:SAMPLES]
+        size, pad = checked.training.batch_size, pad_id_of(made.tokenizer)
+        batches = [collate(examples[i : i + size], pad_id=pad) for i in range(0, len(examples), size)]
+    seen = judge(
+        made.student,
+        made.teacher,
+        batches,
+        judges(reference=checked.reference is not None),
+        beta=made.beta.end,
+        seed=checked.training.seed,
+        chunk=checked.training.chunk,
+    )
+    write_answer(json_file, seen)
+    if json_file != STDOUT:
+        _table(seen)
+
+
+def _table(seen: dict[str, Any]) -> None:
+    say(f"{seen['n']} rows, beta {seen['beta']}")
+    first = next(iter(seen["judges"]))
+    say(f"{'judge':<18}{'rate':>7}{'loss gone':>11}{'gradient gone':>15}   overlap with {first}")
+    for name, one in seen["judges"].items():
+        overlap = 1.0 if name == first else seen["jaccard"][name][first]
+        say(
+            f"{name:<18}{one['rate']:>7.3f}{one['loss_removed']:>11.3f}{one['gradient_removed']:>15.3f}   {overlap:.3f}"
+        )
+    say("rate by the teacher's entropy, from nats on:")
+    for name, one in seen["judges"].items():
+        bins = "  ".join(f"{part['from']:g}: {part['acceptance']:.2f}" for part in one["by_entropy"])
+        say(f"  {name:<18}{bins}")

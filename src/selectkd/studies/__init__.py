@@ -1,0 +1,1 @@
+"""Studies: the paper's questions as comparisons that run."""

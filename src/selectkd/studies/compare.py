@@ -1,0 +1,153 @@
+"""Methods on one budget: rows, one a run, that stay in a file; and what the rows say of pairs of arms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selectkd.errors import ConfigError
+from selectkd.evals.statistics import Difference, paired_bootstrap
+from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, Arm, controlled
+from selectkd.studies.one_run import FIELDS, run_apart
+
+NAMES = ("recipe", "method", "selection", "seed")
+
+
+def compare(
+    arms: Sequence[Arm],
+    file: Path | None,
+    folder: Path,
+    *,
+    keep: bool = False,
+    on_row: Callable[[int, dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The row of every arm, in their order: {method, selection, seed, FIELDS..., more}.
+
+    ``file`` holds the rows so far after every run; an arm whose row is in it already, of the same recipe, is not run
+    again, one that failed is. A run that fails leaves a row with its ``error`` and null for every number, and the
+    others go on; so does a control whose selected arm failed. on_row hears (number, row).
+    """
+    known = {_key(row): row for row in read_rows(file)}
+    rows: list[dict[str, Any]] = []
+    for number, arm in enumerate(arms):
+        row = known.get(arm.key)
+        if row is None or row.get("error") or row.get("asked") != _asked(arm):
+            row = _named(arm) | dict.fromkeys(FIELDS) | _run(arm, rows, folder, keep) | {"asked": _asked(arm)}
+        rows.append(row)
+        rest = [other for key, other in known.items() if key not in {_key(one) for one in rows}]
+        write_rows(file, rows + rest)
+        if on_row is not None:
+            on_row(number, row)
+    return rows
+
+
+def _run(arm: Arm, rows: Sequence[Mapping[str, Any]], folder: Path, keep: bool) -> dict[str, Any]:
+    if arm.selection in (RANDOM, RATE):
+        key = (arm.recipe, arm.method, SELECTED, arm.seed)
+        selected = next((row for row in rows if _key(row) == key), None)
+        if selected is None or selected.get("error"):
+            return {"error": "the selected run that this one controls for failed"}
+        arm = controlled(arm, selected)
+    return run_apart(arm.values, folder / arm.folder, keep=keep)
+
+
+def _named(arm: Arm) -> dict[str, Any]:
+    return dict(zip(NAMES, arm.key, strict=True))
+
+
+def _asked(arm: Arm) -> str:
+    """The arm's recipe as one line, by which a row is known to be of the same run."""
+    return json.dumps(arm.values, sort_keys=True, default=str)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    return (row.get("recipe", ""), row["method"], row["selection"], row["seed"])
+
+
+def read_rows(file: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file, none where there is no such file; ConfigError for one that holds something else."""
+    if file is None or not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text("utf-8"))
+        return [row for row in rows if _key(row)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} does not hold the rows of a comparison ({type(error).__name__}: {error}). Name another file."
+        ) from None
+
+
+def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All rows into the file at once: a reader sees the old ones or the new ones."""
+    if file is None:
+        return
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n", "utf-8")
+    beside.replace(file)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same held-out sequences and seeds: second minus first, in nats of held-out KL a sequence.
+
+    ``difference`` has its interval over the held-out sequences, each the mean over the seeds both have; ``by_seed`` is
+    the difference of each seed, whose spread the interval does not hold.
+    """
+
+    recipe: str
+    first: tuple[str, str]
+    second: tuple[str, str]
+    difference: Difference
+    by_seed: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
+    """Each method's selected arm and controls against its plain arm, and each plain arm against the first method's."""
+    good = [row for row in rows if not row.get("error")]
+    found: list[Paired] = []
+    for recipe in dict.fromkeys(row.get("recipe", "") for row in good):
+        mine = [row for row in good if row.get("recipe", "") == recipe]
+        methods = list(dict.fromkeys(row["method"] for row in mine))
+        asked = [((methods[0], PLAIN), (method, PLAIN)) for method in methods[1:]]
+        asked += [
+            ((method, PLAIN), (method, selection))
+            for method in methods
+            for selection in (SELECTED, RANDOM, RATE)
+        ]
+        asked += [
+            ((method, selection), (method, SELECTED)) for method in methods for selection in (RANDOM, RATE)
+        ]
+        found += [pair for one, other in asked if (pair := _paired(recipe, mine, one, other)) is not None]
+    return found
+
+
+def _paired(
+    recipe: str, rows: Sequence[Mapping[str, Any]], first: tuple[str, str], second: tuple[str, str]
+) -> Paired | None:
+    by_seed = [
+        {
+            row["seed"]: np.asarray(row["held_out_kl_of"])
+            for row in rows
+            if (row["method"], row["selection"]) == one
+        }
+        for one in (first, second)
+    ]
+    seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
+    if not seeds:
+        return None
+    one, other = (np.stack([arm[seed] for seed in seeds]) for arm in by_seed)  # [seeds, sequences]
+    return Paired(
+        recipe,
+        first,
+        second,
+        paired_bootstrap(one.mean(0), other.mean(0)),
+        tuple(float(value) for value in (other - one).mean(1)),
+    )

@@ -1,0 +1,150 @@
+"""A comparison: every arm its row, runs that fail leave the others alone, and a file that is gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from selectkd.cli.app import main
+from selectkd.config import recipe_from
+from selectkd.errors import ConfigError
+from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, arms, controlled
+from selectkd.studies.compare import differences, read_rows
+from training.tiny import tiny_llama, write_pair
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: Any) -> Path:
+    root = tmp_path_factory.mktemp("compare")
+    write_pair(root, tiny_llama(1, layers=3))
+    content = {
+        "teacher": {"model": str(root / "teacher")},
+        "student": {"model": str(root / "student")},
+        "data": {"sources": [{"path": str(root / "text.jsonl"), "name": "made"}], "evaluation": 0.25},
+        "objective": {"divergence": "reverse_kl", "temperature": 2.0},
+        "training": {
+            "output_dir": str(root / "runs"),
+            "max_steps": 3,
+            "batch_size": 3,
+            "learning_rate": 1e-2,
+            "max_length": 24,
+            "max_prompt_length": 12,
+            "probe_samples": 0,
+            "engine": "loop",
+        },
+    }
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content), "utf-8")
+    return path
+
+
+ROW = {
+    "method", "selection", "seed", "held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "peak_bytes",
+}  # fmt: skip
+
+
+def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    command = [
+        "compare",
+        str(recipe),
+        "--methods",
+        "kd,adaspec",
+        "--json",
+        str(file),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    command += ["--set", f"reference={{model: {tmp_path / 'reference'}}}"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    rows = json.loads(file.read_text("utf-8"))
+    assert [(row["method"], row["selection"], row["seed"]) for row in rows] == [
+        ("kd", "none", 42), ("kd", "selected", 42), ("adaspec", "none", 42), ("adaspec", "selected", 42),
+    ]  # fmt: skip
+    assert all(set(row) >= ROW for row in rows)
+    good, failed = rows[:2], rows[2:]
+    for row in good:
+        assert all(isinstance(row[name], int | float) for name in ROW - {"method", "selection"})
+        assert 0 <= row["tar"] <= 1 and row["peak_bytes"] > 50e6 and len(row["held_out_kl_of"]) == 6
+        assert sum(k * n for k, n in zip(row["held_out_kl_of"], row["held_out_tokens_of"], strict=True)) == (
+            pytest.approx(row["held_out_kl"] * sum(row["held_out_tokens_of"]))
+        )
+    assert good[0]["tokens"] == good[1]["tokens"] and good[0]["held_out_kl"] != good[1]["held_out_kl"]
+    for row in failed:  # the reference is not there, which only the run finds out
+        assert "reference" in row["error"] and row["held_out_kl"] is None
+    assert "kd none -> kd selected" in told and "failed: " in told
+
+    write_pair_of_reference = tiny_llama(2)
+    write_pair_of_reference.save_pretrained(tmp_path / "reference")
+    from training.tiny import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "reference")
+    assert main(command) == 0
+    again = json.loads(file.read_text("utf-8"))
+    assert again[:2] == good  # not run again, to the last digit of the clock
+    assert all("error" not in row and row["held_out_kl"] > 0 for row in again[2:])
+    assert not list((tmp_path / "runs").glob("*/student"))
+
+
+def test_every_arm_of_a_seed_starts_alike_and_differs_in_its_method_alone() -> None:
+    base = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"sources": [{"path": "x"}], "evaluation": 0.1},
+        "objective": {"divergence": "reverse_kl", "temperature": 2.0, "beta": 0.5},
+        "training": {"output_dir": "o", "max_steps": 1, "batch_size": 1, "seed": 7, "learning_rate": 1e-3},
+    }
+    found = arms({"one": base}, ["kd", "gkd+on_policy"], seeds=2, controls=True)
+    assert [arm.selection for arm in found[:4]] == [PLAIN, SELECTED, RANDOM, RATE]
+    assert [arm.seed for arm in found] == [7] * 8 + [8] * 8
+    plain, selected, random, rate = (recipe_from(arm.values) for arm in found[:4])
+    assert plain.objective.divergence == {"name": "forward_kl"} and plain.objective.temperature == 2.0
+    assert plain.objective.verifier == {"name": "always"}
+    assert selected.objective.verifier == {"name": "greedy_topk", "k": 5} and selected.objective.beta == 0.01
+    assert (
+        plain.data == selected.data and plain.training == selected.training and plain.student == rate.student
+    )
+    row = {"acceptance": 0.3, "mean_weight": 0.25}
+    random, rate = (recipe_from(controlled(arm, row).values) for arm in found[2:4])
+    assert (
+        random.objective.verifier == {"name": "matched_random", "rate": 0.3} and random.objective.beta == 0.01
+    )
+    assert rate.training.learning_rate == pytest.approx(2.5e-4)
+    assert rate.objective.verifier == {"name": "always"}
+    assert recipe_from(found[4].values).data.policy.probability == 1.0  # type: ignore[union-attr]
+
+
+def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
+    def row(method: str, selection: str, seed: int, kl: list[float]) -> dict[str, Any]:
+        return {"method": method, "selection": selection, "seed": seed, "held_out_kl_of": kl}
+
+    rows = [
+        row("kd", PLAIN, 1, [1.0, 2.0, 3.0]), row("kd", PLAIN, 2, [1.0, 2.0, 3.0]),
+        row("kd", SELECTED, 1, [1.5, 2.5, 3.5]), row("kd", SELECTED, 2, [1.1, 2.1, 3.1]),
+        {**row("kd", SELECTED, 3, [9.0, 9.0, 9.0]), "error": "lost"},
+    ]  # fmt: skip
+    (pair,) = differences(rows)
+    assert pair.first == ("kd", PLAIN) and pair.second == ("kd", SELECTED)
+    assert pair.difference.value == pytest.approx(0.3)
+    assert (pair.difference.low, pair.difference.high) == pytest.approx((0.3, 0.3))  # every sequence agrees
+    assert pair.by_seed == pytest.approx((0.5, 0.1))
+
+
+def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'kd'"):
+        arms({"one": {}}, ["kdd"], seeds=1)
+    with pytest.raises(ConfigError, match="Did you mean 'on_policy'"):
+        arms({"one": {}}, ["gkd+onpolicy"], seeds=1)
+    other = tmp_path / "other.json"
+    other.write_text('{"a": 1}', "utf-8")
+    with pytest.raises(ConfigError, match="does not hold the rows"):
+        read_rows(other)
+    assert main(["compare", str(recipe), "--json", "-"]) == 2
+    assert main(["compare", str(recipe), "--methods", "adaspec"]) == 2  # it needs a reference
