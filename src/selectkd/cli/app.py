@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, show, speculate, train
+from selectkd.cli import cache, data, demo, dynamics, env, init, landscape, show, speculate, train
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -35,6 +35,7 @@ app.add_typer(cache.app, name="cache")
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)
+app.command("landscape")(landscape.landscape)
 app.command("speculate")(speculate.speculate)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
