@@ -20,9 +20,11 @@ from selectkd.cli import (
     env,
     generate,
     init,
+    landscape,
     panel,
     serve,
     show,
+    speculate,
     teacher,
     train,
 )
@@ -54,6 +56,8 @@ app.command("serve-teacher")(serve.serve_teacher)
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)
+app.command("landscape")(landscape.landscape)
+app.command("speculate")(speculate.speculate)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""

@@ -266,9 +266,6 @@ def _run(
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
     if made.writer is not None:
         made.writer.steps = steps
-    for number, extra in enumerate(made.extras):
-        if hasattr(extra, "state_dict"):
-            checkpoints.register(f"extra{number}", extra)  # type: ignore[arg-type]
 
     def on_line(line: dict[str, Any]) -> None:
         log.write(line if made.writer is None else line | made.writer.told())
