@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, show, train
+from selectkd.cli import cache, data, demo, dynamics, env, init, show, teacher, train
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -32,6 +32,7 @@ app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+app.add_typer(teacher.app, name="teacher")
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)

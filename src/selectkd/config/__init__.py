@@ -15,7 +15,7 @@ from selectkd.config.schema import (
     Student,
     Training,
 )
-from selectkd.config.teachers import CacheTeacher, ModelTeacher, Teacher
+from selectkd.config.teachers import CacheTeacher, ModelTeacher, RemoteTeacher, Teacher
 
 __all__ = [
     "BetaChange",
@@ -27,6 +27,7 @@ __all__ = [
     "ModelTeacher",
     "ObjectiveSection",
     "Recipe",
+    "RemoteTeacher",
     "SourceSection",
     "Student",
     "Teacher",

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from selectkd.config.section import Count, Dtype, Section, Text
+from selectkd.config.section import Count, Dtype, Section, Text, Whole, refuse
+
+
+def _plain_url(url: str) -> str:
+    """http or https, a host, a path at most: a key in a URL would be printed wherever the URL is."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise refuse(f"= {url[:60]!r} is no URL; write http://HOST:PORT") from None
+    if "@" in parts.netloc:
+        raise refuse("holds a user or password; name a variable of the environment: api_key_env: NAME")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise refuse(f"= {url[:60]!r} must be http://HOST:PORT or https://HOST")
+    if parts.query or parts.fragment:
+        raise refuse("has a query or a fragment; write http://HOST:PORT alone")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+Url = Annotated[Text, AfterValidator(_plain_url)]
+Variable = Annotated[Text, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
 class ModelTeacher(Section):
@@ -16,6 +38,30 @@ class ModelTeacher(Section):
     revision: Text | None = None
     dtype: Dtype | None = None
     quantization: Text | None = None
+
+
+class RemoteTeacher(Section):
+    """A server that is asked for the teacher's k best tokens.
+
+    tokenizer: the folder or hub name of the tokenizer it serves with, for it answers in ids and does not say whose.
+    model: its name there, needed where it serves several. api_key_env: the variable of the environment that holds the
+    key, which is sent to this URL alone.
+
+    timeout: seconds an answer may take in all. wait: seconds a server that is away or busy is waited for, three times
+    the outage the tests make. retries: how often an answer that is wrong is asked for again. concurrency: questions
+    under way at once, a micro-batch of usual size.
+    """
+
+    url: Url
+    kind: Literal["vllm", "sglang", "openai"]
+    model: Text | None = None
+    tokenizer: Text
+    k: Count
+    api_key_env: Variable | None = None
+    timeout: Seconds = 120.0
+    wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
+    retries: Annotated[Whole, Field(ge=0, le=100)] = 3
+    concurrency: Annotated[Count, Field(le=256)] = 8
 
 
 class CacheTeacher(Section):
@@ -39,10 +85,13 @@ class CacheTeacher(Section):
 def _kind(value: Any) -> str:
     """The tag of the kind that is meant; a mapping without any kind's own key is read as a model."""
     keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "a cache" if "cache" in keys else "a model"
+    return "a cache" if "cache" in keys else "a server" if "url" in keys else "a model"
 
 
 # A tag with a space is no key, so that `problems` tells the two apart.
 Teacher = Annotated[
-    Annotated[ModelTeacher, Tag("a model")] | Annotated[CacheTeacher, Tag("a cache")], Discriminator(_kind)
+    Annotated[ModelTeacher, Tag("a model")]
+    | Annotated[CacheTeacher, Tag("a cache")]
+    | Annotated[RemoteTeacher, Tag("a server")],
+    Discriminator(_kind),
 ]

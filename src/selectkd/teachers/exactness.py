@@ -21,7 +21,7 @@ from selectkd.verifiers import VERIFIERS
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
-    "hidden": "a cache of its last hidden states and its head",
+    "hidden": "its last hidden states and its head, from a cache",
     "top_k": "its K best tokens, from a cache or a server",
 }
 """What each payload is; ``show teachers`` and docs/teachers.md have a column for each."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
 from selectkd.config import Teacher as Section
 from selectkd.config.several import Member
 from selectkd.errors import ConfigError
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.plan import RemotePlan, connection_of
 from selectkd.teachers.several import SeveralPlan
 
 
@@ -31,6 +32,8 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
         )
     if isinstance(spec, CacheTeacher):
         return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
+    if isinstance(spec, RemoteTeacher):
+        return RemotePlan(spec, connection_of(spec))
     raise ConfigError(f"no teacher can be made of {type(spec).__name__}. Name one: teacher: {{model: ...}}.")
 
 

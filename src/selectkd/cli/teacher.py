@@ -1,0 +1,95 @@
+"""``selectkd teacher doctor URL``: what a server does with our questions, and how to start it so that it can teach."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.terminal import say
+from selectkd.errors import TeacherError
+
+app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False, help="Servers that teach.")
+
+ORDINARY = 1000
+"""Ids below this are tokens of every vocabulary there is; those of one that is named may be fewer."""
+
+WIDEST = 1 << 20
+"""No vocabulary is wider."""
+
+
+@app.callback()
+def teacher() -> None:
+    """Servers that teach."""
+
+
+@app.command("doctor")
+def doctor(
+    url: Annotated[str, typer.Argument(help="The address of a server: http://HOST:PORT")],
+    kind: Annotated[str | None, typer.Option(help="vllm, sglang or openai; found out if not given.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="How many best tokens are wanted.")] = 32,
+    model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer it serves with: a folder or hub name.")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="The variable that holds the key.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds an answer may take.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Ask a server what it gives, and say the flags to start it with; exit code 4 where it cannot teach as it is."""
+    from pydantic import ValidationError
+
+    from selectkd.config import RemoteTeacher
+    from selectkd.config.problems import Problem, explained, raised
+
+    keys = {
+        "url": url,
+        "kind": kind or "openai",
+        "k": k,
+        "tokenizer": tokenizer or "unknown",
+        "api_key_env": api_key_env,
+        "timeout": timeout,
+        "wait": 0.0,
+        "retries": 0,
+    }
+    try:
+        section = RemoteTeacher.model_validate(keys)
+    except ValidationError as error:
+        wrong = explained(error, RemoteTeacher, keys)
+        raise raised([Problem(path, "selectkd teacher doctor", told) for path, told in wrong], url) from None
+
+    from selectkd.models.load import load_tokenizer
+    from selectkd.teachers.remote.plan import connection_of
+    from selectkd.teachers.remote.probe import PROBED, UNSTEADY, examine, kind_of
+    from selectkd.teachers.remote.server import TopKServer
+
+    connection = connection_of(section)
+    kind = kind or kind_of(connection)
+    vocabulary = WIDEST
+    if tokenizer is not None:
+        vocabulary = max(load_tokenizer(tokenizer).get_vocab().values()) + 1
+    prompt = [1 + at * 7919 % (min(vocabulary, ORDINARY) - 1) for at in range(PROBED)]
+    found = examine(TopKServer(connection, kind, k, vocabulary, model), prompt)
+    connection.close()
+    able = found.most is not None and found.most >= k and max(found.repeated, found.prefix) <= UNSTEADY
+    if as_json:
+        say(json.dumps({**asdict(found), "able": able}))
+    else:
+        length = "" if found.max_length is None else f", up to {found.max_length:,} tokens"
+        most = "as many as there are" if found.most == vocabulary else f"{found.most} at most"
+        say(f"{found.url}: {found.kind}, model {found.model}{length}")
+        say(f"  best tokens a position: {most}" + (", and the text's own beside them" if found.extra else ""))
+        say(f"  log-probabilities: {'processed' if found.processed else 'raw'}")
+        say(f"  one prompt asked twice: {found.repeated:.3g} nats apart; begun alike: {found.prefix:.3g}")
+    if found.wrong and not as_json:
+        for told in found.wrong:
+            say(f"  {told}")
+        say(
+            f"  start it with: {' '.join(found.flags)}"
+            if found.flags
+            else "  no flag of this kind of server cures that"
+        )
+    if not able:
+        raise TeacherError(f"{found.url} cannot teach with k = {k} as it is: {'; '.join(found.wrong)}.")

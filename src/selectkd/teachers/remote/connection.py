@@ -1,0 +1,321 @@
+"""One server over HTTP: deadlines, limits, patience, and a key that goes nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, NoReturn, TypeVar
+
+import httpx2
+from httpx2 import HTTPError, InvalidURL, TransportError
+
+from selectkd.errors import TeacherError
+from selectkd.teachers.remote.answers import WrongAnswer, limit_told
+
+T = TypeVar("T")
+
+SMALL = 1 << 20
+"""Bytes of a refusal, a list of models or a description: more is never read of them."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between two attempts: doubled from the first to the longest."""
+
+BUSY = (429, 503)
+AWAY = (408, 500, 502, 504)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer with a status of 200: its headers, names in lower case, and its bytes."""
+
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Question(Generic[T]):
+    """What is sent, how many bytes the answer may have, and how it is read; ``read`` raises WrongAnswer.
+
+    content None: a GET, else a POST of JSON. what: the answer in words, for errors.
+    """
+
+    path: str
+    content: bytes | None
+    cap: int
+    read: Callable[[Reply], T]
+    what: str = "the teacher's rows"
+
+
+class TooMany(TeacherError):
+    """More log-probabilities a token were asked for than the server gives, ``most``."""
+
+    def __init__(self, told: str, most: int) -> None:
+        super().__init__(told)
+        self.most = most
+
+
+class NotThere(TeacherError):
+    """The server has no such path (status 404)."""
+
+
+class _Away(Exception):
+    """No answer, or one that says to come back: after ``pause`` seconds where the server says when."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+@dataclass
+class Connection:
+    """A server at ``url`` and the patience for it; timeout, wait, retries and concurrency are a recipe's.
+
+    An attempt ends ``timeout`` seconds after it began, wherever it hangs. A server that is away or busy is asked again,
+    as it says or ever less often, until ``wait`` seconds after the attempt that failed first; an answer that is wrong,
+    ``retries`` times. Then, and at once where asking again cannot help, TeacherError. No redirect is followed, no proxy
+    or cookie of the environment used, no compressed body read. transport: what carries the requests, where that is not
+    the network.
+    """
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0
+    wait: float = 60.0
+    retries: int = 3
+    concurrency: int = 8
+    transport: httpx2.AsyncBaseTransport | None = field(default=None, repr=False)
+    _line: _Line | None = field(default=None, repr=False)
+
+    def ask(self, questions: Sequence[Question[T]]) -> list[T]:
+        """The answers in order, ``concurrency`` questions under way at once; TeacherError where one has none."""
+        return self._run(self._all(questions))
+
+    def close(self) -> None:
+        """Ends the connections; the next question opens new ones."""
+        if self._line is not None:
+            self._line.closed()
+        self._line = None
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        future = asyncio.run_coroutine_threadsafe(work, self._open().loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # of an interrupted caller
+
+    def _open(self) -> _Line:
+        if self._line is None:
+            client = httpx2.AsyncClient(
+                base_url=self.url,
+                transport=self.transport,
+                timeout=None,  # the deadline is on the whole attempt
+                follow_redirects=False,
+                trust_env=False,
+                limits=httpx2.Limits(max_connections=self.concurrency),
+                headers={"accept-encoding": "identity", "user-agent": "selectkd"},
+            )
+            self._line = _Line(client)
+            self._line.closed = weakref.finalize(self, _end, self._line.loop, client, self._line.thread)
+        return self._line
+
+    async def _all(self, questions: Sequence[Question[T]]) -> list[T]:
+        turn = asyncio.Semaphore(self.concurrency)
+        tasks = [asyncio.ensure_future(self._answer(question, turn)) for question in questions]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, question: Question[T], turn: asyncio.Semaphore) -> T:
+        async with turn:
+            wrong, pause, away_since = 0, FIRST_PAUSE, None
+            while True:
+                began = time.monotonic()
+                try:
+                    reply = await self._attempt(question)
+                    return question.read(reply)
+                except WrongAnswer as error:
+                    wrong, away_since = wrong + 1, None
+                    if wrong > self.retries:
+                        raise TeacherError(
+                            f"{self.url} gave {question.what} wrong {wrong} times, at last: {self._safe(str(error))}. "
+                            "Nothing was trained on it; `selectkd teacher doctor` says what is amiss."
+                        ) from error
+                except _Away as error:
+                    away_since = began if away_since is None else away_since
+                    left = away_since + self.wait - time.monotonic()
+                    next_in = pause if error.pause is None else error.pause
+                    if next_in > left:
+                        told = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
+                        raise TeacherError(
+                            f"{self.url} gave no answer for {time.monotonic() - away_since:.0f} s ({error}){told}. "
+                            f"Start it, or wait longer for it: teacher.wait, now {self.wait:g} s."
+                        ) from error
+                    if away_since == began:
+                        logging.getLogger("selectkd").warning(
+                            "%s is away (%s); waiting for it up to %g s", self.url, error, self.wait
+                        )
+                    await asyncio.sleep(next_in)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    continue
+                await asyncio.sleep(FIRST_PAUSE)
+
+    async def _attempt(self, question: Question[Any]) -> Reply:
+        try:
+            return await asyncio.wait_for(self._exchange(question), self.timeout)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise _Away(f"not whole after {self.timeout:g} s") from error
+        except TransportError as error:
+            certificate = _certificate_error(error)
+            if certificate is not None:
+                raise TeacherError(
+                    f"{self.url} cannot prove who it is: {certificate}. Nothing was sent to it. Use the name its "
+                    "certificate is made out to, or point SSL_CERT_FILE at its authority."
+                ) from error
+            raise _Away(f"{type(error).__name__}: {self._safe(str(error))}".rstrip(": ")) from error
+        except (HTTPError, InvalidURL) as error:
+            raise TeacherError(f"{self.url}: {type(error).__name__}: {self._safe(str(error))}.") from error
+
+    async def _exchange(self, question: Question[Any]) -> Reply:
+        client = self._open().client
+        headers = {"content-type": "application/json"} if question.content is not None else {}
+        if self.key is not None:
+            headers["authorization"] = f"Bearer {self.key}"
+        method = "GET" if question.content is None else "POST"
+        request = client.build_request(method, question.path, content=question.content, headers=headers)
+        response = await client.send(request, stream=True)
+        try:
+            good = response.status_code == 200
+            encoding = response.headers.get("content-encoding", "identity")
+            if good and encoding.strip().lower() not in ("", "identity"):
+                raise WrongAnswer(f"a body in {encoding[:20]!r}, though none was to be compressed")
+            cap = question.cap if good else SMALL
+            length = response.headers.get("content-length", "0")
+            if good and length.isdigit() and int(length[:20]) > cap:
+                raise WrongAnswer(f"a body of {int(length[:20]):,} bytes where {cap:,} are the most")
+            body = bytearray()
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > cap:
+                    if good:
+                        raise WrongAnswer(f"a body of more than the {cap:,} bytes it can have")
+                    break
+            told = {name.lower(): value for name, value in response.headers.items()}
+            if good:
+                return Reply(told, bytes(body))
+            self._refused(response.status_code, told, bytes(body[:SMALL]), question)
+        finally:
+            with contextlib.suppress(TransportError):
+                await response.aclose()
+
+    def _refused(
+        self, status: int, headers: Mapping[str, str], body: bytes, question: Question[Any]
+    ) -> NoReturn:
+        """Raises what a status other than 200 means."""
+        words = self._safe(body[:2000].decode("utf-8", "replace"))
+        words = " ".join("".join(c if c.isprintable() else " " for c in words).split())[:300]
+        said = f" It says: {words}" if words else ""
+        if status in BUSY:
+            raise _Away(f"status {status}", _retry_after(headers.get("retry-after")))
+        if status in AWAY:
+            raise _Away(f"status {status}" + (f": {words[:120]}" if words else ""))
+        if status in (401, 403):
+            what = "refuses the key" if self.key is not None else "wants a key"
+            raise TeacherError(
+                f"{self.url} {what} (status {status}). Put the key into a variable of the environment and name it: "
+                "teacher.api_key_env."
+            )
+        if 300 <= status < 400:
+            raise TeacherError(
+                f"{self.url}{question.path} sends elsewhere (status {status}), which is not followed: the key would go "
+                "along. Name the address it sends to as teacher.url, if you trust it."
+            )
+        if status == 404:
+            raise NotThere(
+                f"{self.url}{question.path} is not there (status 404): a server of another kind, or teacher.model "
+                f"is a name it does not serve.{said}"
+            )
+        limit = limit_told(words)
+        if limit is not None:
+            wanted, most = limit
+            raise TooMany(
+                f"{self.url} gives at most {most} log-probabilities a token, and teacher.k = {wanted}. Start it with "
+                f"`--max-logprobs {wanted}`, or set teacher.k to {most} or less.",
+                most,
+            )
+        raise TeacherError(f"{self.url}{question.path} refuses the question (status {status}).{said}")
+
+    def _safe(self, text: str) -> str:
+        """``text`` without the key, should a server or library repeat it."""
+        return text if not self.key else text.replace(self.key, "[key]")
+
+
+class _Line:
+    """The open connections to a server, and the event loop they live in, which runs in a thread of its own.
+
+    So connections outlive a call, and a caller whose thread has a running loop (a notebook) can ask too. The thread is
+    a daemon, so that it never holds up the end of the process.
+    """
+
+    closed: Callable[[], Any]
+
+    def __init__(self, client: httpx2.AsyncClient) -> None:
+        self.client, self.loop = client, asyncio.new_event_loop()
+        self.thread = threading.Thread(target=_serve, args=(self.loop,), name="selectkd teacher", daemon=True)
+        self.thread.start()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient, thread: threading.Thread) -> None:
+    """Ends a line, called when its connection is closed or collected, from whatever thread that happens in."""
+
+    async def last() -> None:
+        await client.aclose()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(last(), loop)
+    if thread is not threading.current_thread():
+        thread.join(5.0)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, given as a number or as a date; None where there is none to be read."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value.strip()[:9])
+    try:
+        until = parsedate_to_datetime(value)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    if until.tzinfo is None:
+        until = until.replace(tzinfo=timezone.utc)
+    return max(0.0, (until - datetime.now(timezone.utc)).total_seconds())
+
+
+def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """The failed check of a certificate behind an error, if that is what it was."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ssl.SSLCertVerificationError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None

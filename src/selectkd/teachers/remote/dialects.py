@@ -1,0 +1,46 @@
+"""The kinds of server, one row each: how the K best are asked for, how an answer is read, what starts it rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from selectkd.teachers.remote import openai, sglang, vllm
+from selectkd.teachers.remote.answers import Asked, TopK
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One kind of server. heated: where in the question the sampling temperature stands.
+
+    flags: (for what, the flag that sets it), ``{k}`` standing for K; what `selectkd teacher doctor` recommends.
+    """
+
+    path: str
+    body: Callable[[Asked, str | None], dict[str, Any]]
+    read: Callable[[bytes, Asked], TopK]
+    entries: Callable[[bytes], int]
+    heated: tuple[str, ...] = ("temperature",)
+    flags: tuple[tuple[str, str], ...] = ()
+
+
+VLLM_FLAGS = (
+    ("limit", "--max-logprobs {k}"),
+    ("mode", "--logprobs-mode raw_logprobs"),
+    ("prefix", "--no-enable-prefix-caching"),
+)
+
+DIALECTS: dict[str, Dialect] = {
+    "vllm": Dialect(vllm.PATH, vllm.body, vllm.read, vllm.entries, flags=VLLM_FLAGS),
+    "sglang": Dialect(
+        sglang.PATH,
+        sglang.body,
+        sglang.read,
+        sglang.entries,
+        heated=("sampling_params", "temperature"),
+        flags=(("prefix", "--disable-radix-cache"),),
+    ),
+    "openai": Dialect(openai.PATH, openai.body, openai.read, openai.entries, flags=VLLM_FLAGS),
+}
+"""vLLM's limit is 20 unless it is told otherwise, and stale rows under prefix caching are its issue 42019."""

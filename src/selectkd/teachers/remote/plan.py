@@ -1,0 +1,124 @@
+"""The plan of ``teacher: {url: ...}``: what a server gives, whose ids it speaks, and whether it does so rightly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from selectkd.config import RemoteTeacher as Section
+from selectkd.data.alignment import align
+from selectkd.errors import ConfigError, DataError, TeacherError
+from selectkd.models.load import Loaded, load_tokenizer
+from selectkd.teachers.protocol import Payload, Teacher
+from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.probe import UNSTEADY, Findings, probe
+from selectkd.teachers.remote.server import TopKServer
+from selectkd.teachers.remote.teacher import RemoteTeacher
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass
+class RemotePlan:
+    """A server that gives K best tokens. It is first asked when the text is checked, before weights load."""
+
+    spec: Section
+    connection: Connection
+    findings: Findings | None = None
+    model: str | None = None
+    payload: Payload = "top_k"
+    _vocabulary: int = field(default=0, repr=False)
+
+    @property
+    def k(self) -> int:
+        return self.spec.k
+
+    @property
+    def source(self) -> str:
+        named = self.spec.model if self.findings is None else self.findings.model
+        return f"{named or 'the model'} (server {self.spec.url})"
+
+    @property
+    def revision(self) -> str | None:
+        return None
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.spec.tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        align(self.tokenizer(), tokenizer)
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        if self.k > self._vocabulary:
+            raise ConfigError(f"teacher.k = {self.k} is more than the teacher's {self._vocabulary} tokens.")
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """Probes the server with the first sample. TeacherError where it is away or its answers cannot be trained on,
+        DataError for a sample that is longer than it takes.
+        """
+        prompts = [example.input_ids for example in examples if len(example.input_ids) > 1]
+        if not prompts:
+            return
+        found = probe(self.server(), prompts[0])
+        for told in found.wrong:
+            logging.getLogger("selectkd").warning("%s: %s", found.url, told)
+        if max(found.repeated, found.prefix) > UNSTEADY:
+            flags = " ".join(found.flags)
+            raise TeacherError(
+                f"{found.url} gives one prompt two answers, {max(found.repeated, found.prefix):.3g} nats apart. "
+                f"Start it with `{flags}`; `selectkd teacher doctor {found.url}` asks again."
+            )
+        if found.max_length is not None:
+            longest = max(examples, key=lambda example: len(example.input_ids))
+            if len(longest.input_ids) + 1 > found.max_length:  # it generates one token more
+                raise DataError(
+                    f"{longest.origin} has {len(longest.input_ids)} tokens; {found.url} takes {found.max_length - 1}. "
+                    f"Set training.max_length to {found.max_length - 1}, or start it with a longer --max-model-len."
+                )
+        self.findings = found
+
+    def loaded(self) -> Loaded:
+        raise ConfigError(
+            f"{self.source} has no weights to cut a student from. Name the student: student: {{model: ...}}."
+        )
+
+    def server(self) -> TopKServer:
+        """The server as a source of rows."""
+        named = self.spec.model if self.findings is None else self.findings.model
+        return TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named)
+
+    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> RemoteTeacher:
+        if reference is not None:
+            raise ConfigError(
+                "a reference student has no place beside a server's best tokens. Use a teacher with hidden states, or "
+                "take a selector that needs none."
+            )
+        return RemoteTeacher(self.server())
+
+
+def connection_of(spec: Section) -> Connection:
+    """The connection a recipe describes; ConfigError where the key's variable is not set."""
+    key = None
+    if spec.api_key_env is not None:
+        key = os.environ.get(spec.api_key_env, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise ConfigError(
+                f"teacher.api_key_env names {spec.api_key_env}, which is "
+                f"{'no key' if key else 'not set'}. Set it: export {spec.api_key_env}=..."
+            )
+        parts = urlsplit(spec.url)
+        if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+            logging.getLogger("selectkd").warning(
+                "%s is not https: the key in %s can be read on the way.", spec.url, spec.api_key_env
+            )
+    return Connection(
+        spec.url,
+        key,
+        timeout=spec.timeout,
+        wait=spec.wait,
+        retries=spec.retries,
+        concurrency=spec.concurrency,
+    )

@@ -1,0 +1,82 @@
+"""A server as a teacher's source: questions for samples, answers as rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selectkd.errors import TeacherError
+from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, json_object
+from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
+from selectkd.teachers.remote.dialects import DIALECTS, Dialect
+
+Sample = tuple[Sequence[int], Sequence[int]]
+"""Token ids, and the places whose rows are wanted."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as the server lists it: its name, and the tokens it takes where that is told."""
+
+    name: str
+    max_length: int | None
+
+
+@dataclass
+class TopKServer:
+    """A server that gives K best tokens. model None: the only one it serves. vocabulary: ids lie below it."""
+
+    connection: Connection
+    kind: str
+    k: int
+    vocabulary: int
+    model: str | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.kind]
+
+    def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
+        """The K best tokens of each sample at its places."""
+        asked = [Asked(ids, places, self.k, self.vocabulary) for ids, places in samples]
+        return self.connection.ask([self.question(one) for one in asked])
+
+    def question(self, asked: Asked, *, temperature: float = 1.0) -> Question[TopK]:
+        """What is sent for one sample; temperature: of the sampling, which must not move a raw log-probability."""
+        dialect, body = self.dialect, self.dialect.body(asked, self.model)
+        if temperature != 1.0:
+            at = body
+            for key in dialect.heated[:-1]:
+                at = at[key]
+            at[dialect.heated[-1]] = temperature
+        return Question(
+            dialect.path, json.dumps(body).encode(), asked.cap, lambda reply: dialect.read(reply.body, asked)
+        )
+
+    def served(self) -> Served:
+        """The model that answers; TeacherError where the server has none of the name, or several and none is named."""
+        [found] = self.connection.ask([Question("/v1/models", None, SMALL, _models, "its list of models")])
+        names = ", ".join(one.name for one in found[:8])
+        if self.model is None and len(found) != 1:
+            raise TeacherError(f"{self.connection.url} serves {names}. Say which one teaches: teacher.model.")
+        chosen = [one for one in found if self.model in (None, one.name)]
+        if not chosen:
+            raise TeacherError(
+                f"{self.connection.url} serves no {self.model!r}, but {names}. Set teacher.model."
+            )
+        return chosen[0]
+
+
+def _models(reply: Reply) -> list[Served]:
+    rows: Any = json_object(reply.body).get("data")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise WrongAnswer("no list of models")
+    found = []
+    for row in rows:
+        name, length = row.get("id"), row.get("max_model_len")
+        if not isinstance(name, str) or not 0 < len(name) <= 4096:
+            raise WrongAnswer("a model without a name")
+        found.append(Served(name, length if isinstance(length, int) and length > 0 else None))
+    return found

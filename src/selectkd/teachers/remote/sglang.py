@@ -1,0 +1,88 @@
+"""SGLang: ``/generate`` with input_ids and ``top_logprobs_num``. A position lists [log-probability, id, text]."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from selectkd.teachers.remote.answers import (
+    ROUNDING,
+    Asked,
+    TopK,
+    WrongAnswer,
+    checked,
+    is_object,
+    json_object,
+    number,
+    of_length,
+    same_ids,
+    token_id,
+)
+
+PATH = "/generate"
+
+
+def body(asked: Asked, model: str | None) -> dict[str, Any]:
+    """The question for one sample; the server serves one model, so its name is not sent."""
+    return {
+        "input_ids": list(asked.ids),
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": asked.k,
+    }
+
+
+def read(answer: bytes, asked: Asked) -> TopK:
+    """The rows of an answer; WrongAnswer for one that does not have them, whole and of these tokens."""
+    if answer.lstrip()[:1] == b"[":  # some versions answer one prompt with a list of one
+        answer = _only(answer)
+    told = is_object(json_object(answer).get("meta_info"), "meta_info")
+    own = of_length(told.get("input_token_logprobs"), len(asked.ids), "input_token_logprobs")
+    text = [_entry(entry, f"input_token_logprobs {at}") for at, entry in enumerate(own)]
+    same_ids([entry[1] for entry in text], asked.ids)
+    rows = of_length(told.get("input_top_logprobs"), len(asked.ids), "input_top_logprobs")
+    if rows[0] is not None or text[0][0] is not None:
+        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
+    ids, logp = [], []
+    for place in asked.places:
+        where = f"position {place + 1}"
+        entries = rows[place + 1]
+        if not isinstance(entries, list) or len(entries) not in (asked.k, asked.k + 1):
+            raise WrongAnswer(f"{where} is no list of {asked.k} entries")
+        found = {}
+        for entry in entries:
+            value, token = _entry(entry, where)[:2]
+            found[token_id(token, where)] = number(value, f"{where}, log-probability of {token}")
+        token, likely = asked.ids[place + 1], number(text[place + 1][0], f"{where}, the text's own")
+        if len(found) == asked.k + 1:
+            found.pop(token, None)
+        expected = found.get(token, min(found.values()))
+        if likely > expected + ROUNDING or (token in found and likely < expected - ROUNDING):
+            raise WrongAnswer(
+                f"{where} gives token {token} two log-probabilities, {likely:.4g} and {expected:.4g}"
+            )
+        ids.append(list(found))
+        logp.append(list(found.values()))
+    return checked(ids, logp, asked)
+
+
+def _entry(entry: Any, where: str) -> list[Any]:
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        raise WrongAnswer(f"{where} holds {str(entry)[:40]}, not [log-probability, id, text]")
+    return entry
+
+
+def _only(answer: bytes) -> bytes:
+    found = json_object(b'{"list": ' + answer + b"}")["list"]
+    if not isinstance(found, list) or len(found) != 1:
+        raise WrongAnswer("a list of more or fewer than one answer")
+    return json.dumps(found[0]).encode()
+
+
+def entries(answer: bytes) -> int:
+    """The most entries a position has."""
+    if answer.lstrip()[:1] == b"[":
+        answer = _only(answer)
+    rows = is_object(json_object(answer).get("meta_info"), "meta_info").get("input_top_logprobs") or []
+    return max((len(row) for row in rows if row is not None), default=0)

@@ -1,0 +1,81 @@
+"""vLLM: ``/v1/completions`` with token ids and ``prompt_logprobs``. A position has the K best and its own token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selectkd.teachers.remote.answers import (
+    Asked,
+    TopK,
+    WrongAnswer,
+    best,
+    checked,
+    is_object,
+    json_object,
+    number,
+    of_length,
+    same_ids,
+    written_id,
+)
+
+PATH = "/v1/completions"
+
+UNTOUCHED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Sampling that changes no log-probability, said outright: a model's generation_config.json would fill in its own."""
+
+
+def body(asked: Asked, model: str | None) -> dict[str, Any]:
+    """The question for one sample. One token is generated, the fewest that every version takes, and not looked at."""
+    named = {} if model is None else {"model": model}
+    return {
+        **named,
+        "prompt": list(asked.ids),
+        "max_tokens": 1,
+        "prompt_logprobs": asked.k,
+        "return_token_ids": True,
+        **UNTOUCHED,
+    }
+
+
+def read(answer: bytes, asked: Asked) -> TopK:
+    """The rows of an answer; WrongAnswer for one that does not have them, whole and of these tokens."""
+    choices = of_choices(json_object(answer))
+    echoed = choices.get("prompt_token_ids")
+    if echoed is not None:
+        same_ids(of_length(echoed, len(asked.ids), "prompt_token_ids"), asked.ids)
+    rows = of_length(choices.get("prompt_logprobs"), len(asked.ids), "prompt_logprobs")
+    if rows[0] is not None:
+        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
+    ids, logp = [], []
+    for place in asked.places:
+        where = f"position {place + 1}"
+        found: dict[int, float] = {}
+        for key, entry in is_object(rows[place + 1], where).items():
+            told = is_object(entry, f"{where}, token {key[:12]}")
+            found[written_id(key, "", where)] = number(told.get("logprob"), f"{where}, logprob of {key}")
+        tokens, values = best(found, asked.ids[place + 1], asked.k, where)
+        ids.append(tokens)
+        logp.append(values)
+    return checked(ids, logp, asked)
+
+
+def of_choices(answer: dict[str, Any]) -> dict[str, Any]:
+    """The one choice of a completion."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1:
+        raise WrongAnswer("choices is no list of one")
+    return is_object(choices[0], "the choice")
+
+
+def entries(answer: bytes) -> int:
+    """The most entries a position has."""
+    rows = of_choices(json_object(answer)).get("prompt_logprobs") or []
+    return max((len(row) for row in rows if row is not None), default=0)
