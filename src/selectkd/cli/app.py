@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, show, teacher, train
+from selectkd.cli import (
+    cache,
+    data,
+    demo,
+    doctor,
+    dynamics,
+    env,
+    estimate,
+    init,
+    schema,
+    show,
+    teacher,
+    train,
+)
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -36,6 +49,9 @@ app.add_typer(teacher.app, name="teacher")
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)
+app.command("doctor")(doctor.doctor)
+app.command("estimate")(estimate.estimate)
+app.command("schema")(schema.schema)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
+from selectkd.config.migration import VERSION
 from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
 from selectkd.config.several import Several
 from selectkd.config.teachers import Teacher
@@ -222,8 +223,9 @@ def _teacher_kind(value: Any) -> str:
 
 
 class Recipe(Section):
-    """One run: a teacher or several, a student, text, an objective and how to train."""
+    """One run: a teacher or several, a student, text, an objective and how to train. version: of the recipe's keys."""
 
+    version: Literal[1] = VERSION
     teacher: Annotated[
         Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
         Discriminator(_teacher_kind),
