@@ -34,7 +34,8 @@ COUNTED = "selectkd_counted"
 class Memory:
     """Bytes of each part of a run at its peak, on the device that trains; process: what Python and torch take.
 
-    saved: what one checkpoint takes on disk. total: their sum, not all of which need be there at once.
+    merging: what saving a student with adapters takes beyond training, a copy of it being merged when activations are
+    gone. saved: what one checkpoint takes on disk. total: their sum, not all of which need be there at once.
     """
 
     process: int
@@ -45,6 +46,7 @@ class Memory:
     loss: int
     teacher: int
     best_student: int
+    merging: int
     saved: int
 
     @property
@@ -97,6 +99,7 @@ def estimate(recipe: Any, *, length: int | None = None) -> Memory:
         activations=kept,
         loss=loss,
         teacher=taught,
+        merging=max(0, weights - kept - loss - _bytes(trained)) if adapters else 0,
         best_student=_bytes(trained) if training.early_stopping is not None else 0,
         saved=_bytes(trained) + moments,
     )
