@@ -110,7 +110,7 @@ def assemble(
 
     student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:
-        _checkpoint(student)
+        checkpoint_activations(student)
     if recipe.training.lora is not None:
         student = add_lora(student, **_given(recipe.training.lora))
 
@@ -372,7 +372,7 @@ def _given(spec: Any) -> Any:
     return spec
 
 
-def _checkpoint(student: Any) -> None:
+def checkpoint_activations(student: Any) -> None:
     """Activations recomputed in the backward pass; transformers renames the method in version 6."""
     enable = (
         getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable

@@ -16,12 +16,15 @@ from selectkd.cli import (
     compare,
     data,
     demo,
+    doctor,
     dynamics,
     env,
+    estimate,
     generate,
     init,
     landscape,
     panel,
+    schema,
     serve,
     show,
     speculate,
@@ -58,6 +61,9 @@ app.command("env")(env.env)
 app.command("init")(init.init)
 app.command("landscape")(landscape.landscape)
 app.command("speculate")(speculate.speculate)
+app.command("doctor")(doctor.doctor)
+app.command("estimate")(estimate.estimate)
+app.command("schema")(schema.schema)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from selectkd.config.migration import migrated
 from selectkd.config.problems import Problem, explained, fields_at, raised
 from selectkd.config.schema import Recipe
 from selectkd.config.yaml_text import MOST_BYTES, Document, read
@@ -80,7 +81,7 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
         raise ConfigError(
             f"{source}: a recipe is a mapping (teacher: ..., student: ...), not {type(values).__name__}."
         )
-    values = _copied(values)
+    values = migrated(_copied(values), source=source)
     problems: list[Problem] = []
     said: dict[tuple[str | int, ...], str] = {}
     for override in overrides:

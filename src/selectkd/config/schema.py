@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.expand import expanded
+from selectkd.config.migration import VERSION
 from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
 from selectkd.config.several import Several
@@ -293,9 +294,10 @@ class Recipe(Section):
 
     method: a name of `selectkd show methods`, or {name: ..., OPTION: true}; it stands for parts of data and objective,
     and what those say themselves counts more. selection: {verifier: greedy_topk, k: 5, beta: .01}, the paper's gate on
-    whatever the method is.
+    whatever the method is. version: of the recipe's keys.
     """
 
+    version: Literal[1] = VERSION
     teacher: Annotated[
         Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
         Discriminator(_teacher_kind),

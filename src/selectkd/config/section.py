@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -43,7 +43,13 @@ Count = Annotated[Whole, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(_printable)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
-Component = Annotated[dict[str, Any], BeforeValidator(_component)]
+_COMPONENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
+    ]
+}
+Component = Annotated[dict[str, Any], BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA)]
 
 
 class Section(BaseModel):

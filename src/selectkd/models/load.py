@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from selectkd.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
@@ -72,6 +72,21 @@ def load_model(
         folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, **options
     )
     return Loaded(model.eval(), tokenizer, str(spec), found)
+
+
+def load_shape(spec: str | os.PathLike[str], *, dtype: str = "float32", revision: str | None = None) -> Any:
+    """The model behind ``spec`` without its weights: every tensor on the meta device, with shape and dtype alone.
+
+    Refuses what ``load_model`` refuses of a folder's configuration. Of a hub model only the configuration is fetched.
+    """
+    folder, _ = _locate(spec, revision, None, weights=False)
+    if folder.is_file():
+        raise ConfigError(f"{spec} has no configuration beside it. Name a model folder or a hub model.")
+    _check_configuration(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, local_files_only=True), dtype=DTYPES[dtype]
+        )
 
 
 def load_tokenizer(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.durable import disk_error, sync
+from selectkd.training.counts import rank
 
 REQUIRED = ("step", "loss", "kl", "tar", "bite", "lr", "tokens", "tokens_per_second", "skipped")
 
@@ -27,7 +28,7 @@ class MetricsLog:
 
     A training line holds at least REQUIRED; an evaluation line holds step and ``evaluation``. What ``CLOCK`` names
     goes to timings.jsonl, {"step": ..., "time": seconds since 1970, ...}. A part of a checkpoint: its state is the
-    length of both files, and loading it cuts them there.
+    length of both files, and loading it cuts them there; on several ranks the first one does that.
     """
 
     def __init__(self, path: Path, *listeners: Callable[[dict[str, Any]], None]) -> None:
@@ -56,7 +57,7 @@ class MetricsLog:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Cuts both files to the saved length; what a killed run wrote after it goes."""
         for path in (self.path, self.timings):
-            if path.is_file():
+            if rank() == 0 and path.is_file():
                 os.truncate(path, min(state.get(path.name, 0), path.stat().st_size))
 
 

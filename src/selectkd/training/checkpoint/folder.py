@@ -243,5 +243,7 @@ def read_part(path: Path, name: str) -> Any:
             f"the checkpoint {path} holds no {name}: it was written by another recipe or version. "
             "Start anew in another training.output_dir."
         )
-    tensors = path / f"{name}.safetensors"
-    return join(json.loads(plain.read_bytes())["state"], load_file(tensors) if tensors.is_file() else {})
+    file = path / f"{name}.safetensors"
+    mapped = load_file(file) if file.is_file() else {}
+    copied = {key: tensor.clone() for key, tensor in mapped.items()}  # rotation may delete the mapped file
+    return join(json.loads(plain.read_bytes())["state"], copied)

@@ -1,0 +1,36 @@
+"""``selectkd estimate RECIPE``: the memory a run needs, before it is started."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.terminal import say
+
+
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the longest sample; default training.max_length.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON, in bytes.")] = False,
+) -> None:
+    """Say what memory one process needs, part by part, and what a checkpoint takes on disk. Reads no weight."""
+    from selectkd.config import load_recipe
+
+    checked = load_recipe(recipe, changes or [])
+
+    import selectkd.training.run  # noqa: F401  what a run imports is in memory as well
+    from selectkd.training.estimate import estimate as count
+
+    memory = count(checked, length=length).as_dict()
+    if as_json:
+        say(json.dumps(memory))
+        return
+    for name, size in memory.items():
+        say(f"{name.replace('_', ' '):<14} {size / 2**20:>12,.1f} MiB")

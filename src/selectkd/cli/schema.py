@@ -1,0 +1,23 @@
+"""``selectkd schema``: what a recipe may say, for editors and for programs that write recipes."""
+
+from __future__ import annotations
+
+import json
+
+from selectkd.cli.terminal import say
+
+
+def schema() -> None:
+    """Print the JSON Schema of a recipe."""
+    from selectkd.config import Recipe
+
+    say(
+        json.dumps(
+            {
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                "title": "A recipe of selectkd",
+                **{key: value for key, value in Recipe.model_json_schema().items() if key != "title"},
+            },
+            indent=2,
+        )
+    )

@@ -1,0 +1,312 @@
+"""``selectkd doctor``: what can fail later is looked at now, first all that needs no weight, then with the models.
+
+n supervised rows of the probe batch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectkd.assembly import Assembly, Plan, assemble, check_loggers, prepare
+from selectkd.data import inspect
+from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
+from selectkd.models.head import backbone, head_of
+from selectkd.rows import Head, LiveRows
+from selectkd.teachers.cache.build import weights_checksum
+from selectkd.training.checkpoint.folder import all_in
+from selectkd.training.counts import ranks, total
+from selectkd.training.estimate import Memory, estimate
+from selectkd.training.evaluation import label_surprise, probe
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
+from selectkd.training.loop import train_loop
+from selectkd.training.run import COLD_TAR, cold
+from selectkd.training.rundir import CHECKPOINTS, check_output_dir, check_same, identity, read_run
+from selectkd.training.step import DistillationModel
+from selectkd.training.watch import tar_of
+
+KS = (1, 5, 20)
+"""The k of greedy_topk that TAR at step 0 is told for: strict, the paper's, lenient."""
+
+BINS = 10
+SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; exit_code: what a run would end with, 0 where it is fine."""
+
+    check: str
+    ok: bool
+    message: str
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"check": self.check, "ok": self.ok, "message": self.message}
+
+
+def doctor(recipe: Any, *, device: torch.device | str = "cpu") -> Iterator[Finding]:
+    """One Finding a check, as each is done; nothing is written. Where one of those without weights fails, the models
+    are not loaded.
+    """
+    fine = True
+    for finding in without_weights(recipe):
+        fine = fine and finding.ok
+        yield finding
+    if fine:
+        yield from with_weights(recipe, device)
+
+
+def without_weights(recipe: Any) -> Iterator[Finding]:
+    """Folder, loggers, tokenizers, objective, text and masks, memory and disk."""
+    yield tried("output_dir", lambda: _folder(recipe))
+    yield tried("loggers", lambda: _loggers(recipe))
+    plan: Plan | None = None
+    try:
+        plan = prepare(recipe)
+    except SelectKDError as error:
+        names = {DataError: "text", TeacherError: "teacher", ConfigError: "names and tokenizers"}
+        check = next((name for kind, name in names.items() if isinstance(error, kind)), "teacher")
+        yield Finding(check, False, str(error), error.exit_code)
+    if plan is not None:
+        yield Finding("tokenizer", True, _tokenizer(plan))
+        yield Finding("objective", True, _objective(plan, recipe.objective))
+        yield tried("text", lambda: _text(plan))
+        yield Finding("masks", True, _masks(plan))
+    memory: list[Memory] = []
+    yield tried("memory", lambda: _memory(recipe, memory))
+    if memory:
+        yield tried("disk", lambda: _disk(recipe, memory[0]))
+
+
+def with_weights(recipe: Any, device: torch.device | str) -> Iterator[Finding]:
+    """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
+    made: Assembly | None = None
+    try:
+        made = assemble(recipe, device=device)
+    except SelectKDError as error:
+        yield Finding("models", False, str(error), error.exit_code)
+    if made is None:
+        return
+    yield Finding("models", True, f"teacher {made.teacher_plan.source}, student {made.student_source}")
+    yield tried("teacher", lambda: _teacher(made))
+    yield tried("tar", lambda: _tar(made, recipe))
+    yield tried("calibration", lambda: _calibration(made))
+    yield tried("step", lambda: _step(made, recipe, device))
+    if ranks() > 1:
+        yield tried("ranks", lambda: _ranks(made))
+
+
+def tried(check: str, look: Callable[[], str]) -> Finding:
+    """A check as a Finding: the message it returns, or the error it raises."""
+    try:
+        return Finding(check, True, look())
+    except SelectKDError as error:
+        return Finding(check, False, str(error), error.exit_code)
+
+
+def _folder(recipe: Any) -> str:
+    folder = Path(recipe.training.output_dir)
+    if not check_output_dir(folder):
+        return f"{folder} is free"
+    wanted = identity(recipe)
+    stored = {key: value for key, value in read_run(folder).items() if key in wanted}
+    check_same(stored, wanted, (), where=f"training.output_dir = {folder}")
+    saved = all_in(folder / CHECKPOINTS)
+    return f"{folder} holds this run; it would go on from {saved[0].name if saved else 'the beginning'}"
+
+
+def _loggers(recipe: Any) -> str:
+    check_loggers(recipe.training.report_to)
+    return ", ".join(["metrics.jsonl", *recipe.training.report_to])
+
+
+def _tokenizer(plan: Plan) -> str:
+    end = plan.tokenizer.eos_token
+    return f"{len(plan.tokenizer):,} tokens, the teacher's; end of sequence {end if end is not None else 'unknown'}"
+
+
+def _objective(plan: Plan, spec: Any) -> str:
+    of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
+    return f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
+
+
+def _said(component: dict[str, Any]) -> str:
+    """A component as a call: greedy_topk(k=5)."""
+    rest = ", ".join(f"{key}={value}" for key, value in component.items() if key != "name")
+    return f"{component['name']}({rest})" if rest else component["name"]
+
+
+def _text(plan: Plan) -> str:
+    examples = [example for source in plan.sources for example in source.examples]
+    found = inspect.check(examples, held_out=plan.heldout)
+    ends = plan.tokenizer.eos_token_id
+    closed = sum(bool(e.completion and e.completion[-1] and e.input_ids[-1] == ends) for e in examples)
+    told = (
+        f"{found.examples:,} samples, {found.trained_tokens:,} of {found.tokens:,} tokens trained, "
+        f"{found.shortest} to {found.longest} tokens; {closed:,} end with a trained end of sequence"
+    )
+    return " ".join([f"{told}; {len(plan.heldout):,} held out.", *found.warnings])
+
+
+def _masks(plan: Plan) -> str:
+    """Two samples, what is trained on between [[ and ]]."""
+    shown = []
+    for example in plan.sources[0].examples[:SHOWN]:
+        parts = inspect.pieces(example, plan.tokenizer)
+        text = "".join(f"[[{piece}]]" if trained else piece for piece, trained in parts)
+        shown.append(f"{example.origin}: {text if len(text) <= 400 else text[:200] + ' ... ' + text[-200:]}")
+    return "\n".join(shown)
+
+
+def _memory(recipe: Any, found: list[Memory]) -> str:
+    memory = estimate(recipe)
+    found.append(memory)
+    need, free = memory.total, available()
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in memory.as_dict().items() if size
+    )
+    if free is not None and need - memory.process > free:
+        raise ResourceError(
+            f"a process needs about {need / 2**30:.2f} GiB ({told}), and {free / 2**30:.2f} GiB are free. "
+            "Use a smaller training.batch_size or max_length, training.lora, or gradient_checkpointing: true."
+        )
+    return f"GiB: {told}" + ("" if free is None else f"; {free / 2**30:.2f} free")
+
+
+def available() -> int | None:
+    """Bytes free on the device that trains; None where it cannot be told."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    table = Path("/proc/meminfo")
+    if not table.is_file():
+        return None
+    row = next((line for line in table.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+    return None if row is None else int(row.split()[1]) * 1024
+
+
+def _disk(recipe: Any, memory: Memory) -> str:
+    training = recipe.training
+    copies = 0 if training.save_every is None else training.keep + 1  # one more while it is written
+    need = copies * memory.saved + memory.student
+    above = Path(training.output_dir)
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    told = f"{copies} checkpoints of {memory.saved:,} bytes and the student: {need:,} bytes, {free:,} free"
+    if need > free:
+        raise ResourceError(
+            f"{told}. Free some space, name another training.output_dir, or lower training.keep."
+        )
+    return told
+
+
+def _teacher(made: Assembly) -> str:
+    started = time.perf_counter()
+    rows = made.teacher(made.probe, supervised(made.probe).position)
+    seconds = time.perf_counter() - started
+    if isinstance(rows, LiveRows):
+        bad = int((~torch.isfinite(rows.hidden)).any(-1).sum())
+        if bad:
+            raise NumericsError(
+                f"{bad} of {rows.hidden.shape[0]} rows of the teacher are not finite. Load it in float32 or bfloat16, "
+                "or check its weights."
+            )
+    n = supervised(made.probe).position.shape[0]
+    return f"{n} rows of {made.probe.stream.shape[0]} samples in {seconds:.2f} s"
+
+
+def _tar(made: Assembly, recipe: Any) -> str:
+    width = min(head_of(made.student).width, made.teacher_plan.k or head_of(made.student).width)
+    found = []
+    for k in KS:
+        if k <= width:
+            objective = replace(made.objective, verifier={"name": "greedy_topk", "k": k})
+            verdicts = probe(made.student, made.teacher, made.probe, objective, seed=recipe.training.seed)
+            found.append(f"k = {k}: {tar_of(verdicts, made.probe):.3f}")
+    own = tar_of(
+        probe(made.student, made.teacher, made.probe, made.objective, seed=recipe.training.seed), made.probe
+    )
+    told = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
+    return told + (f" {cold(own)}" if own < COLD_TAR and made.beta.start == made.beta.end < 1 else "")
+
+
+@torch.no_grad()
+def _calibration(made: Assembly) -> str:
+    """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
+    seen = supervised(made.probe)
+    made.student.eval()
+    head = head_of(made.student)
+    hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
+    told = ["student " + _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)]
+    rows = made.teacher(made.probe, seen.position)
+    if isinstance(rows, LiveRows):
+        told.insert(0, "teacher " + _calibrated(rows.hidden, rows.head, seen.labels))
+    return "; ".join(told)
+
+
+def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
+    n = labels.shape[0]
+    sure, right = torch.empty(n), torch.empty(n)
+    for i in range(0, n, 64):
+        best = head.logits(hidden[i : i + 64]).softmax(-1).max(-1)
+        sure[i : i + 64], right[i : i + 64] = (
+            best.values.cpu(),
+            (best.indices == labels[i : i + 64]).float().cpu(),
+        )
+    of = torch.clamp((sure * BINS).long(), max=BINS - 1)
+    gap = sum(float((sure[of == b] - right[of == b]).sum().abs()) for b in range(BINS)) / n
+    perplexity = float(torch.tensor(label_surprise(hidden, head, labels) / n).exp())
+    return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
+
+
+def _step(made: Assembly, recipe: Any, device: torch.device | str) -> str:
+    """One optimizer step of one micro-batch of the run, and how long the run would take by it."""
+    training = recipe.training
+    ledger = Ledger(
+        made.objective,
+        recipe.objective.reduction,
+        made.beta,
+        seed=training.seed,
+        streams=made.streams,
+        device=device,
+    )
+    model = DistillationModel(
+        made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk
+    )
+    feed, heard = Feed(made.micro_batches), []
+    started = time.perf_counter()
+    train_loop(
+        model, feed, ledger, steps=1, learning_rate=training.learning_rate, weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm, on_line=heard.append,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    if ledger.skipped:
+        raise NumericsError(
+            f"the first step's loss ({heard[0]['loss']}) or gradient norm ({heard[0]['grad_norm']}) is not finite. "
+            "Train in float32, or check the models."
+        )
+    steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
+    whole = seconds * steps * training.gradient_accumulation
+    line = heard[0]
+    return (
+        f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; {seconds:.2f} s a micro-batch, about "
+        f"{whole / 3600:.2f} h for {steps:,} steps"
+    )
+
+
+def _ranks(made: Assembly) -> str:
+    """After one step with averaged gradients every rank has the same weights, if the gradients were equal."""
+    own = int(weights_checksum(made.student)[:12], 16)
+    if total([own])[0] != own * ranks():
+        raise NumericsError("after one step the ranks' weights differ: their gradients were not averaged.")
+    return f"{ranks()} ranks have the same weights after one step"

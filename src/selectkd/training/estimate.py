@@ -1,0 +1,208 @@
+"""What memory a run needs, from a recipe alone: no weight is read, every tensor is counted on the meta device.
+
+b samples of a micro-batch, t tokens of one, c rows of a chunk of the loss, v vocabulary, d student width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from selectkd.assembly import checkpoint_activations
+from selectkd.chunked import chunk_rows
+from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
+from selectkd.models.head import backbone, head_of
+from selectkd.models.load import load_shape
+from selectkd.models.lora import add_lora
+from selectkd.teachers.cache.index import read_index
+
+FP32 = 4
+COUNTED = "selectkd_counted"
+"""The attention that ``activations`` counts with: the meta device has no fused one, and all use one."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part of a run at its peak, on the device that trains; process: what Python and torch take.
+
+    merging: what saving a student with adapters takes beyond training, a copy of it being merged when activations are
+    gone. saved: what one checkpoint takes on disk. total: their sum, not all of which need be there at once.
+    """
+
+    process: int
+    student: int
+    gradient: int
+    optimizer: int
+    activations: int
+    loss: int
+    teacher: int
+    best_student: int
+    merging: int
+    saved: int
+
+    @property
+    def total(self) -> int:
+        """All of memory: every part but ``saved``."""
+        return sum(value for name, value in vars(self).items() if name != "saved")
+
+    def as_dict(self) -> dict[str, int]:
+        return {**vars(self), "total": self.total}
+
+
+def estimate(recipe: Any, *, length: int | None = None) -> Memory:
+    """The memory of one process that trains ``recipe``; length: tokens of the longest batch, default max_length.
+
+    Weights, gradients and optimizer are counted parameter by parameter, activations by running the backbone on the
+    meta device and counting what autograd keeps; the loss by the buffers of one chunk. ConfigError for models that
+    cannot be found.
+    """
+    training = recipe.training
+    b, t = training.batch_size, length or training.max_length
+    teacher = _teacher_shapes(recipe.teacher, training.dtype)
+    student = _student_shape(recipe, teacher[0] if teacher else None)
+    weights = _bytes(student.parameters()) + _bytes(student.buffers())
+    head = head_of(student)
+    if training.lora is not None:
+        student = add_lora(student, **training.lora.model_dump())
+    trained = [p for p in student.parameters() if p.requires_grad]
+    adapters = 0 if training.lora is None else _bytes(trained)
+    kept = activations(student, b, t, recomputed=training.gradient_checkpointing)
+    v, d = head.weight.shape
+    c = chunk_rows(b * t, v, training.chunk)
+    head_trained = head.weight.requires_grad and training.lora is None
+    loss = c * v * FP32 + b * t * d * FP32 + (v * d * FP32 if head_trained else 0)
+    taught = sum(_bytes(model.parameters()) + _bytes(model.buffers()) for model in teacher)
+    if teacher:
+        widest = max(model.config.get_text_config().intermediate_size for model in teacher)
+        loss += c * v * FP32 + b * t * widest * 3 * FP32  # its logits, and one layer of its forward pass
+    elif isinstance(recipe.teacher, CacheTeacher):
+        index = read_index(Path(recipe.teacher.cache).expanduser() / "index.json")
+        taught = (
+            index["head"]["vocabulary"] * index["head"]["width"] * FP32 if index["payload"] == "hidden" else 0
+        )
+        loss += c * v * FP32 if index["payload"] == "hidden" else 0
+    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    return Memory(
+        process=resident(),
+        student=weights + adapters,
+        gradient=_bytes(trained),
+        optimizer=moments,
+        activations=kept,
+        loss=loss,
+        teacher=taught,
+        merging=max(0, weights - kept - loss - _bytes(trained)) if adapters else 0,
+        best_student=_bytes(trained) if training.early_stopping is not None else 0,
+        saved=_bytes(trained) + moments,
+    )
+
+
+def activations(model: nn.Module, b: int, t: int, *, recomputed: bool = False) -> int:
+    """Bytes that autograd keeps of one forward pass over [b, t] tokens, counted on the meta device.
+
+    recomputed: with gradient checkpointing, the inputs of the layers and the inside of one of them.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    AttentionInterface.register(COUNTED, _counted)
+    text._attn_implementation = COUNTED
+    inputs = {
+        "input_ids": torch.zeros(b, t, dtype=torch.long, device="meta"),
+        "position_ids": torch.zeros(b, t, dtype=torch.long, device="meta"),
+        "attention_mask": torch.zeros(b, 1, t, t, device="meta"),
+    }
+    with _kept() as storages:
+        backbone(model.train())(**inputs)
+    sizes = [size for storage, size in storages.items() if storage not in own]
+    if not recomputed:
+        return sum(sizes)
+    return text.num_hidden_layers * b * t * text.hidden_size * FP32 + sum(sizes) // text.num_hidden_layers
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps for its backward pass: q, k and v of all heads, mask, result and a sum a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> Tensor:  # each [b, heads, t, head width]
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("for counting alone")
+
+
+def _counted(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    k, v = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    return _Attention.apply(query, k, v, mask).transpose(1, 2), None  # type: ignore[union-attr]
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, int]]:
+    """Collects each storage that autograd keeps, and its size."""
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no two storages have one address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def resident() -> int:
+    """Bytes this process holds now, which is what Python and its packages take before any weight is read."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/status", encoding="ascii") as file:
+        row = next(line for line in file if line.startswith("VmRSS:"))
+    return int(row.split()[1]) * 1024
+
+
+def _teacher_shapes(spec: Any, dtype: str) -> list[Any]:
+    """The models a teacher holds in memory; none for one on disk or behind a server."""
+    if isinstance(spec, list):
+        return [shape for member in spec for shape in _teacher_shapes(member.teacher, dtype)]
+    if isinstance(spec, ModelTeacher):
+        return [load_shape(spec.model, dtype=spec.dtype or dtype, revision=spec.revision)]
+    assert isinstance(spec, CacheTeacher | RemoteTeacher)
+    return []
+
+
+def _student_shape(recipe: Any, teacher: Any) -> Any:
+    """The student without weights: its own, or the teacher's with so many layers."""
+    spec, dtype = recipe.student, recipe.training.dtype
+    if spec.model is not None:
+        model = load_shape(spec.model, dtype=dtype, revision=spec.revision)
+    else:
+        named = recipe.teacher.model if teacher is None else teacher.config._name_or_path
+        model = load_shape(named, dtype=dtype)
+        layers = model.get_decoder().layers
+        del layers[spec.from_teacher.layers :]
+        model.config.get_text_config().num_hidden_layers = spec.from_teacher.layers
+    if recipe.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of tensors, each storage once."""
+    once = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in once.values())
