@@ -114,6 +114,13 @@ def extras_of(recipe: Any) -> list[Extra]:
     extras = [build(EXTRAS, dict(spec), kind="extra") for spec in recipe.objective.extras]
     for extra in extras:
         if isinstance(extra, policy_gradient):
+            shares = {getattr(policy, "share", None) for policy in recipe.data.policies}
+            if shares != {extra.share}:
+                raise ConfigError(
+                    f"objective.extras policy_gradient(share={extra.share}) corrects for text drawn with that share of "
+                    f"the teacher; data.policy says {sorted(map(str, shares))}. Use policy: "
+                    f"{{name: teacher_mixed, share: {extra.share}}}."
+                )
             shaped = [
                 p for p in recipe.data.policies if (p.temperature, p.top_p, p.top_k) != (1.0, 1.0, None)
             ]
@@ -121,13 +128,6 @@ def extras_of(recipe: Any) -> list[Extra]:
                 raise ConfigError(
                     "objective.extras policy_gradient corrects for text drawn from the models' own distributions; "
                     f"data.policy {shaped[0].name} shapes them. Leave out its temperature, top_p and top_k."
-                )
-            shares = {getattr(policy, "share", None) for policy in recipe.data.policies}
-            if shares != {extra.share}:
-                raise ConfigError(
-                    f"objective.extras policy_gradient(share={extra.share}) corrects for text drawn with that share of "
-                    f"the teacher; data.policy says {sorted(map(str, shares))}. Use policy: "
-                    f"{{name: teacher_mixed, share: {extra.share}}}."
                 )
     return extras
 
