@@ -39,6 +39,7 @@ def build(
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
     from selectkd.teachers.cache import build_cache, plan_of
+    from selectkd.training.stopping import StopRequests
 
     if rank >= ranks:
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
@@ -51,9 +52,10 @@ def build(
         tokenizer=tokenizer, examples=examples, wish=wish,
     )  # fmt: skip
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
-    index = build_cache(
-        folder, plan, records, loaded.model, rank=rank, ranks=ranks, say=told if as_json else say
-    )
+    with StopRequests("the shards that are written stay"):
+        index = build_cache(
+            folder, plan, records, loaded.model, rank=rank, ranks=ranks, say=told if as_json else say
+        )
     if index is None:
         say(
             json.dumps({"finished": False})
