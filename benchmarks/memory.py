@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": {"r": 16, "alpha": 32, "dropout": 0.0}},
     "activations recomputed": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "batch of 6": {"batch_size": 6, "max_steps": 1},
+    "batch of 6": {"batch_size": 6},
 }
 
 
@@ -40,12 +40,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=SETTINGS, action="append", help="one setting; may be repeated")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
         write_pair(root)
-        for name, training in SETTINGS.items():
+        for name in given.only or SETTINGS:
+            training = SETTINGS[name]
             recipe = write_recipe(root, training)
             told = json.loads(selectkd("estimate", str(recipe), "--json")[0])
             _, most = selectkd("train", str(recipe))

@@ -214,3 +214,24 @@ def test_a_run_folder_moved_elsewhere_goes_on(pair: Path, whole: Path, tmp_path:
     shutil.rmtree(moved / "student")
     assert train(recipe_for(pair, moved)).resumed_from == 6
     assert left(moved) == left(whole)
+
+
+def test_a_cache_build_that_is_stopped_ends_with_75_and_goes_on(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe = recipe_for(pair, tmp_path / "run", cache=tmp_path / "cache")
+    path = write(recipe, tmp_path / "recipe.yaml")
+    told: list[str] = []
+
+    def stops(text: object) -> None:
+        told.append(str(text))
+        if str(text).startswith("shard 2 of"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("selectkd.cli.cache.say", stops)
+    build = ["cache", "build", str(path), "--set", "teacher.shard_rows=32"]
+    assert main(build) == 75
+    assert "the shards that are written stay" in capsys.readouterr().err
+    told.clear()
+    assert main(build) == 0
+    assert next(text for text in told if text.startswith("shard")).startswith("shard 3 of")

@@ -1,10 +1,11 @@
 """Whole runs on one of two ranks (gloo): a step that is not finite on one, a stop that only one hears of, going on.
 
-torchrun --nproc-per-node 2 two_rank_runs.py FOLDER PAIR ENGINE
+torchrun --nproc-per-node 2 two_rank_runs.py FOLDER PAIR
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -47,7 +48,6 @@ class StopsAt:
 
 
 def main(folder: Path, pair: Path, engine: str) -> None:
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     setting: dict[str, Any] = {"engine": engine, "accumulation": 2, "save_every": 2}
 
@@ -72,8 +72,11 @@ def main(folder: Path, pair: Path, engine: str) -> None:
     result = train(stops)
     assert result.skipped == 1 and result.resumed_from in (2, 3), result
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    for kind in ("loop", "trainer"):
+        main(Path(sys.argv[1]) / kind, Path(sys.argv[2]), kind)
+    gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
+    dist.destroy_process_group()

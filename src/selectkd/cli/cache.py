@@ -42,6 +42,7 @@ def build(
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
     from selectkd.teachers.cache import build_cache, plan_of
+    from selectkd.training.stopping import StopRequests
 
     if rank >= ranks:
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
@@ -50,7 +51,10 @@ def build(
     origin = _origin(teacher)
     plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
-    index = build_cache(folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say)
+    with StopRequests("the shards that are written stay"):
+        index = build_cache(
+            folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say
+        )
     if index is None:
         say(
             json.dumps({"finished": False})

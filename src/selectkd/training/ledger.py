@@ -29,6 +29,7 @@ from selectkd.training.counts import (
     summed,
 )
 from selectkd.training.draws import draws
+from selectkd.training.spikes import Spikes
 
 FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
@@ -90,6 +91,7 @@ class Ledger:
         if self.beta is None:
             self.beta = BetaSchedule(self.objective.beta, self.objective.beta)
         self._in_a_row = 0
+        self.spikes = Spikes()
         self._portions: list[Portion] = []
         self._counts = Counts(0, 0)
         self._sums = self._zeros()
@@ -110,6 +112,7 @@ class Ledger:
             "step": self.step,
             "left_out": list(self.left_out),
             "in_a_row": self._in_a_row,
+            "spikes": self.spikes.state_dict(),
             "tokens": self.tokens,
             "tar": self.tar,
             "last": dict(self.last),
@@ -123,6 +126,7 @@ class Ledger:
         assert self.beta is not None  # __post_init__ saw to it
         self.step, self.left_out, self._in_a_row = state["step"], list(state["left_out"]), state["in_a_row"]
         self.tokens, self.tar, self.last = state["tokens"], state["tar"], dict(state["last"])
+        self.spikes.load_state_dict(state["spikes"])
         self._window = [sums.to(self.device) for sums in state["window"]]
         self.beta = replace(self.beta, best_tar=state["best_tar"])
         if self.taid is not None and state["taid"] is not None:
@@ -199,6 +203,7 @@ class Ledger:
         good = math.isfinite(self.last["loss"]) and math.isfinite(grad_norm)
         if good:
             self._in_a_row = 0
+            self.spikes.see(self.step, grad_norm)
             self._window.append(self._sums)
             self.tokens += int(self.last["n"])
             if self.taid is not None:
@@ -234,6 +239,7 @@ class Ledger:
             "tokens": self.tokens,
             "tokens_per_second": sums["n"] / seconds,
             "skipped": self.skipped,
+            "spikes": len(self.spikes.steps),
             "teacher_nonfinite": int(sums["teacher_nonfinite"]),
         }
         line["streams"] = stream_rates(total, self.streams)

@@ -391,6 +391,7 @@ def _manifest(
         "stopped_early": result.stopped_early,
         "skipped": result.skipped,
         "skipped_steps": ledger.left_out,
+        "spikes": ledger.spikes.steps,
         "tokens": ledger.tokens,
         "seconds": round(result.seconds, 3),
         "tar": {"before": getattr(result.before, "tar", None), "after": getattr(result.after, "tar", None)},

@@ -15,11 +15,13 @@ SIGNALS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 class StopRequests:
     """A context in which a first SIGTERM or SIGINT is noted and a second one acts at once, as it would without us.
 
-    asked: the signal that came, or None. ``at_once``: while True (before training, where there is nothing to save) a
-    first signal raises right away. Signals reach the main thread alone; in any other this context does nothing.
+    asked: the signal that came, or None. saved: what to tell of what is kept. ``at_once``: while True (before
+    training, where there is nothing to save) a first signal raises right away. Signals reach the main thread alone;
+    in any other this context does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved: str = "nothing was trained yet") -> None:
+        self.saved = saved
         self.asked: int | None = None
         self.at_once = True
         self._before: dict[int, Any] = {}
@@ -39,10 +41,10 @@ class StopRequests:
         self.asked = number
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         if self.at_once:
-            raise stopped(number)
+            raise stopped(number, self.saved)
 
 
-def stopped(number: int, saved: str = "nothing was trained yet") -> SelectKDError:
-    """The error a signal ends a run with; its exit code is 75 or 130."""
+def stopped(number: int, saved: str) -> SelectKDError:
+    """The error a signal ends a command with, ``saved`` being what is kept; its exit code is 75 or 130."""
     error = SIGNALS[signal.Signals(number)]
     return error(f"stopped by {signal.Signals(number).name}: {saved}. The same command goes on from there.")
