@@ -17,6 +17,7 @@ from selectkd.cli import (
     demo,
     dynamics,
     env,
+    eval,
     init,
     landscape,
     show,
@@ -47,6 +48,7 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
+app.command("eval")(eval.evaluate)
 app.command("init")(init.init)
 app.command("landscape")(landscape.landscape)
 app.command("speculate")(speculate.speculate)
