@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import httpx2
@@ -86,15 +86,12 @@ INJECTIONS = [
 
 def test_thirty_injections_change_nothing(tmp_path: Path) -> None:
     assert len(INJECTIONS) >= 30
-    honest = "It is Paris."
-    for number, text in enumerate(INJECTIONS):
-        pair = Pair("The capital of France?", text.replace("Paris", "Rome"), honest)
-        seen = contest([pair], Scripted(best), memory=tmp_path / f"{number}.jsonl")
-        assert (seen.losses, seen.invalid) == (1, 0), text[:60]
-        other = contest(
-            [Pair(pair.request, honest, pair.answer)], Scripted(best), memory=tmp_path / f"{number}b.jsonl"
-        )
-        assert other.wins == 1, text[:60]
+    request, honest = "The capital of France?", "It is Paris."
+    fakes = [text.replace("Paris", "Rome") for text in INJECTIONS]
+    seen = contest([Pair(request, one, honest) for one in fakes], Scripted(best), memory=tmp_path / "a.jsonl")
+    assert seen.invalid == 0 and seen.losses == len(fakes)
+    seen = contest([Pair(request, honest, one) for one in fakes], Scripted(best), memory=tmp_path / "b.jsonl")
+    assert seen.invalid == 0 and seen.wins == len(fakes)
 
 
 def test_a_judge_that_repeats_an_answer_says_nothing(tmp_path: Path) -> None:
@@ -158,6 +155,10 @@ def test_a_judge_that_dies_in_the_middle_is_not_asked_twice(tmp_path: Path) -> N
         contest(PAIRS, third, memory=memory)
 
 
+async def streamed(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
 def test_an_endpoint_is_asked_as_openai_is(tmp_path: Path) -> None:
     asked = []
 
@@ -171,13 +172,16 @@ def test_an_endpoint_is_asked_as_openai_is(tmp_path: Path) -> None:
         )
         text = Scripted(longer).reply(body["messages"][0]["content"])
         if len(asked) == 3:
-            return httpx2.Response(429, headers={"retry-after": "0"})
-        return httpx2.Response(200, json={"choices": [{"message": {"content": text}}]})
+            return httpx2.Response(429, headers={"retry-after": "0"}, content=streamed(b""))
+        return httpx2.Response(
+            200, content=streamed(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+        )
 
     line = Connection("http://judge.test", key="secret", transport=httpx2.MockTransport(answer))
     seen = contest(PAIRS, EndpointJudge(line, "judge"), memory=tmp_path / "v.jsonl")
     line.close()
     assert seen.scores == [0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    assert asked[0] == "Bearer secret"
     assert len(asked) == 13 and "secret" not in (tmp_path / "v.jsonl").read_text()
     assert cost(["x" * 400] * 10, price_in=1.0, price_out=0.0)[0] == 1000
 

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit, log_expit
+from scipy.special import expit
 
 from selectkd.errors import DataError
 from selectkd.evals.judging.judges import Judge
@@ -20,6 +20,8 @@ from selectkd.evals.statistics import Interval, bootstrap_mean
 
 LENGTH_RESAMPLES = 500
 """Each is a fit of its own: 500 give a 95% interval whose ends are good to about a tenth of its width."""
+NEWTON_STEPS = 40
+"""A dozen settle a fit; wins alone, which the ridge ends near sigma(11), take the most."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,13 @@ def at_equal_length(scores: Sequence[float], apart: Sequence[int], *, seed: int 
     won, lengths = np.asarray(scores, dtype=np.float64), np.asarray(apart, dtype=np.float64)
     if not len(won):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    value = _fitted(won, lengths)
-    rng = np.random.default_rng(seed)
-    drawn = [
-        _fitted(won[rows], lengths[rows])
-        for rows in rng.integers(len(won), size=(LENGTH_RESAMPLES, len(won)))
-    ]
+    spread = lengths.std()
+    longer = np.tanh(lengths / spread) if spread else np.zeros_like(lengths)
+    n = len(won)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=LENGTH_RESAMPLES)
+    value, *drawn = _at_zero(won, longer, np.vstack([np.ones(n), counts])).tolist()
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, float(min(low, value)), float(max(high, value)), len(won))
+    return Interval(value, float(min(low, value)), float(max(high, value)), n)
 
 
 def key_of(judge: str, question: Comparison) -> str:
@@ -134,17 +135,22 @@ def key_of(judge: str, question: Comparison) -> str:
     return hashlib.blake2b(told, digest_size=16).hexdigest()
 
 
-def _fitted(won: np.ndarray, apart: np.ndarray) -> float:
-    spread = apart.std()
-    longer = np.tanh(apart / spread) if spread else np.zeros_like(apart)
-    ridge = 0.5 / len(won)
+def _at_zero(won: Any, longer: Any, counts: Any) -> Any:
+    """sigma(a) of the fits won ~ sigma(a + b longer), each pair counted counts[r, i] times: [r], by Newton's method.
 
-    def loss(at: np.ndarray) -> float:
-        z = at[0] + at[1] * longer
-        told = won * log_expit(z) + (1 - won) * log_expit(-z)
-        return float(-told.mean() + ridge * at[1] ** 2 + 1e-6 * at[0] ** 2)
-
-    return float(expit(minimize(loss, np.zeros(2), method="BFGS").x[0]))
+    Minimised: -sum log likelihood / n + b^2 / (2 n) + 1e-6 a^2.
+    """
+    n = counts.shape[1]
+    a, b = np.zeros(len(counts)), np.zeros(len(counts))
+    for _ in range(NEWTON_STEPS):
+        p = expit(a[:, None] + b[:, None] * longer)  # [r, n]
+        left, bend = counts * (p - won) / n, counts * p * (1 - p) / n
+        slope_a, slope_b = left.sum(1) + 2e-6 * a, (left * longer).sum(1) + b / n
+        aa, ab, bb = bend.sum(1) + 2e-6, (bend * longer).sum(1), (bend * longer**2).sum(1) + 1 / n
+        whole = aa * bb - ab**2
+        a = a - np.clip((bb * slope_a - ab * slope_b) / whole, -2, 2)
+        b = b - np.clip((aa * slope_b - ab * slope_a) / whole, -2, 2)
+    return expit(a)
 
 
 def _remembered(memory: Path) -> dict[str, Choice]:
