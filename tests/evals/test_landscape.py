@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,9 +106,9 @@ def test_the_eigenvalue_of_a_model_is_its_curvature_along_the_steepest_direction
     assert seen == pytest.approx(float(torch.linalg.eigvalsh(torch.stack(rows))[-1]), rel=1e-2)
 
 
-def _eager(model: object, batch: object) -> object:
-    model.set_attn_implementation("eager")  # type: ignore[attr-defined]
-    return text_loss(model, batch)  # type: ignore[arg-type]
+def _eager(model: Any, batch: Any) -> Any:
+    model.set_attn_implementation("eager")
+    return text_loss(model, batch)
 
 
 def test_weights_come_back_to_the_last_bit_even_where_the_loss_fails() -> None:

@@ -20,6 +20,7 @@ from selectkd.cli import (
     dynamics,
     env,
     estimate,
+    eval,
     generate,
     init,
     landscape,
@@ -58,6 +59,7 @@ app.add_typer(teacher.app, name="teacher")
 app.command("serve-teacher")(serve.serve_teacher)
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
+app.command("eval")(eval.evaluate)
 app.command("init")(init.init)
 app.command("landscape")(landscape.landscape)
 app.command("speculate")(speculate.speculate)

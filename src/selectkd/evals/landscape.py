@@ -144,9 +144,11 @@ def top_eigenvalue(parameters: Sequence[Tensor], loss: Loss, *, seed: int = 0) -
             columns = np.stack([product(row) for row in np.eye(size, dtype=dtype)])
             return float(np.linalg.eigvalsh((columns + columns.T) / 2)[-1])
         start = torch.randn(size, generator=torch.Generator().manual_seed(seed)).numpy().astype(dtype)
-        operator: Any = LinearOperator((size, size), matvec=product, dtype=dtype)
+        linear: Any = LinearOperator  # its stubs know the subclass alone
+        operator = linear((size, size), matvec=product, dtype=dtype)
+        lanczos: Any = eigsh
         try:
-            found: Any = eigsh(
+            found = lanczos(
                 operator, k=1, which="LA", v0=start, ncv=KRYLOV, tol=EIGENVALUE_TOLERANCE, maxiter=MOST_PRODUCTS,
                 return_eigenvectors=False,
             )  # fmt: skip

@@ -1,0 +1,296 @@
+"""``selectkd eval MODEL --suite SUITE``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
+from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.errors import ConfigError
+from selectkd.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from selectkd.evals.suites import Suite
+    from selectkd.models.load import Loaded
+
+SuiteName = Literal["quick", "math", "code", "instruct", "perplexity"]
+MATH, QUICK_MATH, QUICK_CODE = 100, 20, 10
+"""Problems where --limit names none: made problems have no end of their own."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The flags that decide what is measured."""
+
+    suite: str
+    data: Path | None
+    limit: int | None
+    tokens: int
+    samples: int
+    k: int
+    temperature: float
+    batch_size: int
+    seed: int
+    unsafe: bool
+    max_length: int
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a .gguf file or a hub name.")],
+    suite: Annotated[SuiteName, typer.Option("--suite", help="What to measure.")] = "quick",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Another model on the same problems. May stand several times."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="A file of problems, text or requests.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many problems at the most.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens an answer, at the most.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="code: programs a problem.")] = 1,
+    k: Annotated[int, typer.Option("--k", min=1, help="code: the k of pass@k.")] = 1,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="code, with several samples; one is greedy.")
+    ] = 0.8,
+    unsafe: Annotated[
+        bool,
+        typer.Option("--unsafe-exec", help="code: run programs though this machine cannot lock them in."),
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="instruct: URL of an OpenAI-compatible server.")
+    ] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option("--judge-model", help="instruct: its name there, or a local model."),
+    ] = None,
+    judge_key: Annotated[
+        str | None,
+        typer.Option("--judge-key-env", help="instruct: the environment variable with the server's key."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="instruct: alpaca_eval, evol_instruct or ultrafeedback.")
+    ] = "alpaca_eval",
+    memory: Annotated[
+        Path, typer.Option("--memory", help="instruct: where verdicts are kept; none is asked for twice.")
+    ] = Path("verdicts.jsonl"),
+    price_in: Annotated[
+        float, typer.Option("--price-in", min=0.0, help="instruct: $ a million tokens read.")
+    ] = 0.0,
+    price_out: Annotated[
+        float, typer.Option("--price-out", min=0.0, help="instruct: $ a million written.")
+    ] = 0.0,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", min=0.0, help="instruct: stop before spending more dollars.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written at once.")] = 8,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=2, help="perplexity: tokens of a text.")
+    ] = 1024,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made problems and of sampling.")] = 0,
+    answers: Annotated[
+        Path | None, typer.Option("--answers", help="Write every answer to a JSONL file.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """How good a model is at a task, with intervals, and which of several is better on the same problems."""
+    check_answer(json_file)
+    if k > samples:
+        raise ConfigError(f"--k {k} needs --samples {k} or more; it is {samples}.")
+    if suite in ("perplexity", "instruct") and data is None:
+        raise ConfigError(f"--suite {suite} needs --data FILE.")
+    if suite == "instruct" and judge is None and judge_model is None:
+        raise ConfigError(
+            "--suite instruct needs --judge URL with --judge-model NAME, or a local --judge-model."
+        )
+    asked = Asked(suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length)
+    without_other_bars()
+    names = [model, *(compare or [])]
+    if suite == "perplexity":
+        rows, comparisons = _perplexity(names, asked, dtype)
+    elif suite == "instruct":
+        voice = _judge(judge, judge_model, judge_key, dtype)
+        budget = (price_in, price_out, max_cost)
+        rows, comparisons = _instruct(names, asked, dtype, voice, protocol, memory, budget)
+    else:
+        rows, comparisons = _problems(names, asked, dtype, answers)
+    write_answer(json_file, {"rows": rows, "comparisons": comparisons})
+    if json_file != STDOUT:
+        _table(rows, comparisons)
+
+
+def _problems(
+    names: list[str], asked: Asked, dtype: str, answers: Path | None
+) -> tuple[list[Any], list[Any]]:
+    from selectkd.evals.run_suite import compared, run_suite
+    from selectkd.evals.runs import load_student
+
+    suites = _suites(asked)
+    scored: dict[str, list[Any]] = {one.task: [] for one in suites}
+    for name in names:
+        loaded = load_student(name, dtype=dtype)
+        for one in suites:
+            scored[one.task].append(run_suite(name, loaded, one, batch_size=asked.batch_size, heard=told))
+    every = [one for of_task in scored.values() for one in of_task]
+    if answers is not None:
+        with answers.open("w", encoding="utf-8") as file:
+            for one in every:
+                for index, (text, score) in enumerate(zip(one.answers, one.scores, strict=True)):
+                    row = {
+                        "model": one.model,
+                        "task": one.task,
+                        "index": index,
+                        "score": score,
+                        "answers": text,
+                    }
+                    file.write(json.dumps(row) + "\n")
+    pairs = [
+        compared(first, second) for of_task in scored.values() for first, second in combinations(of_task, 2)
+    ]
+    return [one.as_row() for one in every], pairs
+
+
+def _suites(asked: Asked) -> list[Suite]:
+    """The problems of a suite; what is missing is said before a model loads."""
+    from selectkd.evals.sandbox import require
+    from selectkd.evals.suites import arithmetic, programming, written_mathematics
+
+    made = []
+    if asked.suite in ("math", "quick"):
+        made.append(
+            written_mathematics(asked.data, asked.limit, tokens=asked.tokens)
+            if asked.data is not None and asked.suite == "math"
+            else arithmetic(
+                asked.limit or (QUICK_MATH if asked.suite == "quick" else 100),
+                tokens=asked.tokens,
+                seed=asked.seed,
+            )
+        )
+    if asked.suite in ("code", "quick"):
+        level = require(unsafe=asked.unsafe)
+        told(f"programs are locked in by {level}")
+        made.append(
+            programming(
+                asked.data if asked.suite == "code" else None,
+                asked.limit or (QUICK_CODE if asked.suite == "quick" else None),
+                tokens=asked.tokens, level=level, samples=asked.samples, k=asked.k,
+                temperature=asked.temperature, seed=asked.seed,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _perplexity(names: list[str], asked: Asked, dtype: str) -> tuple[list[Any], list[Any]]:
+    from selectkd.evals.perplexity import perplexity_compared, perplexity_row, surprises
+    from selectkd.evals.runs import load_student
+
+    assert asked.data is not None  # checked above
+    settings = {"max_length": asked.max_length, "dtype": dtype}
+    found, rows, tokenizers = [], [], []
+    for name in names:
+        loaded = load_student(name, dtype=dtype)
+        seen = surprises(loaded, asked.data, limit=asked.limit, max_length=asked.max_length)
+        found.append((name, seen))
+        tokenizers.append(loaded.tokenizer.get_vocab())
+        rows.append(perplexity_row(name, asked.data, seen, {**settings, "revision": loaded.revision}))
+    pairs = [
+        perplexity_compared(asked.data.stem, found[i], found[j])
+        for i, j in combinations(range(len(names)), 2)
+        if tokenizers[i] == tokenizers[j]  # a token of another vocabulary is another unit
+    ]
+    return rows, pairs
+
+
+def _judge(url: str | None, model: str | None, key_variable: str | None, dtype: str) -> Callable[[], Any]:
+    """Who judges, as a function that makes it; what is wrong with the flags is said now."""
+    from selectkd.evals.judging import EndpointJudge, ModelJudge
+    from selectkd.evals.runs import load_student
+    from selectkd.teachers.remote.connection import Connection
+
+    if url is None:
+        return lambda: ModelJudge(load_student(str(model), dtype=dtype))
+    if model is None:
+        raise ConfigError(f"--judge {url} needs --judge-model, the name of the model there.")
+    key = None if key_variable is None else os.environ.get(key_variable)
+    if key_variable is not None and not key:
+        raise ConfigError(f"--judge-key-env {key_variable}: the variable is empty or not set.")
+    return lambda: EndpointJudge(Connection(url.rstrip("/").removesuffix("/v1"), key=key), model)
+
+
+def _instruct(
+    names: list[str],
+    asked: Asked,
+    dtype: str,
+    voice: Callable[[], Any],
+    protocol: str,
+    memory: Path,
+    budget: Any,
+) -> tuple[list[Any], list[Any]]:
+    from selectkd.evals.judging import PROTOCOLS, cost
+    from selectkd.evals.judging.instruct import answered, judged, read_requests
+    from selectkd.evals.runs import load_student
+    from selectkd.evals.statistics import paired_bootstrap
+
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"--protocol {protocol} is not known.{did_you_mean(protocol, PROTOCOLS)}")
+    assert asked.data is not None  # checked above
+    rules, requests = PROTOCOLS[protocol], read_requests(asked.data, asked.limit)
+    pairs = {}
+    for name in names:
+        loaded: Loaded = load_student(name, dtype=dtype)
+        heard = lambda done, name=name: told(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
+        pairs[name] = answered(
+            loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, heard=heard
+        )
+    price_in, price_out, most = budget
+    questions = [one.text for of_model in pairs.values() for pair in of_model for one in pair.orders]
+    into, out, dollars = cost(questions, price_in=price_in, price_out=price_out)
+    told(
+        f"{len(questions)} verdicts: about {into:,} tokens to read and at most {out:,} to write, ${dollars:.2f}"
+    )
+    if most is not None and dollars > most:
+        raise ConfigError(f"${dollars:.2f} is above --max-cost {most:g}. Judge fewer requests with --limit.")
+    judge, rows, contests = voice(), [], {}
+    settings = {"data": str(asked.data), "protocol": protocol, "dtype": dtype}
+    for name, of_model in pairs.items():
+        made, contests[name] = judged(
+            name, protocol, of_model, judge, rules, memory=memory, seed=asked.seed, settings=settings
+        )
+        rows += made
+    comparisons = []
+    for first, second in combinations(names, 2):
+        apart = paired_bootstrap(contests[first].scores, contests[second].scores)
+        comparisons.append(
+            {
+                "task": protocol, "metric": "win_rate", "first": first, "second": second, "difference": apart.value,
+                "low": apart.low, "high": apart.high, "p_bootstrap": apart.p, "n": apart.n,
+            }
+        )  # fmt: skip
+    return rows, comparisons
+
+
+def _table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> None:
+    say(f"{'model':<34}{'task':<18}{'metric':<28}{'value':>9}{'[95%':>9}{']':>9}{'n':>6}")
+    for row in rows:
+        say(
+            f"{row['model'][-33:]:<34}{row['task'][:17]:<18}{row['metric']:<28}{row['value']:>9.4f}{row['low']:>9.4f}"
+            f"{row['high']:>9.4f}{row['n']:>6}"
+        )
+    for row in {json.dumps(row["settings"], sort_keys=True, default=str): row for row in rows}.values():
+        say(f"settings of {row['task']}, {row['model']}: {json.dumps(row['settings'], default=str)}")
+    for row in comparisons:
+        test = (
+            f", McNemar p {row['p_mcnemar']:.3g} ({row['only_first']} / {row['only_second']})"
+            if "p_mcnemar" in row
+            else ""
+        )
+        say(
+            f"{row['task']}: {row['second']} minus {row['first']}: {row['difference']:+.4f} [{row['low']:+.4f}, "
+            f"{row['high']:+.4f}], p {row['p_bootstrap']:.3g}{test}"
+        )

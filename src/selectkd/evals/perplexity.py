@@ -1,0 +1,55 @@
+"""Perplexity on a file of text, and how far two models' differ. One sample is one unit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectkd.data import collate, dataset_source, pad_id_of, supervised
+from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
+from selectkd.models.head import backbone, head_of
+from selectkd.models.load import Loaded
+from selectkd.training.evaluation import label_surprise
+
+
+@torch.no_grad()
+def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int) -> list[tuple[float, int]]:
+    """(-log q summed in nats, tokens) of each sample of a file, over the tokens a recipe would train on."""
+    source = dataset_source({"path": str(path), "limit": limit}, loaded.tokenizer, max_length=max_length)
+    head, hidden_of = head_of(loaded.model), backbone(loaded.model)
+    found = []
+    for example in source.examples:
+        batch = collate([example], pad_id=pad_id_of(loaded.tokenizer))
+        seen = supervised(batch)
+        if not len(seen):
+            continue
+        hidden = hidden_of(**batch.model_inputs(dtype=head.weight.dtype))[0]  # [t, d]
+        found.append((label_surprise(hidden[seen.position], head, seen.labels), len(seen)))
+    return found
+
+
+def perplexity_row(
+    model: str, path: Path, found: list[tuple[float, int]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """exp of the mean surprise a token, with its bootstrap over samples."""
+    seen = bootstrap_ratio(*zip(*found, strict=True))
+    return {
+        "model": model, "task": path.stem, "metric": "perplexity", "value": math.exp(seen.value),
+        "low": math.exp(seen.low), "high": math.exp(seen.high), "n": seen.n,
+        "settings": {"data": str(path), "tokens": sum(n for _, n in found), **settings},
+    }  # fmt: skip
+
+
+def perplexity_compared(
+    task: str, first: tuple[str, list[tuple[float, int]]], second: tuple[str, list[tuple[float, int]]]
+) -> dict[str, Any]:
+    """The difference of the samples' own mean surprises, second minus first, in nats a token. Same tokenizer only."""
+    one, two = ([total / n for total, n in found] for _, found in (first, second))
+    apart = paired_bootstrap(one, two)
+    return {
+        "task": task, "metric": "surprise", "first": first[0], "second": second[0], "difference": apart.value,
+        "low": apart.low, "high": apart.high, "p_bootstrap": apart.p, "n": apart.n,
+    }  # fmt: skip

