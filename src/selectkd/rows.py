@@ -109,7 +109,7 @@ class TeacherRows(Protocol):
     """A teacher's rows beside the student's: ``count`` of them. ``open`` reads one chunk of them, and may keep its
     logits in ``scratch``. ``reference``: a reference student's rows, for selectors that compare.
 
-    ``shared_width`` says how many leading vocabulary rows the student's logits need.
+    ``shared_width`` says how many leading vocabulary rows the student's logits need. ``take``: some rows alone.
     """
 
     @property
@@ -119,6 +119,8 @@ class TeacherRows(Protocol):
     def reference(self) -> TeacherRows | None: ...
 
     def shared_width(self, student_width: int) -> int: ...
+
+    def take(self, index: Int[Tensor, " m"]) -> TeacherRows: ...
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> TeacherChunk: ...
 
@@ -169,6 +171,10 @@ class LiveRows:
 
     def shared_width(self, student_width: int) -> int:
         return min(student_width, self.head.width)
+
+    def take(self, index: Int[Tensor, " m"]) -> LiveRows:
+        reference = None if self.reference is None else self.reference.take(index)
+        return LiveRows(self.hidden[index], self.head, shared=self.shared, reference=reference)
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
         hidden = self.hidden[rows]
@@ -228,6 +234,9 @@ class CachedRows:
 
     def shared_width(self, student_width: int) -> int:
         return student_width
+
+    def take(self, index: Int[Tensor, " m"]) -> CachedRows:
+        return CachedRows(self.ids[index], self.logp[index])
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> CachedChunk:
         return CachedChunk(checked_ids(self.ids[rows], width), self.logp[rows])

@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a large language model into a small one.",
     epilog="Exit codes: 0 ok, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources, "
-    "130 interrupted.",
+    "75 preempted and 130 interrupted, the state saved.",
 )
 app.command("train")(train.train)
 app.command("demo")(demo.demo)

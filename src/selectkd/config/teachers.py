@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
-from selectkd.config.section import Count, Dtype, Section, Text, Whole, refuse
+from selectkd.config.section import Count, Dtype, Section, Share, Text, Whole, refuse
 
 
 def _plain_url(url: str) -> str:
@@ -32,13 +32,36 @@ Variable = Annotated[Text, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
+class CrossTokenizer(Section):
+    """How a teacher of another tokenizer is put beside the student: ``spans``, or these keys.
+
+    pairing: ``spans`` of the same text, or the i-th token beside the i-th (``index``, for uld alone: its paper's way).
+    matched_weight: what the divergence on the tokens of both counts, and 1 minus it the sorted distance of the
+    others; default the part of the teacher's vocabulary that the student has. unverified_weight: weight of a span
+    whose proposal the teacher has no token for; default beta, the weight of a rejected one.
+    """
+
+    pairing: Literal["spans", "index"] = "spans"
+    matched_weight: Share | None = None
+    unverified_weight: Share | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairing_alone(cls, value: Any) -> Any:
+        return {"pairing": value} if isinstance(value, str) else value
+
+
 class ModelTeacher(Section):
-    """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file."""
+    """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file.
+
+    cross_tokenizer: for a teacher whose tokenizer is not the student's.
+    """
 
     model: Text
     revision: Text | None = None
     dtype: Dtype | None = None
     quantization: Text | None = None
+    cross_tokenizer: CrossTokenizer | None = None
 
 
 class RemoteTeacher(Section):

@@ -37,6 +37,10 @@ class SeveralRows:
     def shared_width(self, student_width: int) -> int:
         return min(rows.shared_width(student_width) for rows in self.rows)
 
+    def take(self, index: Tensor) -> SeveralRows:
+        reference = None if self.reference is None else self.reference.take(index)
+        return SeveralRows([rows.take(index) for rows in self.rows], self.share[:, index], reference)
+
     @torch.no_grad()
     def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
         """The log of the mean as a chunk of logits, [c, w]; one more such buffer for the member at hand."""
@@ -170,6 +174,12 @@ class SeveralPlan:
             raise ConfigError(
                 f"teacher: {drawn[0]} gives ids drawn from it, which cannot stand beside other teachers' rows. "
                 "Use it alone, or teachers with hidden states (live, or a cache built with payload: hidden)."
+            )
+        other = [plan.source for plan in self.plans if plan.payload == "aligned"]
+        if other:
+            raise ConfigError(
+                f"teacher: {other[0]} has another tokenizer, and its rows cannot stand beside other teachers' rows. "
+                "Use it alone, or teachers with the student's tokenizer."
             )
         few = [plan.source for plan in self.plans if plan.payload == "top_k"]
         if few and (self.weights is not None or len(few) < len(self.plans)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import Head, TeacherRows
 from selectkd.teachers.protocol import Teacher
+from selectkd.terms import Forward, LossPlan, weighted_sum
 
 _LOG = logging.getLogger("selectkd")
 
@@ -55,38 +57,34 @@ class DistillationModel(nn.Module):
         return self.student.config
 
     def forward(
-        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective
+        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence."""
+        """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence, by the terms of
+        a plan where there is one."""
+        plan = LossPlan.of(objective)
         seen = supervised(batch)
         head = head_of(self.student)
         hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
-        loss, sums = self._loss(
-            rows,
-            head,
-            teacher,
-            objective,
-            uniform,
-            row_scale=row_scale,
-            temperature=self.temperature,
-            labels=seen.labels,
-            sequence=seen.sequence,
-        )
+        here = Forward(
+            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature
+        )  # fmt: skip
+        loss, sums = self._loss(plan, here, row_scale)
         sums["kl"] = self._kl(rows, head, teacher) if self.also_kl else sums["divergence"]
         return loss, sums
 
-    def _loss(self, hidden: Tensor, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, plan: LossPlan, here: Forward, row_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
 
         The smaller chunk stays for the steps to come.
         """
         while True:
             try:
-                return distillation_loss(hidden, *given, chunk=self.chunk, **named)
+                here = replace(here, chunk=self.chunk)
+                return weighted_sum(plan.terms(here), here, row_scale)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                rows = self.chunk or chunk_rows(hidden.shape[0], given[0].width, None)
+                rows = self.chunk or chunk_rows(here.hidden.shape[0], here.head.width, None)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:

@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
+from selectkd.durable import write_whole
 from selectkd.errors import CacheError, ConfigError, ResourceError
 from selectkd.teachers.cache.index import (
     HEAD,
@@ -37,7 +38,7 @@ from selectkd.teachers.cache.index import (
 )
 from selectkd.teachers.cache.origin import Origin, head_bytes
 from selectkd.teachers.cache.payloads import Stored, payload_of
-from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name, write_whole
+from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name
 
 SHARD_ROWS = 4096
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from selectkd.durable import write_whole
 from selectkd.errors import CacheError
 from selectkd.models.load import load_model
 from selectkd.teachers.cache.build import compute_shard
@@ -28,7 +29,7 @@ from selectkd.teachers.cache.index import (
     write_index,
 )
 from selectkd.teachers.cache.origin import ModelOrigin, Origin, head_bytes
-from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name, write_whole
+from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
 
 
 @dataclass
