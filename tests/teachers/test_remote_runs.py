@@ -89,9 +89,9 @@ def test_a_server_of_another_tokenizer_is_refused_before_it_is_asked(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"kind": "vllm", "tokenizer": "x"}, "teacher.k is missing"),
-        ({"kind": "sglang", "k": 9}, "teacher.tokenizer is missing"),
-        ({"kind": "tgi", "k": 9}, "must be 'vllm', 'sglang' or 'openai'"),
+        ({"kind": "vllm", "tokenizer": "x"}, "say how many: k: 32"),
+        ({"kind": "sglang", "k": 9}, "tokenizer: FOLDER"),
+        ({"kind": "tgi", "k": 9}, "must be 'vllm', 'sglang', 'openai' or 'selectkd'"),
         ({"url": "http://me:sk-1@host", "kind": "vllm"}, "api_key_env"),
         ({"url": "file:///etc/passwd", "kind": "vllm"}, "must be http"),
         ({"url": "http://host/?key=1", "kind": "vllm"}, "query"),
