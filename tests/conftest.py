@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 MATHEMATICS = (
     "pair",
     "rows",
+    "spans",
+    "log_probs",
     "divergences",
     "verifiers",
     "selectors",

@@ -27,6 +27,7 @@ from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
+from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
@@ -125,7 +126,7 @@ def assemble(
         width = head_of(own.model).width
         shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
         reference = LiveTeacher(own.model.to(device), shared=shared)
-    if plan.teacher.payload != "live":
+    if plan.teacher.payload not in ("live", "aligned"):
         say("opening the teacher")
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
@@ -181,6 +182,8 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         source=teacher.source,
     )
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
+    if isinstance(teacher, AlignedPlan):
+        teacher.check_objective(objective)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if recipe.reference is not None:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from selectkd.block import Rows, Settings, for_verifier, has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.rows import Head, Scratch, TeacherRows
+from selectkd.spans import AlignedChunk
 
 CHUNK_ROWS = 256
 """Rows of a chunk: each chunk costs the head's gradient one pass over [v, d], and 256 rows make that small (measured:
@@ -31,7 +32,7 @@ AUTOGRAD_ENTRIES = 1 << 17
 """The same where autograd keeps some forty temporaries of a block."""
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
-ROWS = ("acceptance", "divergence", "weight", "overlap")
+ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,21 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """sum_i row_scale_i * weight_i * divergence_i, with its gradients to hidden, weight and bias."""
+    """sum_i row_scale_i * weight_i * divergence_i, with its gradients to hidden, weight, bias and ``later`` [n]: what
+    the tokens after each row's first one have, where the teacher is aligned by spans.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, work: Work
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        later: Tensor | None,
+        head: Head,
+        work: Work,
     ) -> tuple[Tensor, ...]:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
         weight = weight.detach()
         leaf_bias = None if bias is None else bias.detach().requires_grad_(wants_bias)
@@ -122,6 +131,7 @@ class ChunkedLoss(torch.autograd.Function):
             if wants_bias and bias is not None
             else None
         )
+        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
 
         settings = Settings(work.objective, head, work.temperature, wants_any, wants_bias)
         scratch = Scratch()
@@ -132,21 +142,26 @@ class ChunkedLoss(torch.autograd.Function):
                 raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
             teacher = work.teacher.open(rows, width, scratch)
             entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
+            widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
             kernels = kernels_for(raw, teacher, settings)
-            size = raw.shape[0] if kernels is not None else max(1, entries // width)
+            size = raw.shape[0] if kernels is not None else max(1, entries // widest)
             for block in cuts(0, raw.shape[0], size):
                 at = work.rows(rows, block)
+                here = slice(rows.start + block.start, rows.start + block.stop)
+                if later is not None:
+                    at = at._replace(later=later.detach()[here].requires_grad_(wants_later))
                 if kernels is not None:
                     judged = kernels.judge(raw, teacher, at, settings)
                 else:
                     judged = judge(raw, block, teacher, at, settings, scratch)
                 loss += judged.loss
                 bad += judged.bad
-                here = slice(rows.start + block.start, rows.start + block.stop)
                 for name in ROWS:
                     seen[name][here] = getattr(judged, name)
                 if grad_bias is not None and judged.grad_bias is not None:
                     grad_bias[: judged.grad_bias.shape[0]] += judged.grad_bias
+                if grad_later is not None and judged.grad_later is not None:
+                    grad_later[here] = judged.grad_later
             if wants_any:
                 kept = rows_with_gradient(seen["weight"][rows]) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
@@ -162,8 +177,8 @@ class ChunkedLoss(torch.autograd.Function):
                     add_product(grad_weight[:width], gradient, inputs, first=rows.start == 0)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
-        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias, grad_later]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
         return (loss, bad, *rows_out)

@@ -34,6 +34,13 @@ class Head:
         """The head itself, or a plain weight matrix as a head without bias, scale or cap."""
         return head if isinstance(head, Head) else cls(head)
 
+    def to(self, device: torch.device | str) -> Head:
+        """The head on ``device``; itself where it is there."""
+        if self.weight.device == torch.device(device):
+            return self
+        bias = None if self.bias is None else self.bias.to(device)
+        return Head(self.weight.to(device), bias, self.scale, self.softcap)
+
     @property
     def is_plain(self) -> bool:
         """Whether the logits are the product itself: no bias, scale or cap."""

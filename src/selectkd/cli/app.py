@@ -21,6 +21,7 @@ from selectkd.cli import (
     generate,
     init,
     panel,
+    serve,
     show,
     teacher,
     train,
@@ -49,6 +50,7 @@ app.command("panel")(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
+app.command("serve-teacher")(serve.serve_teacher)
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)

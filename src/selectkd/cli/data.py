@@ -1,4 +1,4 @@
-"""``selectkd data check`` and ``selectkd data show``: what would be trained on, before anything is."""
+"""``selectkd data check``, ``show`` and ``align``: what would be trained on, before anything is."""
 
 from __future__ import annotations
 
@@ -116,6 +116,38 @@ def show(
         for example in source.examples:
             say(f"--- {example.origin}: {len(example)} tokens, {sum(example.completion)} trained on")
             write(paint(pieces(example, loaded)))
+
+
+@app.command("align")
+def align(
+    target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe with teacher.cross_tokenizer.")],
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
+    ] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how student and teacher cut the same text, span by span, as Markdown."""
+    from selectkd.config import ModelTeacher, load_recipe
+    from selectkd.data.aligned_page import aligned, page
+    from selectkd.data.crossing import cross
+    from selectkd.models.load import load_tokenizer
+
+    recipe = load_recipe(target)
+    if not isinstance(recipe.teacher, ModelTeacher):
+        raise ConfigError(
+            f"{target}: `data align` needs teacher: {{model: ...}}, the model that has another tokenizer."
+        )
+    wanted = _of(recipe, None)
+    student = _tokenizer(wanted)
+    crossing = cross(student, load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision))
+    few = [{**spec, "limit": min(samples, spec.get("limit") or samples)} for spec in wanted.sources]
+    sources = [_source(spec, student, wanted, index) for index, spec in enumerate(few)]
+    told = [aligned(example, crossing) for source in sources for example in source.examples]
+    say(
+        json.dumps([one.as_dict() for one in told], ensure_ascii=False)
+        if as_json
+        else page(told, crossing).rstrip("\n")
+    )
 
 
 def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: str) -> Wanted:

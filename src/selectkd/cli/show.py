@@ -72,7 +72,9 @@ def _teachers(name: str | None, as_json: bool, markdown: bool) -> None:
         for one in dict.fromkeys((row["kind"], row["name"]) for row in rows):
             mine = [row for row in rows if (row["kind"], row["name"]) == one]
             say(f"{one[0]} {one[1]}: " + ", ".join(f"{row['payload']} {row['verdict']}" for row in mine))
-            say(f"      top_k: {mine[-1]['reason']}")
+            for row in mine:
+                if row["payload"] in ("top_k", "sampled", "aligned"):
+                    say(f"      {row['payload']}: {row['reason']}")
 
 
 def _methods(name: str | None, as_json: bool) -> None:

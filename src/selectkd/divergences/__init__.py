@@ -25,6 +25,7 @@ from selectkd.divergences.label import (
     sampled_reverse_kl,
 )
 from selectkd.divergences.power import alpha_beta
+from selectkd.divergences.sorted import is_unpaired, uld
 
 Divergence = Callable[..., Tensor]
 
@@ -43,6 +44,7 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
         "taid": taid,
         "neg_log_acceptance": neg_log_acceptance,
         "kl_tv_hybrid": kl_tv_hybrid,
+        "uld": uld,
     }
 )
 
@@ -56,6 +58,7 @@ __all__ = [
     "decoupled_kl",
     "forward_kl",
     "generalized_jsd",
+    "is_unpaired",
     "jeffreys",
     "kl_tv_hybrid",
     "neg_log_acceptance",

@@ -175,6 +175,12 @@ class SeveralPlan:
                 f"teacher: {drawn[0]} gives ids drawn from it, which cannot stand beside other teachers' rows. "
                 "Use it alone, or teachers with hidden states (live, or a cache built with payload: hidden)."
             )
+        other = [plan.source for plan in self.plans if plan.payload == "aligned"]
+        if other:
+            raise ConfigError(
+                f"teacher: {other[0]} has another tokenizer, and its rows cannot stand beside other teachers' rows. "
+                "Use it alone, or teachers with the student's tokenizer."
+            )
         few = [plan.source for plan in self.plans if plan.payload == "top_k"]
         if few and (self.weights is not None or len(few) < len(self.plans)):
             what = "averaged" if self.weights is not None else "routed beside teachers with hidden states"

@@ -32,7 +32,7 @@ from selectkd.training.draws import draws
 
 FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
-    "weighted_divergence", "weight", "overlap", "teacher_nonfinite",
+    "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
 )  # fmt: skip
 STREAM_FIELDS = ("tar", "sequences", "divergence", "n")
 BAD_IN_A_ROW = 3
@@ -284,7 +284,7 @@ def named(total: Tensor) -> dict[str, float]:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float | None]:
-    """kl, divergence, tar, acceptance, bite and overlap from sums; None where nothing divides."""
+    """kl, divergence, tar, acceptance, bite, overlap and unverified from sums; None where nothing divides."""
     n, sequences = sums["n"], sums["sequences"]
     return {
         "kl": sums["kl"] / n if n else None,
@@ -293,6 +293,7 @@ def rates(sums: dict[str, float]) -> dict[str, float | None]:
         "bite": 1.0 - sums["weighted_divergence"] / sums["divergence"] if sums["divergence"] else 0.0,
         "acceptance": sums["accepted"] / n if n else None,
         "overlap": sums["overlap"] / n if n else None,
+        "unverified": sums["unverified"] / n if n else None,
         "weight": sums["weight"] / n if n else None,
     }
 

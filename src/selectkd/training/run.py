@@ -25,7 +25,7 @@ from selectkd.models.save import save_student
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
 from selectkd.training.card import model_card
-from selectkd.training.checkpoint import Checkpoints, read_part
+from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank, ranks
 from selectkd.training.evaluation import Evaluation
@@ -140,6 +140,11 @@ def _train(
     watch = Watch(recipe, made, log, device)
     checkpoints.register("metrics", log, heavy=True)
     checkpoints.register("watch", watch)
+    if made.writer is not None:
+        checkpoints.register("writer", made.writer, own=True)
+    for number, extra in enumerate(made.extras):
+        if isinstance(extra, Stateful):
+            checkpoints.register(f"term-{number}", extra)
     checkpoints.register("origin", Named(origin, "kept", "cut", "told"))
     if claim.opened is None:
         log.load_state_dict({})  # what a run left that was killed before its first checkpoint
@@ -261,10 +266,6 @@ def _run(
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
     if made.writer is not None:
         made.writer.steps = steps
-        checkpoints.register("writer", made.writer)
-    for number, extra in enumerate(made.extras):
-        if hasattr(extra, "state_dict"):
-            checkpoints.register(f"extra{number}", extra)  # type: ignore[arg-type]
 
     def on_line(line: dict[str, Any]) -> None:
         log.write(line if made.writer is None else line | made.writer.told())

@@ -115,7 +115,11 @@ def claimed(folder: Path, recipe: Any, *, resume: str, allowed: Sequence[str]) -
         if claim is None:
             claim = _claim(folder, recipe, resume, allowed, None)
         total([0])  # all have read run.json
-        yield claim
+        try:
+            yield claim
+        finally:
+            if claim.fresh and rank() == 0:
+                _leave(folder)
 
 
 def _claim(folder: Path, recipe: Any, resume: str, allowed: Sequence[str], held: ExitStack | None) -> Claim:
@@ -139,6 +143,13 @@ def _claim(folder: Path, recipe: Any, resume: str, allowed: Sequence[str], held:
     else:
         claim.opened, claim.opened_by_name = _named(Path(resume), folder / CHECKPOINTS), True
     return claim
+
+
+def _leave(folder: Path) -> None:
+    """Takes away a folder that was claimed for a run that did not come to be."""
+    if {path.name for path in folder.iterdir()} <= {LOCK}:
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _named(path: Path, own: Path) -> Found:

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from selectkd.errors import ResourceError
 from selectkd.training.checkpoint.encoding import split
@@ -30,6 +30,7 @@ AUTO_SHARE = 0.02
 time."""
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A part of a run that a checkpoint holds; states are nests of what ``encoding.split`` takes."""
 
@@ -60,16 +61,21 @@ class Checkpoints:
         self.opened, self.stop = opened, stop
         self.step = 0 if opened is None else opened.step
         self._parts: dict[str, tuple[Stateful, bool]] = {}
+        self._own = [f"generators-{rank()}"]
         self._noted: dict[str, Any] = {}
         self._generators = Generators()
         self._saved_at, self._cost, self._failed = time.monotonic(), 0.0, False
 
-    def register(self, name: str, part: Stateful, *, heavy: bool = False) -> None:
+    def register(self, name: str, part: Stateful, *, heavy: bool = False, own: bool = False) -> None:
         """Adds a part, a plain word for its name; where the run goes on, ``part`` has its state afterwards.
 
         heavy: only a finished step changes it (weights, optimizer), so it is read when it is saved. Everything else is
-        read at each step's end as well, so that a step that breaks off can be taken back.
+        read at each step's end as well, so that a step that breaks off can be taken back. own: each rank has another
+        state, which it writes itself (a buffer of texts); never heavy.
         """
+        if own:
+            name = f"{name}-{rank()}"
+            self._own.append(name)
         self._parts[name] = (part, heavy)
         if self.opened is not None:
             part.load_state_dict(read_part(self.opened.path, name))
@@ -128,14 +134,15 @@ class Checkpoints:
         return path
 
     def _write_together(self, states: dict[str, Callable[[], Any]], light: dict[str, Any]) -> None:
-        """Rank 0 writes what all share, each rank its own generators. They meet three times (the folder is there, all
+        """Rank 0 writes what all share, each rank its own parts. They meet three times (the folder is there, all
         have written, it is sealed), and where one fails all end at that meeting.
         """
-        own = f"generators-{rank()}"
+        states = {name: state_of for name, state_of in states.items() if name not in self._own}
         if rank() == 0:
 
             def others(partial: Path) -> None:
-                write_part(partial, own, light[own])
+                for name in self._own:
+                    write_part(partial, name, light[name])
                 _meet()
                 _meet()
 
@@ -154,7 +161,8 @@ class Checkpoints:
         _meet()
         failed = 0
         try:
-            write_part(self.folder / f".{name_of(self.step)}.partial", own, light[own])
+            for name in self._own:
+                write_part(self.folder / f".{name_of(self.step)}.partial", name, light[name])
         except OSError:
             failed = 1
         _meet(failed)
