@@ -156,7 +156,7 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     """The four products alone; the student's logits stand in for their gradient."""
     hidden, head, teacher, teacher_head = states.parts
     (n, _), v = hidden.shape, head.shape[0]
-    chunk = chunk_rows(n, v, None)
+    chunk = chunk_rows(n, v, None, head.dtype)
     ours, theirs = (torch.empty(chunk, v, dtype=head.dtype) for _ in range(2))
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
     for start in range(0, n, chunk):

@@ -202,6 +202,7 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         on_bad_record=recipe.data.on_bad_record,
         on_too_long=recipe.data.on_too_long,
         train_on=recipe.data.train_on,
+        route=teacher.route_of if isinstance(teacher, SeveralPlan) and teacher.when is not None else None,
     )
     sources = [text(spec.reading, stream=index) for index, spec in enumerate(recipe.data.sources)]
     evaluation = recipe.data.evaluation

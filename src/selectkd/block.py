@@ -6,6 +6,7 @@ the teacher is dense; autograd on the K + 1 outcomes of a top-K teacher; autogra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,18 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, closed_form_of, reads_differences_only
+from selectkd.divergences.gradient import Block, closed_form_of
 from selectkd.divergences.sorted import is_unpaired, sorted_distance
-from selectkd.objective import Judgement, Objective
+from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
 from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
 from selectkd.spans import AlignedChunk
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
-LIKELY = 0.05
-"""A probability whose logarithm has all its digits: its exponent was a small number."""
-LANES = 64
+LANES = 128
 """Width of the pieces an argmax looks at first."""
 
 
@@ -36,7 +35,6 @@ class Settings:
     head: Head
     temperature: float
     wants_gradient: bool
-    wants_bias: bool
 
 
 class Rows(NamedTuple):
@@ -53,24 +51,23 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a block: its part of the loss, its columns [b], its rows without a finite teacher, and the gradients
-    of the bias [v] and of ``later`` [b]."""
+    """What came of a block: four columns [b], and how many of its rows have no finite teacher. Of a teacher aligned by
+    spans also which rows have no verdict, and the gradient of ``later``, [b] each."""
 
-    loss: Tensor
     divergence: Tensor
     weight: Tensor
     acceptance: Tensor
     overlap: Tensor
     bad: Tensor | int
-    grad_bias: Tensor | None
-    unverified: Tensor | float = 0.0
+    unverified: Tensor | None = None
     grad_later: Tensor | None = None
 
 
 def judge(
     raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings, scratch: Scratch
 ) -> Seen:
-    """Judges the rows of a block and writes the gradient of the loss to ``raw[block]`` [b, v] over the logits there."""
+    """Judges the rows of a block and writes the gradient of sum scale * weight * divergence over the head's product in
+    ``raw[block]`` [b, v]."""
     if isinstance(teacher, AlignedChunk):
         return _aligned(raw, block, teacher, rows, settings)
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
@@ -104,71 +101,62 @@ def for_verifier(
 
 def _closed(
     raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
-    closed_form: Callable[[Block], tuple[Tensor, Tensor | float | None]], verified: TokenPair | None,
+    closed_form: Callable[[Block], Tensor], verified: TokenPair | None,
 ) -> Seen:  # fmt: skip
     """A dense teacher and a divergence with a closed form: no autograd, memory reused from block to block."""
-    head, temperature = settings.head, settings.temperature
-    b, width = raw[block].shape
-    target = raw[block]
-    plain = head.is_plain and raw.dtype in (torch.float32, torch.float64)
-
+    head, temperature, target = settings.head, settings.temperature, raw[block]
     with torch.no_grad():
-        logits = target if plain else head.finish(target)  # [b, v], fp32 or wider, ours to overwrite
-        capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
-        fp = logits.dtype
-        p, q, out, spare = (scratch.of(name, b, width, logits)[:b] for name in ("p", "q", "out", "spare"))
-        other = teacher.logits(block).to(fp)  # [b, v], ours to overwrite
-        unshared = teacher.unshared
-        if unshared is not None:
-            logits.masked_fill_(unshared, IMPOSSIBLE)
-            other.masked_fill_(unshared, IMPOSSIBLE)
+        zq = widened(head, target, "zq", scratch)  # [b, v]
+        zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
+        capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
+        if teacher.unshared is not None:
+            zq.masked_fill_(teacher.unshared, IMPOSSIBLE)
+            zp.masked_fill_(teacher.unshared, IMPOSSIBLE)
         if temperature != 1.0:
-            logits, other = logits.div_(temperature), other.div_(temperature)
-        top = argmax(logits)
-        student_total, _ = softmax_and_total(logits, q, top)
-        teacher_total, finite = softmax_and_total(other, p, top)
-        if not bool(finite.all()):
-            for ours, theirs in ((other, logits), (p, q), (teacher_total, student_total)):
+            zq.div_(temperature)
+            zp.div_(temperature)
+        b, v = zq.shape
+        p, q, spare = (scratch.of(name, b, v, zq)[:b] for name in ("p", "q", "spare"))
+        top = argmax(zq)  # [b]
+        at = top[:, None]
+        torch.softmax(zq, -1, out=q)
+        torch.softmax(zp, -1, out=p)
+        # the log-sum-exp for free: a logit minus the logarithm of its probability, exact where that is not small
+        norm_q = (zq.gather(-1, at) - q.gather(-1, at).log_())[:, 0]
+        norm_p = zp.amax(-1) - p.amax(-1).log_()
+        finite = None
+        if not math.isfinite(float(norm_p.sum())):
+            finite = torch.isfinite(norm_p)
+            for ours, theirs in ((zp, zq), (p, q), (norm_p, norm_q)):
                 ours[~finite] = theirs[~finite]
-        shared = torch.minimum(p, q, out=spare).sum(-1).clamp(max=1.0)
-        shift: Tensor | float = 0.0
-        logp, logq = other, logits  # what the verifier reads
-        if not reads_differences_only(settings.objective.divergence):  # type: ignore[arg-type]
-            logits.sub_(student_total)
-            other.sub_(teacher_total)
-        else:
-            shift = (student_total - teacher_total)[:, 0]
-            # the verifier's own copies, so that it changes nothing about the divergence's rounding
-            if verified is None and rows.acceptance is None and not settings.objective.shift_free:
-                logp, logq = (
-                    torch.sub(other, teacher_total, out=out),
-                    torch.sub(logits, student_total, out=spare),
-                )
-        pair = TokenPair(
-            logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
-            shared_mass=shared,
-        )  # fmt: skip
-        seen = pair if verified is None else verified
-        weight, acceptance = settings.objective.weigh(seen, rows.uniform, acceptance=rows.acceptance)
-        divergence, total = closed_form(
-            Block(logp=other, logq=logits, p=p, q=q, out=out, spare=spare, shift=shift)
+        shared = torch.minimum(p, q, out=spare).sum(-1).clamp_(max=1.0)
+        pair = verified
+        if pair is None:
+            free = rows.acceptance is not None or settings.objective.shift_free
+            logp, logq = (zp, zq) if free else (zp - norm_p[:, None], zq - norm_q[:, None])
+            pair = TokenPair(
+                logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
+                shared_mass=shared,
+            )  # fmt: skip
+        weight, acceptance = settings.objective.weigh(pair, rows.uniform, acceptance=rows.acceptance)
+        divergence = closed_form(
+            Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
         )
-        divergence = divergence.clamp(min=0.0)
-        share = rows.scale.to(fp) * weight  # [b]
-        grad_bias = None
         if settings.wants_gradient:
-            if total is None:
-                total = out.sum(-1)
-            scale = share / temperature
-            gradient = torch.mul(out, scale[:, None], out=logits)  # the log-probabilities are done with
-            if not (isinstance(total, float) and total == 0.0):
-                gradient.addcmul_(q, (-scale * total)[:, None])
-            grad_bias = finish_gradient(gradient, capped, settings)
-            if not plain:
-                target.copy_(gradient)
-    return Seen(
-        (share * divergence).sum(), divergence, weight, acceptance, seen.overlap, (~finite).sum(), grad_bias
-    )
+            finish_gradient(zq, rows.scale * weight, capped, settings)
+            if zq is not target:
+                target.copy_(zq)
+    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite))
+
+
+def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """The logits in fp32 or wider, ours to overwrite: ``raw`` itself where it is them, else memory of ``name``."""
+    if not head.is_plain:
+        return head.finish(raw)
+    if raw.dtype in (torch.float32, torch.float64):
+        return raw
+    rows, width = raw.shape
+    return scratch.of(name, rows, width, raw, torch.float32)[:rows].copy_(raw)
 
 
 def _top_k(
@@ -177,48 +165,51 @@ def _top_k(
 ) -> Seen:  # fmt: skip
     """A top-K teacher: the objective on K + 1 outcomes by autograd, taken back to the vocabulary in closed form.
 
-    With h = dL / d log q on the K tokens and the rest, the gradient to a logit is h_v - q_v sum(h) for a stored token
+    With h = dD / d log q on the K tokens and the rest, the gradient to a logit is h_v - q_v sum(h) for a stored token
     and q_v (h_rest / q_rest - sum(h)) for any other.
     """
-    head = settings.head
-    b, width = raw[block].shape
-    target = raw[block]
+    head, target = settings.head, raw[block]
     ids, stored = teacher.stored(block, settings.temperature)
     with torch.no_grad():
-        logits = head.finish(target)
+        logits = widened(head, target, "zq", scratch)
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
-        q = scratch.of("q", b, width, logits)[:b]
+        q = scratch.of("q", logits.shape[0], logits.shape[1], logits)[: len(logits)]
         top = argmax(logits)
-        total, _ = softmax_and_total(logits, q, top)
-        chosen, chosen_log = q.gather(-1, ids), logits.gather(-1, ids) - total  # [b, K]
+        torch.softmax(logits, -1, out=q)
+        chosen = q.gather(-1, ids)  # [b, K]
+        norm = logits.gather(-1, top[:, None]) - q.gather(-1, top[:, None]).log()
+        chosen_log = logits.gather(-1, ids) - norm  # [b, K]
         q.scatter_(-1, ids, 0.0)
         rest = q.sum(-1, keepdim=True)  # [b, 1]
         support = torch.cat([chosen_log, rest.log()], 1)  # [b, K + 1]
     leaf = support.requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
-        judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
-        loss = (rows.scale.to(leaf.dtype) * judged.weight * judged.divergence).sum()
-    grad_bias = None
+        loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
         of_tokens, of_rest, sum_h = h[:, :-1], h[:, -1:], h.sum(-1, keepdim=True)
         tiny = torch.finfo(q.dtype).tiny
-        gradient = q.mul_(of_rest / rest.clamp(min=tiny) - sum_h)
+        gradient = torch.mul(q, of_rest / rest.clamp(min=tiny) - sum_h, out=logits)
         gradient.scatter_(-1, ids, of_tokens - chosen * sum_h)
-        grad_bias = finish_gradient(gradient, capped, settings)
-        target.copy_(gradient)
-    return _seen(loss, judged, pair, grad_bias)
+        finish_gradient(gradient, None, capped, settings)
+        if gradient is not target:
+            target.copy_(gradient)
+    return seen
 
 
-def finish_gradient(gradient: Tensor, capped: Tensor | None, settings: Settings) -> Tensor | None:
-    """Takes d loss / d logits back through soft-cap and scale in place, and returns the bias's part of it, [v]."""
+def finish_gradient(
+    gradient: Tensor, share: Tensor | None, capped: Tensor | None, settings: Settings
+) -> None:
+    """Takes the gradient to the tempered logits back to the head's product in place, and times ``share`` [b]."""
     head = settings.head
     if capped is not None and head.softcap is not None:
         gradient.mul_(capped.div_(head.softcap).square_().neg_().add_(1.0))
-    if head.scale != 1.0:
-        gradient.mul_(head.scale)
-    return gradient.sum(0) if settings.wants_bias else None
+    factor = head.scale / settings.temperature
+    if share is not None:
+        gradient.mul_((share * factor)[:, None])
+    elif factor != 1.0:
+        gradient.mul_(factor)
 
 
 def _autograd(
@@ -232,19 +223,13 @@ def _autograd(
     """Any divergence, any teacher: the objective as it stands, differentiated."""
     fp = torch.float64 if raw.dtype == torch.float64 else torch.float32
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
-    head = settings.head
     with torch.set_grad_enabled(settings.wants_gradient):
-        pair = teacher.pair(block, head.finish(leaf), settings.temperature)
+        pair = teacher.pair(block, settings.head.finish(leaf), settings.temperature)
         pair = replace(pair, label=rows.label, sequence=rows.sequence)
-        judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
-        loss = (rows.scale.to(fp) * judged.weight * judged.divergence).sum()
-    grad_bias = None
+        loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
-        leaves = [leaf, head.bias] if settings.wants_bias else [leaf]
-        gradients = torch.autograd.grad(loss, leaves)
-        raw[block] = gradients[0]
-        grad_bias = gradients[1] if settings.wants_bias else None
-    return _seen(loss, judged, pair, grad_bias)
+        (raw[block],) = torch.autograd.grad(loss, leaf)
+    return seen
 
 
 def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, settings: Settings) -> Seen:
@@ -254,10 +239,11 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
     objective, fp = settings.objective, torch.float64 if raw.dtype == torch.float64 else torch.float32
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
     assert rows.later is not None  # the loss of aligned rows gives it
+    later = rows.later.detach().requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         logits = settings.head.finish(leaf)
         logp, finite = teacher.teacher_log_probs(block, logits)
-        logq = teacher.student_log_probs(block, logits, rows.later)
+        logq = teacher.student_log_probs(block, logits, later)
         pair = teacher.shared_pair(logp, logq)
         divergence = _across(objective.divergence, logp, logq, pair, teacher)
         with torch.no_grad():
@@ -272,20 +258,12 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
             if teacher.unverified_weight is not None:
                 weight = torch.where(unverified, teacher.unverified_weight * finite.to(fp), weight)
         loss = (rows.scale.to(fp) * weight * divergence).sum()
-    grad_bias = grad_later = None
+    grad_later = None
     if settings.wants_gradient:
-        leaves = {"logits": leaf}
-        if settings.wants_bias and settings.head.bias is not None:
-            leaves["bias"] = settings.head.bias
-        if rows.later.requires_grad:
-            leaves["later"] = rows.later
-        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-        raw[block] = gradients["logits"]
-        grad_bias, grad_later = gradients.get("bias"), gradients.get("later")
+        raw[block], grad_later = torch.autograd.grad(loss, (leaf, later))
     return Seen(
-        loss.detach(), divergence.detach(), weight, acceptance, overlap, (~finite).sum(), grad_bias,
-        unverified.to(fp), grad_later,
-    )  # fmt: skip
+        divergence.detach(), weight, acceptance, overlap, bad_rows(finite), unverified.to(fp), grad_later
+    )
 
 
 def _across(divergence: Any, logp: Tensor, logq: Tensor, pair: TokenPair, teacher: AlignedChunk) -> Tensor:
@@ -300,24 +278,19 @@ def _across(divergence: Any, logp: Tensor, logq: Tensor, pair: TokenPair, teache
     return value
 
 
-def _seen(loss: Tensor, judged: Judgement, pair: TokenPair, grad_bias: Tensor | None) -> Seen:
-    bad = 0 if pair.finite is None else (~pair.finite).sum()
+def _judged(
+    pair: TokenPair, rows: Rows, settings: Settings, verified: TokenPair | None
+) -> tuple[Tensor, Seen]:
+    """The objective on a pair: its part of the loss, with a gradient, and what is told of its rows."""
+    judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
+    loss = (rows.scale.to(judged.divergence.dtype) * judged.weight * judged.divergence).sum()
     divergence, weight, acceptance, overlap = judged
-    return Seen(loss.detach(), divergence.detach(), weight, acceptance, overlap, bad, grad_bias)
+    return loss, Seen(divergence.detach(), weight, acceptance, overlap, bad_rows(pair.finite))
 
 
-def softmax_and_total(logits: Tensor, probabilities: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Leaves softmax(logits) in ``probabilities``; (log-sum-exp [b, 1], whether finite [b]).
-
-    log-sum-exp = z_y - log softmax(z)_y, for a ``column`` y [b] of each row: no second exponential, and exact to the
-    last digits where the probabilities are. y must be a likely token; where one is not, argmaxes are looked for.
-    """
-    torch.softmax(logits, -1, out=probabilities)
-    at = column[:, None]
-    if bool((probabilities.gather(-1, at) <= LIKELY).any()):
-        at = argmax(logits)[:, None]
-    logarithm = probabilities.gather(-1, at).log()  # [b, 1]
-    return logits.gather(-1, at) - logarithm, torch.isfinite(logarithm[:, 0])
+def bad_rows(finite: Tensor | None) -> Tensor | int:
+    """How many rows are not finite; None means that all are."""
+    return 0 if finite is None else (~finite).sum()
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -326,7 +299,7 @@ def argmax(x: Tensor) -> Tensor:
     whole = v - v % LANES
     if whole < 2 * LANES or not x.is_contiguous():
         return x.argmax(-1)
-    pieces = x[:, :whole].unflatten(-1, (-1, LANES))  # [b, v / LANES, LANES]
+    pieces = x[:, :whole].view(b, -1, LANES)  # [b, v / LANES, LANES]
     piece = pieces.amax(-1).argmax(-1)  # [b]
     inside = pieces.gather(1, piece[:, None, None].expand(b, 1, LANES))[:, 0].argmax(-1)
     best = piece * LANES + inside

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Rows, Settings, for_verifier, has_closed_form, judge
+from selectkd.block import Rows, Seen, Settings, for_verifier, has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.rows import Head, Scratch, TeacherRows
 from selectkd.spans import AlignedChunk
 
-CHUNK_ROWS = 256
-"""Rows of a chunk: each chunk costs the head's gradient one pass over [v, d], and 256 rows make that small (measured:
-128 rows cost 7% more time)."""
-CHUNK_ENTRIES = 1 << 26
-"""Entries of a chunk, [c, v], at most: 256 MiB in fp32 for each model."""
+CHUNK_ROW_BYTES = 1024
+"""Rows of a chunk times the bytes of a logit: 256 rows in fp32, 512 in bf16. Each chunk costs the head's gradient one
+pass over [v, d], and so many rows make that small (measured: 128 rows in fp32 cost 7% more time)."""
+CHUNK_BYTES = 1 << 28
+"""Bytes of a chunk's logits, [c, v], at most, for each model."""
 BLOCK_ENTRIES = 3 << 17
 """Entries of a block, [b, v]: the six buffers of a closed form, 1.5 MiB each, stay in the third-level cache."""
 AUTOGRAD_ENTRIES = 1 << 17
@@ -48,19 +48,22 @@ class Work:
     labels: Tensor | None  # [n]
     sequence: Tensor | None  # [n]
     acceptance: Tensor | None = None  # [n], from the first pass
+    later: Tensor | None = None  # [n], of the tokens after each span's first
 
     def rows(self, chunk: slice, block: slice) -> Rows:
         """What the rows of a block of a chunk need beside their logits."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
-        label, sequence, acceptance = (
-            None if x is None else x[here] for x in (self.labels, self.sequence, self.acceptance)
+        columns = (self.labels, self.sequence, self.acceptance, self.later)
+        return Rows(
+            self.uniform[here], self.row_scale[here], *(None if x is None else x[here] for x in columns)
         )
-        return Rows(self.uniform[here], self.row_scale[here], label, sequence, acceptance)
 
 
-def chunk_rows(n: int, width: int, chunk: int | None) -> int:
-    """Rows of a chunk: what the caller said, else what CHUNK_ENTRIES leaves room for."""
-    return max(1, min(n, chunk if chunk is not None else max(32, min(CHUNK_ROWS, CHUNK_ENTRIES // width))))
+def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch.float32) -> int:
+    """Rows of a chunk: what the caller said, else CHUNK_ROW_BYTES' worth where CHUNK_BYTES leaves room for them."""
+    if chunk is None:
+        chunk = max(32, min(CHUNK_ROW_BYTES, CHUNK_BYTES // width) // dtype.itemsize)
+    return max(1, min(n, chunk))
 
 
 def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -73,7 +76,7 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
     selector = work.objective.verifier
     scores, scratch = [], Scratch()
-    settings = Settings(work.objective, head, work.temperature, wants_gradient=False, wants_bias=False)
+    settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
         teacher = work.teacher.open(rows, width, scratch)
@@ -112,8 +115,7 @@ class ChunkedLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
         weight = weight.detach()
-        leaf_bias = None if bias is None else bias.detach().requires_grad_(wants_bias)
-        head = replace(head, weight=weight, bias=leaf_bias)
+        head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
         width = work.teacher.shared_width(head.width)
         fp = torch.float64 if weight.dtype == torch.float64 else torch.float32
         n = hidden.shape[0]
@@ -122,48 +124,34 @@ class ChunkedLoss(torch.autograd.Function):
         seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
         bad = torch.zeros((), dtype=fp, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # fp32 throughout: a sum of bf16 products kept in bf16 is worse than the plain program
-        grad_weight = torch.empty(weight.shape, dtype=fp, device=weight.device) if wants_weight else None
-        if grad_weight is not None:
-            grad_weight[width if n else 0 :].zero_()
+        head_gradient = HeadGradient(weight, width, -(-n // work.chunk)) if wants_weight else None
         grad_bias = (
             torch.zeros(bias.shape, dtype=fp, device=weight.device)
             if wants_bias and bias is not None
             else None
         )
-        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
 
-        settings = Settings(work.objective, head, work.temperature, wants_any, wants_bias)
+        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
+        if later is not None:
+            work = replace(work, later=later.detach())
+
+        settings = Settings(work.objective, head, work.temperature, wants_any)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
             with torch.no_grad():
                 # [c, v], overwritten by its gradient block by block
                 raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
-            teacher = work.teacher.open(rows, width, scratch)
-            entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
-            widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
-            kernels = kernels_for(raw, teacher, settings)
-            size = raw.shape[0] if kernels is not None else max(1, entries // widest)
-            for block in cuts(0, raw.shape[0], size):
-                at = work.rows(rows, block)
-                here = slice(rows.start + block.start, rows.start + block.stop)
-                if later is not None:
-                    at = at._replace(later=later.detach()[here].requires_grad_(wants_later))
-                if kernels is not None:
-                    judged = kernels.judge(raw, teacher, at, settings)
-                else:
-                    judged = judge(raw, block, teacher, at, settings, scratch)
-                loss += judged.loss
-                bad += judged.bad
-                for name in ROWS:
-                    seen[name][here] = getattr(judged, name)
-                if grad_bias is not None and judged.grad_bias is not None:
-                    grad_bias[: judged.grad_bias.shape[0]] += judged.grad_bias
-                if grad_later is not None and judged.grad_later is not None:
-                    grad_later[here] = judged.grad_later
+            judged = judge_chunk(raw, rows, width, work, settings, scratch)
+            for name in ROWS:
+                values = getattr(judged, name)
+                seen[name][rows] = 0.0 if values is None else values
+            if grad_later is not None and judged.grad_later is not None:
+                grad_later[rows] = judged.grad_later
+            loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
+            bad += judged.bad
             if wants_any:
-                kept = rows_with_gradient(seen["weight"][rows]) if work.objective.drops_rows else None
+                kept = rows_with_gradient(judged.weight) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
                 if grad_hidden is not None:
@@ -173,11 +161,15 @@ class ChunkedLoss(torch.autograd.Function):
                     else:
                         grad_hidden[rows] = 0
                         grad_hidden[rows][kept] = part.to(hidden.dtype)
-                if grad_weight is not None:
-                    add_product(grad_weight[:width], gradient, inputs, first=rows.start == 0)
+                if head_gradient is not None:
+                    head_gradient.add(gradient, inputs)
+                if grad_bias is not None:
+                    for piece in cuts(0, width, PIECE):
+                        grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias, grad_later]
+        of_head = None if head_gradient is None else head_gradient.total
+        ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
@@ -201,6 +193,28 @@ class ChunkedLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
+def judge_chunk(
+    raw: Tensor, rows: slice, width: int, work: Work, settings: Settings, scratch: Scratch
+) -> Seen:
+    """Judges a chunk block by block, or at once where the kernels do this work; the gradient is left in ``raw``."""
+    teacher = work.teacher.open(rows, width, scratch)
+    kernels = kernels_for(raw, teacher, settings)
+    if kernels is not None:
+        return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+    entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
+    widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
+    judged = [
+        judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
+        for block in cuts(0, raw.shape[0], max(1, entries // widest))
+    ]
+    columns = {
+        name: None if values[0] is None else torch.cat(values)
+        for name in Seen._fields
+        if name != "bad" and (values := [getattr(one, name) for one in judged])
+    }
+    return Seen(bad=sum(one.bad for one in judged), **columns)  # type: ignore[arg-type]
+
+
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
     """The module of kernels where they do this work: on an accelerator, with Triton there; None for ``block.judge``."""
     if raw.device.type == "cpu" or importlib.util.find_spec("triton") is None:
@@ -216,20 +230,35 @@ def rows_with_gradient(weight: Tensor) -> Tensor | None:
     return None if kept.shape[0] == weight.shape[0] else kept
 
 
-def add_product(total: Tensor, gradient: Tensor, inputs: Tensor, *, first: bool) -> None:
-    """total [v, d] += gradient^T [v, c] inputs [c, d]; the first chunk writes instead of adding to zeros.
+class HeadGradient:
+    """The sum of gradient^T [v, c] inputs [c, d] over a known number of chunks, ``total`` [v, d] in the head's dtype.
 
-    Of a bf16 product only PIECE rows exist at a time, added in fp32 while they are in the cache.
+    No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
+    second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
+    need no second tensor: they are rounded once.
     """
-    if gradient.dtype == total.dtype:
-        if first:
+
+    def __init__(self, weight: Tensor, width: int, products: int) -> None:
+        self.total, self.width = torch.empty_like(weight, memory_format=torch.contiguous_format), width
+        self.total[width if products else 0 :].zero_()
+        self.narrow = weight.dtype.itemsize < 4
+        self.rest = torch.zeros_like(self.total[:width]) if self.narrow and products > 2 else None
+        self.empty = True
+
+    def add(self, gradient: Tensor, inputs: Tensor) -> None:
+        """Adds one chunk's product; below fp32 PIECE rows at a time, which stay in the cache."""
+        total = self.total[: self.width]
+        if self.empty:
             torch.mm(gradient.t(), inputs, out=total)
-        else:
+        elif not self.narrow:
             torch.addmm(total, gradient.t(), inputs, out=total)
-        return
-    for piece in cuts(0, total.shape[0], PIECE):
-        part = gradient[:, piece].t() @ inputs
-        if first:
-            total[piece].copy_(part)
         else:
-            total[piece].add_(part)
+            for piece in cuts(0, self.width, PIECE):
+                product = gradient[:, piece].t() @ inputs
+                if self.rest is None:
+                    total[piece].add_(product)
+                else:
+                    exact = product.float().add_(total[piece]).add_(self.rest[piece])
+                    total[piece].copy_(exact)
+                    self.rest[piece].copy_(exact.sub_(total[piece]))
+        self.empty = False

@@ -82,7 +82,7 @@ def distillation_loss(
         uniform=uniform,
         row_scale=row_scale.detach(),
         temperature=temperature,
-        chunk=chunk_rows(n, width, chunk),
+        chunk=chunk_rows(n, width, chunk, student.weight.dtype),
         labels=labels,
         sequence=sequence,
     )

@@ -274,10 +274,7 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
     share = rows.scale.to(torch.float32) * weight
     if settings.wants_gradient:
         launch.gradient(floats, factor.contiguous(), share.contiguous())
-    grad_bias = raw.sum(0, dtype=torch.float32) if settings.wants_bias else None
-    return Seen(
-        (share * divergence).sum(), divergence, weight, acceptance, overlap, (~finite).sum(), grad_bias
-    )
+    return Seen(divergence, weight, acceptance, overlap, (~finite).sum())
 
 
 class _Launch:

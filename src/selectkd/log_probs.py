@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.chunked import add_product, chunk_rows, cuts
+from selectkd.chunked import HeadGradient, chunk_rows, cuts
 from selectkd.rows import Head, Scratch
 
 
@@ -42,7 +42,7 @@ class _TokenLogProbs(torch.autograd.Function):
         dead: Tensor | None, chunk: int | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, token, dead)
-        ctx.head, ctx.rows = head, chunk_rows(hidden.shape[0], head.width, chunk)
+        ctx.head, ctx.rows = head, chunk_rows(hidden.shape[0], head.width, chunk, weight.dtype)
         fp = torch.float64 if weight.dtype == torch.float64 else torch.float32
         out = torch.empty(hidden.shape[0], dtype=fp, device=hidden.device)
         scratch = Scratch()
@@ -58,9 +58,8 @@ class _TokenLogProbs(torch.autograd.Function):
         head: Head = replace(ctx.head, weight=weight, bias=bias)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if wants_weight else None
-        )
+        products = -(-hidden.shape[0] // ctx.rows)
+        head_gradient = HeadGradient(weight, head.width, products) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=grad.dtype, device=bias.device) if wants_bias else None
         scratch = Scratch()
         for rows in cuts(0, hidden.shape[0], ctx.rows):
@@ -77,10 +76,11 @@ class _TokenLogProbs(torch.autograd.Function):
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = (gradient @ weight).to(hidden.dtype)
-            if grad_weight is not None:
-                add_product(grad_weight, gradient, hidden[rows].to(weight.dtype), first=rows.start == 0)
-        to = (None if x is None else x.to(y.dtype) for x, y in ((grad_weight, weight), (grad_bias, bias)))
-        return (grad_hidden, *to, None, None, None, None)
+            if head_gradient is not None:
+                head_gradient.add(gradient, hidden[rows].to(weight.dtype))
+        of_head = None if head_gradient is None else head_gradient.total
+        of_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, of_head, of_bias, None, None, None, None
 
 
 @torch.no_grad()

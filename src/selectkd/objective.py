@@ -97,7 +97,6 @@ class Objective:
         """The acceptance of a pair's rows, [n] in [0, 1], before ``always_accept``."""
         return self.verifier(pair, uniform)
 
-    @torch.no_grad()
     def weigh(
         self,
         pair: TokenPair,
@@ -110,7 +109,6 @@ class Objective:
             acceptance = self.accept(pair, uniform)
         return self.weight_of(acceptance.to(pair.logq.dtype), uniform, label=pair.label, finite=pair.finite)
 
-    @torch.no_grad()
     def weight_of(
         self,
         acceptance: Float[Tensor, " n"],
@@ -126,8 +124,10 @@ class Objective:
             named = torch.isin(label, torch.tensor(self.always_accept, device=label.device))
             acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
         # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
-        weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
-        weight = weight if self.beta < 1.0 else torch.ones_like(acceptance)
+        if self.beta < 1.0:
+            weight = torch.where(acceptance == 1.0, 1.0, acceptance + self.beta * (1.0 - acceptance))
+        else:
+            weight = torch.ones_like(acceptance)
         if self.thin_rejected:
             # weight 1 with probability V instead of weight V: the same mean, and rows without gradient products
             weight = (uniform[:, -1].to(weight.dtype) < weight).to(weight.dtype)

@@ -86,11 +86,14 @@ class Scratch:
     def __init__(self) -> None:
         self.buffers: dict[int, Tensor] = {}
 
-    def of(self, owner: object, rows: int, width: int, like: Tensor) -> Float[Tensor, "b w"]:
-        """``owner``'s buffer of at least ``rows`` rows, in the dtype and on the device of ``like``."""
+    def of(
+        self, owner: object, rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "b w"]:
+        """``owner``'s buffer of at least ``rows`` rows, on the device of ``like`` and in its dtype or ``dtype``."""
         buffer = self.buffers.get(id(owner))
         if buffer is None or buffer.shape[0] < rows:
-            buffer = self.buffers[id(owner)] = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+            buffer = torch.empty(rows, width, dtype=dtype or like.dtype, device=like.device)
+            self.buffers[id(owner)] = buffer
         return buffer
 
 

@@ -69,7 +69,7 @@ class Side:
     several: Bool[Tensor, " g"]
     whole: Int[Tensor, " g"]
 
-    def __getitem__(self, spans: slice) -> Side:
+    def __getitem__(self, spans: slice | Tensor) -> Side:
         return Side(*(getattr(self, f.name)[spans] for f in fields(self)))
 
 
@@ -127,6 +127,27 @@ class AlignedRows:
         filled = copy(self)
         filled.student = replace(self.student, later=later)
         return filled
+
+    def take(self, index: Int[Tensor, " m"]) -> AlignedRows:
+        """The rows at ``index``, and the spans that lie in them whole."""
+        place = torch.full_like(self.span, -1)
+        place[index] = torch.arange(index.shape[0], device=index.device)
+        lost = torch.zeros_like(self.first).index_add_(
+            0, self.span.clamp(min=0), ((self.span >= 0) & (place < 0)).to(self.first.dtype)
+        )
+        kept = (lost == 0).nonzero()[:, 0]
+        number = torch.full_like(self.first, -1)
+        number[kept] = torch.arange(kept.shape[0], device=kept.device)
+        span = self.span[index]
+        chosen = copy(self)
+        chosen.teacher, chosen.token = self.teacher.take(kept), self.token[index]
+        chosen.first, chosen.span = (
+            place[self.first[kept]],
+            torch.where(span >= 0, number[span.clamp(min=0)], -1),
+        )
+        chosen.student, chosen.ours, chosen.merged = self.student[kept], self.ours[kept], self.merged[kept]
+        chosen.by_index = None if self.by_index is None else self.by_index.take(index)
+        return chosen
 
     def shared_width(self, student_width: int) -> int:
         return student_width

@@ -256,6 +256,22 @@ def test_a_chunk_gives_the_pair_on_what_both_can_say(world):
         chunk.pair(slice(0, 2), torch.zeros(2, ROWS), 2.0)
 
 
+def test_a_part_of_the_rows_has_the_loss_they_have_in_the_whole(world):
+    student, _, crossing, student_model, teacher_model = world
+    batch = batch_of(student)
+    seen = supervised(batch)
+    rows = AlignedTeacher(teacher_model, crossing, student_width=ROWS, pairing="index")(batch, seen.position)
+    hidden, head = hidden_of(student_model, batch, seen.position), student_model.lm_head.weight.detach()
+    for objective in (Objective("forward_kl", {"name": "greedy_topk", "k": 20}), Objective("uld", "always")):
+        whole = distillation_loss(hidden, head, rows, objective)[1]
+        index = (seen.sequence != 1).nonzero()[:, 0]
+        part = distillation_loss(hidden[index], head, rows.take(index), objective)[1]
+        for name in ("row_divergence", "row_weight", "row_acceptance", "row_unverified"):
+            torch.testing.assert_close(part[name], whole[name][index])
+        cut = rows.take(torch.arange(1, len(seen)))  # without the first token of a span there is no span
+        assert len(cut.first) == len(rows.first) - int(rows.span[0] >= 0)
+
+
 def test_a_teacher_row_that_is_not_finite_teaches_nothing(world):
     student, _, crossing, student_model, teacher_model = world
     batch = batch_of(student)

@@ -34,7 +34,7 @@ ALPACA = (
 @dataclass(frozen=True)
 class Example:
     """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes
-    it.
+    it. route: which of several teachers its record names, -1 where none is asked for.
     """
 
     input_ids: list[int]
@@ -42,6 +42,7 @@ class Example:
     stream: int = 0
     origin: str = ""
     truncated: bool = False
+    route: int = -1
 
     def __len__(self) -> int:
         return len(self.input_ids)

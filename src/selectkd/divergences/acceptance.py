@@ -8,18 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, with_gradient
+from selectkd.divergences.gradient import Block, centre, with_gradient
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, on_top_k
 from selectkd.errors import ConfigError
 
 
-def _total_variation(block: Block) -> tuple[Tensor, None]:
-    """h = q sign(q - p) / 2."""
-    torch.sub(block.q, block.p, out=block.spare)
-    value = 0.5 * torch.linalg.vector_norm(block.spare, ord=1, dim=-1)
-    torch.sign(block.spare, out=block.out).mul_(block.q).mul_(0.5)
-    return value, None
+def _total_variation(block: Block) -> Tensor:
+    """f = sign(q - p) / 2."""
+    gap = torch.sub(block.q, block.p, out=block.spare)
+    value = 0.5 * torch.abs(gap, out=block.zp).sum(-1)
+    centre(block, gap.sign_().mul_(0.5))
+    return value
 
 
 @on_top_k(MERGED)
@@ -38,17 +38,14 @@ def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> F
     return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
 
 
-def _neg_log_acceptance(block: Block) -> tuple[Tensor, None]:
-    """h = -q [q < p] / sum min(p, q); half of it where q = p, as autograd divides a minimum."""
+def _neg_log_acceptance(block: Block) -> Tensor:
+    """f = -[q < p] / sum min(p, q); half of it where q = p, as autograd divides a minimum."""
     shared = torch.minimum(block.p, block.q, out=block.spare).sum(-1)
     floor = math.exp(LOG_FLOOR)
-    value = -shared.clamp(min=floor, max=1.0).log()
-    torch.sub(block.p, block.q, out=block.spare).sign_().add_(
-        1.0
-    )  # 2 where q < p, 1 where equal, 0 elsewhere
     scale = torch.where((shared > floor) & (shared < 1.0), -0.5 / shared.clamp(min=floor), 0.0)
-    torch.mul(block.spare, block.q, out=block.out).mul_(scale[:, None])
-    return value, None
+    # sign(p - q) is 2 [q < p] - 1, and f - E_q f does without the constant
+    centre(block, torch.sub(block.p, block.q, out=block.spare).sign_().mul_(scale[:, None]))
+    return -shared.clamp(min=floor, max=1.0).log()
 
 
 @on_top_k(MERGED)

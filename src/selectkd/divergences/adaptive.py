@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, with_gradient
-from selectkd.divergences.kl import dot, floored, forward_kl, relative_entropy, reverse_kl, share_of
+from selectkd.divergences.gradient import Block, dot, log_ratio, project, with_gradient
+from selectkd.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
 
 
@@ -24,14 +24,14 @@ def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> F
     return torch.where(in_all > 0, in_head / in_all.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)
 
 
-def _adaptive_kl(block: Block, *, mu: float = 0.5) -> tuple[Tensor, None]:
-    """h = -share p + (1 - share) q (log q - log p + 1)."""
+def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Tensor:
+    """g = share (q - p) + (1 - share) q (f - E_q f), f = log q - log p."""
     share = head_share(block.p, block.q, share_of("mu", mu))
-    torch.sub(block.logq, block.logp, out=block.spare)
-    forward, reverse = -dot(block.p, block.spare), dot(block.q, block.spare)
-    torch.mul(block.q, block.spare, out=block.out).mul_((1.0 - share)[:, None])
-    block.out.addcmul_(block.p, share[:, None], value=-1.0)
-    return share * forward + (1.0 - share) * reverse, None
+    gap = log_ratio(block, block.spare)
+    forward, reverse = -dot(block.p, gap), dot(block.q, gap)
+    gap.sub_(reverse[:, None]).mul_((1.0 - share)[:, None]).add_(share[:, None])
+    torch.mul(gap, block.q, out=block.out).addcmul_(block.p, share[:, None], value=-1.0)
+    return share * forward + (1.0 - share) * reverse
 
 
 @on_top_k(NO_DIRECTION)
@@ -54,13 +54,13 @@ def adaptive_kl(
     return share * forward_kl(logp, logq) + (1.0 - share) * reverse_kl(logp, logq)
 
 
-def _todi(block: Block) -> tuple[Tensor, None]:
-    """h = -w p + (1 - w) q (log q - log p + 1), w = p / (p + q) without gradient."""
-    torch.sub(block.logq, block.logp, out=block.spare)  # d = log(q / p)
-    value = dot(block.q, block.spare) - dot(block.p, block.spare)
-    rest = torch.sigmoid(block.spare)  # 1 - w
-    torch.add(block.spare, 1.0, out=block.out).mul_(block.q).add_(block.p).mul_(rest).sub_(block.p)
-    return value, None
+def _todi(block: Block) -> Tensor:
+    """h = (1 - w) q (log q - log p + 1) - w p, w = p / (p + q) without gradient."""
+    gap = log_ratio(block, block.spare)  # [n, s]
+    value = dot(block.q, gap) - dot(block.p, gap)
+    rest = torch.sigmoid(gap, out=block.zp)  # 1 - w
+    project(block, gap.add_(1.0).mul_(block.q).add_(block.p).mul_(rest).sub_(block.p))
+    return value
 
 
 @on_top_k(REVERSE)

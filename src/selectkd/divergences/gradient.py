@@ -1,7 +1,8 @@
 """How a divergence states its gradient beside its formula. n rows, s support columns; p = teacher, q = student.
 
 The gradient of a row's divergence D to the student's logits is g = h - q sum(h), where h_v = dD / d log q_v with log q
-taken as free. A closed form computes D and h together from what the loss has at hand, without autograd.
+taken as free; with h = q f it is g = q (f - E_q f). A closed form computes D and g together from what the loss has at
+hand, without autograd.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,48 +20,55 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Block:
-    """A block of rows as the closed forms see it, each [n, s]; every log-probability is finite.
+    """A block of rows as the closed forms see it, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
 
-    logp, logq, p, q are read only. out receives h; spare is memory for temporaries. shift: log p - log q is
-    logp - logq + shift; not 0 only where the closed form said ``differences_only``: logp and logq are then logits,
-    known up to one constant a row.
+    zp, zq [n, s]: logits; norm_p, norm_q [n]: their log-sum-exps; p, q [n, s]: their softmaxes, read only. zp, zq and
+    spare may be overwritten. out receives the gradient; it may be the memory of zq, so it is written last.
     """
 
-    logp: Float[Tensor, "n s"]
-    logq: Float[Tensor, "n s"]
+    zp: Float[Tensor, "n s"]
+    zq: Float[Tensor, "n s"]
+    norm_p: Float[Tensor, " n"]
+    norm_q: Float[Tensor, " n"]
     p: Float[Tensor, "n s"]
     q: Float[Tensor, "n s"]
     out: Float[Tensor, "n s"]
     spare: Float[Tensor, "n s"]
-    shift: Float[Tensor, " n"] | float = 0.0
+
+    @property
+    def shift(self) -> Float[Tensor, " n"]:
+        """log q - log p = zq - zp - shift."""
+        return self.norm_q - self.norm_p
+
+    def take_logp(self) -> Float[Tensor, "n s"]:
+        """log p in the memory of zp, once: zp is gone."""
+        return self.zp.sub_(self.norm_p[:, None])
+
+    def take_logq(self) -> Float[Tensor, "n s"]:
+        """log q in the memory of zq, once: zq is gone."""
+        return self.zq.sub_(self.norm_q[:, None])
 
 
 class ClosedForm(Protocol):
-    """(block, **params) -> (D [n], sum of h [n] where it is known beforehand, else None); h is left in block.out."""
+    """(block, **params) -> D [n]; the gradient to the student's logits is left in block.out."""
 
-    def __call__(self, block: Block, **params: float) -> tuple[Tensor, Tensor | float | None]: ...
+    def __call__(self, block: Block, **params: float) -> Float[Tensor, " n"]: ...
 
 
-def with_gradient(
-    closed_form: Callable[..., tuple[Tensor, Tensor | float | None]], *, differences_only: bool = False
-) -> Callable[[F], F]:
+def with_gradient(closed_form: Callable[..., Tensor]) -> Callable[[F], F]:
     """Declares ``closed_form`` as value and gradient of the divergence it decorates; both take the same parameters.
 
-    differences_only: it reads logp and logq only as logp - logq + shift, so that nobody has to normalise them.
     The contract suite holds the two equal in fp64.
     """
 
     def declare(divergence: F) -> F:
         divergence.closed_form = closed_form  # type: ignore[attr-defined]
-        divergence.differences_only = differences_only  # type: ignore[attr-defined]
         return divergence
 
     return declare
 
 
-def closed_form_of(
-    divergence: Callable[..., Tensor],
-) -> Callable[..., tuple[Tensor, Tensor | float | None]] | None:
+def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Tensor] | None:
     """The closed form a divergence declares, with the parameters bound to the divergence; None where it has none."""
     function = getattr(divergence, "func", divergence)
     closed_form = getattr(function, "closed_form", None)
@@ -67,12 +76,32 @@ def closed_form_of(
         return None
     params = getattr(divergence, "keywords", {})
 
-    def bound(block: Block) -> tuple[Tensor, Tensor | float | None]:
+    def bound(block: Block) -> Tensor:
         return closed_form(block, **params)
 
     return bound
 
 
-def reads_differences_only(divergence: Callable[..., Tensor]) -> bool:
-    """Whether the divergence's closed form can do with logits and ``Block.shift``."""
-    return getattr(getattr(divergence, "func", divergence), "differences_only", False)
+def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """sum_v a b, [n], without a temporary."""
+    return torch.linalg.vecdot(a, b)
+
+
+def log_ratio(block: Block, out: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+    """log q - log p, in ``out``."""
+    return torch.sub(block.zq, block.zp, out=out).sub_(block.shift[:, None])
+
+
+def centre(block: Block, f: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """Leaves g = q (f - E_q f) in ``block.out``, overwriting f; returns E_q f [n].
+
+    Subtracted before it is multiplied: where f is nearly constant, q f - q E_q f would lose its digits.
+    """
+    mean = dot(block.q, f)
+    torch.mul(f.sub_(mean[:, None]), block.q, out=block.out)
+    return mean
+
+
+def project(block: Block, h: Float[Tensor, "n s"]) -> None:
+    """Leaves g = h - q sum(h) in ``block.out``."""
+    torch.addcmul(h, block.q, h.sum(-1, keepdim=True), value=-1.0, out=block.out)

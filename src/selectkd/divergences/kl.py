@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, with_gradient
+from selectkd.divergences.gradient import Block, centre, dot, with_gradient
 from selectkd.divergences.top_k import MERGED, REVERSE, on_top_k
 from selectkd.errors import ConfigError
 
@@ -64,27 +64,21 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
-def mixture_and_log(block: Block, share: float) -> tuple[Float[Tensor, "n s"], Float[Tensor, "n s"]]:
-    """m = share p + (1 - share) q in ``block.out`` and log m in ``block.spare``; an m that underflows counts as the
-    smallest normal number."""
-    mixture = torch.mul(block.q, 1.0 - share, out=block.out).add_(block.p, alpha=share)
-    mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
-    return mixture, torch.log(mixture, out=block.spare)
+def mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
+    """share p + (1 - share) q in ``block.spare``; what underflows counts as the smallest normal number."""
+    mixed = torch.lerp(block.q, block.p, share, out=block.spare)
+    return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
 
-def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """sum_v a b, [n], without a temporary."""
-    return torch.linalg.vecdot(a, b)
-
-
-def _forward_kl(block: Block) -> tuple[Tensor, float]:
-    """h = q - p: h + c q and h have the same projection, and this one sums to 0."""
+def _forward_kl(block: Block) -> Tensor:
+    """g = q - p."""
+    value = dot(block.p, torch.sub(block.zp, block.zq, out=block.spare)) + block.shift
     torch.sub(block.q, block.p, out=block.out)
-    return dot(block.p, torch.sub(block.logp, block.logq, out=block.spare)) + block.shift, 0.0
+    return value
 
 
 @on_top_k(MERGED)
-@with_gradient(_forward_kl, differences_only=True)
+@with_gradient(_forward_kl)
 def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
 
@@ -99,15 +93,13 @@ def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logp, logq)
 
 
-def _reverse_kl(block: Block) -> tuple[Tensor, Tensor]:
-    """h = q (log q - log p + 1)."""
-    torch.sub(block.logq, block.logp, out=block.out).mul_(block.q)
-    total = block.out.sum(-1)
-    return total - block.shift, total  # without the + 1 and the shift: h + c q and h have the same projection
+def _reverse_kl(block: Block) -> Tensor:
+    """f = log q - log p, up to a constant a row, which f - E_q f does without."""
+    return centre(block, torch.sub(block.zq, block.zp, out=block.spare)) - block.shift
 
 
 @on_top_k(REVERSE)
-@with_gradient(_reverse_kl, differences_only=True)
+@with_gradient(_reverse_kl)
 def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
 
@@ -122,18 +114,19 @@ def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logq, logp)
 
 
-def _jeffreys(block: Block, *, weight: float = 0.5) -> tuple[Tensor, None]:
-    """h = -(1 - weight) p + weight q (log q - log p + 1)."""
+def _jeffreys(block: Block, *, weight: float = 0.5) -> Tensor:
+    """g = (1 - weight) (q - p) + weight q (f - E_q f), f = log q - log p."""
     w = share_of("weight", weight)
-    torch.sub(block.logq, block.logp, out=block.spare)
-    forward = block.shift - dot(block.p, block.spare)
-    reverse = dot(block.q, block.spare) - block.shift
-    torch.mul(block.q, block.spare, out=block.out).mul_(w).add_(block.p, alpha=w - 1.0)
-    return (1.0 - w) * forward + w * reverse, None
+    gap = torch.sub(block.zq, block.zp, out=block.spare)
+    mean = dot(block.q, gap)
+    value = w * (mean - block.shift) - (1.0 - w) * (dot(block.p, gap) - block.shift)
+    gap.sub_(mean[:, None]).mul_(w).add_(1.0 - w)
+    torch.mul(gap, block.q, out=block.out).add_(block.p, alpha=w - 1.0)
+    return value
 
 
 @on_top_k(lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
-@with_gradient(_jeffreys, differences_only=True)
+@with_gradient(_jeffreys)
 def jeffreys(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
 ) -> Float[Tensor, " n"]:
@@ -151,12 +144,18 @@ def jeffreys(
     return (1.0 - w) * relative_entropy(logp, logq) + w * relative_entropy(logq, logp)
 
 
-def _skew_kl(block: Block, *, alpha: float = 0.1) -> tuple[Tensor, None]:
-    """h = -(1 - alpha) p q / m, m = alpha p + (1 - alpha) q."""
-    mixture, log_mixture = mixture_and_log(block, share_of("alpha", alpha))
-    value = dot(block.p, torch.sub(block.logp, log_mixture, out=block.spare))  # sum p log(p / m)
-    torch.div(block.p, mixture, out=block.out).mul_(block.q).mul_(alpha - 1.0)
-    return value, None
+def _skew_kl(block: Block, *, alpha: float = 0.1) -> Tensor:
+    """f = (1 - alpha)^2 (q - p) / m, m = alpha p + (1 - alpha) q.
+
+    The derivative -(1 - alpha) p / m plus the constant 1 - alpha, which f - E_q f does without: the difference is taken
+    between p and q themselves, so that a student near its teacher keeps its digits.
+    """
+    mixed = mixture(block, share_of("alpha", alpha))
+    log_mixed = torch.log(mixed, out=block.zq)
+    value = dot(block.p, block.take_logp().sub_(log_mixed))  # sum p log(p / m)
+    centre(block, torch.sub(block.q, block.p, out=block.zp).div_(mixed))
+    block.out.mul_((1.0 - alpha) ** 2)
+    return value
 
 
 @on_top_k(MERGED)
@@ -177,18 +176,15 @@ def skew_kl(
     return relative_entropy(logp, log_mixture(logp, logq, share_of("alpha", alpha)))
 
 
-def _skew_reverse_kl(
-    block: Block, *, alpha: float = 0.1, detach_mixture: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """h = q (log(q / m) + 1 - alpha q / m), m = (1 - alpha) p + alpha q; without the last term if m is detached."""
-    mixture, log_mixture = mixture_and_log(block, 1.0 - share_of("alpha", alpha))
-    gap = torch.sub(block.logq, log_mixture, out=block.spare)  # log(q / m)
+def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+    """f = log(q / m) - alpha q / m, m = (1 - alpha) p + alpha q; without the last term if m is detached."""
+    mixed = mixture(block, 1.0 - share_of("alpha", alpha))
+    gap = block.take_logq().sub_(torch.log(mixed, out=block.zp))  # log(q / m)
     if detach_mixture:
-        value = torch.mul(block.q, gap, out=block.out).sum(-1)
-        return value, value
+        return centre(block, gap)
     value = dot(block.q, gap)
-    torch.div(block.q, mixture, out=block.out).mul_(-alpha).add_(gap).mul_(block.q)
-    return value, None
+    centre(block, gap.addcdiv_(block.q, mixed, value=-alpha))
+    return value
 
 
 @on_top_k(lambda alpha=0.1, detach_mixture=False: REVERSE if alpha == 0.0 else MERGED)
@@ -215,15 +211,14 @@ def skew_reverse_kl(
     return relative_entropy(logq, log_mixture(inner, logp, share_of("alpha", alpha)))
 
 
-def _generalized_jsd(block: Block, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """h = (1 - beta) q log(q / m), m = beta p + (1 - beta) q."""
+def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Tensor:
+    """f = (1 - beta) log(q / m), m = beta p + (1 - beta) q."""
     b = share_of("beta", beta)
-    _, log_mixture = mixture_and_log(block, b)
-    forward = dot(block.p, torch.sub(block.logp, log_mixture, out=block.out))  # sum p log(p / m)
-    torch.sub(block.logq, log_mixture, out=block.out).mul_(block.q)  # q log(q / m)
-    reverse = block.out.sum(-1)
+    log_mixed = mixture(block, b).log_()
+    forward = dot(block.p, block.take_logp().sub_(log_mixed))  # sum p log(p / m)
+    reverse = centre(block, block.take_logq().sub_(log_mixed))  # sum q log(q / m)
     block.out.mul_(1.0 - b)
-    return b * forward + (1.0 - b) * reverse, (1.0 - b) * reverse
+    return b * forward + (1.0 - b) * reverse
 
 
 @on_top_k(MERGED)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, with_gradient
+from selectkd.divergences.gradient import Block, project, with_gradient
 from selectkd.divergences.kl import floored, reverse_kl
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, Exactness, on_top_k
 from selectkd.errors import ConfigError
@@ -28,16 +28,15 @@ def _of_alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Exactness:
     return MERGED if abs(alpha + beta - 1.0) < 1e-9 else NO_DIRECTION
 
 
-def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> tuple[Tensor, None]:
+def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
     """h = (q^(alpha + beta) - p^alpha q^beta) / alpha; q^beta (log q - log p) at alpha = 0, its limit."""
-    value = alpha_beta(block.logp, block.logq, alpha=alpha, beta=beta)
-    student = torch.mul(block.logq, beta, out=block.spare).exp_()  # q^beta
-    if alpha == 0.0:
-        torch.sub(block.logq, block.logp, out=block.out).mul_(student)
-    else:
-        torch.mul(block.logp, alpha, out=block.out).exp_().neg_()
-        block.out.add_(torch.exp(alpha * block.logq)).mul_(student).div_(alpha)
-    return value, None
+    logp, logq = block.take_logp(), block.take_logq()
+    value = alpha_beta(logp, logq, alpha=alpha, beta=beta)
+    student = torch.mul(logq, beta, out=block.spare).exp_()  # q^beta
+    logs = logp, logq
+    a, b = logs if alpha == 0.0 else (x.mul_(alpha).exp_().div_(alpha) for x in logs)
+    project(block, b.sub_(a).mul_(student))
+    return value
 
 
 @on_top_k(_of_alpha_beta)

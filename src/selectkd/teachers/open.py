@@ -24,7 +24,8 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
         plans = [plan_teacher(member.teacher, dtype=dtype) for member in spec]
         weights = [member.weight for member in spec if member.weight is not None]
         streams = [member.streams for member in spec if member.streams is not None]
-        return SeveralPlan(plans, weights or None, streams or None)
+        when = [member.when for member in spec if member.when is not None]
+        return SeveralPlan(plans, weights or None, streams or None, when or None)
     if isinstance(spec, ModelTeacher):
         own = ModelPlan(
             spec.model,

@@ -17,7 +17,16 @@ from selectkd.pair import TokenPair
 from selectkd.rows import Head, Scratch, TeacherRows, log_softmax
 from selectkd.selectors.ranked import label_log_prob
 
-SCALARS = ("n", "accepted", "weight", "divergence", "weighted_divergence", "overlap", "teacher_nonfinite")
+SCALARS = (
+    "n",
+    "accepted",
+    "weight",
+    "divergence",
+    "weighted_divergence",
+    "overlap",
+    "unverified",
+    "teacher_nonfinite",
+)
 
 
 @dataclass(frozen=True)

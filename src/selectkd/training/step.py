@@ -84,7 +84,8 @@ class DistillationModel(nn.Module):
                 here = replace(here, chunk=self.chunk)
                 return weighted_sum(plan.terms(here), here, row_scale)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                rows = self.chunk or chunk_rows(here.hidden.shape[0], here.head.width, None)
+                n, head = here.hidden.shape[0], here.head
+                rows = self.chunk or chunk_rows(n, head.width, None, head.weight.dtype)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:

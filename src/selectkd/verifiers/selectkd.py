@@ -22,10 +22,6 @@ def at_least_one(name: str, k: int) -> None:
         raise ConfigError(f"{name}(k={k!r}): k must be an integer of 1 or more; the paper's default is 5.")
 
 
-LANES = 64
-"""Entries of a piece whose maximum is looked at first."""
-
-
 def within_top(pair: TokenPair, column: Int[Tensor, " n"], k: int, name: str) -> Float[Tensor, " n"]:
     """Whether fewer than k tokens have p(v) > p(column): [n] of 0 and 1, without a sort.
 
@@ -40,25 +36,10 @@ def within_top(pair: TokenPair, column: Int[Tensor, " n"], k: int, name: str) ->
             + (", or store more tokens (K >= 2k sees ties across the edge)." if pair.tail else ".")
         )
     chosen = ranked.gather(-1, column.clamp(min=0)[:, None])  # [n, 1]
-    better = count_above(ranked, chosen, k)
+    # counted in floats: five times as fast as in booleans
+    better = torch.gt(ranked, chosen, out=torch.empty_like(ranked)).sum(-1)
     # a token of probability 0 (unshared) is never accepted, not even with k = V
     return ((better < k) & (column >= 0) & ~torch.isneginf(chosen[:, 0])).to(pair.logp.dtype)
-
-
-def count_above(x: Float[Tensor, "n s"], bound: Float[Tensor, "n 1"], most: int) -> Int[Tensor, " n"]:
-    """How many entries of each row exceed ``bound``, [n]; where more than ``most`` do, at least ``most``.
-
-    Equals ``(x > bound).sum(-1).clamp(max=most)`` up to ``most``. One pass takes the maxima of pieces of LANES entries;
-    whatever exceeds the bound lies in pieces whose maximum does, so the ``most`` pieces of largest maximum decide.
-    """
-    whole = x.shape[1] - x.shape[1] % LANES
-    if whole < 16 * most * LANES or not x.is_contiguous():
-        # counted in floats: five times as fast as in booleans
-        return torch.gt(x, bound, out=torch.empty_like(x)).sum(-1).long()
-    pieces = x[:, :whole].unflatten(-1, (-1, LANES))  # [n, s / LANES, LANES]
-    largest = pieces.amax(-1).topk(most, -1, sorted=False).indices  # [n, most]
-    inside = pieces.gather(1, largest[:, :, None].expand(-1, -1, LANES))  # [n, most, LANES]
-    return (inside > bound[:, :, None]).sum((1, 2)) + (x[:, whole:] > bound).sum(-1)
 
 
 @dataclass(frozen=True)
