@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import distributed as dist
 from torch import nn
 
 from selectkd.data.render import pad_id_of
-from selectkd.errors import ConfigError
 from selectkd.generation import ends_of
 from selectkd.policies.streams import Stream
 from selectkd.policies.writer import Writer
@@ -26,13 +24,6 @@ def writer_for(
     policies = recipe.data.policies
     if all(policy.name == "dataset" for policy in policies):
         return None
-    if _ranks() > 1 and any(
-        policy.name == "adaptive" or getattr(policy, "replay", None) is not None for policy in policies
-    ):
-        raise ConfigError(
-            "a replay buffer is one process's own, and this run has several. Train on one device, or use a policy "
-            "without a buffer (method imitkd has the option fresh)."
-        )
     in_memory = teacher.payload == "live" and not isinstance(teacher, SeveralPlan)
     model = teacher.loaded().model if in_memory else None
     return Writer(
@@ -47,7 +38,3 @@ def writer_for(
         max_new_tokens=recipe.data.max_new_tokens,
         seed=recipe.training.seed,
     )
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
