@@ -15,12 +15,12 @@ from training.tiny import texts
 EXAMPLES = texts(40)
 
 
-def build(teacher: str, folder: Path, pause: float = 0.0) -> None:
-    """A cache of the tiny teacher in 40 shards, most of one sample; ``pause``: seconds after each."""
+def build(teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6) -> None:
+    """A cache of the tiny teacher, with 6 rows a shard in 40 shards of one sample; ``pause``: seconds after each."""
     torch.set_num_threads(1)
     loaded: Loaded = load_model(teacher)
     plan, records = plan_of(
         loaded, model=teacher, dtype="float32", quantization=None, tokenizer=loaded.tokenizer,
-        examples=EXAMPLES, wish=Wish(shard_rows=6),
+        examples=EXAMPLES, wish=Wish(shard_rows=shard_rows),
     )  # fmt: skip
     build_cache(folder, plan, records, loaded.model, say=lambda _: time.sleep(pause))
