@@ -37,7 +37,7 @@ from selectkd.models.head import backbone, head_of
 from selectkd.models.load import load_model
 from selectkd.objective import Objective
 from selectkd.rows import CachedRows, LiveRows, Scratch
-from selectkd.teachers.cache import CachedTeacher, Wish, build_cache, open_cache, plan_of
+from selectkd.teachers.cache import CachedTeacher, ModelOrigin, Wish, build_cache, open_cache, plan_of
 from selectkd.teachers.cache.codec import decode_log_probs, encode_ids, encode_log_probs
 from selectkd.teachers.live import LiveTeacher
 from selectkd.verifiers.selectkd import greedy_topk
@@ -96,11 +96,11 @@ def measured(text: Path, samples: int, steps: int) -> Iterator[Row]:
         for payload, k in (("top_k", 8), ("top_k", 32), ("top_k", 128), ("sampled", 32), ("hidden", None)):
             case = payload if k is None else f"{payload} {k}"
             folder = Path(where) / case.replace(" ", "")
+            origin = ModelOrigin(loaded, model=MODEL, dtype="float32")
             plan, records = plan_of(
-                loaded, model=MODEL, dtype="float32", quantization=None, tokenizer=loaded.tokenizer,
-                examples=examples, wish=Wish(payload, k),
-            )  # fmt: skip
-            index = build_cache(folder, plan, records, loaded.model, say=lambda _: None)
+                origin, tokenizer=loaded.tokenizer, examples=examples, wish=Wish(payload, k)
+            )
+            index = build_cache(folder, plan, records, origin, say=lambda _: None)
             size = sum(shard["size"] for shard in index["shards"]) if index else 0
             yield case, "selectkd", "bytes a token, row", plan["row_bytes"]
             yield case, "selectkd", "bytes a token, shards", size / plan["rows"]

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
+from selectkd.assembly import prepare
 from selectkd.cli import main
 from selectkd.config import load_recipe
 from selectkd.errors import TeacherError
@@ -101,7 +102,9 @@ def test_a_server_that_is_down_at_the_start_is_waited_for_and_then_told(
     assert 0.3 < time.monotonic() - started < 10
     told = capsys.readouterr().err
     assert url in told and "teacher.wait, now 0.4 s" in told and "Traceback" not in told
-    assert not (tmp_path / "run").exists(), "refused before a weight was loaded"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(TeacherError):  # by the part of the assembly that needs no weights
+        prepare(load_recipe(recipe(url, wait=0.1), []))
 
 
 def test_a_server_that_starts_late_is_waited_for(model: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from selectkd.models.load import Loaded, load_model
-from selectkd.teachers.cache import build_cache, plan_of
+from selectkd.teachers.cache import ModelOrigin, build_cache, plan_of
 from selectkd.teachers.cache.build import Wish
 from training.tiny import texts
 
@@ -19,8 +19,7 @@ def build(teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6) -
     """A cache of the tiny teacher, with 6 rows a shard in 40 shards of one sample; ``pause``: seconds after each."""
     torch.set_num_threads(1)
     loaded: Loaded = load_model(teacher)
-    plan, records = plan_of(
-        loaded, model=teacher, dtype="float32", quantization=None, tokenizer=loaded.tokenizer,
-        examples=EXAMPLES, wish=Wish(shard_rows=shard_rows),
-    )  # fmt: skip
-    build_cache(folder, plan, records, loaded.model, say=lambda _: time.sleep(pause))
+    origin = ModelOrigin(loaded, model=teacher, dtype="float32")
+    wish = Wish(shard_rows=shard_rows)
+    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=wish)
+    build_cache(folder, plan, records, origin, say=lambda _: time.sleep(pause))

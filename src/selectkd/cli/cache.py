@@ -31,7 +31,10 @@ Changes = Annotated[
 
 @app.command("build")
 def build(
-    recipe: Annotated[str, typer.Argument(help="A recipe with teacher: {cache: FOLDER, model: MODEL}.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe with teacher: {cache: FOLDER, model: MODEL or server: {url: URL}}."),
+    ],
     changes: Changes = None,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
@@ -45,12 +48,8 @@ def build(
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
     checked = _recipe(recipe, changes)
     teacher, examples, wish, tokenizer = _text(checked)
-    loaded = teacher.loaded()
-    loaded.model.requires_grad_(False)
-    plan, records = plan_of(
-        loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization,
-        tokenizer=tokenizer, examples=examples, wish=wish,
-    )  # fmt: skip
+    origin = _origin(teacher)
+    plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
     with StopRequests() as stop:
         stop.at_once = False
@@ -60,7 +59,7 @@ def build(
                 raise stopped(stop.asked, f"the shards that were done are in {folder}")
 
         index = build_cache(
-            folder, plan, records, loaded.model, rank=rank, ranks=ranks, say=told if as_json else say,
+            folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say,
             before_shard=between_shards,
         )  # fmt: skip
     if index is None:
@@ -98,8 +97,11 @@ def repair(target: Target, changes: Changes = None, as_json: Json = False) -> No
     from selectkd.teachers.cache import repair as mend
 
     folder = _folder(target, changes)
-    records = records_of(_text(_recipe(target, changes))[1]) if _is_recipe(target) else None
-    found = mend(folder, records=records, say=told if as_json else say)
+    records = origin = None
+    if _is_recipe(target):
+        teacher, examples, _, _ = _text(_recipe(target, changes))
+        records, origin = records_of(examples), _origin(teacher)
+    found = mend(folder, records=records, origin=origin, say=told if as_json else say)
     if as_json:
         say(json.dumps({"shards": found.shards, "files": found.files}))
     else:
@@ -122,7 +124,8 @@ def _describe(folder: Path, index: dict[str, Any], as_json: bool) -> None:
         return
     teacher = index["teacher"]
     k = "" if index["k"] is None else f", K = {index['k']}"
-    say(f"{folder}: {index['payload']}{k}, {index['precision']}, of {teacher['model']} in {teacher['dtype']}")
+    whose = teacher["model"] + (f" in {teacher['dtype']}" if teacher["dtype"] else "")
+    say(f"{folder}: {index['payload']}{k}, {index['precision']}, of {whose}")
     say(
         f"  {index['records']:,} samples, {index['rows']:,} rows of {index['row_bytes']} bytes, "
         f"{len(index['shards'])} shards, {size / 1e6:,.1f} MB"
@@ -152,23 +155,50 @@ def _folder(target: str, changes: list[str] | None) -> Path:
     return Path(_recipe(target, changes).teacher.cache).expanduser()  # type: ignore[union-attr]
 
 
+def _origin(teacher: Any) -> Any:
+    """Where the rows come from: the model, loaded, or the server."""
+    from selectkd.teachers.cache import ModelOrigin
+    from selectkd.teachers.model import ModelPlan
+    from selectkd.teachers.remote.origin import RemoteOrigin
+
+    if not isinstance(teacher, ModelPlan):
+        return RemoteOrigin(teacher)
+    loaded = teacher.loaded()
+    return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
+
+
 def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
-    """(the teacher's plan as a model, all text, what to store, the tokenizer) of a cache that is to be built."""
+    """(the teacher's plan, all text, what to store, the tokenizer) of a cache that is to be built."""
     from selectkd.assembly import prepare
     from selectkd.teachers import exactness
     from selectkd.teachers.cache import Wish
     from selectkd.teachers.cache.build import SHARD_ROWS
     from selectkd.teachers.model import ModelPlan
+    from selectkd.teachers.open import plan_teacher
 
     spec: Any = recipe.teacher
-    if spec.model is None:
-        raise ConfigError("teacher.cache without teacher.model: a build needs the model. Add teacher.model.")
-    wish = Wish(spec.payload or "hidden", spec.k, spec.precision, spec.shard_rows or SHARD_ROWS)
-    teacher = ModelPlan(spec.model, spec.dtype or recipe.training.dtype, spec.quantization, spec.revision)
+    if (spec.model is None) == (spec.server is None):
+        raise ConfigError(
+            "a build of teacher.cache needs teacher.model, or teacher.server with the url of one that serves it: "
+            f"{'neither is' if spec.model is None else 'both are'} given."
+        )
+    if spec.server is None:
+        own_dtype = spec.dtype or recipe.training.dtype
+        teacher: Any = ModelPlan(spec.model, own_dtype, spec.quantization, spec.revision)
+        payload, k = spec.payload or "hidden", spec.k
+    else:
+        teacher = plan_teacher(spec.server)
+        payload, k = spec.payload or teacher.payload, spec.k or teacher.k
+        if teacher.payload == "top_k" and (payload, k) != ("top_k", teacher.k):
+            raise ConfigError(
+                f"teacher.server gives its {teacher.k} best tokens, and the cache is to hold payload {payload} with "
+                f"k = {k}. Leave both out of the cache, or ask a server of kind selectkd without k for hidden states."
+            )
+    wish = Wish(payload, k, spec.precision, spec.shard_rows or SHARD_ROWS)
     plan = prepare(recipe, teacher)
     temperature = recipe.objective.temperature
-    payload: Any = wish.payload
-    exactness.check(plan.objective, payload, k=wish.k, temperature=temperature, source=spec.model)
-    exactness.check_edge(plan.objective, payload, k=wish.k)
+    stored: Any = wish.payload
+    exactness.check(plan.objective, stored, k=wish.k, temperature=temperature, source=teacher.source)
+    exactness.check_edge(plan.objective, stored, k=wish.k)
     examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
     return teacher, examples, wish, plan.tokenizer

@@ -17,8 +17,8 @@ from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.serving.limits import Limits
 from selectkd.serving.request import Refused, Wanted
-from selectkd.teachers.cache.build import head_bytes, hidden_of, weights_checksum
 from selectkd.teachers.cache.index import Record
+from selectkd.teachers.cache.origin import head_bytes, hidden_of, weights_checksum
 
 CHUNK = 256
 """Rows whose logits exist at once, as in the loss."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from selectkd.teachers.cache.build import Wish, build_cache, plan_of
 from selectkd.teachers.cache.index import read_index, records_of
+from selectkd.teachers.cache.origin import ModelOrigin, Origin
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.cache.reader import CachedTeacher, CacheReader, open_cache
 from selectkd.teachers.cache.repair import Findings, repair, verify
@@ -13,6 +14,8 @@ __all__ = [
     "CacheReader",
     "CachedTeacher",
     "Findings",
+    "ModelOrigin",
+    "Origin",
     "Wish",
     "build_cache",
     "open_cache",

@@ -17,18 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import save
-from torch import nn
 
 from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
-from selectkd.data.collate import collate
-from selectkd.data.render import Example
-from selectkd.data.supervised import supervised
 from selectkd.durable import write_whole
 from selectkd.errors import CacheError, ConfigError, ResourceError
-from selectkd.models.head import backbone, head_of
-from selectkd.models.load import Loaded
-from selectkd.rows import Head
 from selectkd.teachers.cache.index import (
     HEAD,
     INDEX,
@@ -44,11 +36,9 @@ from selectkd.teachers.cache.index import (
     text_bytes,
     write_index,
 )
-from selectkd.teachers.cache.payloads import payload_of
+from selectkd.teachers.cache.origin import Origin, head_bytes
+from selectkd.teachers.cache.payloads import Stored, payload_of
 from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name
-
-BATCH = 8
-"""Samples the teacher reads at once: the shortest of a shard together, so that little is padding."""
 
 SHARD_ROWS = 4096
 
@@ -77,19 +67,12 @@ class Wish:
 
 
 def plan_of(
-    loaded: Loaded,
-    *,
-    model: str,
-    dtype: str,
-    quantization: str | None,
-    tokenizer: Any,
-    examples: Sequence[Any],
-    wish: Wish,
+    origin: Origin, *, tokenizer: Any, examples: Sequence[Any], wish: Wish
 ) -> tuple[dict[str, Any], list[Record]]:
     """(everything the index says but the shards, the records): whose numbers, of what text, stored how."""
-    head = head_of(loaded.model)
-    if wish.k is not None and wish.k > head.width:
-        raise ConfigError(f"teacher.k = {wish.k} is more than the teacher's {head.width} tokens.")
+    head = origin.head
+    if wish.k is not None and wish.k > origin.vocabulary:
+        raise ConfigError(f"teacher.k = {wish.k} is more than the teacher's {origin.vocabulary} tokens.")
     records = records_of(examples)
     text = text_bytes(records)
     plan = {
@@ -98,27 +81,19 @@ def plan_of(
         "k": wish.k,
         "precision": wish.precision or ("bfloat16" if wish.payload == "hidden" else "packed"),
         "temperature": 1.0,
-        "teacher": {
-            "model": model,
-            "revision": loaded.revision,
-            "dtype": dtype,
-            "quantization": quantization,
-            "weights": weights_checksum(loaded.model),
-        },
+        "teacher": origin.teacher,
         "head": {
-            "vocabulary": head.width,
-            "width": head.weight.shape[1],
-            "scale": head.scale,
-            "softcap": head.softcap,
-            "checksum": xxhash.xxh3_128(head_bytes(head)).hexdigest() if wish.payload == "hidden" else None,
+            "vocabulary": origin.vocabulary,
+            "width": None if head is None else head.weight.shape[1],
+            "scale": None if head is None else head.scale,
+            "softcap": None if head is None else head.softcap,
+            "checksum": xxhash.xxh3_128(head_bytes(head)).hexdigest()
+            if head is not None and wish.payload == "hidden"
+            else None,
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": template_fingerprint(tokenizer),
-        "engine": {
-            "selectkd": metadata.version("selectkd"),
-            "torch": torch.__version__,
-            "device": head.weight.device.type,
-        },
+        "engine": {"selectkd": metadata.version("selectkd"), **origin.engine},
         "data": xxhash.xxh3_128(b"".join(record.key for record in records)).hexdigest(),
         "records": len(records),
         "rows": sum(len(record.places) for record in records),
@@ -134,7 +109,7 @@ def build_cache(
     folder: Path,
     plan: Mapping[str, Any],
     records: Sequence[Record],
-    model: nn.Module,
+    origin: Origin,
     *,
     rank: int = 0,
     ranks: int = 1,
@@ -158,13 +133,13 @@ def build_cache(
         raise ResourceError(
             f"{folder} needs {needed:,} bytes and the disk has {free:,} free. Name another folder, or store less."
         )
-    head = head_of(model)
     if plan["payload"] == "hidden" and not (folder / HEAD).is_file():
-        write_whole(folder / HEAD, head_bytes(head))
+        assert origin.head is not None  # what has no head gives no hidden states
+        write_whole(folder / HEAD, head_bytes(origin.head))
     if not (folder / TEXT).is_file():
         write_whole(folder / TEXT, text_bytes(records))
     own = fingerprint(plan)
-    seconds = estimate(model, records)
+    seconds = estimate(origin, records, payload_of(dict(plan)))
     say(
         f"{plan['rows']:,} rows of {plan['row_bytes']} bytes in {len(shards)} shards: {needed / 1e6:,.1f} MB, "
         f"about {seconds / ranks:,.0f} s"
@@ -177,7 +152,7 @@ def build_cache(
             before_shard()
         for left in path.parent.glob(f".{path.name}.partial-*"):  # of a builder that was killed
             left.unlink(missing_ok=True)
-        write_whole(path, compute_shard(model, plan, number, shards[number]))
+        write_whole(path, compute_shard(origin, plan, number, shards[number]))
         say(f"shard {number + 1} of {len(shards)}")
     found = [_sound(folder / SHARDS / shard_name(number), number, own) for number in range(len(shards))]
     there = [shard for shard in found if shard is not None]
@@ -189,16 +164,15 @@ def build_cache(
 
 
 @torch.no_grad()
-def compute_shard(model: nn.Module, plan: Mapping[str, Any], number: int, records: Sequence[Record]) -> bytes:
+def compute_shard(origin: Origin, plan: Mapping[str, Any], number: int, records: Sequence[Record]) -> bytes:
     """The bytes of one shard."""
     payload = payload_of(dict(plan))
     rows: list[np.ndarray[Any, Any] | None] = [None] * len(records)
     order = sorted(range(len(records)), key=lambda i: len(records[i].ids))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        for i, hidden in zip(chosen, hidden_of(model, [records[i] for i in chosen]), strict=True):
-            seed = int.from_bytes(records[i].key[:8], "little") >> 1
-            rows[i] = payload.encode(hidden, head_of(model), seed)
+    for start in range(0, len(order), origin.batch):
+        chosen = order[start : start + origin.batch]
+        for i, mine in zip(chosen, origin.rows([records[i] for i in chosen], payload), strict=True):
+            rows[i] = mine
     return shard_bytes(
         number,
         [record.key for record in records],
@@ -208,47 +182,16 @@ def compute_shard(model: nn.Module, plan: Mapping[str, Any], number: int, record
     )
 
 
-@torch.no_grad()
-def hidden_of(model: nn.Module, records: Sequence[Record]) -> list[torch.Tensor]:
-    """The last hidden states of each record at its places."""
-    examples = []
-    for record in records:
-        chosen = {place + 1 for place in record.places}
-        examples.append(Example(record.ids, [i in chosen for i in range(len(record.ids))]))
-    batch = collate(examples, pad_id=0).to(head_of(model).weight.device)
-    seen = supervised(batch)
-    hidden = backbone(model)(**batch.model_inputs(dtype=head_of(model).weight.dtype))
-    rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]
-    return list(rows.split([len(record.places) for record in records]))
-
-
-def estimate(model: nn.Module, records: Sequence[Record]) -> float:
+def estimate(origin: Origin, records: Sequence[Record], payload: Stored) -> float:
     """Seconds the teacher needs for all records, from one batch of middling length."""
     if not records:
         return 0.0
     by_length = sorted(records, key=lambda record: len(record.ids))
-    middle = by_length[len(by_length) // 2 : len(by_length) // 2 + BATCH]
+    middle = by_length[len(by_length) // 2 : len(by_length) // 2 + origin.batch]
     started = time.perf_counter()
-    hidden_of(model, middle)
+    origin.rows(middle, payload)
     took = time.perf_counter() - started
     return took * sum(len(r.ids) for r in records) / sum(len(r.ids) for r in middle)
-
-
-def head_bytes(head: Head) -> bytes:
-    """The head as safetensors."""
-    tensors = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().cpu().contiguous()
-    return save(tensors)
-
-
-def weights_checksum(model: nn.Module) -> str:
-    """The xxh3-128 of every weight and buffer, in order of their names."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, under: str = "") -> list[str]:

@@ -67,8 +67,12 @@ class TopKPayload:
         """The rows [n, e] through the head, as bytes [n, w]."""
         logp = torch.log_softmax(head.logits(hidden), -1)
         best = logp.topk(self.k, dim=-1)
-        ids, order = best.indices.sort(-1)
-        kept = best.values.gather(-1, order).float().cpu().numpy()
+        return self.packed(best.indices, best.values)
+
+    def packed(self, ids: Tensor, logp: Tensor) -> Bytes:
+        """The K best ids [n, K] and their log-probabilities in any order, as bytes [n, w]."""
+        ids, order = ids.sort(-1)
+        kept = logp.gather(-1, order).float().cpu().numpy()
         packed = encode_log_probs(kept) if self.precision == "packed" else kept.astype("<f4").view(np.uint8)
         return np.concatenate([encode_ids(ids.cpu().numpy(), self.vocabulary), packed], 1)
 

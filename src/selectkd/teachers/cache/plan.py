@@ -55,9 +55,11 @@ class CachePlan:
 
     @property
     def model(self) -> str | None:
-        return self.index["teacher"]["model"]
+        return None if "server" in self.index["engine"] else self.index["teacher"]["model"]
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Any | None:
+        if self.model is None:
+            return None
         return load_tokenizer(self.index["teacher"]["model"], revision=self._hub_revision())
 
     def check_tokenizer(self, tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import xxhash
 
 from selectkd.durable import write_whole
 from selectkd.errors import CacheError
-from selectkd.models.head import head_of
 from selectkd.models.load import load_model
-from selectkd.teachers.cache.build import compute_shard, head_bytes, weights_checksum
+from selectkd.teachers.cache.build import compute_shard
 from selectkd.teachers.cache.index import (
     HEAD,
     INDEX,
@@ -29,6 +28,7 @@ from selectkd.teachers.cache.index import (
     text_of,
     write_index,
 )
+from selectkd.teachers.cache.origin import ModelOrigin, Origin, head_bytes
 from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
 
 
@@ -80,10 +80,17 @@ def verify(folder: Path) -> Findings:
     return found
 
 
-def repair(folder: Path, *, records: Sequence[Record] | None = None, say: Callable[[str], None]) -> Findings:
+def repair(
+    folder: Path,
+    *,
+    records: Sequence[Record] | None = None,
+    origin: Origin | None = None,
+    say: Callable[[str], None],
+) -> Findings:
     """Computes again what ``verify`` finds broken, byte for byte as it was, and returns what that was.
 
-    records: the text, where a recipe gives it; else the cache's own copy is used. CacheError where neither is
+    records, origin: the text and where its rows come from, where a recipe gives them; else the cache's own copy,
+    and the model it names. CacheError where neither is
     sound, where the teacher's weights are others, or where this machine computes other bytes.
     """
     found = verify(folder)
@@ -105,22 +112,18 @@ def repair(folder: Path, *, records: Sequence[Record] | None = None, say: Callab
     entries = index.get("shards")
     if found.shards or HEAD in found.files:
         said = index["teacher"]
-        hub = said["revision"] if said["revision"] and len(said["revision"]) == 40 else None
-        model = load_model(
-            said["model"], dtype=said["dtype"], quantization=said["quantization"], revision=hub
-        ).model
-        if weights_checksum(model) != said["weights"]:
+        origin = _origin(folder, index) if origin is None else origin
+        if origin.teacher["weights"] != said["weights"]:
             raise CacheError(
                 f"{said['model']} has other weights than the cache was built with. Build it again: "
                 "selectkd cache build RECIPE."
             )
-        model.requires_grad_(False)
-        if HEAD in found.files:
-            write_whole(folder / HEAD, head_bytes(head_of(model)))
+        if HEAD in found.files and origin.head is not None:
+            write_whole(folder / HEAD, head_bytes(origin.head))
         cut = cut_into_shards(records, index["shard_rows"])
         (folder / SHARDS).mkdir(exist_ok=True)
         for number in found.shards:
-            content = compute_shard(model, index, number, cut[number])
+            content = compute_shard(origin, index, number, cut[number])
             if entries is not None and content[-16:].hex() != entries[number]["checksum"]:
                 raise CacheError(
                     f"shard {number} comes out otherwise than it was built: this machine computes other digits "
@@ -137,6 +140,19 @@ def repair(folder: Path, *, records: Sequence[Record] | None = None, say: Callab
         there = [Shard(folder / SHARDS / shard_name(i), i, own) for i in range(count)]
         write_index(folder / INDEX, {**plan, "shards": entries_of(there)})
     return found
+
+
+def _origin(folder: Path, index: Mapping[str, Any]) -> Origin:
+    """The model that an index names."""
+    said = index["teacher"]
+    if "server" in index["engine"]:
+        raise CacheError(
+            f"{folder} was filled by a server, which is needed to repair it. Name the recipe that says where it is: "
+            "selectkd cache repair RECIPE."
+        )
+    hub = said["revision"] if said["revision"] and len(said["revision"]) == 40 else None
+    loaded = load_model(said["model"], dtype=said["dtype"], quantization=said["quantization"], revision=hub)
+    return ModelOrigin(loaded, model=said["model"], dtype=said["dtype"], quantization=said["quantization"])
 
 
 def _description(folder: Path, found: Findings) -> dict[str, Any] | None:
