@@ -34,11 +34,11 @@ training: {output_dir: runs/x, max_steps: 2, batch_size: 2}
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys; from selectkd.cli import main; codes = [main([*verb.split(), '--help']) for verb in "
-        "('', 'train', 'demo', 'show', 'data', 'data check', 'data show', 'dynamics', 'env', 'init')]; "
+        "('', 'train', 'demo', 'show', 'data', 'data check', 'data show', 'dynamics', 'env', 'init', 'speculate')]; "
         "print(codes, [m for m in ('torch', 'transformers', 'numpy', 'datasets', 'scipy') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == f"{[0] * 10} []"
+    assert ran.stdout.splitlines()[-1] == f"{[0] * 11} []"
 
 
 def test_python_dash_m_is_the_command_line() -> None:

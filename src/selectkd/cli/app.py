@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, serve, show, teacher, train
+from selectkd.cli import (
+    cache,
+    data,
+    demo,
+    dynamics,
+    env,
+    init,
+    landscape,
+    serve,
+    show,
+    speculate,
+    teacher,
+    train,
+)
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -37,6 +50,8 @@ app.command("serve-teacher")(serve.serve_teacher)
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)
+app.command("landscape")(landscape.landscape)
+app.command("speculate")(speculate.speculate)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""

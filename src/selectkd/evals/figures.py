@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from selectkd.evals.dynamics import Dynamics
+    from selectkd.evals.landscape import Landscape
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -58,6 +61,22 @@ def draw_dynamics(seen: Dynamics, path: Path) -> None:
     if sure.get_lines():
         sure.legend()
     sure.set(xlabel="teacher entropy (nats)", ylabel="acceptance", title="who is accepted", ylim=(0, 1))
+    _save(figure, path)
+
+
+def draw_landscapes(seen: Mapping[str, Landscape], path: Path) -> None:
+    """Every student's loss along its line in one panel, and its square beside it where there is one."""
+    squares = [(name, one) for name, one in seen.items() if one.grid]
+    figure = _figure(5 * (1 + len(squares)), 4.5)
+    axes = figure.subplots(1, 1 + len(squares), squeeze=False)[0]
+    for name, one in seen.items():
+        axes[0].plot(one.at, one.line, label=name[-40:])
+    axes[0].set(xlabel="along a filter-normalised direction", ylabel="loss (nats)")
+    axes[0].legend()
+    for axis, (name, one) in zip(axes[1:], squares, strict=True):
+        drawn = axis.contour(one.grid_at, one.grid_at, one.grid, levels=12)
+        axis.clabel(drawn, fontsize=7)
+        axis.set(title=name[-40:], xlabel="second direction", ylabel="first direction")
     _save(figure, path)
 
 

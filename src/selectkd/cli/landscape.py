@@ -1,0 +1,86 @@
+"""``selectkd landscape RUN``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
+from selectkd.cli.terminal import say, told, without_other_bars
+
+
+def landscape(
+    run: Annotated[
+        Path, typer.Argument(help="A finished run; its held-out text is what the loss is taken on.")
+    ],
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Another run or model, on the same text. May stand several times."),
+    ] = None,
+    before: Annotated[bool, typer.Option("--before", help="Also the student the run began with.")] = False,
+    loss: Annotated[
+        Literal["text", "kl"],
+        typer.Option("--loss", help="Of the text's own tokens, or KL from the run's teacher."),
+    ] = "text",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Held-out texts in the batch.")] = 8,
+    points: Annotated[
+        int, typer.Option("--points", min=3, help="Points of the line through the weights.")
+    ] = 21,
+    grid: Annotated[
+        int, typer.Option("--grid", min=0, help="Points on a side of the square; 0 for none.")
+    ] = 0,
+    reach: Annotated[
+        float, typer.Option("--reach", help="How far the line goes, in norms of each row.")
+    ] = 1.0,
+    kicks: Annotated[int, typer.Option("--kicks", min=0, help="Random directions for the sharpness.")] = 8,
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="The top eigenvalue.")] = True,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the directions, the same for every student.")
+    ] = 0,
+    json_file: JsonFile = None,
+    figure: FigureFile = None,
+) -> None:
+    """How flat the loss is around a student's weights, and around others' on the same held-out text."""
+    from selectkd.evals.figures import check_figure, draw_landscapes
+
+    check_answer(json_file)
+    check_figure(figure)
+    without_other_bars()
+
+    from selectkd.evals.heldout import divergence_loss, heldout_batch, plan_of, text_loss
+    from selectkd.evals.landscape import landscape as measure
+    from selectkd.evals.runs import load_student, load_student_before
+
+    plan = plan_of(run)
+    batch = heldout_batch(plan, samples)
+    loaders: dict[str, Any] = {str(run): lambda: load_student(run)}
+    if before:
+        loaders[f"{run} before"] = lambda: load_student_before(run)
+    loaders |= {name: lambda name=name: load_student(name) for name in compare or []}
+    teacher = plan.teacher.loaded().model if loss == "kl" else None
+    found = {}
+    for name, load in loaders.items():
+        told(f"{name}: loading")
+        model = load().model.requires_grad_(False)
+        told(f"{name}: measuring")
+        closure = text_loss(model, batch) if teacher is None else divergence_loss(model, teacher, batch)
+        found[name] = measure(
+            list(model.parameters()), closure, points=points, grid=grid, reach=reach, kicks=kicks,
+            hessian=hessian, seed=seed,
+        )  # fmt: skip
+    if figure is not None:
+        draw_landscapes(found, figure)
+    settings = {"loss": loss, "samples": samples, "tokens": int(batch.completion.sum()), "seed": seed}
+    students = [{"student": name, **asdict(seen)} for name, seen in found.items()]
+    write_answer(json_file, {"students": students, "settings": settings})
+    if json_file == STDOUT:
+        return
+    say(f"{'student':<40}{'loss':>9}{'top eigenvalue':>16}{'sharpness':>11}{'[95%':>9}{']':>9}")
+    for name, seen in found.items():
+        top = "" if seen.top_eigenvalue is None else f"{seen.top_eigenvalue:.4g}"
+        kick = seen.sharpness
+        rise = "" if kick is None else f"{kick.value:>11.4f}{kick.low:>9.4f}{kick.high:>9.4f}"
+        say(f"{name[-39:]:<40}{seen.loss:>9.4f}{top:>16}{rise}")

@@ -1,0 +1,55 @@
+"""The held-out text of a run, and a loss on one fixed batch of it. n supervised rows, v vocabulary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectkd.assembly import Plan, prepare
+from selectkd.config import Recipe
+from selectkd.data import collate, pad_id_of, supervised
+from selectkd.evals.runs import read_manifest
+
+
+def plan_of(run: str | os.PathLike[str]) -> Plan:
+    """The text, tokenizer and teacher of a run's recipe, from its manifest; no weight is loaded."""
+    return prepare(Recipe.model_validate(read_manifest(run)["config"]))
+
+
+def heldout_batch(plan: Plan, samples: int) -> Any:
+    """The first ``samples`` held-out texts as one batch; of a run without held-out text, the first it trained on."""
+    examples = plan.heldout or [example for source in plan.sources for example in source.examples]
+    return collate(examples[:samples], pad_id=pad_id_of(plan.tokenizer))
+
+
+def text_loss(model: nn.Module, batch: Any) -> Callable[[], Tensor]:
+    """A closure: the mean of -log q(token) over the batch's supervised tokens, in nats, with its graph."""
+    seen = supervised(batch)
+
+    def loss() -> Tensor:
+        logits = _logits(model, batch, seen.position)  # [n, v]
+        return nn.functional.cross_entropy(logits, seen.labels)
+
+    return loss
+
+
+def divergence_loss(model: nn.Module, teacher: nn.Module, batch: Any) -> Callable[[], Tensor]:
+    """A closure: the mean of KL(p || q) over the same tokens; the teacher is asked once. Same vocabulary width."""
+    seen = supervised(batch)
+    with torch.no_grad():
+        logp = torch.log_softmax(_logits(teacher, batch, seen.position), -1)  # [n, v]
+
+    def loss() -> Tensor:
+        logq = torch.log_softmax(_logits(model, batch, seen.position), -1)
+        return nn.functional.kl_div(logq, logp, reduction="batchmean", log_target=True)
+
+    return loss
+
+
+def _logits(model: nn.Module, batch: Any, position: Tensor) -> Tensor:
+    logits = model(**batch.model_inputs(), use_cache=False).logits
+    return logits.reshape(-1, logits.shape[-1])[position].float()

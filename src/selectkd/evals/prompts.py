@@ -1,0 +1,31 @@
+"""Prompts as token ids, rendered as a model was trained to read them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from selectkd.data import Sample, dataset_source
+from selectkd.data.chat import rendered
+
+LONGEST_PROMPT = 1 << 20
+"""No evaluation cuts a prompt: what does not fit a model's context is an error of that model."""
+
+
+def prompt_ids(prompt: str, tokenizer: Any, *, system: str | None = None) -> list[int]:
+    """The ids of one user prompt: by the chat template with its generation prompt where there is one, else the text."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt if system is None else f"{system}\n\n{prompt}")["input_ids"])
+    turns = [{"role": "user", "content": prompt}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    text = rendered(Sample(origin="the prompt", format="messages"), tokenizer, turns, prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def read_prompts(
+    path: str | os.PathLike[str], tokenizer: Any, *, limit: int | None = None
+) -> list[list[int]]:
+    """The prompts of a file in any format a recipe's source may have: what stands before its first trained token."""
+    source = dataset_source({"path": str(path), "limit": limit}, tokenizer, max_length=LONGEST_PROMPT)
+    return [example.input_ids[: example.completion.index(True)] for example in source.examples]
