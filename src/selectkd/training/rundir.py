@@ -24,7 +24,7 @@ from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.registry import did_you_mean
-from selectkd.teachers.cache.build import weights_checksum
+from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
