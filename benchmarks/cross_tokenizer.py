@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, required=True, help="the folder of the six wheels")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=160, help="records, a tenth of them held out")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--arm", action="append", help="an arm by the start of its name; default all")
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
@@ -79,13 +80,14 @@ def main() -> None:
         return
     arms = [name for name in ARMS if not given.arm or any(name.startswith(one) for one in given.arm)]
     for name in arms:
-        rows = list(measured(name, teacher, given.text, given.steps, given.learning_rate))
+        rows = list(measured(name, teacher, given))
         for arm, metric, value in rows:
             print(f"{arm:<40}{metric:<28}{value:>12.5g}", flush=True)
         if given.record:
             record(
                 rows,
-                f"Qwen2.5-Coder-0.5B -> SmolLM2 cut to 20 layers, {given.steps} steps, lr {given.learning_rate:g}",
+                f"Qwen2.5-Coder-0.5B -> SmolLM2 cut to 20 layers, {given.samples} records, {given.steps} steps, "
+                f"lr {given.learning_rate:g}",
             )
 
 
@@ -109,9 +111,7 @@ def joined(wheels: Path) -> Path:
     return target
 
 
-def measured(
-    name: str, teacher: Path, text: Path, steps: int, learning_rate: float
-) -> Iterator[tuple[str, str, float]]:
+def measured(name: str, teacher: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
     """(arm, metric, value) of one arm."""
     arm = ARMS[name]
     with tempfile.TemporaryDirectory() as where:
@@ -126,11 +126,11 @@ def measured(
                 {
                     "teacher": {"model": str(teacher), "cross_tokenizer": arm["cross_tokenizer"]},
                     "student": {"model": str(Path(where) / "student")},
-                    "data": {"sources": [{"path": str(text), "limit": 160}], "evaluation": 0.1},
+                    "data": {"sources": [{"path": str(given.text), "limit": given.samples}], "evaluation": 0.1},
                     "objective": arm["objective"],
                     "training": {
-                        "output_dir": str(Path(where) / "run"), "max_steps": steps, "batch_size": 4,
-                        "learning_rate": learning_rate, "max_length": 128, "max_prompt_length": 64,
+                        "output_dir": str(Path(where) / "run"), "max_steps": given.steps, "batch_size": 4,
+                        "learning_rate": given.learning_rate, "max_length": 128, "max_prompt_length": 64,
                         "engine": "loop", "probe_samples": 0, "seed": 0,
                     },
                 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import random
@@ -12,15 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import xxhash
+import yaml
 
 from faults.tiny_cache import EXAMPLES, build
+from selectkd.cli import cache as cache_verbs
 from selectkd.cli import main
 from selectkd.data.collate import collate
 from selectkd.data.supervised import supervised
 from selectkd.errors import CacheError
 from selectkd.teachers.cache import open_cache, repair, verify
 from selectkd.teachers.cache.reader import CachedTeacher
+from selectkd.teachers.cache.shard import BLOCK, HEADER, RECORD
 from training.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -169,3 +176,110 @@ def test_a_build_killed_twenty_times_leaves_the_bytes_of_one_that_was_not(
         assert all(path.stat().st_mtime_ns == kept[path] for path in kept), "a shard that was there is kept"
     build(teacher, folder)
     assert contents(folder) == contents(whole)
+
+
+def exchanged(shard: Path, what: str) -> bytes:
+    """The bytes of a shard whose first two records have exchanged their keys or their rows, checksums as they were."""
+    content = bytearray(shard.read_bytes())
+    header = HEADER.unpack(content[: HEADER.size])
+    records, width = header[3], header[5]
+    sizes = np.frombuffer(content, RECORD, records, HEADER.size)["rows"].tolist()
+    table = HEADER.size + records * RECORD.itemsize
+    at = HEADER.size if what == "keys" else table + 4 * sum(sizes)
+    size, half = (RECORD.itemsize, 16) if what == "keys" else (sizes[0] * width, min(sizes[:2]) * width)
+    first, second = content[at : at + half], content[at + size : at + size + half]
+    content[at : at + half], content[at + size : at + size + half] = second, first
+    return bytes(content)
+
+
+@pytest.mark.parametrize("what", ["keys", "rows"])
+@pytest.mark.parametrize("hashed_anew", [False, True])
+def test_records_exchanged_inside_a_shard_are_detected_before_use(
+    teacher: str, tmp_path: Path, what: str, hashed_anew: bool
+) -> None:
+    """hashed_anew: the shard's own checksums are made right again, as by someone who rewrote it; the index knows."""
+    cache = tmp_path / "cache"
+    build(teacher, cache, shard_rows=60)
+    whole, shard = contents(cache), cache / "shards" / "000001.shard"
+    assert HEADER.unpack(shard.read_bytes()[: HEADER.size])[3] >= 2
+    content = exchanged(shard, what)
+    assert content != shard.read_bytes()
+    if hashed_anew:
+        blocks = -(-len(content) // BLOCK)
+        body = content[: len(content) - 16 - 8 * blocks]
+        hashes = b"".join(xxhash.xxh3_64(body[i : i + BLOCK]).digest() for i in range(0, len(body), BLOCK))
+        content = body + hashes + xxhash.xxh3_128(hashes).digest()
+        assert len(content) == shard.stat().st_size
+    shard.write_bytes(content)
+    with pytest.raises(CacheError, match=f"shard {int(shard.stem)}"):
+        use(cache)
+    assert verify(cache).shards == [int(shard.stem)]
+    assert repair(cache, say=lambda _: None).shards == [int(shard.stem)]
+    assert contents(cache) == whole
+
+
+@pytest.fixture
+def building(teacher: str, tmp_path: Path) -> str:
+    """A recipe whose cache has some 20 shards."""
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3} w{i + 4}"} for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    content = {
+        "teacher": {"cache": str(tmp_path / "built"), "model": teacher, "shard_rows": 4},
+        "student": {"model": teacher},
+        "data": {"sources": [{"path": str(tmp_path / "text.jsonl")}]},
+        "training": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "batch_size": 2},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), "utf-8")
+    return str(path)
+
+
+def built_again(recipe: str, folder: Path) -> dict[str, bytes]:
+    """What an uninterrupted build of the same recipe leaves, byte for byte."""
+    assert main(["cache", "build", recipe, "--set", f"teacher.cache={folder}"]) == 0
+    return contents(folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_build_stopped_by_a_signal_leaves_whole_shards_and_goes_on(
+    building: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    folder, said = tmp_path / "built", cache_verbs.say
+
+    def signalling(text: object) -> None:
+        said(text)
+        if str(text).startswith("shard 3 of"):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(cache_verbs, "say", signalling)
+    assert main(["cache", "build", building]) == code
+    assert "the shards that were done are in" in capsys.readouterr().err
+    there = {path.name: path.read_bytes() for path in folder.glob("shards/*")}
+    assert sorted(there) == [f"{i:06d}.shard" for i in range(3)]
+    assert not (folder / "index.json").exists() and not list(folder.rglob("*.partial-*"))
+    assert main(["train", building]) == 5  # half a cache is no cache
+    monkeypatch.undo()
+    assert main(["cache", "build", building]) == 0
+    assert contents(folder) == built_again(building, tmp_path / "again")
+
+
+@pytest.mark.parametrize("write", [1, 2, 4, 9])
+def test_a_disk_that_fills_up_during_a_build_ends_it_with_7_and_nothing_half_written(
+    building: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    folder, written, sync = tmp_path / "built", [0], os.fsync
+
+    def full(handle: int) -> None:
+        sync(handle)
+        written[0] += 1
+        if written[0] == 2 * write - 1:  # a file is synced, then its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["cache", "build", building]) == 7
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and str(folder) in told and "bytes are free" in told
+    monkeypatch.undo()
+    assert not list(folder.rglob("*.partial-*")) and not (folder / "index.json").exists()
+    assert main(["cache", "build", building]) == 0
+    assert contents(folder) == built_again(building, tmp_path / "again")

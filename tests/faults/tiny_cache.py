@@ -15,10 +15,11 @@ from training.tiny import texts
 EXAMPLES = texts(40)
 
 
-def build(teacher: str, folder: Path, pause: float = 0.0) -> None:
-    """A cache of the tiny teacher in 40 shards, most of one sample; ``pause``: seconds after each."""
+def build(teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6) -> None:
+    """A cache of the tiny teacher, with 6 rows a shard in 40 shards of one sample; ``pause``: seconds after each."""
     torch.set_num_threads(1)
     loaded: Loaded = load_model(teacher)
     origin = ModelOrigin(loaded, model=teacher, dtype="float32")
-    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=Wish(shard_rows=6))
+    wish = Wish(shard_rows=shard_rows)
+    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=wish)
     build_cache(folder, plan, records, origin, say=lambda _: time.sleep(pause))

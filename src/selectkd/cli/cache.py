@@ -42,7 +42,7 @@ def build(
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
     from selectkd.teachers.cache import build_cache, plan_of
-    from selectkd.training.stopping import StopRequests
+    from selectkd.training.stopping import StopRequests, stopped
 
     if rank >= ranks:
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
@@ -51,10 +51,17 @@ def build(
     origin = _origin(teacher)
     plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
-    with StopRequests("the shards that are written stay"):
+    with StopRequests() as stop:
+        stop.at_once = False
+
+        def between_shards() -> None:
+            if stop.asked is not None:
+                raise stopped(stop.asked, f"the shards that were done are in {folder}")
+
         index = build_cache(
-            folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say
-        )
+            folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say,
+            before_shard=between_shards,
+        )  # fmt: skip
     if index is None:
         say(
             json.dumps({"finished": False})

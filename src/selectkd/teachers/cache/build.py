@@ -114,8 +114,11 @@ def build_cache(
     rank: int = 0,
     ranks: int = 1,
     say: Callable[[str], None],
+    before_shard: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """Builds or finishes the cache of ``plan``; returns its index, or None where other ranks are not done.
+
+    before_shard: called before each shard; what it raises ends the build, and whole shards are left.
 
     Rank r computes the shards r, r + ranks, ...; whoever finds all of them there writes the index. What is
     there and sound is kept. CacheError where the folder holds another cache, ResourceError where the disk is
@@ -145,6 +148,8 @@ def build_cache(
         path = folder / SHARDS / shard_name(number)
         if _sound(path, number, own):
             continue
+        if before_shard is not None:
+            before_shard()
         for left in path.parent.glob(f".{path.name}.partial-*"):  # of a builder that was killed
             left.unlink(missing_ok=True)
         write_whole(path, compute_shard(origin, plan, number, shards[number]))
