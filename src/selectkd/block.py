@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.divergences.gradient import Block, closed_form_of, dot
+from selectkd.divergences.kl import forward_kl
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
 from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
@@ -33,6 +34,7 @@ class Settings:
     head: Head
     temperature: float
     wants_gradient: bool
+    also_kl: bool = False
 
 
 class Rows(NamedTuple):
@@ -46,13 +48,15 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a block: four columns [b], and how many of its rows have no finite teacher."""
+    """What came of a block: four columns [b], how many rows have no finite teacher, and the sum of KL(p || q) at
+    temperature 1 where it was asked for."""
 
     divergence: Tensor
     weight: Tensor
     acceptance: Tensor
     overlap: Tensor
     bad: Tensor | int
+    kl: Tensor | int = 0
 
 
 def judge(
@@ -63,7 +67,7 @@ def judge(
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
     verified = None
     if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
-        verified = for_verifier(raw, block, teacher, rows, settings)
+        verified = pair_at(settings.objective.verify_temperature, raw, block, teacher, rows, settings)
     if isinstance(teacher, LiveChunk) and closed_form is not None:
         return _closed(raw, block, teacher, rows, settings, scratch, closed_form, verified)
     if isinstance(teacher, CachedChunk):
@@ -80,13 +84,18 @@ def has_closed_form(settings: Settings, teacher: TeacherChunk) -> bool:
 
 
 @torch.no_grad()
-def for_verifier(
-    raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
+def pair_at(
+    temperature: float, raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
 ) -> TokenPair:
-    """The pair the verifier sees, at its temperature, with labels, sequences and the reference student."""
+    """The pair at another temperature than the loss's, with labels and sequences: what the verifier sees."""
     logits = settings.head.finish(raw[block])
-    pair = teacher.pair(block, logits, settings.objective.verify_temperature)
-    return replace(pair, label=rows.label, sequence=rows.sequence)
+    return replace(teacher.pair(block, logits, temperature), label=rows.label, sequence=rows.sequence)
+
+
+@torch.no_grad()
+def kl_of(pair: TokenPair) -> Tensor:
+    """The sum over the rows of KL(p || q)."""
+    return forward_kl(pair.logp, pair.logq).sum()
 
 
 def _closed(
@@ -96,6 +105,9 @@ def _closed(
     """A dense teacher and a divergence with a closed form: no autograd, memory reused from block to block."""
     head, temperature, target = settings.head, settings.temperature, raw[block]
     with torch.no_grad():
+        kl: Tensor | int = 0
+        if settings.also_kl and temperature != 1.0:
+            kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
         zq = widened(head, target, "zq", scratch)  # [b, v]
         zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
         capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
@@ -129,6 +141,8 @@ def _closed(
                 shared_mass=shared,
             )  # fmt: skip
         weight, acceptance = settings.objective.weigh(pair, rows.uniform, acceptance=rows.acceptance)
+        if settings.also_kl and temperature == 1.0:
+            kl = dot(p, torch.sub(zp, zq, out=spare)).add_(norm_q).sub_(norm_p).clamp_(min=0.0).sum()
         divergence = closed_form(
             Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
         )
@@ -136,7 +150,7 @@ def _closed(
             finish_gradient(zq, rows.scale * weight, capped, settings)
             if zq is not target:
                 target.copy_(zq)
-    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite))
+    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite), kl)
 
 
 def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
@@ -175,6 +189,7 @@ def _top_k(
     leaf = support.requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
+        kl = kl_of(pair) if settings.also_kl else 0  # at temperature 1: a top-K teacher has no other
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
@@ -185,7 +200,7 @@ def _top_k(
         finish_gradient(gradient, None, capped, settings)
         if gradient is not target:
             target.copy_(gradient)
-    return seen
+    return seen._replace(kl=kl)
 
 
 def finish_gradient(
@@ -213,13 +228,18 @@ def _autograd(
     """Any divergence, any teacher: the objective as it stands, differentiated."""
     fp = torch.float64 if raw.dtype == torch.float64 else torch.float32
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    kl: Tensor | int = 0
+    if settings.also_kl and settings.temperature != 1.0:
+        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = teacher.pair(block, settings.head.finish(leaf), settings.temperature)
         pair = replace(pair, label=rows.label, sequence=rows.sequence)
+        if settings.also_kl and settings.temperature == 1.0:
+            kl = kl_of(pair)
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (raw[block],) = torch.autograd.grad(loss, leaf)
-    return seen
+    return seen._replace(kl=kl)
 
 
 def _judged(

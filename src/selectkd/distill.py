@@ -26,6 +26,8 @@ def distillation_loss(
     chunk: int | None = None,
     labels: Int[Tensor, " n"] | None = None,
     sequence: Int[Tensor, " n"] | None = None,
+    also_kl: bool = False,
+    gradient_filter: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
 
@@ -35,7 +37,11 @@ def distillation_loss(
     objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
     1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
-    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of.
+    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. also_kl: sums
+    hold ``kl`` as well, the sum of KL(p || q) at temperature 1 over all rows, from the same logits.
+    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest take
+    no part in its two gradient products; their mass still reaches hidden, as one tail (``products.strong_columns``
+    states the bound). 0 leaves none out; 2^-14 pays where the models are sure of most tokens, and never changes the loss.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
@@ -60,6 +66,10 @@ def distillation_loss(
     n = hidden.shape[0]
     uniform = _checked_uniform(uniform, n, objective, hidden.device)
     _check(hidden, student, teacher, objective, temperature, chunk)
+    if not 0.0 <= gradient_filter < 1.0:
+        raise ConfigError(
+            f"gradient_filter = {gradient_filter} must lie in [0, 1); 0 is exact, 2^-14 = 6.1e-5."
+        )
     for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
@@ -78,11 +88,13 @@ def distillation_loss(
         chunk=chunk_rows(n, width, chunk, student.weight.dtype),
         labels=labels,
         sequence=sequence,
+        also_kl=also_kl,
+        gradient_filter=gradient_filter,
     )
     if objective.ranks_the_batch and n:
         detached = replace(student, weight=student.weight.detach())
         work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
-    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, student, work)  # type: ignore[misc]
+    loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, student, work)  # type: ignore[misc]
     seen = dict(zip(ROWS, rows, strict=True))
     sums = {
         "n": torch.tensor(float(n), device=hidden.device),
@@ -93,6 +105,8 @@ def distillation_loss(
         "overlap": seen["overlap"].sum(),
         "teacher_nonfinite": bad,
     }
+    if also_kl:
+        sums["kl"] = kl
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
 
 

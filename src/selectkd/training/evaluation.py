@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selectkd.chunked import chunk_rows, cuts
+from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
 from selectkd.distill import distillation_loss
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
+from selectkd.products import cuts
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.draws import draws

@@ -153,8 +153,9 @@ def _run(
             bad_batches=bad, device=device, taid=taid,
         )  # fmt: skip
         model = DistillationModel(
-            made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl
-        )
+            made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
+            gradient_filter=training.gradient_filter,
+        )  # fmt: skip
         train_loop(
             model,
             feed,
@@ -202,6 +203,7 @@ def _run(
         taid=taid,
         streams=made.streams,
         also_kl=also_kl,
+        gradient_filter=training.gradient_filter,
         bad_batches=bad,
         on_line=log.write,
         after_step=watch,

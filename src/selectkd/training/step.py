@@ -14,7 +14,6 @@ from selectkd.distill import distillation_loss
 from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
-from selectkd.rows import Head, TeacherRows
 from selectkd.teachers.protocol import Teacher
 
 _LOG = logging.getLogger("selectkd")
@@ -26,7 +25,8 @@ class DistillationModel(nn.Module):
 
     The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
     measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
-    another one; it costs one more head product of both models. Otherwise ``sums["kl"]`` is the divergence.
+    another one; from the same logits. Otherwise ``sums["kl"]`` is the divergence.
+    gradient_filter: as in ``distillation_loss``.
     """
 
     accepts_loss_kwargs = False
@@ -39,10 +39,12 @@ class DistillationModel(nn.Module):
         temperature: float = 1.0,
         chunk: int | None = None,
         also_kl: bool = False,
+        gradient_filter: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
         self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
+        self.gradient_filter = gradient_filter
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
     @property
@@ -73,9 +75,10 @@ class DistillationModel(nn.Module):
             temperature=self.temperature,
             labels=seen.labels,
             sequence=seen.sequence,
+            also_kl=self.also_kl,
+            gradient_filter=self.gradient_filter,
         )
-        sums["kl"] = self._kl(rows, head, teacher) if self.also_kl else sums["divergence"]
-        return loss, sums
+        return loss, {"kl": sums["divergence"]} | sums
 
     def _loss(self, hidden: Tensor, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
@@ -97,11 +100,6 @@ class DistillationModel(nn.Module):
                 self.chunk = rows // 2
             _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
 
-    @torch.no_grad()
-    def _kl(self, rows: Tensor, head: Head, teacher: TeacherRows) -> Tensor:
-        sums = distillation_loss(rows.detach(), head, teacher, _PLAIN, chunk=self.chunk)[1]
-        return sums["divergence"]
-
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is an allocation that failed, on an accelerator or in main memory."""
@@ -110,6 +108,3 @@ def out_of_memory(error: BaseException) -> bool:
     return any(
         words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
     )
-
-
-_PLAIN = Objective("forward_kl", "always", beta=1.0)

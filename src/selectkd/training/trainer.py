@@ -27,7 +27,7 @@ class DistillTrainer(Trainer):
 
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches:
     the micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not
-    read). objective, reduction, temperature, chunk: as in a recipe; beta: a schedule, default the objective's
+    read). objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default the objective's
     constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that are not finite
     are ours; optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model``
     writes the student as a plain Hugging Face folder.
@@ -52,6 +52,7 @@ class DistillTrainer(Trainer):
         taid: TaidSchedule | None = None,
         streams: tuple[str, ...] = ("data",),
         also_kl: bool = False,
+        gradient_filter: float = 0.0,
         bad_batches: Path | None = None,
         on_line: OnLine | None = None,
         after_step: AfterStep | None = None,
@@ -66,7 +67,14 @@ class DistillTrainer(Trainer):
         self.feed = Feed(micro_batches)
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
-        model = DistillationModel(student, teacher, temperature=temperature, chunk=chunk, also_kl=also_kl)
+        model = DistillationModel(
+            student,
+            teacher,
+            temperature=temperature,
+            chunk=chunk,
+            also_kl=also_kl,
+            gradient_filter=gradient_filter,
+        )
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         self.ledger = Ledger(
             objective,
