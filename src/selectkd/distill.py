@@ -39,9 +39,9 @@ def distillation_loss(
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
     labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. also_kl: sums
     hold ``kl`` as well, the sum of KL(p || q) at temperature 1 over all rows, from the same logits.
-    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest take
-    no part in its two gradient products; their mass still reaches hidden, as one tail (``products.strong_columns``
-    states the bound). 0 leaves none out; 2^-14 pays where the models are sure of most tokens, and never changes the loss.
+    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
+    take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
+    states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.

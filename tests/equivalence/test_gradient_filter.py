@@ -114,5 +114,5 @@ def test_the_bias_keeps_its_whole_gradient():
 
 
 def test_a_share_outside_its_range_is_refused():
-    with pytest.raises(ConfigError, match="gradient_filter = 1.5"):
+    with pytest.raises(ConfigError, match=r"gradient_filter = 1\.5"):
         run(1.5)
