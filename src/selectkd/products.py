@@ -41,9 +41,9 @@ class Strong(NamedTuple):
 def strong_columns(gradient: Float[Tensor, "c v"], share: float) -> Strong | None:
     """The columns with an entry of at least ``share`` of the largest, in absolute value; None where they are too many.
 
-    Every entry left out is smaller than e = share * max |G|, so their Frobenius norm is below e sqrt(c v), and dW = G^T X
-    is off by less than that times the largest singular value of X. dX = G W would be off by less than that times W's;
-    the rank-1 rest, which gives every row of dX back the mass it lost, shaped like the chunk's, changes this by at most
+    Every entry left out is smaller than e = share * max |G|, so their Frobenius norm is below e sqrt(c v), and
+    dW = G^T X is off by less than that times the largest singular value of X. For dX = G W it is that of W, but for the
+    rank-1 rest, which gives every row of dX back the mass it lost, shaped like the chunk's, and changes this by at most
     |rest| |profile| times the same. Relative to the chunk's largest entry: it follows the divergence's scale.
     Source: the filtering of cut cross-entropy (arXiv 2411.09009), by columns instead of by blocks.
     """

@@ -28,9 +28,9 @@ class DistillTrainer(Trainer):
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches:
     the micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not
     read). objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default
-    the objective's constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that are not finite
-    are ours; optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model``
-    writes the student as a plain Hugging Face folder.
+    the objective's constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that
+    are not finite are ours; optimizer, learning rate, logging intervals and distribution are the Trainer's.
+    ``save_model`` writes the student as a plain Hugging Face folder.
 
     Raises ConfigError for arguments that would change the loss behind our back.
     """
