@@ -287,7 +287,7 @@ def measure(
         if x.name.startswith("selectkd") and notes:
             raise SystemExit(f"selectkd is wrong: {divergence} in {dtype}, verifier {x.verifier}: {notes}")
         said.append(notes)
-        errors.append(max((a / b for a, b in zip(error, ordinary, strict=True)), default=None))
+        errors.append(max(a / b for a, b in zip(error, ordinary, strict=True)) if error else None)
     peaks = [peak_bytes(x.call, states, rows) for x, rows in zip(implementations, warm, strict=True)]
     seconds: list[list[float]] = [[] for _ in implementations]
     for _ in range(rounds):

@@ -57,7 +57,7 @@ KINDS = {
     "copies, fills, indexing": ("copy", "zero", "fill", "cat", "index", "gather", "embedding", "empty"),
 }
 """Groups of operators by a part of their names; what belongs to none is other elementwise work and the interpreter."""
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def examples(tokenizer: Any, count: int, length: int) -> list[Example]:
@@ -196,7 +196,8 @@ def measure(wanted: argparse.Namespace, divergence: str) -> list[dict[str, Any]]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()  # the optimizer's state and the libraries come in
-    peaks = {name: peak_bytes(lambda _, s=step: s(), None, None) for name, step in steps.items()}
+    nothing: Any = None
+    peaks = {name: peak_bytes(lambda _, s=step: s(), nothing, nothing) for name, step in steps.items()}
     for _ in range(wanted.rounds):
         for name, step in steps.items():
             started = time.process_time()

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, closed_form_of, dot
-from selectkd.divergences.kl import forward_kl
+from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.divergences.kl import forward_kl, forward_value
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
 from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
@@ -124,8 +124,8 @@ def _closed(
         torch.softmax(zq, -1, out=q)
         torch.softmax(zp, -1, out=p)
         # the log-sum-exp for free: a logit minus the logarithm of its probability, exact where that is not small
-        norm_q = (zq.gather(-1, at) - q.gather(-1, at).log_())[:, 0]
-        norm_p = zp.amax(-1) - p.amax(-1).log_()
+        norm_q = (zq.gather(-1, at).double() - q.gather(-1, at).double().log_())[:, 0]
+        norm_p = zp.amax(-1).double() - p.amax(-1).double().log_()
         finite = None
         if not math.isfinite(float(norm_p.sum())):
             finite = torch.isfinite(norm_p)
@@ -135,17 +135,16 @@ def _closed(
         pair = verified
         if pair is None:
             free = rows.acceptance is not None or settings.objective.shift_free
-            logp, logq = (zp, zq) if free else (zp - norm_p[:, None], zq - norm_q[:, None])
+            logp, logq = (zp, zq) if free else (torch.log_softmax(z, -1) for z in (zp, zq))
             pair = TokenPair(
                 logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
                 shared_mass=shared,
             )  # fmt: skip
         weight, acceptance = settings.objective.weigh(pair, rows.uniform, acceptance=rows.acceptance)
+        seen = Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
         if settings.also_kl and temperature == 1.0:
-            kl = dot(p, torch.sub(zp, zq, out=spare)).add_(norm_q).sub_(norm_p).clamp_(min=0.0).sum()
-        divergence = closed_form(
-            Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
-        )
+            kl = forward_value(seen).clamp_(min=0.0).sum()
+        divergence = closed_form(seen)
         if settings.wants_gradient:
             finish_gradient(zq, rows.scale * weight, capped, settings)
             if zq is not target:

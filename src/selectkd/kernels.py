@@ -274,12 +274,12 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
             (seen.overlap > floor) & (seen.overlap < 1.0), -1.0 / seen.overlap.clamp(min=floor), 0.0
         )
     share = rows.scale.to(torch.float32) * weight
-    if settings.wants_gradient:
-        launch.gradient(floats, factor.contiguous(), share.contiguous())
     kl: Tensor | int = 0
     if settings.also_kl:
         at_one = floats if settings.temperature == 1.0 else launch.statistics(1.0)[1]
         kl = torch.where(finite, at_one[8].clamp(min=0.0), 0.0).sum()
+    if settings.wants_gradient:
+        launch.gradient(floats, factor.contiguous(), share.contiguous())
     return Seen(divergence, weight, acceptance, overlap, (~finite).sum(), kl)
 
 
