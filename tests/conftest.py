@@ -17,11 +17,14 @@ if not torch.cuda.is_available():
 MATHEMATICS = (
     "pair",
     "rows",
+    "spans",
+    "log_probs",
     "divergences",
     "verifiers",
     "selectors",
     "objective",
     "distill",
+    "terms",
     "randomness",
     "testing",
 )

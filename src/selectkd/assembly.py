@@ -4,11 +4,9 @@ weights load.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +24,17 @@ from selectkd.models.head import head_of
 from selectkd.models.load import load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
+from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
+from selectkd.teachers.aligned import AlignedPlan
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
+from selectkd.terms import Extra, StreamSpec
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -40,8 +42,9 @@ CUT_SAMPLES = 4
 
 @dataclass
 class Assembly:
-    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and
-    ``probe`` are micro-batches of text; heldout is empty without any.
+    """Everything a run needs. taid_follows: TAID's t is not fixed but follows its schedule. ``heldout`` and ``probe``
+    are micro-batches of text; heldout is empty without any. losses: of the streams, where they differ; extras: what
+    changes the terms of the loss; writer: writes the text of a step, None where all of it is the data set's.
     """
 
     teacher: Teacher
@@ -61,6 +64,9 @@ class Assembly:
     kept: list[int] | None = None
     cut: CutReport | None = None
     told: list[str] = field(default_factory=list)
+    losses: list[StreamSpec] = field(default_factory=list)
+    extras: list[Extra] = field(default_factory=list)
+    writer: Writer | None = None
 
 
 @dataclass(frozen=True)
@@ -74,19 +80,25 @@ class Plan:
     teacher: TeacherPlan
     sources: list[Source]
     heldout: list[Any]  # examples
+    streams: list[Stream]
+    losses: list[StreamSpec]
+    extras: list[Extra]
 
 
 def assemble(
-    recipe: Any, *, device: torch.device | str = "cpu", stage: Callable[[str], None] | None = None
+    recipe: Any,
+    *,
+    device: torch.device | str = "cpu",
+    stage: Callable[[str], None] | None = None,
+    kept: Sequence[int] | None = None,
 ) -> Assembly:
     """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what
     is going on.
 
-    Raises ConfigError for names, parameters, folders and tokenizers that cannot work, DataError for text that
-    cannot.
+    kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose.
+    Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
     """
     say = stage if stage is not None else _silent
-    check_output_dir(Path(recipe.training.output_dir))
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
     plan = prepare(recipe)
@@ -96,7 +108,7 @@ def assemble(
     examples = [example for source in plan.sources for example in source.examples]
     told: list[str] = []
 
-    student, source, revision, kept, cut = _student(recipe, plan, examples, device, say, told)
+    student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:
         _checkpoint(student)
     if recipe.training.lora is not None:
@@ -114,12 +126,13 @@ def assemble(
         width = head_of(own.model).width
         shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
         reference = LiveTeacher(own.model.to(device), shared=shared)
-    if plan.teacher.payload != "live":
+    if plan.teacher.payload not in ("live", "aligned"):
         say("opening the teacher")
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student_width=student_width, reference=reference)
-    names = tuple(source.name for source in plan.sources)
+    names = tuple(stream.name for stream in plan.streams)
+    writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
@@ -138,9 +151,12 @@ def assemble(
         teacher_plan=plan.teacher,
         student_source=source,
         student_revision=revision,
-        kept=kept,
+        kept=layers,
         cut=cut,
         told=told,
+        losses=plan.losses,
+        extras=plan.extras,
+        writer=writer,
     )
 
 
@@ -166,6 +182,8 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         source=teacher.source,
     )
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
+    if isinstance(teacher, AlignedPlan):
+        teacher.check_objective(objective)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
     if getattr(objective.verifier, "needs_reference", False) and recipe.reference is None:
@@ -189,21 +207,35 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         on_bad_record=recipe.data.on_bad_record,
         on_too_long=recipe.data.on_too_long,
         train_on=recipe.data.train_on,
+        route=teacher.route_of if isinstance(teacher, SeveralPlan) and teacher.when is not None else None,
     )
-    sources = [text(_given(spec), stream=index) for index, spec in enumerate(recipe.data.sources)]
+    sources = [text(spec.reading, stream=index) for index, spec in enumerate(recipe.data.sources)]
     evaluation = recipe.data.evaluation
     if evaluation is None:
         heldout: list[Any] = []
     elif isinstance(evaluation, int | float):
         sources, heldout = hold_out(sources, float(evaluation))
     else:
-        heldout = list(text(_given(evaluation), stream=0).examples)
+        heldout = list(text(evaluation.reading, stream=0).examples)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
+    streams = streams_of([source.name for source in sources], recipe.data.policies)
+    losses, extras = losses_of(recipe, streams), extras_of(recipe)
+    check_labels(extras, teacher.payload, teacher.source)
+    for spec in losses:
+        own = spec.objective_on(objective)
+        exactness.check(
+            own, teacher.payload, k=teacher.k, temperature=recipe.objective.temperature, source=teacher.source
+        )
     if isinstance(teacher, SeveralPlan):
-        teacher.check_streams([source.name for source in sources])
+        teacher.check_streams([sources[stream.source].name for stream in streams])
+    if isinstance(teacher, CachePlan) and any(policy.name != "dataset" for policy in recipe.data.policies):
+        raise ConfigError(
+            f"{teacher.source} holds the teacher's rows of the data set's text alone, and a policy has other text "
+            "written. Use teacher: {model: ...}, or policy: dataset."
+        )
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
-    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout)
+    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras)
 
 
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
@@ -269,28 +301,6 @@ def check_loggers(names: Sequence[str]) -> None:
         )
 
 
-def check_output_dir(folder: Path) -> None:
-    """ConfigError unless a run can be written to ``folder``: it must be absent or empty, in a place that is
-    writable.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"training.output_dir = {folder} is a file. Name a folder that is new or empty.")
-    if folder.is_dir() and any(folder.iterdir()):
-        what = "holds another run" if (folder / "manifest.json").exists() else "is not empty"
-        raise ConfigError(f"training.output_dir = {folder} {what}. Name a new folder, or delete this one.")
-    above = folder
-    while not above.exists():
-        above = above.parent
-    try:
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"training.output_dir = {folder} cannot be written: {error.strerror} ({above}). "
-            "Name another folder."
-        ) from error
-
-
 def _student(
     recipe: Any,
     plan: Plan,
@@ -298,6 +308,7 @@ def _student(
     device: torch.device | str,
     say: Callable[[str], None],
     told: list[str],
+    chosen: Sequence[int] | None,
 ) -> tuple[nn.Module, str, str | None, list[int] | None, CutReport | None]:
     """(student, source, revision, kept layers, how they were chosen)."""
     dtype = recipe.training.dtype
@@ -311,12 +322,13 @@ def _student(
     loaded.model.to(device)
     say("choosing the student's layers")
     measured_on = plan.heldout or examples
-    if wanted.choose == "measured" and not plan.heldout:
+    choose = wanted.choose if chosen is None else chosen
+    if choose == "measured" and not plan.heldout:
         told.append(
             "there is no held-out text, so the student's layers are chosen on the first training samples."
         )
-    texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if wanted.choose == "measured" else None
-    choose = wanted.choose if isinstance(wanted.choose, str) else list(wanted.choose)
+    texts = _cut_batches(measured_on[:CUT_SAMPLES], plan.tokenizer) if choose == "measured" else None
+    choose = choose if isinstance(choose, str) else list(choose)
 
     def removed(layer: int, kept: tuple[int, ...], kl: float) -> None:
         say(f"choosing layers: {len(kept)} left on the way to {wanted.layers}, held-out KL {kl:.3f}")

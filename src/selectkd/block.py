@@ -16,9 +16,11 @@ from torch import Tensor
 
 from selectkd.divergences.gradient import Block, closed_form_of
 from selectkd.divergences.kl import forward_kl, forward_value
+from selectkd.divergences.sorted import is_unpaired, sorted_distance
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
 from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk
+from selectkd.spans import AlignedChunk
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
@@ -38,18 +40,22 @@ class Settings:
 
 
 class Rows(NamedTuple):
-    """What a block needs beside its logits, each [b] or [b, r]; acceptance is the result of a first pass."""
+    """What a block needs beside its logits, each [b] or [b, r]; acceptance is the result of a first pass, later the
+    log-probability of the tokens after the first of each span.
+    """
 
     uniform: Tensor
     scale: Tensor
     label: Tensor | None
     sequence: Tensor | None
     acceptance: Tensor | None
+    later: Tensor | None = None
 
 
 class Seen(NamedTuple):
     """What came of a block: four columns [b], how many rows have no finite teacher, and the sum of KL(p || q) at
-    temperature 1 where it was asked for."""
+    temperature 1 where it was asked for. Of a teacher aligned by spans also which rows have no verdict, and the
+    gradient of ``later``, [b] each."""
 
     divergence: Tensor
     weight: Tensor
@@ -57,6 +63,8 @@ class Seen(NamedTuple):
     overlap: Tensor
     bad: Tensor | int
     kl: Tensor | int = 0
+    unverified: Tensor | None = None
+    grad_later: Tensor | None = None
 
 
 def judge(
@@ -64,6 +72,8 @@ def judge(
 ) -> Seen:
     """Judges the rows of a block and writes the gradient of sum scale * weight * divergence over the head's product in
     ``raw[block]`` [b, v]."""
+    if isinstance(teacher, AlignedChunk):
+        return _aligned(raw, block, teacher, rows, settings)
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
     verified = None
     if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
@@ -239,6 +249,53 @@ def _autograd(
     if settings.wants_gradient:
         (raw[block],) = torch.autograd.grad(loss, leaf)
     return seen._replace(kl=kl)
+
+
+def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, settings: Settings) -> Seen:
+    """A teacher of another vocabulary: the divergence on what both can say, m D + (1 - m) sum_i |p_(i) - q_(i)| with
+    the sorted rest, or an unpaired divergence on everything. The verifier sees the teacher's own vocabulary.
+    """
+    objective, fp = settings.objective, torch.float64 if raw.dtype == torch.float64 else torch.float32
+    leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    assert rows.later is not None  # the loss of aligned rows gives it
+    later = rows.later.detach().requires_grad_(settings.wants_gradient)
+    with torch.set_grad_enabled(settings.wants_gradient):
+        logits = settings.head.finish(leaf)
+        logp, finite = teacher.teacher_log_probs(block, logits)
+        logq = teacher.student_log_probs(block, logits, later)
+        pair = teacher.shared_pair(logp, logq)
+        divergence = _across(objective.divergence, logp, logq, pair, teacher)
+        with torch.no_grad():
+            overlap = torch.minimum(pair.logp, pair.logq)[:, :-1].exp().sum(-1).clamp(max=1.0)
+            kl = _across(forward_kl, logp, logq, pair, teacher).sum() if settings.also_kl else 0
+            column = teacher.proposal(logq)
+            seen = TokenPair(
+                logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,
+                shared_mass=overlap,
+            )  # fmt: skip
+            weight, acceptance = objective.weigh(seen, rows.uniform)
+            unverified = (column < 0) & (objective.verifier.teacher_tokens != 0)
+            if teacher.unverified_weight is not None:
+                weight = torch.where(unverified, teacher.unverified_weight * finite.to(fp), weight)
+        loss = (rows.scale.to(fp) * weight * divergence).sum()
+    grad_later = None
+    if settings.wants_gradient:
+        raw[block], grad_later = torch.autograd.grad(loss, (leaf, later))
+    return Seen(
+        divergence.detach(), weight, acceptance, overlap, bad_rows(finite), kl, unverified.to(fp), grad_later
+    )
+
+
+def _across(divergence: Any, logp: Tensor, logq: Tensor, pair: TokenPair, teacher: AlignedChunk) -> Tensor:
+    """The divergence between two vocabularies, [b]."""
+    if is_unpaired(divergence):
+        return divergence(logp, logq)
+    share, of = teacher.matched_weight, teacher.vocabularies
+    value = share * divergence(pair.logp, pair.logq)
+    if share < 1.0:
+        own_p, own_q = logp.index_select(1, of.own_teacher), logq.index_select(1, of.own_student)
+        value = value + (1.0 - share) * sorted_distance(own_p.exp(), own_q.exp())
+    return value
 
 
 def _judged(

@@ -19,6 +19,7 @@ from selectkd.block import Rows, Seen, Settings, has_closed_form, judge, pair_at
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
 from selectkd.rows import Head, Scratch, TeacherRows
+from selectkd.spans import AlignedChunk
 
 CHUNK_ROW_BYTES = 1024
 """Rows of a chunk times the bytes of a logit: 256 rows in fp32, 512 in bf16. Each chunk costs the head's gradient one
@@ -29,7 +30,7 @@ BLOCK_ENTRIES = 3 << 17
 """Entries of a block, [b, v]: the six buffers of a closed form, 1.5 MiB each, stay in the third-level cache."""
 AUTOGRAD_ENTRIES = 1 << 17
 """The same where autograd keeps some forty temporaries of a block."""
-ROWS = ("acceptance", "divergence", "weight", "overlap")
+ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ class Work:
     also_kl: bool = False
     gradient_filter: float = 0.0
     acceptance: Tensor | None = None  # [n], from the first pass
+    later: Tensor | None = None  # [n], of the tokens after each span's first
 
     def rows(self, chunk: slice, block: slice) -> Rows:
         """What the rows of a block of a chunk need beside their logits."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
-        columns = (self.labels, self.sequence, self.acceptance)
+        columns = (self.labels, self.sequence, self.acceptance, self.later)
         return Rows(
             self.uniform[here], self.row_scale[here], *(None if x is None else x[here] for x in columns)
         )
@@ -91,13 +93,21 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """sum_i row_scale_i * weight_i * divergence_i, with its gradients to hidden, weight and bias."""
+    """sum_i row_scale_i * weight_i * divergence_i, with its gradients to hidden, weight, bias and ``later`` [n]: what
+    the tokens after each row's first one have, where the teacher is aligned by spans.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, work: Work
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        later: Tensor | None,
+        head: Head,
+        work: Work,
     ) -> tuple[Tensor, ...]:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
         weight = weight.detach()
         head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
@@ -116,6 +126,10 @@ class ChunkedLoss(torch.autograd.Function):
             else None
         )
 
+        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
+        if later is not None:
+            work = replace(work, later=later.detach())
+
         settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
@@ -125,7 +139,10 @@ class ChunkedLoss(torch.autograd.Function):
                 raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
             judged = judge_chunk(raw, rows, width, work, settings, scratch)
             for name in ROWS:
-                seen[name][rows] = getattr(judged, name)
+                values = getattr(judged, name)
+                seen[name][rows] = 0.0 if values is None else values
+            if grad_later is not None and judged.grad_later is not None:
+                grad_later[rows] = judged.grad_later
             loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
             bad += judged.bad
             kl += judged.kl
@@ -148,8 +165,9 @@ class ChunkedLoss(torch.autograd.Function):
                         grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
-        ctx.gradients = [grad_hidden, None if head_gradient is None else head_gradient.total, grad_bias]
-        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        of_head = None if head_gradient is None else head_gradient.total
+        ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, kl, *rows_out)
         return (loss, bad, kl, *rows_out)
@@ -181,13 +199,17 @@ def judge_chunk(
     if kernels is not None:
         return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
     entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
+    widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
     judged = [
         judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
-        for block in cuts(0, raw.shape[0], max(1, entries // width))
+        for block in cuts(0, raw.shape[0], max(1, entries // widest))
     ]
-    divergence, weight, acceptance, overlap, bad, kl = zip(*judged, strict=True)
-    columns = (torch.cat(column) for column in (divergence, weight, acceptance, overlap))
-    return Seen(*columns, bad=sum(bad), kl=sum(kl))
+    columns = {
+        name: None if values[0] is None else torch.cat(values)
+        for name in Seen._fields
+        if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
+    }
+    return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:

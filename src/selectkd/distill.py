@@ -9,9 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass
+from selectkd.divergences.sorted import is_unpaired
 from selectkd.errors import ConfigError
+from selectkd.log_probs import token_log_probs
 from selectkd.objective import Objective
 from selectkd.rows import CachedRows, Head, TeacherRows
+from selectkd.spans import AlignedRows
+from selectkd.verifiers import reads_proposal_alone
 
 
 def distillation_loss(
@@ -46,9 +50,12 @@ def distillation_loss(
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
 
-    Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap and
-    teacher_nonfinite (rows left out because the teacher's were nan or infinite), and row_acceptance, row_divergence,
-    row_weight, row_overlap [n]. TAR is accepted / n, bite 1 - weighted_divergence / divergence.
+    With AlignedRows, a teacher of another tokenizer, a row is a span of text: it counts once, at its first token.
+
+    Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap,
+    unverified (rows that no verdict can be given on) and teacher_nonfinite (rows left out because the teacher's were
+    nan or infinite), and row_acceptance, row_divergence, row_weight, row_overlap, row_unverified [n]. TAR is
+    accepted / n, bite 1 - weighted_divergence / divergence.
     Raises ConfigError where shapes or the teacher do not fit the objective.
     Source: SelecTKD (arXiv 2510.24021), equation 4.
 
@@ -91,11 +98,14 @@ def distillation_loss(
         also_kl=also_kl,
         gradient_filter=gradient_filter,
     )
-    if objective.ranks_the_batch and n:
-        detached = replace(student, weight=student.weight.detach())
-        work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
-    loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, student, work)  # type: ignore[misc]
-    seen = dict(zip(ROWS, rows, strict=True))
+    if isinstance(teacher, AlignedRows):
+        loss, bad, kl, seen = _by_spans(hidden, student, teacher, work)
+    else:
+        if objective.ranks_the_batch and n:
+            detached = replace(student, weight=student.weight.detach())
+            work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
+        loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+        seen = dict(zip(ROWS, rows, strict=True))
     sums = {
         "n": torch.tensor(float(n), device=hidden.device),
         "accepted": seen["acceptance"].sum(),
@@ -103,11 +113,68 @@ def distillation_loss(
         "divergence": seen["divergence"].sum(),
         "weighted_divergence": (seen["weight"] * seen["divergence"]).sum(),
         "overlap": seen["overlap"].sum(),
+        "unverified": seen["unverified"].sum(),
         "teacher_nonfinite": bad,
     }
     if also_kl:
         sums["kl"] = kl
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
+
+
+def _by_spans(
+    hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, KL, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
+
+    A span's divergence and weight stand at its first row, its verdict and overlap at each of its rows.
+    """
+    if teacher.by_index is not None and is_unpaired(work.objective.divergence):
+        teacher = teacher.by_index
+    first, span, later_rows = teacher.first, teacher.span, teacher.later
+    dead = teacher.vocabularies.dead(student.width)
+    log_probs = token_log_probs(
+        hidden[later_rows], student, teacher.token[later_rows], dead=dead, chunk=work.chunk
+    )
+    later = log_probs.new_zeros(first.shape[0]).index_add(0, span[later_rows], log_probs)
+    chosen = {
+        name: None if (value := getattr(work, name)) is None else value[first]
+        for name in ("uniform", "row_scale", "labels", "sequence")
+    }
+    work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
+    loss, bad, kl, *rows = ChunkedLoss.apply(
+        hidden[first], student.weight, student.bias, later, student, work
+    )  # type: ignore[misc]
+    inside = span >= 0
+    seen = {}
+    for name, values in zip(ROWS, rows, strict=True):
+        out = values.new_full(span.shape, 1.0 if name == "unverified" else 0.0)
+        if name in ("divergence", "weight"):
+            out[first] = values
+        else:
+            out[inside] = values[span[inside]]
+        seen[name] = out
+    return loss, bad, kl, seen
+
+
+def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:
+    """ConfigError for what no alignment of two vocabularies gives."""
+    verifier, name = objective.verifier, type(objective.verifier).__name__
+    if not reads_proposal_alone(verifier) or objective.ranks_the_batch:
+        raise ConfigError(
+            f"{name} compares the two distributions token by token, and teacher and student have different tokens. "
+            "Use greedy_topk, always or matched_random."
+        )
+    if teacher.by_index is not None and verifier.teacher_tokens != 0 and is_unpaired(objective.divergence):
+        raise ConfigError(
+            f"{name} cannot verify tokens that are paired by index: they stand at different places of the text. "
+            "Use always, or pairing: spans."
+        )
+    for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
+        if value != 1.0:
+            raise ConfigError(
+                f"{key} = {value} with a teacher of another tokenizer: the probability of a span is a product of "
+                "its tokens' at temperature 1. Set it to 1.0."
+            )
 
 
 def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, device: torch.device) -> Tensor:
@@ -142,6 +209,8 @@ def _check(
         raise ConfigError(f"temperature = {temperature} must be above 0.")
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk = {chunk} must be 1 or more rows.")
+    if isinstance(teacher, AlignedRows):
+        _check_across(teacher, objective, temperature)
     need = objective.verifier.teacher_tokens
     held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(student.width)
     if need is not None and need > held:

@@ -51,3 +51,15 @@ class ResourceError(SelectKDError):
     """Too little disk or memory, with what is needed and what is free: exit code 7."""
 
     exit_code = 7
+
+
+class Preempted(SelectKDError):
+    """A run that a scheduler's SIGTERM ended after its step, its state saved: exit code 75."""
+
+    exit_code = 75
+
+
+class Interrupted(SelectKDError):
+    """A run that a person's SIGINT ended after its step, its state saved: exit code 130."""
+
+    exit_code = 130

@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selectkd.divergences import DIVERGENCES, Divergence
+from selectkd.divergences import DIVERGENCES, LABEL_LOSSES, Divergence, reads_label
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
-from selectkd.registry import bind, build
+from selectkd.registry import bind, build, name_of
 from selectkd.selectors import SELECTORS
 from selectkd.verifiers import VERIFIERS
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
+LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
 
 
 class Judgement(NamedTuple):
@@ -36,13 +37,13 @@ class Judgement(NamedTuple):
 class Objective:
     """Per row: weight (beta + (1 - beta) a) times divergence D(p || q); the weight carries no gradient.
 
-    divergence: a name of DIVERGENCES, {"name": ..., **params}, "module:function", or a function (logp, logq) -> [n].
-    verifier: a name of VERIFIERS or SELECTORS, {"name": ..., **params}, "module:factory", or an instance of one.
-    beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as in the paper.
-    always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for instance EOS.
-    verify_temperature: verification uses p and q at this temperature, whatever the temperature of the loss.
-    thin_rejected: keep a row with probability V at weight 1, and drop it otherwise: an unbiased estimate of the loss
-        and its gradient in which dropped rows cost no gradient product. Reads one more uniform number a token.
+    divergence: a name of DIVERGENCES or LABEL_LOSSES, {"name": ..., **params}, "module:function", or a function
+    (logp, logq) -> [n]. verifier: a name of VERIFIERS or SELECTORS, {"name": ..., **params}, "module:factory", or an
+    instance of one. beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as
+    in the paper. always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for
+    instance EOS. verify_temperature: verification uses p and q at this temperature, whatever the temperature of the
+    loss. thin_rejected: keep a row with probability V at weight 1, and drop it otherwise: an unbiased estimate of the
+    loss and its gradient in which dropped rows cost no gradient product. Reads one more uniform number a token.
     Source: SelecTKD (arXiv 2510.24021), equation 4 and Algorithm 1.
 
     >>> import torch
@@ -67,7 +68,7 @@ class Objective:
             )
         if not self.verify_temperature > 0:
             raise ConfigError(f"verify_temperature = {self.verify_temperature} must be above 0.")
-        object.__setattr__(self, "divergence", bind(DIVERGENCES, self.divergence, kind="divergence"))
+        object.__setattr__(self, "divergence", bind(LOSSES, self.divergence, kind="divergence"))
         table = {**VERIFIERS, **SELECTORS}
         object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
 
@@ -149,4 +150,14 @@ class Objective:
         with torch.no_grad():
             overlap = seen.overlap
         divergence: Divergence = self.divergence  # type: ignore[assignment]
-        return Judgement(divergence(pair.logp, pair.logq), weight, acceptance, overlap)
+        return Judgement(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
+
+    def _column(self, pair: TokenPair) -> tuple[Int[Tensor, " n"], ...]:
+        """Where the text's tokens stand, for a loss that looks at them."""
+        if not reads_label(self.divergence):
+            return ()
+        if pair.label is None:
+            raise ConfigError(
+                f"{name_of(self.divergence)} looks at the tokens of the text; pass labels=[n] to distillation_loss."
+            )
+        return (pair.column(pair.label),)

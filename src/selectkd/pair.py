@@ -93,7 +93,7 @@ def topk_pair(ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"], logq: Float[T
     ([[0.5, 0.5]], [[0.25, 0.75]], [-1])
     """
     ids = checked_ids(ids, logq.shape[1])
-    rest = _logsumexp(logq.scatter(1, ids, -torch.inf))  # [n, 1]
+    rest = logsumexp(logq.scatter(1, ids, -torch.inf))  # [n, 1]
     return support_pair(ids, logp, torch.cat([logq.gather(1, ids), rest], 1), logq.detach().argmax(-1))
 
 
@@ -133,7 +133,7 @@ def checked_ids(ids: Int[Tensor, "n k"], width: int) -> Int[Tensor, "n k"]:
     return ids.long()
 
 
-def _logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:
+def logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:
     """logsumexp over the last axis, [n, 1], whose gradient is 0 (not nan) where every entry is -inf."""
     empty = torch.isneginf(x).all(-1, keepdim=True)
     total = torch.logsumexp(x.masked_fill(empty, 0.0), -1, keepdim=True)

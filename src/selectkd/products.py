@@ -93,7 +93,7 @@ class HeadGradient:
         self.empty = True
 
     def add(
-        self, gradient: Float[Tensor, "c v"], inputs: Float[Tensor, "c d"], strong: Strong | None
+        self, gradient: Float[Tensor, "c v"], inputs: Float[Tensor, "c d"], strong: Strong | None = None
     ) -> None:
         """Adds one chunk's product; below fp32, and over columns, PIECE rows at a time, which stay in the cache."""
         total = self.total[: self.width]

@@ -15,8 +15,8 @@ from selectkd.errors import ConfigError
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 
-TENSORS = ("logp", "logq", "self")
-"""Names a recipe cannot set: the two distributions of a divergence, and a bound object."""
+TENSORS = ("logp", "logq", "column", "self")
+"""Names a recipe cannot set: the two distributions and the label of a loss, and a bound object."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -34,6 +34,13 @@ class Head:
         """The head itself, or a plain weight matrix as a head without bias, scale or cap."""
         return head if isinstance(head, Head) else cls(head)
 
+    def to(self, device: torch.device | str) -> Head:
+        """The head on ``device``; itself where it is there."""
+        if self.weight.device == torch.device(device):
+            return self
+        bias = None if self.bias is None else self.bias.to(device)
+        return Head(self.weight.to(device), bias, self.scale, self.softcap)
+
     @property
     def is_plain(self) -> bool:
         """Whether the logits are the product itself: no bias, scale or cap."""
@@ -105,7 +112,7 @@ class TeacherRows(Protocol):
     """A teacher's rows beside the student's: ``count`` of them. ``open`` reads one chunk of them, and may keep its
     logits in ``scratch``. ``reference``: a reference student's rows, for selectors that compare.
 
-    ``shared_width`` says how many leading vocabulary rows the student's logits need.
+    ``shared_width`` says how many leading vocabulary rows the student's logits need. ``take``: some rows alone.
     """
 
     @property
@@ -115,6 +122,8 @@ class TeacherRows(Protocol):
     def reference(self) -> TeacherRows | None: ...
 
     def shared_width(self, student_width: int) -> int: ...
+
+    def take(self, index: Int[Tensor, " m"]) -> TeacherRows: ...
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> TeacherChunk: ...
 
@@ -165,6 +174,10 @@ class LiveRows:
 
     def shared_width(self, student_width: int) -> int:
         return min(student_width, self.head.width)
+
+    def take(self, index: Int[Tensor, " m"]) -> LiveRows:
+        reference = None if self.reference is None else self.reference.take(index)
+        return LiveRows(self.hidden[index], self.head, shared=self.shared, reference=reference)
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
         hidden = self.hidden[rows]
@@ -224,6 +237,9 @@ class CachedRows:
 
     def shared_width(self, student_width: int) -> int:
         return student_width
+
+    def take(self, index: Int[Tensor, " m"]) -> CachedRows:
+        return CachedRows(self.ids[index], self.logp[index])
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> CachedChunk:
         return CachedChunk(checked_ids(self.ids[rows], width), self.logp[rows])

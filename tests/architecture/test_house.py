@@ -23,7 +23,7 @@ MATHEMATICS = [
     "randomness.py",
     *(
         f"{room}/{file.name}"
-        for room in ("divergences", "verifiers", "selectors")
+        for room in ("divergences", "verifiers", "selectors", "terms")
         for file in (PACKAGE / room).glob("*.py")
     ),
 ]

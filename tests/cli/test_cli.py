@@ -146,22 +146,37 @@ def test_show_lists_every_table_as_json(capsys: pytest.CaptureFixture[str]) -> N
 
     assert main(["show", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert list(told) == ["divergences", "verifiers", "selectors", "methods"]
+    kinds = ["divergences", "label_losses", "verifiers", "selectors", "extras", "policies", "methods"]
+    assert list(told) == kinds
     for kind, table in (("divergences", DIVERGENCES), ("verifiers", VERIFIERS), ("selectors", SELECTORS)):
         assert [row["name"] for row in told[kind]] == list(table)
         assert all(row["doc"] for row in told[kind])
     assert {row["name"]: row["parameters"] for row in told["verifiers"]}["greedy_topk"] == {"k": 5}
 
 
-def test_every_method_shown_is_an_objective() -> None:
-    from selectkd import Objective
+def test_show_methods_is_a_list_of_presets_with_parts_defaults_and_sources(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from selectkd.config.methods import METHODS
 
-    for method in METHODS.values():
-        given = method.objective
-        judge = given.get("verifier", given.get("selector"))
-        beta = given.get("beta", 0.01)
-        assert isinstance(Objective(given["divergence"], judge, beta=beta), Objective)
+    assert main(["show", "methods", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told] == list(METHODS)
+    for row in told:
+        assert row["doc"] and row["source"] and row["parts"]
+        assert row["defaults"] and all(one["key"] and one["source"] for one in row["defaults"])
+        keys = {one["key"] for one in row["defaults"]}
+        assert set(METHODS[row["name"]].cites) <= keys | {key.rpartition(".")[0] for key in keys}
+
+
+def test_show_method_prints_its_parts_and_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "method", "distillm2"]) == 0
+    told = capsys.readouterr().out
+    assert "data.policy.top_p: 0.95   # " in told and "{name: distillm2, gradual: true}" in told
+    assert (
+        main(["show", "method", "distilm2"]) == 2 and "Did you mean 'distillm2'?" in capsys.readouterr().err
+    )
+    assert main(["show", "policy", "interleaved"]) == 0 and "window=25" in capsys.readouterr().out
 
 
 def test_show_one_by_kind_or_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,7 @@ training: {output_dir: r, batch_size: four, dtype: float16, learning_rate: -1}
         ("training.epochs=1", "exactly one of max_steps and epochs"),
         ("training.max_steps=null", "exactly one of max_steps and epochs"),
         ("student.from_teacher={layers: 4}", "exactly one of model and from_teacher"),
-        ("objective.selector=tip", "one of verifier and selector"),
+        ("objective.by_writer={nobody: {beta: 0}}", "must be"),
         ("objective.beta={start: 1, end: 0}", "exactly one of steps and until_tar"),
         ("objective.beta=1.01", "at most 1"),
         ("objective.beta=.nan", "objective.beta"),

@@ -161,10 +161,33 @@ def test_a_top_k_teacher_cannot_be_re_tempered(key):
 
 def test_every_component_has_a_verdict_and_a_reason_for_every_payload():
     rows = table()
-    assert len(rows) == 3 * (len(DIVERGENCES) + len(VERIFIERS) + len(SELECTORS))
+    assert len(rows) == 5 * (len(DIVERGENCES) + len(VERIFIERS) + len(SELECTORS))
     assert all(row["reason"] for row in rows)
-    assert all(row["verdict"] == "exact" for row in rows if row["payload"] != "top_k")
-    assert {row["verdict"] for row in rows} == {"exact", "lower bound", "upper bound", "refused"}
+    assert all(row["verdict"] == "exact" for row in rows if row["payload"] in ("live", "hidden"))
+    assert {row["verdict"] for row in rows} == {"exact", "lower bound", "upper bound", "unbiased", "refused"}
+
+
+def test_drawn_ids_serve_forward_kl_on_every_row_and_nothing_else():
+    good = {(row["name"], row["verdict"]) for row in table() if row["payload"] == "sampled"}
+    assert {name for name, verdict in good if verdict != "refused"} == {"forward_kl", "always"}
+    for objective in (Objective("reverse_kl", "always"), Objective("forward_kl", "greedy_topk")):
+        with pytest.raises(ConfigError, match="drawn ids"):
+            check(objective, "sampled", k=32)
+    check(Objective("forward_kl", "always"), "sampled", k=32)
+
+
+def test_what_the_table_refuses_across_tokenizers_is_refused():
+    for row in table():
+        if row["payload"] != "aligned" or row["kind"] == "selector":
+            continue
+        parts = (row["name"], "always") if row["kind"] == "divergence" else ("forward_kl", row["name"])
+        if row["verdict"] == "refused":
+            with pytest.raises(ConfigError, match="another tokenizer"):
+                check(Objective(*parts), "aligned", source="x")
+        else:
+            check(Objective(*parts), "aligned", source="x")
+    with pytest.raises(ConfigError, match="product of its tokens"):
+        check(Objective("forward_kl", "always"), "aligned", temperature=2.0)
 
 
 def test_the_page_in_the_docs_is_the_one_the_code_writes():

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from selectkd import __version__
-from selectkd.cli import cache, data, demo, dynamics, env, init, show, teacher, train
+from selectkd.cli import cache, data, demo, dynamics, env, init, serve, show, teacher, train
 from selectkd.cli.terminal import say, told
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a large language model into a small one.",
     epilog="Exit codes: 0 ok, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources, "
-    "130 interrupted.",
+    "75 preempted and 130 interrupted, the state saved.",
 )
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
@@ -33,6 +33,7 @@ app.command("show")(show.show)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
+app.command("serve-teacher")(serve.serve_teacher)
 app.command("dynamics")(dynamics.dynamics)
 app.command("env")(env.env)
 app.command("init")(init.init)

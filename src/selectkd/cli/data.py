@@ -1,4 +1,4 @@
-"""``selectkd data check`` and ``selectkd data show``: what would be trained on, before anything is."""
+"""``selectkd data check``, ``show`` and ``align``: what would be trained on, before anything is."""
 
 from __future__ import annotations
 
@@ -118,6 +118,38 @@ def show(
             write(paint(pieces(example, loaded)))
 
 
+@app.command("align")
+def align(
+    target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe with teacher.cross_tokenizer.")],
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
+    ] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how student and teacher cut the same text, span by span, as Markdown."""
+    from selectkd.config import ModelTeacher, load_recipe
+    from selectkd.data.aligned_page import aligned, page
+    from selectkd.data.crossing import cross
+    from selectkd.models.load import load_tokenizer
+
+    recipe = load_recipe(target)
+    if not isinstance(recipe.teacher, ModelTeacher):
+        raise ConfigError(
+            f"{target}: `data align` needs teacher: {{model: ...}}, the model that has another tokenizer."
+        )
+    wanted = _of(recipe, None)
+    student = _tokenizer(wanted)
+    crossing = cross(student, load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision))
+    few = [{**spec, "limit": min(samples, spec.get("limit") or samples)} for spec in wanted.sources]
+    sources = [_source(spec, student, wanted, index) for index, spec in enumerate(few)]
+    told = [aligned(example, crossing) for source in sources for example in source.examples]
+    say(
+        json.dumps([one.as_dict() for one in told], ensure_ascii=False)
+        if as_json
+        else page(told, crossing).rstrip("\n")
+    )
+
+
 def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: str) -> Wanted:
     if not target.lower().endswith((".yaml", ".yml")):
         rendering = {"max_length": max_length, "on_bad_record": _policy(on_bad_record)}
@@ -132,10 +164,8 @@ def _of(recipe: Recipe, tokenizer: str | None) -> Wanted:
     evaluation = recipe.data.evaluation
     named = tokenizer or recipe.student.model
     return Wanted(
-        sources=[source.model_dump(exclude_none=True) for source in recipe.data.sources],
-        held_out=None
-        if evaluation is None or isinstance(evaluation, int | float)
-        else evaluation.model_dump(exclude_none=True),
+        sources=[source.reading for source in recipe.data.sources],
+        held_out=None if evaluation is None or isinstance(evaluation, int | float) else evaluation.reading,
         tokenizer=named or getattr(recipe.teacher, "model", None),
         revision=None
         if tokenizer

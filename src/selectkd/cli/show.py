@@ -13,11 +13,16 @@ from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean, parameters
 
+SINGULAR = {"policies": "policy", "label_losses": "label_loss"}
+"""Kinds whose singular is not the word without its s."""
+
 
 def show(
     kind: Annotated[
         str | None,
-        typer.Argument(help="divergences, verifiers, selectors, methods, teachers, or the name of one."),
+        typer.Argument(
+            help="divergences, label_losses, verifiers, selectors, extras, policies, methods, teachers, or a name."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One component, told in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -28,6 +33,9 @@ def show(
         raise ConfigError("--markdown prints one page: write `selectkd show teachers --markdown`.")
     if kind == "teachers":
         _teachers(name, as_json, markdown)
+        return
+    if kind in ("method", "methods"):
+        _methods(name, as_json)
         return
     chosen = _chosen(catalogue(), kind, name)
     if as_json:
@@ -64,30 +72,119 @@ def _teachers(name: str | None, as_json: bool, markdown: bool) -> None:
         for one in dict.fromkeys((row["kind"], row["name"]) for row in rows):
             mine = [row for row in rows if (row["kind"], row["name"]) == one]
             say(f"{one[0]} {one[1]}: " + ", ".join(f"{row['payload']} {row['verdict']}" for row in mine))
-            say(f"      top_k: {mine[-1]['reason']}")
+            for row in mine:
+                if row["payload"] in ("top_k", "sampled", "aligned"):
+                    say(f"      {row['payload']}: {row['reason']}")
+
+
+def _methods(name: str | None, as_json: bool) -> None:
+    """Every method, or one with its parts as a recipe would have them, each number with its source."""
+    from selectkd.config.methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise ConfigError(
+            f"no method is called {name!r}.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}."
+        )
+    rows = [_method_row(one) for one in METHODS if name in (None, one)]
+    if as_json:
+        say(json.dumps(rows if name is None else rows[0], indent=2))
+    elif name is None:
+        for row in rows:
+            say(f"{row['name']}\n      {row['doc']}")
+    else:
+        _tell_method(rows[0])
+
+
+def _method_row(name: str) -> dict[str, Any]:
+    """{name, doc, parts, defaults: [{key, value, source}], options: [{name, doc, parts}], needs, source}."""
+    from selectkd.config.expand import parts_of
+    from selectkd.config.methods import METHODS
+
+    method = METHODS[name]
+    parts = parts_of(name)
+    leaves = _leaves(parts)
+    return {
+        "name": name,
+        "doc": method.doc,
+        "parts": parts,
+        "defaults": [
+            {"key": key, "value": value, "source": method.cites.get(key, method.source)}
+            for key, value in leaves.items()
+        ],
+        "options": [
+            {"name": option, "doc": told.doc, "parts": _plainly(told.parts)}
+            for option, told in method.options.items()
+        ],
+        "needs": list(method.needs),
+        "source": method.source,
+    }
+
+
+def _tell_method(row: dict[str, Any]) -> None:
+    say(f"{row['name']}: {row['doc']}\nSource: {row['source']}\n")
+    say(f"method: {row['name']}          # stands for these parts; what a recipe says itself counts more")
+    for key, value in _leaves(row["parts"]).items():
+        cited = next(one["source"] for one in row["defaults"] if one["key"] == key)
+        say(f"  {key}: {json.dumps(value)}" + (f"   # {cited}" if cited != row["source"] else ""))
+    for need in row["needs"]:
+        say(f"  {need}: needed beside it")
+    for option in row["options"]:
+        say(f"\nmethod: {{name: {row['name']}, {option['name']}: true}}\n  {option['doc']}")
+        for key, value in _leaves(option["parts"]).items():
+            say(f"  {key}: {json.dumps(value)}")
+
+
+def _leaves(parts: Any, above: str = "") -> dict[str, Any]:
+    """Dotted key -> value of everything in nested mappings; a list of one mapping counts as that mapping."""
+    if isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], Mapping):
+        parts = parts[0]
+    if not isinstance(parts, Mapping):
+        return {above: parts}
+    return {
+        key: value
+        for name, part in parts.items()
+        for key, value in _leaves(part, f"{above}.{name}" if above else str(name)).items()
+    }
+
+
+def _plainly(parts: Any) -> Any:
+    return {key: _plainly(part) for key, part in parts.items()} if isinstance(parts, Mapping) else parts
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Every component: {kind: [{name, parameters {name: default}, doc (first line), told (all of it)}]}."""
     from selectkd.config.methods import METHODS
-    from selectkd.divergences import DIVERGENCES
+    from selectkd.config.policies import KINDS
+    from selectkd.divergences import DIVERGENCES, LABEL_LOSSES
     from selectkd.selectors import SELECTORS
+    from selectkd.terms import EXTRAS
     from selectkd.verifiers import VERIFIERS
 
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "divergences": DIVERGENCES,
+        "label_losses": LABEL_LOSSES,
         "verifiers": VERIFIERS,
         "selectors": SELECTORS,
+        "extras": EXTRAS,
     }
     rows = {
         title: [_row(name, component) for name, component in table.items()] for title, table in tables.items()
     }
+    rows["policies"] = [
+        {
+            "name": str(policy.model_fields["name"].annotation.__args__[0]),  # type: ignore[union-attr]
+            "parameters": {key: f.default for key, f in policy.model_fields.items() if key != "name"},
+            "doc": _first(inspect.getdoc(policy) or ""),
+            "told": inspect.getdoc(policy) or "",
+        }
+        for policy in KINDS
+    ]
     rows["methods"] = [
         {
             "name": name,
-            "parameters": dict(method.objective),
+            "parameters": _leaves(_plainly(method.parts)),
             "doc": method.doc,
-            "told": f"{method.doc}\n{method.source}",
+            "told": f"{method.doc}\nSource: {method.source}",
         }
         for name, method in METHODS.items()
     ]
@@ -120,7 +217,7 @@ def _chosen(
 ) -> dict[str, list[dict[str, Any]]]:
     if kind is None:
         return rows
-    title = next((one for one in rows if kind in (one, one[:-1])), None)
+    title = next((one for one in rows if kind in (one, one[:-1], SINGULAR.get(one))), None)
     if title is None and name is None:
         found = {one: [row for row in table if row["name"] == kind] for one, table in rows.items()}
         found = {one: table for one, table in found.items() if table}

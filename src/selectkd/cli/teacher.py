@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from selectkd.cli.terminal import say
 from selectkd.errors import TeacherError
+
+if TYPE_CHECKING:
+    from selectkd.teachers.remote.own import OwnServer
 
 app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False, help="Servers that teach.")
 
@@ -28,7 +31,9 @@ def teacher() -> None:
 @app.command("doctor")
 def doctor(
     url: Annotated[str, typer.Argument(help="The address of a server: http://HOST:PORT")],
-    kind: Annotated[str | None, typer.Option(help="vllm, sglang or openai; found out if not given.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="vllm, sglang, openai or selectkd; found out if not given.")
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many best tokens are wanted.")] = 32,
     model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
     tokenizer: Annotated[
@@ -44,16 +49,8 @@ def doctor(
     from selectkd.config import RemoteTeacher
     from selectkd.config.problems import Problem, explained, raised
 
-    keys = {
-        "url": url,
-        "kind": kind or "openai",
-        "k": k,
-        "tokenizer": tokenizer or "unknown",
-        "api_key_env": api_key_env,
-        "timeout": timeout,
-        "wait": 0.0,
-        "retries": 0,
-    }
+    keys = {"url": url, "kind": kind or "openai", "k": k, "tokenizer": tokenizer or "unknown", "model": model,
+            "api_key_env": api_key_env, "timeout": timeout, "wait": 0.0, "retries": 0}  # fmt: skip
     try:
         section = RemoteTeacher.model_validate(keys)
     except ValidationError as error:
@@ -61,12 +58,16 @@ def doctor(
         raise raised([Problem(path, "selectkd teacher doctor", told) for path, told in wrong], url) from None
 
     from selectkd.models.load import load_tokenizer
+    from selectkd.teachers.remote.own import OwnServer
     from selectkd.teachers.remote.plan import connection_of
     from selectkd.teachers.remote.probe import PROBED, UNSTEADY, examine, kind_of
     from selectkd.teachers.remote.server import TopKServer
 
     connection = connection_of(section)
     kind = kind or kind_of(connection)
+    if kind == "selectkd":
+        _own(OwnServer(connection), as_json)
+        return
     vocabulary = WIDEST
     if tokenizer is not None:
         vocabulary = max(load_tokenizer(tokenizer).get_vocab().values()) + 1
@@ -93,3 +94,16 @@ def doctor(
         )
     if not able:
         raise TeacherError(f"{found.url} cannot teach with k = {k} as it is: {'; '.join(found.wrong)}.")
+
+
+def _own(server: OwnServer, as_json: bool) -> None:
+    """Our own server says what it gives; its head is fetched, which shows that it does."""
+    about = server.about
+    server.head()
+    server.connection.close()
+    if as_json:
+        say(json.dumps({"url": server.connection.url, "kind": "selectkd", **about, "able": True}))
+        return
+    length = "" if about["max_length"] is None else f", up to {about['max_length']:,} tokens"
+    say(f"{server.connection.url}: selectkd, model {about['model']} in {about['dtype']}{length}")
+    say(f"  hidden states of width {about['width']} and their head, or as many best tokens as there are")

@@ -16,6 +16,17 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set training.learning_rate=1e-4"),
     ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="Go on with the run in output_dir (auto), take a new folder only (never), or a checkpoint (PATH).",
+        ),
+    ] = "auto",
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key that may differ from the run that goes on; may be repeated."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil the teacher of a recipe into its student."""
@@ -31,7 +42,10 @@ def train(
     log.addHandler(Told(logging.WARNING))
     log.propagate = False
     with TrainingProgress() as progress:
-        result = run(checked, progress=progress)
+        result = run(checked, progress=progress, resume=resume, allow_change=allow_change or [])
+    if result.resumed_from is not None:
+        over = result.resumed_from == result.steps and result.run_dir.joinpath("manifest.json").is_file()
+        say("the run was finished already" if over else f"went on from step {result.resumed_from}")
     say(
         f"{result.steps} steps in {result.seconds:.0f} s"
         + (", stopped early" if result.stopped_early else "")

@@ -15,8 +15,8 @@ from selectkd.config.yaml_text import MOST_BYTES, Document, read
 from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean
 
-OPEN = {"divergence", "verifier", "selector"}
-"""Keys of ``objective`` that hold {name, **params}; the component itself says which parameters it has."""
+OPEN = {"divergence", "verifier", "selector", "extras", "method", "selection", "policy"}
+"""Keys that hold {name, **params}; the component itself says which parameters it has."""
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -121,7 +121,7 @@ def _parsed(override: str) -> tuple[tuple[str | int, ...], Any]:
         known = fields_at(Recipe, path[: depth - 1])
         if known and not isinstance(step, int) and step not in known:
             raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{did_you_mean(step, known)}")
-        if not known and path[:1] == ("objective",) and OPEN.intersection(map(str, path[1:2])):
+        if not known and OPEN.intersection(map(str, path[: depth - 1])):
             break  # a parameter of a component
         if not known and not isinstance(step, int):
             raise ConfigError(

@@ -1,89 +1,327 @@
-"""Published methods as objectives: what to write under ``objective`` for each, with its paper's own numbers.
+"""Published methods as partial recipes: data policy x divergence x verifier x extras, each number with its source.
 
-Each runs plain with the verifier ``always`` and with SelecTKD's own in its place.
+``method: NAME`` in a recipe stands for the parts of one entry of METHODS, and ``method: {name: NAME, OPTION: true}``
+for those with an option's parts over them; whatever the recipe says itself counts more. Each runs plain, and with
+SelecTKD's verifier where the recipe has a ``selection``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Method:
-    """One line of what it does, the objective that does it, and where it comes from."""
+class Option:
+    """A named departure from a method's parts: what it does, and the parts it changes."""
 
     doc: str
-    objective: Mapping[str, Any]
+    parts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of what it does, its parts (a partial recipe), where it comes from, and what else it can be.
+
+    cites: dotted key of a part -> where its value is from. options: departures, of the released code for instance.
+    needs: keys a recipe must give beside it.
+    """
+
+    doc: str
+    parts: Mapping[str, Any]
     source: str
+    cites: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
-def _plain(divergence: Mapping[str, Any], **more: Any) -> Mapping[str, Any]:
-    return {"divergence": divergence, "verifier": {"name": "always"}, **more}
+def _loss(divergence: str, /, *, within: Mapping[str, Any] | None = None, **params: Any) -> dict[str, Any]:
+    """An objective of one divergence on every token; ``within`` holds other keys of the objective."""
+    named = {"divergence": {"name": divergence, **params}}
+    return {"objective": {"verifier": {"name": "always"}, **named, **(within or {})}}
 
+
+SELECTKD = "SelecTKD (arXiv 2510.24021)"
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "selectkd": Method(
             "SelecTKD, Variant A: full weight where the student's best is in the teacher's top k, else beta.",
             {
-                "divergence": {"name": "forward_kl"},
-                "verifier": {"name": "greedy_topk", "k": 5},
-                "beta": 0.01,
+                "objective": {
+                    "divergence": {"name": "forward_kl"},
+                    "verifier": {"name": "greedy_topk", "k": 5},
+                    "beta": 0.01,
+                }
             },
-            "Source: SelecTKD (arXiv 2510.24021), Algorithm 1.",
+            f"{SELECTKD}, Algorithm 1.",
+            {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
         ),
         "selectkd_spec_k": Method(
             "SelecTKD, Variant B: full weight where one of the student's k proposals passes, else beta.",
-            {"divergence": {"name": "forward_kl"}, "verifier": {"name": "spec_k", "k": 5}, "beta": 0.01},
-            "Source: SelecTKD (arXiv 2510.24021), Algorithm 1.",
+            {
+                "objective": {
+                    "divergence": {"name": "forward_kl"},
+                    "verifier": {"name": "spec_k", "k": 5},
+                    "beta": 0.01,
+                }
+            },
+            f"{SELECTKD}, Algorithm 1.",
+            {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
         ),
         "kd": Method(
-            "Plain distillation: forward KL on every token.",
-            _plain({"name": "forward_kl"}),
-            "Source: Hinton et al. (arXiv 1503.02531).",
+            "Plain distillation: forward KL on every token of the data set.",
+            _loss("forward_kl"),
+            "Hinton et al. (arXiv 1503.02531).",
+        ),
+        "seqkd": Method(
+            "Cross-entropy on text that the teacher wrote, once for each prompt.",
+            {"data": {"policy": {"name": "teacher", "temperature": 0.0}}, **_loss("cross_entropy")},
+            "Kim and Rush 2016 (arXiv 1606.07947); the teacher's best text, here greedy.",
+            {"data.policy.temperature": "the paper's beam search, with a beam of one"},
+            {
+                "stored": Option(
+                    "The source holds the teacher's text already (`selectkd generate`).",
+                    {"data": {"policy": {"name": "dataset"}}},
+                )
+            },
+        ),
+        "imitkd": Method(
+            "Forward KL; with probability .5 the text is a student's, from a replay buffer.",
+            {
+                "data": {"policy": {"name": "student", "probability": 0.5, "replay": 1000}},
+                **_loss("forward_kl"),
+            },
+            "ImitKD (arXiv 2009.07253), as compared with in DistiLLM (arXiv 2402.03898).",
+            {"data.policy.probability": "DistiLLM, baselines", "data.policy.replay": "DistiLLM, appendix"},
+            {
+                "fresh": Option(
+                    "Every text of the student is trained on once, when it is new.",
+                    {"data": {"policy": {"replay": None}}},
+                )
+            },
         ),
         "gkd": Method(
-            "The loss of GKD, generalised Jensen-Shannon at .5, on the text of the data set.",
-            _plain({"name": "generalized_jsd", "beta": 0.5}),
-            "Source: GKD (arXiv 2306.13649).",
+            "Generalised Jensen-Shannon; a sequence's text is the student's own with probability .5.",
+            {
+                "data": {"policy": {"name": "student", "probability": 0.5, "temperature": 0.9}},
+                **_loss("generalized_jsd", beta=0.5),
+            },
+            "GKD (arXiv 2306.13649).",
+            {
+                "data.policy.probability": "GKD, section 4: lambda",
+                "data.policy.temperature": "TRL's GKDTrainer",
+                "objective.divergence.beta": "GKD, equation 3",
+            },
+            {
+                "on_policy": Option(
+                    "Every text is the student's (lambda = 1).", {"data": {"policy": {"probability": 1.0}}}
+                ),
+                "forward_kl": Option(
+                    "Forward KL for the divergence.", {"objective": {"divergence": {"name": "forward_kl"}}}
+                ),
+                "reverse_kl": Option(
+                    "Reverse KL for the divergence.", {"objective": {"divergence": {"name": "reverse_kl"}}}
+                ),
+            },
+        ),
+        "minillm": Method(
+            "Sequence-level reverse KL by policy gradient on teacher-mixed text, with a language-modelling loss.",
+            {
+                "data": {"policy": {"name": "teacher_mixed", "share": 0.2, "with_source": True}},
+                "objective": {
+                    "divergence": {"name": "reverse_kl"},
+                    "verifier": {"name": "always"},
+                    "by_writer": {"dataset": {"weight": 0.0}},
+                    "language_model": 1.0,
+                    "extras": [{"name": "policy_gradient", "share": 0.2, "clip": 10.0}],
+                },
+            },
+            "MiniLLM (arXiv 2306.08543); its language-modelling text is a pre-training corpus, here the source's own.",
+            {
+                "data.policy.share": "MiniLLM, section 3.1: alpha",
+                "objective.extras.clip": "its released code",
+                "objective.language_model": "its released code",
+            },
+            {
+                "plain": Option(
+                    "Without the language-modelling loss.",
+                    {
+                        "data": {"policy": {"with_source": False}},
+                        "objective": {"language_model": 0.0, "by_writer": {"dataset": None}},
+                    },
+                )
+            },
         ),
         "distillm": Method(
-            "The loss of DistiLLM, skew KL at .1, on the text of the data set.",
-            _plain({"name": "skew_kl", "alpha": 0.1}),
-            "Source: DistiLLM (arXiv 2402.03898).",
+            "Skew KL; DistiLLM's scheduler says how often the text is the student's, fresh or from the buffer.",
+            {
+                "data": {
+                    "policy": {
+                        "name": "adaptive",
+                        "start": 0.0,
+                        "increase": 0.1,
+                        "margin": 0.1,
+                        "capacity": 1000,
+                    }
+                },
+                **_loss("skew_kl", alpha=0.1, within={"language_model": 1.0}),
+            },
+            "DistiLLM (arXiv 2402.03898); phi rises at evaluations, so the run needs data.evaluation and "
+            "training.evaluate_every.",
+            {
+                "objective.divergence.alpha": "DistiLLM, section 3.1",
+                "data.policy": "DistiLLM, section 3.2 and appendix",
+                "objective.language_model": "DistiLLM, appendix; ours on the source's own text",
+            },
+            {
+                "reverse": Option(
+                    "Skew reverse KL, the paper's SRKL.",
+                    {"objective": {"divergence": {"name": "skew_reverse_kl", "alpha": 0.1}}},
+                ),
+                "fill_first": Option(
+                    "Below phi the student writes until the buffer is full, as the released code has it.",
+                    {"data": {"policy": {"fill_first": True}}},
+                ),
+                "plain": Option(
+                    "Without the language-modelling loss.", {"objective": {"language_model": 0.0}}
+                ),
+            },
+            needs=("data.evaluation", "training.evaluate_every"),
+        ),
+        "distillm2": Method(
+            "Skew KL on the teacher's text of a prompt and skew reverse KL on the student's, half each.",
+            {
+                "data": {"policy": {"name": "pairs", "temperature": 0.8, "top_p": 0.95}},
+                "objective": {
+                    "verifier": {"name": "always"},
+                    "by_writer": {
+                        "teacher": {"divergence": {"name": "skew_kl", "alpha": 0.1}, "weight": 1.0},
+                        "student": {
+                            "divergence": {"name": "skew_reverse_kl", "alpha": 0.1, "detach_mixture": True},
+                            "weight": 1.0,
+                        },
+                    },
+                },
+            },
+            "DistiLLM-2 (arXiv 2503.07067); the mean over both halves is the paper's 1 / (2 |D|).",
+            {
+                "data.policy.temperature": "DistiLLM-2, appendix",
+                "data.policy.top_p": "the same",
+                "objective.by_writer.teacher.divergence.alpha": "DistiLLM-2, section 3.3: alpha_0",
+                "objective.by_writer.student.divergence.detach_mixture": "its released code",
+            },
+            {
+                "gradual": Option(
+                    "The weight of the student's half rises from 1 to 1.5 over the first half, the other falls to .5.",
+                    {
+                        "objective": {
+                            "by_writer": {
+                                "teacher": {"weight": {"start": 1.0, "end": 0.5, "share": 0.5}},
+                                "student": {"weight": {"start": 1.0, "end": 1.5, "share": 0.5}},
+                            }
+                        }
+                    },
+                ),
+                "adaptive_alpha": Option(
+                    "alpha follows the gap of the sequence probabilities; the released code has it off.",
+                    {"objective": {"extras": [{"name": "adaptive_alpha", "start": 0.1, "floor": 0.01}]}},
+                ),
+                "through_mixture": Option(
+                    "The gradient goes through the student inside the mixture, as in DistiLLM.",
+                    {"objective": {"by_writer": {"student": {"divergence": {"detach_mixture": False}}}}},
+                ),
+                "stored": Option(
+                    "The source holds the teacher's text already (`selectkd generate`).",
+                    {"data": {"policy": {"teacher_text": "source"}}},
+                ),
+            },
+        ),
+        "skd": Method(
+            "Forward KL on text that student and teacher write in turn: tokens outside its top 25 are the teacher's.",
+            {"data": {"policy": {"name": "interleaved", "window": 25}}, **_loss("forward_kl")},
+            "SKD (arXiv 2410.11325).",
+            {"data.policy.window": "SKD, section 4"},
+            {
+                "jsd": Option(
+                    "Generalised Jensen-Shannon at .5.",
+                    {"objective": {"divergence": {"name": "generalized_jsd", "beta": 0.5}}},
+                )
+            },
+        ),
+        "opd": Method(
+            "Reverse KL of the sampled token as an advantage, on the student's own text.",
+            {
+                "data": {"policy": {"name": "student", "probability": 1.0}},
+                **_loss("sampled_reverse_kl", within={"reduction": "token_mean"}),
+            },
+            "On-policy distillation by the sampled token: stop-gradient advantage, coefficient 1, discount 0.",
+            options={
+                "whole_vocabulary": Option(
+                    "The exact reverse KL of each position instead of its estimate.",
+                    {"objective": {"divergence": {"name": "reverse_kl"}}},
+                )
+            },
         ),
         "abkd": Method(
-            "alpha-beta divergence at (.2, .7).",
-            _plain({"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}),
-            "Source: ABKD (arXiv 2505.04560).",
+            "alpha-beta divergence on the data set.",
+            _loss("alpha_beta", alpha=0.2, beta=0.7),
+            "ABKD (arXiv 2505.04560).",
+            {"objective.divergence.alpha": "ABKD, experiments", "objective.divergence.beta": "the same"},
         ),
         "akl": Method(
             "Adaptive KL: forward and reverse KL weighed by where the two models differ.",
-            _plain({"name": "adaptive_kl"}),
-            "Source: AKL (arXiv 2404.02657).",
+            _loss("adaptive_kl", mu=0.5),
+            "AKL (arXiv 2404.02657).",
+            {"objective.divergence.mu": "AKL, section 4"},
         ),
         "todi": Method(
             "Token-wise mixture of forward and reverse KL.",
-            _plain({"name": "todi"}),
-            "Source: ToDi (arXiv 2505.16297).",
+            _loss("todi"),
+            "ToDi (arXiv 2505.16297).",
         ),
         "taid": Method(
             "Forward KL to a target that moves from the student's to the teacher's distribution.",
-            _plain({"name": "taid"}),
-            "Source: TAID (arXiv 2501.16937).",
+            _loss("taid"),
+            "TAID (arXiv 2501.16937); t rises from .4 to 1, faster while the loss falls (schedules.TaidSchedule).",
+        ),
+        "adaspec": Method(
+            "Forward KL on the 40% of the tokens that a reference student finds easiest to gain on; mean over them.",
+            {
+                "objective": {
+                    "divergence": {"name": "forward_kl"},
+                    "selector": {"name": "adaspec", "share": 0.4},
+                    "beta": 0.0,
+                    "reduction": "weight_mean",
+                }
+            },
+            "AdaSPEC (arXiv 2510.19779); the reference is a student distilled by forward KL before (method: kd).",
+            {"objective.selector.share": "AdaSPEC, section 3"},
+            needs=("reference",),
+        ),
+        "atkd": Method(
+            "Hard tokens learn target and rest, easy ones the rest alone, by the teacher's surprise at the label.",
+            {
+                "objective": {
+                    "verifier": {"name": "always"},
+                    "extras": [{"name": "atkd", "easy": 0.2}],
+                    "reduction": "token_mean",
+                }
+            },
+            "ATKD (arXiv 2402.11890).",
+            {"objective.extras.easy": "ATKD, section 3: .2 easy, .8 hard, half of the tokens each"},
         ),
         "tip": Method(
             "Forward KL on the half of the tokens with the highest entropy or divergence.",
-            {"divergence": {"name": "forward_kl"}, "selector": {"name": "tip"}, "beta": 0.0},
-            "The paper's own share and score are the selector's defaults.",
+            {"objective": {"divergence": {"name": "forward_kl"}, "selector": {"name": "tip"}, "beta": 0.0}},
+            "TIP; its own share and score are the selector's defaults.",
         ),
         "se_kd": Method(
             "Forward KL on the fifth of the tokens where the student is least certain.",
-            {"divergence": {"name": "forward_kl"}, "selector": {"name": "se_kd"}, "beta": 0.0},
-            "The paper's own share is the selector's default.",
+            {"objective": {"divergence": {"name": "forward_kl"}, "selector": {"name": "se_kd"}, "beta": 0.0}},
+            "SE-KD; its own share is the selector's default.",
         ),
     }
 )

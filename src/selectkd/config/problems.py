@@ -57,6 +57,8 @@ def explained(
     found: dict[tuple[str | int, ...], list[str]] = {}
     for one in error.errors(include_url=False):
         path = _path(one["loc"], values)
+        at = one.get("ctx", {}).get("at")
+        path = (*path, at) if at else path
         told = _told(one, model, path)
         if told not in found.setdefault(path, []):
             found[path].append(told)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
+from selectkd.config.expand import expanded
+from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
 from selectkd.config.several import Several
 from selectkd.config.teachers import Teacher
@@ -58,8 +60,43 @@ class Student(Section):
         return self
 
 
+class WeightChange(Section):
+    """A weight from start to end, linearly over the first ``share`` of a run's steps."""
+
+    start: Annotated[float, Field(ge=0.0)]
+    end: Annotated[float, Field(ge=0.0)]
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+def _weight_kind(value: Any) -> str:
+    return "change" if isinstance(value, dict | WeightChange) else "constant"
+
+
+Writer = Literal["dataset", "teacher", "student", "both"]
+
+
+class StreamObjective(Section):
+    """What is different for one stream: keys of ``objective``, and ``weight``, the factor of its rows' loss."""
+
+    divergence: Component | None = None
+    verifier: Component | None = None
+    selector: Component | None = None
+    beta: Share | None = None
+    weight: (
+        Annotated[
+            Annotated[Annotated[float, Field(ge=0.0)], Tag("constant")]
+            | Annotated[WeightChange, Tag("change")],
+            Discriminator(_weight_kind),
+        ]
+        | None
+    ) = None
+
+
 class SourceSection(Section):
-    """One source of text: a file, a folder or a hub data set id. The format is detected unless given."""
+    """One source of text: a file, a folder or a hub data set id. The format is detected unless given.
+
+    policy: who writes its text, default data.policy. objective: what is different for it.
+    """
 
     path: Text
     name: Name | None = None
@@ -68,6 +105,13 @@ class SourceSection(Section):
     config: Text | None = None
     limit: Count | None = None
     weight: Annotated[float, Field(gt=0.0)] | None = None
+    policy: Policy | None = None
+    objective: StreamObjective | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What the data room reads of it."""
+        return self.model_dump(exclude={"policy", "objective"}, exclude_none=True)
 
 
 def _evaluation_kind(value: Any) -> str:
@@ -78,6 +122,7 @@ class Data(Section):
     """The text: where it is, what is held out, and what to do with records that do not fit."""
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
+    policy: Policy = DatasetPolicy(name="dataset")
     evaluation: (
         Annotated[
             Annotated[SourceSection, Tag("source")]
@@ -96,6 +141,20 @@ class Data(Section):
     def _one_way_to_save_padding(self) -> Self:
         if self.packing and self.bucket:
             raise refuse("packing leaves no padding for bucket to save; set one of the two to false")
+        return self
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The policy of each source."""
+        return [source.policy or self.policy for source in self.sources]
+
+    @model_validator(mode="after")
+    def _packs_text_of_known_length(self) -> Self:
+        written = [policy.name for policy in self.policies if policy.name != "dataset"]
+        if self.packing and written:
+            raise refuse(
+                f"packing needs the length of every text, and the policy {written[0]} has it written later"
+            )
         return self
 
 
@@ -119,7 +178,12 @@ def _beta_kind(value: Any) -> str:
 
 
 class ObjectiveSection(Section):
-    """The loss: (beta + (1 - beta) a) D(p || q) a token. Defaults are SelecTKD's: greedy_topk, k = 5, .01."""
+    """The loss: (beta + (1 - beta) a) D(p || q) a token. Defaults are SelecTKD's: greedy_topk, k = 5, .01.
+
+    With a selector and a verifier the verifier weighs the rows the selector keeps, and the others count nothing.
+    by_writer: what is different for text by its writer. language_model: the factor of a cross-entropy on the text that
+    the student did not write, which nothing gates. extras: `selectkd show extras`.
+    """
 
     divergence: Component = {"name": "forward_kl"}
     verifier: Component | None = None
@@ -132,6 +196,9 @@ class ObjectiveSection(Section):
     verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
     thin_rejected: bool = False
     always_accept: list[Literal["eos"] | Annotated[Whole, Field(ge=0)]] = []
+    by_writer: dict[Writer, StreamObjective | None] = {}
+    language_model: Annotated[float, Field(ge=0.0)] = 0.0
+    extras: list[Component] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -140,15 +207,9 @@ class ObjectiveSection(Section):
             return {**value, "verifier": {"name": "greedy_topk", "k": 5}}
         return value
 
-    @model_validator(mode="after")
-    def _one_judge(self) -> Self:
-        if self.verifier is not None and self.selector is not None:
-            raise refuse("takes one of verifier and selector, not both; set the other to null")
-        return self
-
     @property
     def judge(self) -> dict[str, Any]:
-        """The verifier or the selector, whichever the recipe names."""
+        """The verifier, or the selector where there is no verifier."""
         return self.verifier or self.selector or {"name": "greedy_topk", "k": 5}
 
 
@@ -194,7 +255,8 @@ class Training(Section):
     dtype: Dtype = "float32"
     lora: Lora | None = None
     gradient_checkpointing: bool = False
-    save_every: Count | None = None
+    save_every: Count | Literal["auto"] | None = "auto"
+    keep: Annotated[Whole, Field(ge=2)] = 2
     evaluate_every: Count | None = None
     early_stopping: EarlyStopping | None = None
     chunk: Count | None = None
@@ -229,7 +291,12 @@ def _teacher_kind(value: Any) -> str:
 
 
 class Recipe(Section):
-    """One run: a teacher or several, a student, text, an objective and how to train."""
+    """One run: a teacher or several, a student, text, an objective and how to train.
+
+    method: a name of `selectkd show methods`, or {name: ..., OPTION: true}; it stands for parts of data and objective,
+    and what those say themselves counts more. selection: {verifier: greedy_topk, k: 5, beta: .01}, the paper's gate on
+    whatever the method is.
+    """
 
     teacher: Annotated[
         Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
@@ -240,6 +307,13 @@ class Recipe(Section):
     reference: Reference | None = None
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection.model_validate({}))
     training: Training
+    method: Component | None = None
+    selection: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_words(cls, value: Any) -> Any:
+        return expanded(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _held_out_text_has_a_teacher(self) -> Self:

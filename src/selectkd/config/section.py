@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 Dtype = Literal["float32", "bfloat16"]
 
 
-def refuse(message: str) -> PydanticCustomError:
-    """The error a check of several keys raises; the message is shown as it is."""
-    return PydanticCustomError("selectkd", "{told}", {"told": message})
+def refuse(message: str, *, at: str = "") -> PydanticCustomError:
+    """The error a check of several keys raises, the message shown as it is; ``at``: a key below, where one is meant."""
+    return PydanticCustomError("selectkd", "{told}", {"told": message, "at": at})
 
 
 def _whole(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several teachers in one recipe: each with a weight, or each with the streams it answers for."""
+"""Several teachers in one recipe: each with a weight, or each with the streams or the records it answers for."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from selectkd.config.section import Name, Section, refuse
+from selectkd.config.section import Name, Section, Text, refuse
 from selectkd.config.teachers import Teacher
 
-OWN = ("weight", "streams", "teacher")
+Value = str | int | float | bool
+
+OWN = ("weight", "streams", "when", "teacher")
 
 
 class Member(Section):
-    """One of several teachers: {model: ..., weight: .7} or {model: ..., streams: [code]}, of any kind.
+    """One of several teachers: {model: ..., weight: .7}, {model: ..., streams: [code]} or {model: ..., when: {topic:
+    code}}, of any kind.
 
-    weight: its share of the averaged probabilities, in proportion to the others'. streams: names of data.sources.
+    weight: its share of the averaged probabilities, in proportion to the others'. streams: names of data.sources. when:
+    fields of a record and the value each must have, or a list of such values.
     """
 
     teacher: Teacher
     weight: Annotated[float, Field(gt=0.0)] | None = None
     streams: Annotated[list[Name], Field(min_length=1)] | None = None
+    when: (
+        Annotated[dict[Text, Value | Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)] | None
+    ) = None
 
     @model_validator(mode="before")
     @classmethod
@@ -32,11 +39,14 @@ class Member(Section):
 
 
 def _one_way(members: list[Member]) -> list[Member]:
-    weighed = [member.weight is not None for member in members]
-    routed = [member.streams is not None for member in members]
-    if not (all(weighed) and not any(routed)) and not (all(routed) and not any(weighed)):
+    ways = [
+        {way for way in ("weight", "streams", "when") if getattr(member, way) is not None}
+        for member in members
+    ]
+    if len(ways[0]) != 1 or any(way != ways[0] for way in ways):
         raise refuse(
-            "several teachers are averaged or routed, all the same way: give each a weight, or each its streams"
+            "several teachers are averaged or routed, all the same way: give each a weight, or each its streams, or "
+            "each the records it answers for (when: {field: value})"
         )
     named = [stream for member in members for stream in member.streams or ()]
     twice = sorted({stream for stream in named if named.count(stream) > 1})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self
 
-from selectkd.config.section import Count, Dtype, Section, Text, Whole, refuse
+from selectkd.config.section import Count, Dtype, Section, Share, Text, Whole, refuse
 
 
 def _plain_url(url: str) -> str:
@@ -31,21 +32,44 @@ Variable = Annotated[Text, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
+class CrossTokenizer(Section):
+    """How a teacher of another tokenizer is put beside the student: ``spans``, or these keys.
+
+    pairing: ``spans`` of the same text, or the i-th token beside the i-th (``index``, for uld alone: its paper's way).
+    matched_weight: what the divergence on the tokens of both counts, and 1 minus it the sorted distance of the
+    others; default the part of the teacher's vocabulary that the student has. unverified_weight: weight of a span
+    whose proposal the teacher has no token for; default beta, the weight of a rejected one.
+    """
+
+    pairing: Literal["spans", "index"] = "spans"
+    matched_weight: Share | None = None
+    unverified_weight: Share | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairing_alone(cls, value: Any) -> Any:
+        return {"pairing": value} if isinstance(value, str) else value
+
+
 class ModelTeacher(Section):
-    """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file."""
+    """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file.
+
+    cross_tokenizer: for a teacher whose tokenizer is not the student's.
+    """
 
     model: Text
     revision: Text | None = None
     dtype: Dtype | None = None
     quantization: Text | None = None
+    cross_tokenizer: CrossTokenizer | None = None
 
 
 class RemoteTeacher(Section):
-    """A server that is asked for the teacher's k best tokens.
+    """A server that is asked for the teacher's rows: its K best tokens, or its hidden states where k is left out.
 
-    tokenizer: the folder or hub name of the tokenizer it serves with, for it answers in ids and does not say whose.
-    model: its name there, needed where it serves several. api_key_env: the variable of the environment that holds the
-    key, which is sent to this URL alone.
+    Only kind selectkd (`selectkd serve-teacher`) has hidden states. tokenizer: the folder or hub name of the
+    server's tokenizer, which only kind selectkd tells by itself. model: its name there, needed where it serves
+    several. api_key_env: the variable of the environment that holds the key, which is sent to this URL alone.
 
     timeout: seconds an answer may take in all. wait: seconds a server that is away or busy is waited for, three times
     the outage the tests make. retries: how often an answer that is wrong is asked for again. concurrency: questions
@@ -53,25 +77,37 @@ class RemoteTeacher(Section):
     """
 
     url: Url
-    kind: Literal["vllm", "sglang", "openai"]
+    kind: Literal["vllm", "sglang", "openai", "selectkd"]
     model: Text | None = None
-    tokenizer: Text
-    k: Count
+    tokenizer: Text | None = None
+    k: Count | None = None
     api_key_env: Variable | None = None
     timeout: Seconds = 120.0
     wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
     retries: Annotated[Whole, Field(ge=0, le=100)] = 3
     concurrency: Annotated[Count, Field(le=256)] = 8
 
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        if self.kind != "selectkd" and self.k is None:
+            raise refuse(f"kind {self.kind} answers with its best tokens; say how many: k: 32")
+        if self.kind != "selectkd" and self.tokenizer is None:
+            raise refuse(
+                f"kind {self.kind} answers in token ids and does not say whose; name the tokenizer it serves with, "
+                "so that it can be compared with the student's: tokenizer: FOLDER"
+            )
+        return self
+
 
 class CacheTeacher(Section):
     """A folder that `selectkd cache build` fills with the teacher's rows of this text, and a run reads.
 
-    A build needs model, and payload and k where the payload is not hidden. A run needs none of them: each one that
-    is given must be the cache's own.
+    A build needs model or server, and payload and k where the payload is not the default: hidden, or what the server
+    gives. A run needs none of them: each one that is given must be the cache's own.
     """
 
     cache: Text
+    server: RemoteTeacher | None = None
     model: Text | None = None
     revision: Text | None = None
     dtype: Dtype | None = None

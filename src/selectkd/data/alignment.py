@@ -104,7 +104,8 @@ def _vocabulary_difference(teacher: dict[str, int], student: dict[str, int]) -> 
         f"Teacher and student have different tokenizers: {len(differ)} ids differ "
         f"({len(teacher)} and {len(student)} tokens), the first:\n"
         + "\n".join(lines)
-        + "\nWhat would work: a student with the teacher's tokenizer, for example of the same family."
+        + "\nWhat would work: a student with the teacher's tokenizer, for example of the same family, or "
+        "teacher.cross_tokenizer: spans."
     )
 
 

@@ -21,8 +21,8 @@ from selectkd.errors import ConfigError, DataError
 class Batch:
     """What one step sees. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
 
-    ``completion`` says whether token i is trained, ``stream`` is the stream of each sample. ``extra`` passes
-    to the model untouched.
+    ``completion`` says whether token i is trained, ``stream`` is the stream of each sample, ``route`` the teacher its
+    record names, -1 for none. ``extra`` passes to the model untouched.
     """
 
     input_ids: Tensor  # [b, t] int64
@@ -33,10 +33,15 @@ class Batch:
     stream: Tensor  # [samples] int64
     packed: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    route: Tensor | None = None  # [samples] int64
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; tensors of ``extra`` move too."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
         extra = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.extra.items()}
         return replace(self, **moved, extra=extra)
 
@@ -105,6 +110,7 @@ def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, p
     position_ids = torch.zeros(shape, dtype=torch.int64)
     sequence = torch.full(shape, -1, dtype=torch.int64)
     stream: list[int] = []
+    route: list[int] = []
     for row, examples in enumerate(bins):
         start = 0
         for example in examples:
@@ -115,9 +121,10 @@ def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, p
             position_ids[row, place] = torch.arange(len(example))
             sequence[row, place] = len(stream)
             stream.append(example.stream)
+            route.append(example.route)
             start += len(example)
-    streams = torch.tensor(stream, dtype=torch.int64)
-    return Batch(input_ids, attention_mask, completion, position_ids, sequence, streams, packed)
+    streams, routes = (torch.tensor(each, dtype=torch.int64) for each in (stream, route))
+    return Batch(input_ids, attention_mask, completion, position_ids, sequence, streams, packed, route=routes)
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:

@@ -34,7 +34,7 @@ ALPACA = (
 @dataclass(frozen=True)
 class Example:
     """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes
-    it.
+    it. route: which of several teachers its record names, -1 where none is asked for.
     """
 
     input_ids: list[int]
@@ -42,6 +42,7 @@ class Example:
     stream: int = 0
     origin: str = ""
     truncated: bool = False
+    route: int = -1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -124,7 +125,7 @@ def _tokenize(
     if sample.text is not None:
         if not sample.text.strip():
             return [], []
-        ids = _with_start(_encode(tokenizer, sample.text), tokenizer) + _end(tokenizer)
+        ids = with_start(_encode(tokenizer, sample.text), tokenizer) + _end(tokenizer)
         return _single_end(ids, [True] * len(ids), eos_ids)
     if getattr(tokenizer, "chat_template", None) or sample.completion is None:
         if train_on == "all" and getattr(tokenizer, "chat_template", None):
@@ -179,7 +180,7 @@ def _joined(
             before, after = list(encoded["input_ids"][:count]), list(encoded["input_ids"][count:])
     if before is None or after is None:
         before, after = _encode(tokenizer, prompt), _encode(tokenizer, completion)
-    before = _with_start(before, tokenizer)
+    before = with_start(before, tokenizer)
     ids = before + after + _end(tokenizer)
     return _single_end(ids, [train_on == "all"] * len(before) + [True] * (len(ids) - len(before)), eos_ids)
 
@@ -188,7 +189,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _with_start(ids: list[int], tokenizer: Any) -> list[int]:
+def with_start(ids: list[int], tokenizer: Any) -> list[int]:
     """The ids with the special tokens the tokenizer itself puts first (a BOS, say), unless they are there
     already.
     """

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,13 @@ def dataset_source(
     on_bad_record: OnBad = "error",
     stream: int = 0,
     eos_ids: Collection[int] = (),
+    route: Callable[[Mapping[str, Any], str], int] | None = None,
 ) -> Source:
     """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config}.
 
-    Raises ConfigError for a key or weight that cannot be, DataError naming file:line for a record that cannot
-    be trained on (kept in ``problems`` instead under ``on_bad_record="skip"``), and DataError when nothing is
-    left.
+    route: the teacher of a record, from its fields and its origin. Raises ConfigError for a key or weight that cannot
+    be, DataError naming file:line for a record that cannot be trained on (kept in ``problems`` instead under
+    ``on_bad_record="skip"``), and DataError when nothing is left.
     """
     given = {key: value for key, value in spec.items() if value is not None}
     unknown = sorted(set(given) - set(SPEC_KEYS))
@@ -103,6 +104,8 @@ def dataset_source(
                 stream=stream,
                 eos_ids=eos_ids,
             )
+            if route is not None and isinstance(result, Example):
+                result = replace(result, route=route(record, origin))
         except DataError as error:
             if on_bad_record == "error":
                 raise

@@ -17,7 +17,15 @@ from selectkd.divergences.kl import (
     skew_kl,
     skew_reverse_kl,
 )
+from selectkd.divergences.label import (
+    LABEL_LOSSES,
+    cross_entropy,
+    decoupled_kl,
+    reads_label,
+    sampled_reverse_kl,
+)
 from selectkd.divergences.power import alpha_beta
+from selectkd.divergences.sorted import is_unpaired, uld
 
 Divergence = Callable[..., Tensor]
 
@@ -36,20 +44,27 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
         "taid": taid,
         "neg_log_acceptance": neg_log_acceptance,
         "kl_tv_hybrid": kl_tv_hybrid,
+        "uld": uld,
     }
 )
 
 __all__ = [
     "DIVERGENCES",
+    "LABEL_LOSSES",
     "Divergence",
     "adaptive_kl",
     "alpha_beta",
+    "cross_entropy",
+    "decoupled_kl",
     "forward_kl",
     "generalized_jsd",
+    "is_unpaired",
     "jeffreys",
     "kl_tv_hybrid",
     "neg_log_acceptance",
+    "reads_label",
     "reverse_kl",
+    "sampled_reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "taid",

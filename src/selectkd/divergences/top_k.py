@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Verdict = Literal["exact", "lower bound", "upper bound", "refused"]
+Verdict = Literal["exact", "lower bound", "upper bound", "unbiased", "refused"]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from selectkd.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
-from selectkd.models.save import disk_error, replace_folder, sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("bitsandbytes-4bit", "bitsandbytes-8bit")

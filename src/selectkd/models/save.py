@@ -10,7 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from selectkd.errors import ConfigError, ResourceError
+from safetensors import SafetensorError
+
+from selectkd.durable import disk_error, os_error_of, replace_folder, sync_folder
+from selectkd.errors import ConfigError
 from selectkd.models.lora import merge
 
 
@@ -38,6 +41,8 @@ def save_student(model: Any, tokenizer: Any, folder: str | os.PathLike[str], car
         replace_folder(partial, folder)
     except OSError as error:
         raise disk_error(error, folder) from error
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise disk_error(os_error_of(error), folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -49,31 +54,3 @@ def check_target(folder: Path) -> None:
         raise ConfigError(f"{folder} is a file. Name a folder for the model.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds files that are no model. Name a new or an empty folder.")
-
-
-def sync_folder(folder: Path) -> None:
-    """Force every file of a folder, and the folder itself, to the disk, so a rename publishes whole files."""
-    for path in [*sorted(folder.rglob("*")), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Put ``partial`` in the place of ``folder``; what stood there is moved aside first and deleted last."""
-    aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(aside)
-    partial.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def disk_error(error: OSError, folder: Path) -> ResourceError:
-    """The ResourceError for a failed write: which folder, what the system said, and how much is free."""
-    free = shutil.disk_usage(folder.parent).free
-    return ResourceError(
-        f"cannot write the model to {folder}: {error.strerror or error}; {free / 2**30:.2f} GiB are free. "
-        "Free some space or name another folder."
-    )

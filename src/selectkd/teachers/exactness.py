@@ -11,18 +11,21 @@ from dataclasses import asdict
 from typing import Any
 
 from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.top_k import Exactness, from_top_k
+from selectkd.divergences.sorted import is_unpaired
+from selectkd.divergences.top_k import MERGED, REVERSE, Exactness, from_top_k
 from selectkd.errors import ConfigError
 from selectkd.objective import Objective
 from selectkd.registry import name_of
 from selectkd.selectors import SELECTORS
 from selectkd.teachers.protocol import Payload
-from selectkd.verifiers import VERIFIERS
+from selectkd.verifiers import VERIFIERS, reads_proposal_alone
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
-    "hidden": "its last hidden states and its head, from a cache",
+    "hidden": "its last hidden states and its head, from a cache or from `selectkd serve-teacher`",
     "top_k": "its K best tokens, from a cache or a server",
+    "sampled": "K ids drawn from it, from a cache (sparse logit sampling)",
+    "aligned": "a model of another tokenizer in memory, aligned by spans of text",
 }
 """What each payload is; ``show teachers`` and docs/teachers.md have a column for each."""
 
@@ -30,6 +33,9 @@ WHOLE = Exactness("exact", "the whole distribution is at hand, in the precision 
 BATCH = Exactness(
     "refused",
     "it ranks the rows of a batch by a score that K tokens and a tail do not give, so the order itself can change",
+)
+BATCH_ACROSS = Exactness(
+    "refused", "it scores rows by comparing the two distributions token by token, and their tokens differ"
 )
 SILENT = Exactness(
     "refused", "it needs the whole vocabulary, and does not declare what a top-K teacher does to it"
@@ -43,14 +49,49 @@ WHY = {
 DRAWN = ("forward_kl", "always")
 """The divergence and the verifier whose gradient ids drawn from the teacher give without bias; no others."""
 
+UNBIASED = Exactness(
+    "unbiased",
+    "the drawn ids give the gradient q - p in the mean; its value is larger by a constant of the text",
+)
+DRAWS = Exactness("refused", "drawn ids have no ranks, and only forward_kl's gradient is linear in p")
+EVERY = Exactness("exact", "it takes every row and looks at nothing")
+SORTED = Exactness("exact", "it compares sorted probabilities and needs no token in common")
+REST = Exactness(
+    "lower bound",
+    "it is taken on the tokens of both, the span's text and the rest as one outcome; merging never raises it. "
+    "The sorted distance of the other tokens is added",
+)
+UNLIKE = Exactness(
+    "refused", "it is no f-divergence: nothing bounds what merging the tokens without a counterpart does"
+)
+TRANSLATED = Exactness(
+    "exact",
+    "where the proposal's bytes are a token of the teacher; the other rows are unverified, and counted",
+)
+APART = Exactness("refused", "it compares the two distributions token by token, and their tokens differ")
+
 
 def of_divergence(divergence: Any, payload: Payload) -> Exactness:
     """What a divergence's value is from a payload; its parameters, where bound, count."""
+    if payload == "sampled":
+        return UNBIASED if name_of(divergence) == DRAWN[0] else DRAWS
+    if payload == "aligned":
+        if is_unpaired(divergence):
+            return SORTED
+        return REST if from_top_k(divergence) in (MERGED, REVERSE) else UNLIKE
     return from_top_k(divergence) if payload == "top_k" else WHOLE
 
 
 def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exactness:
     """What a verifier's or selector's acceptance is from a payload of K = ``k`` tokens; None: as many as it needs."""
+    if payload == "sampled":
+        return EVERY if name_of(verifier) == DRAWN[1] else DRAWS
+    if payload == "aligned":
+        if hasattr(verifier, "keep"):
+            return BATCH_ACROSS
+        if verifier.teacher_tokens == 0:
+            return Exactness("exact", "it does not look at the teacher")
+        return TRANSLATED if reads_proposal_alone(verifier) else APART
     if payload != "top_k":
         return WHOLE
     need = verifier.teacher_tokens
@@ -85,9 +126,14 @@ def check(
     source: str = "",
 ) -> None:
     """ConfigError where a payload refuses a part of the objective; says what both sides are and what would work."""
-    teacher = f"the teacher {source}".strip() + (
-        f" gives its {k} best tokens" if k else " gives its best tokens"
+    gives = (
+        "has another tokenizer"
+        if payload == "aligned"
+        else f"gives its {k} best tokens"
+        if k
+        else "gives its best tokens"
     )
+    teacher = f"the teacher {source}".strip() + f" {gives}"
     names = name_of(objective.divergence), name_of(objective.verifier)
     if payload == "sampled" and names != DRAWN:
         raise ConfigError(
@@ -96,9 +142,10 @@ def check(
         )
     for part, told in of(objective, payload, k=k).items():
         if told.verdict == "refused":
+            other = "of the student's tokenizer" if payload == "aligned" else "that gives hidden states"
             raise ConfigError(
                 f"objective.{part} = {name_of(getattr(objective, part))} cannot be taken from this teacher: "
-                f"{teacher}, and {told.reason}. Use {_instead(part)}, or a teacher that gives hidden states "
+                f"{teacher}, and {told.reason}. Use {_instead(part, payload)}, or a teacher {other} "
                 "(live, or a cache built with payload: hidden); `selectkd show teachers` has the table."
             )
     for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
@@ -106,6 +153,11 @@ def check(
             raise ConfigError(
                 f"objective.{key} = {value} cannot be taken from this teacher: {teacher} at temperature 1, and "
                 "their tail cannot be re-tempered. Set it to 1.0, or use a teacher that gives hidden states."
+            )
+        if payload == "aligned" and value != 1.0:
+            raise ConfigError(
+                f"objective.{key} = {value} cannot be taken from this teacher: {teacher}, and the probability of a "
+                "span is a product of its tokens' at temperature 1. Set it to 1.0."
             )
 
 
@@ -120,10 +172,10 @@ def check_edge(objective: Objective, payload: Payload, *, k: int | None) -> None
         )
 
 
-def _instead(part: str) -> str:
+def _instead(part: str, payload: Payload) -> str:
     if part == "verifier":
-        return "greedy_topk with k up to the stored K"
-    good = [name for name, one in DIVERGENCES.items() if from_top_k(one).verdict != "refused"]
+        return "greedy_topk with k up to the stored K" if payload != "aligned" else "greedy_topk or always"
+    good = [name for name, one in DIVERGENCES.items() if of_divergence(one, payload).verdict != "refused"]
     return ", ".join(good[:-1]) + f" or {good[-1]}"
 
 
@@ -148,16 +200,28 @@ def page() -> str:
         "# What a teacher's payload is worth",
         "",
         "Written by `selectkd show teachers --markdown` from what the code declares; a test holds the two equal.",
-        "A row's loss is as good as the weaker of its divergence and its verifier. Components stand at their default",
+        "A row's loss is as good as the weaker of its divergence and its verifier. Unbiased: its gradient is, in the",
+        "mean over the draws. Components stand at their default",
         "parameters: alpha_beta with alpha + beta = 1, jeffreys at weight 0 and taid at t = 1 are bounds too.",
         "",
     ]
     lines += [f"- **{payload}**: {what}." for payload, what in PAYLOADS.items()]
     rows = table()
     for kind in ("divergence", "verifier", "selector"):
-        lines += ["", f"| {kind} | live | hidden | top_k | why, for top_k |", "|---|---|---|---|---|"]
+        lines += ["", f"| {kind} | {' | '.join(PAYLOADS)} |", "|---" * (len(PAYLOADS) + 1) + "|"]
         for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
             mine = {row["payload"]: row for row in rows if (row["kind"], row["name"]) == (kind, name)}
-            verdicts = " | ".join(mine[payload]["verdict"] for payload in PAYLOADS)
-            lines.append(f"| `{name}` | {verdicts} | {mine['top_k']['reason']} |")
+            lines.append(
+                f"| `{name}` | " + " | ".join(mine[payload]["verdict"] for payload in PAYLOADS) + " |"
+            )
+    for payload in ("top_k", "sampled", "aligned"):
+        lines += ["", f"Why, for {payload}:", ""]
+        reasons = dict.fromkeys((row["verdict"], row["reason"]) for row in rows if row["payload"] == payload)
+        for verdict, reason in reasons:
+            names = [
+                f"`{row['name']}`"
+                for row in rows
+                if (row["payload"], row["verdict"], row["reason"]) == (payload, verdict, reason)
+            ]
+            lines.append(f"- {verdict}: {reason}. ({', '.join(names)})")
     return "\n".join(lines) + "\n"

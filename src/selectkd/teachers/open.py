@@ -9,9 +9,11 @@ from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
 from selectkd.config import Teacher as Section
 from selectkd.config.several import Member
 from selectkd.errors import ConfigError
+from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.own_plan import OwnPlan
 from selectkd.teachers.remote.plan import RemotePlan, connection_of
 from selectkd.teachers.several import SeveralPlan
 
@@ -22,18 +24,24 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
         plans = [plan_teacher(member.teacher, dtype=dtype) for member in spec]
         weights = [member.weight for member in spec if member.weight is not None]
         streams = [member.streams for member in spec if member.streams is not None]
-        return SeveralPlan(plans, weights or None, streams or None)
+        when = [member.when for member in spec if member.when is not None]
+        return SeveralPlan(plans, weights or None, streams or None, when or None)
     if isinstance(spec, ModelTeacher):
-        return ModelPlan(
+        own = ModelPlan(
             spec.model,
             dtype=spec.dtype or dtype,
             quantization=spec.quantization,
             wanted_revision=spec.revision,
         )
+        if spec.cross_tokenizer is None:
+            return own
+        across = spec.cross_tokenizer
+        return AlignedPlan(own, across.pairing, across.matched_weight, across.unverified_weight)
     if isinstance(spec, CacheTeacher):
         return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
     if isinstance(spec, RemoteTeacher):
-        return RemotePlan(spec, connection_of(spec))
+        kind = OwnPlan if spec.kind == "selectkd" else RemotePlan
+        return kind(spec, connection_of(spec))
     raise ConfigError(f"no teacher can be made of {type(spec).__name__}. Name one: teacher: {{model: ...}}.")
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from selectkd.models.load import Loaded
 from selectkd.rows import TeacherRows
 
-Payload = Literal["live", "hidden", "top_k", "sampled"]
+Payload = Literal["live", "hidden", "top_k", "sampled", "aligned"]
 """What a kind of teacher hands over: a live or a stored hidden state with its head, its K best
-tokens, or K ids drawn from it."""
+tokens, K ids drawn from it, or a distribution over another tokenizer's tokens a span of text."""
 
 
 class Teacher(Protocol):

@@ -6,14 +6,14 @@ n rows, c rows of a chunk, w shared vocabulary, K stored tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectkd.errors import ConfigError
+from selectkd.errors import ConfigError, DataError
 from selectkd.models.load import Loaded
 from selectkd.rows import CachedRows, Head, LiveChunk, LiveRows, Scratch, TeacherRows
 from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
@@ -36,6 +36,10 @@ class SeveralRows:
 
     def shared_width(self, student_width: int) -> int:
         return min(rows.shared_width(student_width) for rows in self.rows)
+
+    def take(self, index: Tensor) -> SeveralRows:
+        reference = None if self.reference is None else self.reference.take(index)
+        return SeveralRows([rows.take(index) for rows in self.rows], self.share[:, index], reference)
 
     @torch.no_grad()
     def open(self, rows: slice, width: int, scratch: Scratch) -> LiveChunk:
@@ -70,11 +74,13 @@ _PLAIN = Head(torch.empty(0, 0))
 
 @dataclass
 class SeveralTeacher:
-    """weights [m]: of the average. streams: instead, the teacher of each stream by number; one of the two is None."""
+    """weights [m]: of the average. streams: instead, the teacher of each stream by number. Without either, each sample
+    carries the number of its teacher, ``route``.
+    """
 
     members: list[Teacher]
-    weights: list[float] | None
-    streams: list[int] | None
+    weights: list[float] | None = None
+    streams: list[int] | None = None
     reference: Teacher | None = None
 
     def __call__(self, batch: Any, position: Tensor) -> TeacherRows:
@@ -86,10 +92,7 @@ class SeveralTeacher:
             share = torch.tensor([weight / total for weight in self.weights], device=device)
             rows = [member(batch, position) for member in self.members]
             return SeveralRows([_dense(one) for one in rows], share[:, None].expand(-1, n), reference)
-        assert self.streams is not None  # one of the two is given
-        owner = torch.tensor(self.streams, device=device)[batch.stream][
-            batch.sequence.flatten()[position]
-        ]  # [n]
+        owner = self._owner(batch)[batch.sequence.flatten()[position]]  # [n]
         chosen = [(owner == index).nonzero()[:, 0] for index in range(len(self.members))]
         parts = [
             (at, member(*rows_of(batch, position[at])))
@@ -99,6 +102,17 @@ class SeveralTeacher:
         if parts and all(isinstance(rows, CachedRows) for _, rows in parts):
             return _together(parts, n)  # type: ignore[arg-type]
         return _routed([(at, _dense(rows)) for at, rows in parts], n, device, reference)
+
+    def _owner(self, batch: Any) -> Tensor:
+        """The teacher of each sample of a batch by number, [samples]."""
+        if self.streams is not None:
+            return torch.tensor(self.streams, device=batch.stream.device)[batch.stream]
+        if batch.route is None or bool((batch.route < 0).any()):
+            raise ConfigError(
+                "teacher: the teachers are routed by a field of the record, and a sample of this batch has no record "
+                "(it was written during training). Route by streams instead."
+            )
+        return batch.route
 
 
 def rows_of(batch: Any, position: Tensor) -> tuple[Any, Tensor]:
@@ -120,6 +134,8 @@ def rows_of(batch: Any, position: Tensor) -> tuple[Any, Tensor]:
     named = ("input_ids", "attention_mask", "completion", "position_ids")
     fewer = {name: getattr(batch, name)[wanted] for name in named}
     small = replace(batch, **fewer, sequence=number[sequence], stream=batch.stream[samples])
+    if batch.route is not None:
+        small = replace(small, route=batch.route[samples])
     return small, at * width + place
 
 
@@ -156,11 +172,12 @@ def _together(parts: list[tuple[Tensor, CachedRows]], n: int) -> CachedRows:
 
 @dataclass
 class SeveralPlan:
-    """The plan of ``teacher: [{...}, {...}]``. weights or streams: as the recipe gives them, one entry a teacher."""
+    """The plan of ``teacher: [{...}, {...}]``. weights, streams or when: as the recipe has them, one a teacher."""
 
     plans: list[TeacherPlan]
     weights: list[float] | None = None
     streams: list[list[str]] | None = None
+    when: list[dict[str, Any]] | None = None
     model: str | None = None
     _of_stream: list[int] | None = None
 
@@ -170,6 +187,12 @@ class SeveralPlan:
             raise ConfigError(
                 f"teacher: {drawn[0]} gives ids drawn from it, which cannot stand beside other teachers' rows. "
                 "Use it alone, or teachers with hidden states (live, or a cache built with payload: hidden)."
+            )
+        other = [plan.source for plan in self.plans if plan.payload == "aligned"]
+        if other:
+            raise ConfigError(
+                f"teacher: {other[0]} has another tokenizer, and its rows cannot stand beside other teachers' rows. "
+                "Use it alone, or teachers with the student's tokenizer."
             )
         few = [plan.source for plan in self.plans if plan.payload == "top_k"]
         if few and (self.weights is not None or len(few) < len(self.plans)):
@@ -218,13 +241,39 @@ class SeveralPlan:
                 )
         self._of_stream = [owner[name] for name in names]
 
+    def route_of(self, record: Mapping[str, Any], origin: str) -> int:
+        """The number of the teacher whose ``when`` a record meets; DataError where none or two of them do."""
+        assert self.when is not None  # asked of routes by field alone
+        fits = [
+            index
+            for index, wanted in enumerate(self.when)
+            if all(_meets(record.get(field), value) for field, value in wanted.items())
+        ]
+        if len(fits) == 1:
+            return fits[0]
+        fields = dict.fromkeys(field for wanted in self.when for field in wanted)
+        has = ", ".join(f"{field} = {record.get(field)!r}" for field in fields)
+        if fits:
+            raise DataError(
+                f"{origin}: {has} meets the `when` of two teachers. Make them exclude each other."
+            )
+        wanted = "; ".join(
+            ", ".join(f"{field}: {value!r}" for field, value in one.items()) for one in self.when
+        )
+        raise DataError(
+            f"{origin}: {has} meets no teacher's `when` ({wanted}). Add the value under one of them, or set "
+            "data.on_bad_record: skip."
+        )
+
     def check_text(self, examples: Sequence[Any]) -> None:
         """Each teacher is asked about the samples it will teach."""
+        routed = self._of_stream
         for index, plan in enumerate(self.plans):
-            routed = self._of_stream
-            plan.check_text(
-                examples if routed is None else [e for e in examples if routed[e.stream] == index]
-            )
+            if self.weights is not None:
+                own = examples
+            else:
+                own = [e for e in examples if (e.route if routed is None else routed[e.stream]) == index]
+            plan.check_text(own)
 
     def loaded(self) -> Loaded:
         raise ConfigError(
@@ -234,3 +283,9 @@ class SeveralPlan:
     def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> SeveralTeacher:
         members = [plan.open(tokenizer, student_width=student_width) for plan in self.plans]
         return SeveralTeacher(members, self.weights, self._of_stream, reference)
+
+
+def _meets(have: Any, wanted: Any) -> bool:
+    """Whether a field has the value, or one of the values; 1 is not True here."""
+    values = wanted if isinstance(wanted, list) else [wanted]
+    return any(type(have) is type(value) and have == value for value in values)

@@ -30,6 +30,7 @@ class _TeacherEntropy:
 
     uniforms_per_token = 0
     teacher_tokens = None
+    proposal_alone = True  # it asks nothing of the student at all
 
     def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         return entropy(pair.logp) / MOST_NATS

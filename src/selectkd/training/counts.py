@@ -38,6 +38,14 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def total(values: Sequence[int]) -> list[int]:
+    """The sum of each number over all ranks, on every rank; for what only processes know, such as a signal."""
+    if ranks() == 1:
+        return [int(value) for value in values]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    return summed(torch.tensor([int(value) for value in values], device=device)).tolist()
+
+
 @dataclass(frozen=True)
 class Counts:
     """Supervised tokens, and sequences with at least one of them, of one optimizer step over all ranks."""

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
 from selectkd.distill import distillation_loss
+from selectkd.log_probs import token_log_probs
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
-from selectkd.products import cuts
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.draws import draws
@@ -28,7 +27,8 @@ class Evaluation:
 
     perplexity, teacher_perplexity: of the text's own tokens. tar, acceptance (mean over tokens), bite (of the
     KL), overlap (mean of sum_v min(p, q)): at the objective's verifier and beta, where a run gives the beta it
-    ends with. streams: tar and kl of each stream.
+    ends with. streams: tar and kl of each stream. unverified: the share of tokens without a verdict; not 0 beside a
+    teacher of another tokenizer alone, where kl is GOLD's loss with forward_kl and teacher_perplexity is not known.
     """
 
     kl: float
@@ -41,6 +41,7 @@ class Evaluation:
     tokens: int
     sequences: int
     streams: dict[str, dict[str, float | None]]
+    unverified: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -105,17 +106,14 @@ def evaluate(
         tokens=int(n),
         sequences=int(sums["sequences"]),
         streams=stream_rates(total, streams),
+        unverified=told["unverified"],
     )
 
 
 @torch.no_grad()
 def label_surprise(hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None) -> float:
     """The sum of -log of the probability the head gives each label, in nats, over its whole vocabulary."""
-    n, total = hidden.shape[0], 0.0
-    for rows in cuts(0, n, chunk_rows(n, head.width, chunk)):
-        logits = head.logits(hidden[rows])  # [c, v]
-        total += float(nn.functional.cross_entropy(logits, labels[rows], reduction="sum"))
-    return total
+    return -float(token_log_probs(hidden, head, labels, chunk=chunk).sum())
 
 
 @torch.no_grad()

@@ -16,28 +16,44 @@ class Feed:
 
     micro_batches: the micro-batches of an epoch, a pure function of its number. A step takes ``accumulation``
     of them on each rank and may reach into the next epoch, so that all steps have the same number of them.
+    A part of a checkpoint: its state is how far the stream has been read by all ranks, so it goes on there, with
+    another number of ranks too; the micro-batches before are made again and passed over, some .1 ms each.
     """
 
     def __init__(self, micro_batches: Callable[[int], Iterable[Any]]) -> None:
         self.micro_batches = micro_batches
         self.batch_size: int | None = None  # read by the Trainer of a data loader
+        self.epoch, self.taken = 0, 0  # micro-batches of ``epoch`` that all ranks together have taken
 
-    def stream(self) -> Iterator[Any]:
-        """All ranks' micro-batches."""
-        epoch = 0
+    def state_dict(self) -> dict[str, int]:
+        """{"epoch": ..., "taken": micro-batches of it that are behind us}."""
+        return {"epoch": self.epoch, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next ``iter`` starts there."""
+        self.epoch, self.taken = state["epoch"], state["taken"]
+
+    def _stream(self) -> Iterator[Any]:
+        """All ranks' micro-batches from where the feed is; moves it along."""
         while True:
             some = False
-            for batch in self.micro_batches(epoch):
+            for batch in islice(self.micro_batches(self.epoch), self.taken, None):
                 some = True
+                self.taken += 1
                 yield batch
-            if not some:
+            if not some and self.taken == 0:
                 raise DataError(
-                    f"epoch {epoch} has no batch to train on; check the data with `selectkd data check`."
+                    f"epoch {self.epoch} has no batch to train on; check the data with `selectkd data check`."
                 )
-            epoch += 1
+            self.epoch, self.taken = self.epoch + 1, 0
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.stream(), rank(), None, ranks())
+        stream = self._stream()
+        while True:
+            for index, batch in enumerate(islice(stream, ranks())):  # to the end: all ranks count alike
+                if index == rank():
+                    own = batch
+            yield own
 
     def steps(self, accumulation: int) -> Iterator[list[Any]]:
         """This rank's micro-batches, one list for each optimizer step."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import NumericsError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.terms import Extra, LossPlan, StreamLoss, StreamSpec
 from selectkd.training.counts import (
     Counts,
     checked,
@@ -31,7 +32,7 @@ from selectkd.training.draws import draws
 
 FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
-    "weighted_divergence", "weight", "overlap", "teacher_nonfinite",
+    "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
 )  # fmt: skip
 STREAM_FIELDS = ("tar", "sequences", "divergence", "n")
 BAD_IN_A_ROW = 3
@@ -61,7 +62,8 @@ class Ledger:
 
     Every rank keeps the same book, since sums are reduced over ranks in ``settle``; beta and the guard then
     agree. bad_batches: a folder for the token ids of steps that were left out. taid: a schedule for the t of
-    ``taid``.
+    ``taid``. losses: one for each stream, where streams differ. extras: what changes the terms of the loss. write:
+    (batch, step) -> the batch with its text written, before anything is counted.
     """
 
     objective: Objective
@@ -73,9 +75,12 @@ class Ledger:
     bad_batches: Path | None = None
     device: torch.device | str = "cpu"
     taid: TaidSchedule | None = None
+    losses: Sequence[StreamSpec] = ()
+    extras: Sequence[Extra] = ()
+    write: Callable[[Any, int], Any] | None = None
 
     step: int = field(default=0, init=False)  # optimizer steps done, skipped ones included
-    skipped: int = field(default=0, init=False)
+    left_out: list[int] = field(default_factory=list, init=False)  # steps without finite numbers
     tokens: int = field(default=0, init=False)
     tar: float = field(default=0.0, init=False)  # of the last step
     last: dict[str, float] = field(default_factory=dict, init=False)  # sums of the last step
@@ -91,11 +96,46 @@ class Ledger:
         self._window: list[Tensor] = []
         self._since = time.perf_counter()
         self.now = self.objective
+        self.plan = LossPlan.of(self.objective)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out."""
+        return len(self.left_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The book between two steps, schedules of beta and t included."""
+        assert self.beta is not None  # __post_init__ saw to it
+        return {
+            "step": self.step,
+            "left_out": list(self.left_out),
+            "in_a_row": self._in_a_row,
+            "tokens": self.tokens,
+            "tar": self.tar,
+            "last": dict(self.last),
+            "window": [sums.clone() for sums in self._window],
+            "best_tar": self.beta.best_tar,
+            "taid": None if self.taid is None else asdict(self.taid),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next step is the one after the saved one."""
+        assert self.beta is not None  # __post_init__ saw to it
+        self.step, self.left_out, self._in_a_row = state["step"], list(state["left_out"]), state["in_a_row"]
+        self.tokens, self.tar, self.last = state["tokens"], state["tar"], dict(state["last"])
+        self._window = [sums.to(self.device) for sums in state["window"]]
+        self.beta = replace(self.beta, best_tar=state["best_tar"])
+        if self.taid is not None and state["taid"] is not None:
+            self.taid = replace(
+                self.taid, **{key: state["taid"][key] for key in ("t", "mean_fall", "last_loss")}
+            )
 
     def begin(self, micro: Sequence[Any]) -> list[Portion]:
         """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
         the step.
         """
+        if self.write is not None:
+            micro = [self.write(batch, self.step) for batch in micro]
         micro = [batch.to(self.device) for batch in micro]
         seen = [supervised(batch) for batch in micro]
         self._counts = count(seen)
@@ -103,7 +143,10 @@ class Ledger:
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
             self.now = replace(self.now, divergence={"name": "taid", "t": self.taid.t})
-        r = self.now.uniforms_per_token
+        total = self.total_steps or self.step + 1
+        streams = [spec.at(self.now, self.step, total) for spec in self.losses]
+        self.plan = LossPlan(tuple(streams) or (StreamLoss(self.now),), self.extras, self.step)
+        r = self.plan.uniforms_per_token
         self._sums = self._zeros()
         self._portions = [
             Portion(
@@ -163,7 +206,7 @@ class Ledger:
             if self.last["sequences"]:
                 self.tar = self.last["tar"] / self.last["sequences"]
             return True
-        self.skipped += 1
+        self.left_out.append(self.step)
         self._in_a_row += 1
         where = self._keep_batches()
         if self._in_a_row > BAD_IN_A_ROW or self.skipped > max(
@@ -241,7 +284,7 @@ def named(total: Tensor) -> dict[str, float]:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float | None]:
-    """kl, divergence, tar, acceptance, bite and overlap from sums; None where nothing divides."""
+    """kl, divergence, tar, acceptance, bite, overlap and unverified from sums; None where nothing divides."""
     n, sequences = sums["n"], sums["sequences"]
     return {
         "kl": sums["kl"] / n if n else None,
@@ -250,6 +293,7 @@ def rates(sums: dict[str, float]) -> dict[str, float | None]:
         "bite": 1.0 - sums["weighted_divergence"] / sums["divergence"] if sums["divergence"] else 0.0,
         "acceptance": sums["accepted"] / n if n else None,
         "overlap": sums["overlap"] / n if n else None,
+        "unverified": sums["unverified"] / n if n else None,
         "weight": sums["weight"] / n if n else None,
     }
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from selectkd.training.checkpoint import Checkpoints
+from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
@@ -53,12 +55,14 @@ def train_loop(
     log_every: int = 1,
     on_line: OnLine | None = None,
     after_step: AfterStep | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Trains the student in place for ``steps`` optimizer steps, or until ``after_step(step)`` is True.
 
     Parameters keep their dtype; there is no autocast. A step whose loss or gradient norm is not finite on any
     rank leaves parameters and optimizer as they are. max_grad_norm = 0 does not clip. ``on_line`` gets every
-    log line. Raises NumericsError when too many steps were left out.
+    log line. With ``checkpoints`` the run goes on from the opened one and saves as they say. Raises NumericsError
+    when too many steps were left out.
     """
     model.to(ledger.device).train()
     wrapped: Any = nn.parallel.DistributedDataParallel(model) if ranks() > 1 else model
@@ -67,12 +71,16 @@ def train_loop(
         SCHEDULES[schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if checkpoints is not None:
+        checkpoints.register("ledger", ledger)
+        register_engine(checkpoints, model, feed, optimizer, lr)
+        checkpoints.begin()
 
     for micro in feed.steps(accumulation):
         for portion in ledger.begin(micro):
             waits = contextlib.nullcontext() if portion.last or ranks() == 1 else wrapped.no_sync()
             with waits:
-                loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+                loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
                 loss.backward()
             ledger.add(portion, loss, sums)
         ledger.settle(parameters)
@@ -85,5 +93,21 @@ def train_loop(
 
         if on_line is not None and (ledger.step % log_every == 0 or ledger.step == steps):
             on_line(ledger.line() | {"lr": rate, "grad_norm": float(norm)})
-        if (after_step is not None and after_step(ledger.step)) or ledger.step >= steps:
+        over = ledger.step >= steps
+        if after_step is not None:
+            over = after_step(ledger.step) or over
+        if checkpoints is not None:
+            checkpoints.after(ledger.step, last=over)
+        if over:
             return
+
+
+def register_engine(
+    checkpoints: Checkpoints, model: DistillationModel, feed: Feed, optimizer: Any, scheduler: Any
+) -> None:
+    """What any engine adds to a run's checkpoints; where the run goes on, all of it has its state afterwards."""
+    checkpoints.register("student", Weights(model.student), heavy=True)
+    checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
+    checkpoints.register("scheduler", scheduler, heavy=True)
+    checkpoints.register("feed", feed)
+    checkpoints.register("loss", Named(model, "chunk"))

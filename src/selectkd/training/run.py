@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
 from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -19,20 +20,24 @@ from transformers.trainer_callback import PrinterCallback
 from selectkd import __version__
 from selectkd.assembly import Assembly, assemble
 from selectkd.data.alignment import tokenizer_fingerprint
-from selectkd.data.supervised import supervised
+from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.save import save_student
 from selectkd.schedules import TaidSchedule
-from selectkd.training.breakdown import Breakdown, breakdown
 from selectkd.training.card import model_card
-from selectkd.training.counts import rank, ranks, sequence_means
-from selectkd.training.evaluation import Evaluation, evaluate, probe
+from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
+from selectkd.training.checkpoint.parts import Named, Weights
+from selectkd.training.counts import rank, ranks
+from selectkd.training.evaluation import Evaluation
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import SCHEDULES, train_loop
 from selectkd.training.manifest import data_fingerprint, device_name, versions, write_manifest
 from selectkd.training.metrics import MetricsLog
+from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, flat, identity
 from selectkd.training.step import DistillationModel
+from selectkd.training.stopping import StopRequests
 from selectkd.training.trainer import DistillTrainer
+from selectkd.training.watch import Watch
 
 COLD_TAR = 0.2
 """Below this TAR at step 0 the gate leaves a student almost no signal (measured, see docs/log.md)."""
@@ -51,7 +56,7 @@ class Progress(Protocol):
 @dataclass(frozen=True)
 class RunResult:
     """What a run came to. before, after: held-out measures, None without held-out text. kept: layers of a cut
-    student.
+    student. resumed_from: the step it went on from.
     """
 
     run_dir: Path
@@ -64,69 +69,164 @@ class RunResult:
     skipped: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    resumed_from: int | None = None
 
 
 def train(
-    recipe: Any, *, progress: Progress | None = None, on_assembled: Callable[[Assembly], None] | None = None
+    recipe: Any,
+    *,
+    progress: Progress | None = None,
+    on_assembled: Callable[[Assembly], None] | None = None,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
 ) -> RunResult:
-    """Runs a recipe and leaves manifest.json, metrics.jsonl and student/ in its output_dir.
+    """Runs a recipe and leaves run.json, metrics.jsonl, checkpoints/, manifest.json and student/ in its output_dir.
 
-    The student saved is the best one on held-out text with early stopping, else the last one.
-    ``on_assembled`` sees the models before the first step. Raises ConfigError, DataError before weights load,
-    NumericsError when numbers fail.
+    resume: "auto" goes on with the run that is in output_dir, from its newest valid checkpoint, to the same bits as
+    without the interruption; a finished run is left as it is. "never" takes a new folder only; a path is the checkpoint
+    to go on from. allow_change: keys of the recipe that may differ from the run's. The student saved is the best one
+    on held-out text with early stopping, else the last one. ``on_assembled`` sees the models before the first step.
+
+    Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
+    TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
     started = time.perf_counter()
-    training = recipe.training
+    run_dir = Path(recipe.training.output_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(
+            cpu=not torch.cuda.is_available()
+        )  # the ranks meet now, so that one alone claims the folder
+    with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
+        finished = finished_run(run_dir, recipe, claim)
+        return finished or _train(recipe, claim, stop, progress, on_assembled, allow_change, started)
+
+
+def _train(
+    recipe: Any,
+    claim: Claim,
+    stop: StopRequests,
+    progress: Progress | None,
+    on_assembled: Callable[[Assembly], None] | None,
+    allow_change: Sequence[str],
+    started: float,
+) -> RunResult:
+    training, run_dir = recipe.training, claim.folder
     set_seed(training.seed)
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    made = assemble(recipe, device=device, stage=None if progress is None else progress.stage)
-    run_dir = Path(training.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    said = None if claim.opened is None else read_part(claim.opened.path, "origin")
+    made = assemble(
+        recipe,
+        device=device,
+        stage=None if progress is None else progress.stage,
+        kept=None if said is None else said["kept"],
+    )
+    claim.settle(identity(recipe, facts(made)), allow_change)
+    origin = Origin(made.kept, _cut(made), list(made.told))
     log = MetricsLog(run_dir / "metrics.jsonl", *(() if progress is None else (progress.line,)))
     feed = Feed(made.micro_batches)
     steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
     if on_assembled is not None:
         on_assembled(made)
 
-    watch = _Watch(recipe, made, log, device)
-    if progress is not None:
-        progress.stage("measuring the student before")
-    before = watch.look(0)
-    if watch.tar < COLD_TAR and made.beta.start == made.beta.end < 1:
-        made.told.append(cold(watch.tar))
-    for message in made.told:
+    checkpoints = Checkpoints(
+        run_dir / CHECKPOINTS, keep=training.keep, every=training.save_every, recipe=claim.hash,
+        opened=claim.opened, stop=stop,
+    )  # fmt: skip
+    watch = Watch(recipe, made, log, device)
+    checkpoints.register("metrics", log, heavy=True)
+    checkpoints.register("watch", watch)
+    if made.writer is not None:
+        checkpoints.register("writer", made.writer, own=True)
+    for number, extra in enumerate(made.extras):
+        if isinstance(extra, Stateful):
+            checkpoints.register(f"term-{number}", extra)
+    checkpoints.register("origin", Named(origin, "kept", "cut", "told"))
+    if claim.opened is None:
+        log.load_state_dict({})  # what a run left that was killed before its first checkpoint
+        if progress is not None:
+            progress.stage("measuring the student before")
+        watch.look(0)
+        if watch.tar < COLD_TAR and made.beta.start == made.beta.end < 1:
+            origin.told.append(cold(watch.tar))
+    for message in [*claim.told, *origin.told]:
         _LOG.warning(message)
 
     if progress is not None:
         progress.stage("training", steps)
-    ledger = _run(recipe, made, feed, steps, log, watch, device)
+    stop.at_once = False
+    try:
+        ledger = _run(recipe, made, feed, steps, log, watch, checkpoints, device)
+    except (TeacherError, ResourceError):
+        path = checkpoints.rescue()
+        if path is not None:
+            _LOG.warning(
+                f"the state of step {checkpoints.step} is in {path}; the same command goes on from there."
+            )
+        raise
     if progress is not None:
         progress.stage("measuring the student after")
     after = watch.finish(ledger.step)
     result = RunResult(
         run_dir=run_dir,
-        before=before,
+        before=watch.before,
         after=after,
-        kept=made.kept,
+        kept=origin.kept,
         steps=ledger.step,
         best_step=watch.best_step,
         stopped_early=ledger.step < steps,
         skipped=ledger.skipped,
         seconds=time.perf_counter() - started,
-        warnings=list(made.told),
+        warnings=list(origin.told),
+        resumed_from=None if claim.opened is None else claim.opened.step,
     )
     if rank() == 0:
-        save_student(
-            made.student, made.tokenizer, run_dir / "student", _card(recipe, made, before, after, ledger)
-        )
-        write_manifest(run_dir / "manifest.json", _manifest(recipe, made, result, ledger, device))
+        card = _card(recipe, made, watch.before, after, ledger)
+        save_student(made.student, made.tokenizer, run_dir / "student", card)
+        write_manifest(run_dir / FINISHED, _manifest(recipe, made, result, ledger, device, origin))
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     return result
+
+
+@dataclass
+class Origin:
+    """Where a run's student came from, and what was told at the start: not to be found again where a run goes on."""
+
+    kept: list[int] | None
+    cut: dict[str, Any] | None
+    told: list[str]
+
+
+def _cut(made: Assembly) -> dict[str, Any] | None:
+    return None if made.cut is None else {"kept": made.kept, "choose": made.cut.choose, "kl": made.cut.kl}
+
+
+def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
+    """What a finished run of this very recipe came to; None where the run is not there or not over."""
+    path = folder / FINISHED
+    if claim.fresh or not path.is_file():
+        return None
+    said = json.loads(path.read_bytes())
+    if claim.opened_by_name or flat(said["config"]) != identity(recipe):
+        path.unlink()  # the run goes on, so this says nothing any more
+        return None
+    looks = {name: None if said[name] is None else Evaluation(**said[name]) for name in ("before", "after")}
+    cut = said["student"]["cut"]
+    return RunResult(
+        run_dir=folder,
+        before=looks["before"],
+        after=looks["after"],
+        kept=None if cut is None else cut["kept"],
+        **{
+            name: said[name]
+            for name in ("steps", "best_step", "stopped_early", "skipped", "seconds", "warnings")
+        },
+        resumed_from=said["steps"],
+    )
 
 
 def cold(tar: float) -> str:
@@ -139,18 +239,36 @@ def cold(tar: float) -> str:
 
 
 def _run(
-    recipe: Any, made: Assembly, feed: Feed, steps: int, log: MetricsLog, watch: _Watch, device: torch.device
+    recipe: Any,
+    made: Assembly,
+    feed: Feed,
+    steps: int,
+    log: MetricsLog,
+    watch: Watch,
+    checkpoints: Checkpoints,
+    device: torch.device,
 ) -> Ledger:
     training, reduction = recipe.training, recipe.objective.reduction
+    if watch.stopped or checkpoints.step >= steps:  # the run broke off after its last step
+        ledger = Ledger(made.objective, reduction, made.beta, streams=made.streams, device=device)
+        checkpoints.register("ledger", ledger)
+        checkpoints.register("student", Weights(made.student), heavy=True)
+        return ledger
     temperature = recipe.objective.temperature
     warmup = round(training.warmup_ratio * steps)
     bad = Path(training.output_dir) / "bad_batches"
     also_kl = temperature != 1.0 or recipe.objective.divergence["name"] != "forward_kl"
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
+    if made.writer is not None:
+        made.writer.steps = steps
+
+    def on_line(line: dict[str, Any]) -> None:
+        log.write(line if made.writer is None else line | made.writer.told())
+
     if training.engine == "loop":
         ledger = Ledger(
             made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
-            bad_batches=bad, device=device, taid=taid,
+            bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
         )  # fmt: skip
         model = DistillationModel(
             made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
@@ -168,8 +286,9 @@ def _run(
             max_grad_norm=training.max_grad_norm,
             accumulation=training.gradient_accumulation,
             log_every=training.log_every,
-            on_line=log.write if rank() == 0 else None,
+            on_line=on_line if rank() == 0 else None,
             after_step=watch,
+            checkpoints=checkpoints,
         )
         return ledger
     args = TrainingArguments(
@@ -205,107 +324,17 @@ def _run(
         also_kl=also_kl,
         gradient_filter=training.gradient_filter,
         bad_batches=bad,
-        on_line=log.write,
+        on_line=on_line,
+        losses=made.losses,
+        extras=made.extras,
+        write=made.writer,
         after_step=watch,
+        checkpoints=checkpoints,
         processing_class=made.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.ledger
-
-
-class _Watch:
-    """Looks at held-out text and the probe as a run goes on; keeps the best student; says when to stop."""
-
-    def __init__(self, recipe: Any, made: Assembly, log: MetricsLog, device: torch.device) -> None:
-        self.recipe, self.made, self.log, self.device = recipe, made, log, device
-        self.every = recipe.training.evaluate_every
-        stopping = recipe.training.early_stopping
-        self.patience = None if stopping is None else stopping.patience
-        self.verdicts: Tensor | None = None
-        self.breakdown: Breakdown | None = None
-        self.latest: Evaluation | None = None
-        self.latest_step = self.best_step = 0
-        self.best_seen: Evaluation | None = None
-        self.worse, self.tar, self.looked_at = 0, 1.0, -1
-        self.best: dict[str, Tensor] = {}
-
-    def look(self, step: int) -> Evaluation | None:
-        """Measures the student and writes a line; remembers the student where it is the best so far."""
-        made, training = self.made, self.recipe.training
-        line: dict[str, Any] = {"step": step}
-        if made.heldout:
-            self.latest = evaluate(
-                made.student, made.teacher, made.heldout, replace(made.objective, beta=made.beta.end),
-                seed=training.seed, streams=made.streams, chunk=training.chunk, device=self.device,
-            )  # fmt: skip
-            self.latest_step = step
-            line["evaluation"] = self.latest.as_dict()
-        if made.probe is not None:
-            line |= self._probed()
-        if self.latest is not None:
-            self.tar = self.latest.tar
-        if rank() == 0 and len(line) > 1:
-            self.log.write(line)
-        if self.latest is not None and self.latest_step == step:
-            self._compare(step, self.latest)
-        self.looked_at = step
-        return self.latest
-
-    def _probed(self) -> dict[str, Any]:
-        made, training, line = self.made, self.recipe.training, {}
-        verdicts = probe(
-            made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk
-        )
-        line["probe_tar"] = tar_of(verdicts, made.probe)
-        if self.breakdown is None:
-            self.breakdown = breakdown(made.student, made.teacher, made.probe, chunk=training.chunk)
-        line |= self.breakdown.acceptance(verdicts)
-        if self.verdicts is not None:
-            line["probe_lost"] = int(((self.verdicts >= 0.5) & (verdicts < 0.5)).sum())
-            line["probe_won"] = int(((self.verdicts < 0.5) & (verdicts >= 0.5)).sum())
-        self.verdicts, self.tar = verdicts, line["probe_tar"]
-        return line
-
-    def _compare(self, step: int, seen: Evaluation) -> None:
-        if self.best_seen is None or seen.kl < self.best_seen.kl:
-            self.best_seen, self.best_step, self.worse = seen, step, 0
-            if self.patience is not None:
-                trained = {n: p for n, p in self.made.student.named_parameters() if p.requires_grad}
-                self.best = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
-        else:
-            self.worse += 1
-
-    def __call__(self, step: int) -> bool:
-        """After each step: whether to stop."""
-        save = self.recipe.training.save_every
-        if save and step % save == 0 and rank() == 0:
-            card = f"# A student distilled with selectkd, at step {step} of a run that was not over\n"
-            save_student(self.made.student, self.made.tokenizer, self.log.path.parent / "student", card)
-        if self.every and step % self.every == 0:
-            self.look(step)
-            return self.patience is not None and self.worse >= self.patience
-        return False
-
-    @torch.no_grad()
-    def finish(self, step: int) -> Evaluation | None:
-        """The last measure; with early stopping, of the best student, which is put back."""
-        if self.looked_at != step:
-            self.look(step)
-        if not self.best:
-            self.best_step = step
-            return self.latest
-        if self.worse:
-            for name, parameter in self.made.student.named_parameters():
-                if name in self.best:
-                    parameter.copy_(self.best[name])
-        return self.best_seen
-
-
-def tar_of(verdicts: Tensor, batch: Any) -> float:
-    """The mean over a batch's sequences of the share of their rows accepted."""
-    shares, _ = sequence_means(verdicts, supervised(batch).sequence)
-    return float(shares.mean()) if shares.numel() else 0.0
 
 
 def _plain(spec: Any) -> Any:
@@ -334,9 +363,8 @@ def _card(
 
 
 def _manifest(
-    recipe: Any, made: Assembly, result: RunResult, ledger: Ledger, device: torch.device
+    recipe: Any, made: Assembly, result: RunResult, ledger: Ledger, device: torch.device, origin: Origin
 ) -> dict[str, Any]:
-    cut = None if made.cut is None else {"kept": made.kept, "choose": made.cut.choose, "kl": made.cut.kl}
     return {
         "config": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -344,7 +372,7 @@ def _manifest(
         "ranks": ranks(),
         "seed": recipe.training.seed,
         "teacher": {"source": made.teacher_plan.source, "revision": made.teacher_plan.revision},
-        "student": {"source": made.student_source, "revision": made.student_revision, "cut": cut},
+        "student": {"source": made.student_source, "revision": made.student_revision, "cut": origin.cut},
         "data": {
             "fingerprint": data_fingerprint(
                 example for source in made.sources for example in source.examples
@@ -359,6 +387,7 @@ def _manifest(
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
         "skipped": result.skipped,
+        "skipped_steps": ledger.left_out,
         "tokens": ledger.tokens,
         "seconds": round(result.seconds, 3),
         "tar": {"before": getattr(result.before, "tar", None), "after": getattr(result.after, "tar", None)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
-from selectkd.distill import distillation_loss
 from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.teachers.protocol import Teacher
+from selectkd.terms import Forward, LossPlan, weighted_sum
 
 _LOG = logging.getLogger("selectkd")
 
@@ -57,39 +58,35 @@ class DistillationModel(nn.Module):
         return self.student.config
 
     def forward(
-        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective
+        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence."""
+        """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence, by the terms of
+        a plan where there is one."""
+        plan = LossPlan.of(objective)
         seen = supervised(batch)
         head = head_of(self.student)
         hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
-        loss, sums = self._loss(
-            rows,
-            head,
-            teacher,
-            objective,
-            uniform,
-            row_scale=row_scale,
-            temperature=self.temperature,
-            labels=seen.labels,
-            sequence=seen.sequence,
-            also_kl=self.also_kl,
-            gradient_filter=self.gradient_filter,
-        )
+        here = Forward(
+            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
+            also_kl=self.also_kl, gradient_filter=self.gradient_filter,
+        )  # fmt: skip
+        loss, sums = self._loss(plan, here, row_scale)
         return loss, {"kl": sums["divergence"]} | sums
 
-    def _loss(self, hidden: Tensor, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, plan: LossPlan, here: Forward, row_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
 
         The smaller chunk stays for the steps to come.
         """
         while True:
             try:
-                return distillation_loss(hidden, *given, chunk=self.chunk, **named)
+                here = replace(here, chunk=self.chunk)
+                return weighted_sum(plan.terms(here), here, row_scale)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                rows = self.chunk or chunk_rows(hidden.shape[0], given[0].width, None, given[0].weight.dtype)
+                n, head = here.hidden.shape[0], here.head
+                rows = self.chunk or chunk_rows(n, head.width, None, head.weight.dtype)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:

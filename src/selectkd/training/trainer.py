@@ -4,7 +4,7 @@ drive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from selectkd.errors import ConfigError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.terms import Extra, StreamSpec
+from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger, Portion
-from selectkd.training.loop import AfterStep, OnLine, decaying
+from selectkd.training.loop import AfterStep, OnLine, decaying, register_engine
 from selectkd.training.step import DistillationModel, Teacher
 
 
@@ -25,12 +27,14 @@ class DistillTrainer(Trainer):
     """A transformers.Trainer whose loss is the distillation loss; equals ``train_loop`` on the same
     micro-batches.
 
-    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches:
-    the micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not
-    read). objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default
-    the objective's constant. Loss scaling, counts over accumulation and ranks, and the skipping of steps that
-    are not finite are ours; optimizer, learning rate, logging intervals and distribution are the Trainer's.
-    ``save_model`` writes the student as a plain Hugging Face folder.
+    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
+    micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
+    objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default the
+    objective's constant.
+    losses, extras, write: as of ``Ledger``. Loss scaling, counts over accumulation and ranks, and the skipping of
+    steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
+    the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
+    student as a plain Hugging Face folder.
 
     Raises ConfigError for arguments that would change the loss behind our back.
     """
@@ -54,8 +58,12 @@ class DistillTrainer(Trainer):
         also_kl: bool = False,
         gradient_filter: float = 0.0,
         bad_batches: Path | None = None,
+        losses: Sequence[StreamSpec] = (),
+        extras: Sequence[Extra] = (),
+        write: Callable[[Any, int], Any] | None = None,
         on_line: OnLine | None = None,
         after_step: AfterStep | None = None,
+        checkpoints: Checkpoints | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -75,7 +83,10 @@ class DistillTrainer(Trainer):
             also_kl=also_kl,
             gradient_filter=gradient_filter,
         )
+        caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
+            model.config.use_cache = caches
         self.ledger = Ledger(
             objective,
             reduction,
@@ -86,10 +97,16 @@ class DistillTrainer(Trainer):
             bad_batches=bad_batches,
             device=args.device,
             taid=taid,
+            losses=losses,
+            extras=extras,
+            write=write,
         )
         self.on_line, self.after_step = on_line, after_step
-        self._rate, self._norm, self._asked_at = 0.0, 0.0, 0
-        self.add_callback(_Rate(self))
+        self.distillation, self.checkpoints = model, checkpoints
+        if checkpoints is not None:
+            checkpoints.register("ledger", self.ledger)
+        self._rate, self._norm, self._asked_at, self._begun = 0.0, 0.0, 0, False
+        self.add_callback(_Steps(self))
 
     @property
     def student(self) -> nn.Module:
@@ -104,6 +121,9 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
         """The micro-batches of one optimizer step with their scales; the Trainer divides by nothing."""
+        if self.checkpoints is not None and not self._begun:
+            self.checkpoints.begin()
+        self._begun = True
         return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)]), None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -117,7 +137,7 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: Portion, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss of one micro-batch, computed inside the wrapped forward."""
-        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.now)
+        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.plan)
         self.ledger.add(inputs, loss, sums)
         return (loss, sums) if return_outputs else loss
 
@@ -153,11 +173,13 @@ class DistillTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
         super()._maybe_log_save_evaluate(*given, **named)
         step = self.state.global_step
-        if self.after_step is not None and step != self._asked_at:
+        if step != self._asked_at:
             self._asked_at = step
-            if self.after_step(step):
+            if self.after_step is not None and self.after_step(step):
                 self.control.should_training_stop = True
             self.student.train()
+            if self.checkpoints is not None:
+                self.checkpoints.after(step, last=self.control.should_training_stop)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -171,11 +193,23 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
 
-class _Rate(TrainerCallback):
-    """Notes the learning rate a step is taken with."""
+class _Steps(TrainerCallback):
+    """Takes up a saved run where training begins; notes the learning rate a step is taken with."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if trainer.checkpoints is not None:
+            register_engine(
+                trainer.checkpoints,
+                trainer.distillation,
+                trainer.feed,
+                trainer.optimizer,
+                trainer.lr_scheduler,
+            )
+            state.global_step = trainer._asked_at = trainer.ledger.step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         optimizer: Any = self.trainer.optimizer

@@ -36,6 +36,11 @@ class Verifier(Protocol):
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]: ...
 
 
+def reads_proposal_alone(verifier: Verifier) -> bool:
+    """Whether a verifier asks of the student its proposal alone, or nothing: then it can judge across vocabularies."""
+    return verifier.teacher_tokens == 0 or getattr(verifier, "proposal_alone", False)
+
+
 VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
     {
         "greedy_topk": greedy_topk,
@@ -65,6 +70,7 @@ __all__ = [
     "matched_random",
     "matched_shuffle",
     "prefix_gate",
+    "reads_proposal_alone",
     "spec_k",
     "spec_k_literal",
     "student_entropy",

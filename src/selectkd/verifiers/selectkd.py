@@ -59,6 +59,7 @@ class greedy_topk:
     k: int = 5
     uniforms_per_token = 0
     shift_free = True  # adding a constant to a row's logarithms changes no verdict
+    proposal_alone = True  # of the student it asks its argmax, which may be translated
 
     def __post_init__(self) -> None:
         at_least_one("greedy_topk", self.k)

@@ -24,6 +24,7 @@ from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
 from selectkd.data.collate import collate
 from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
+from selectkd.durable import write_whole
 from selectkd.errors import CacheError, ConfigError, ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
@@ -44,7 +45,7 @@ from selectkd.teachers.cache.index import (
     write_index,
 )
 from selectkd.teachers.cache.payloads import payload_of
-from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name, write_whole
+from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name
 
 BATCH = 8
 """Samples the teacher reads at once: the shortest of a shard together, so that little is padding."""

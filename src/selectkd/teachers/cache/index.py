@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from selectkd.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.errors import CacheError
-from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name, write_whole
+from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name
 
 INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.safetensors", "shards"
 
@@ -84,13 +84,14 @@ def text_of(folder: Path, index: Mapping[str, Any]) -> list[Record]:
 
 def fingerprint(plan: Mapping[str, Any]) -> bytes:
     """16 bytes that every shard of a cache carries: two caches share them only where all of the plan agrees."""
-    return xxhash.xxh3_128(_text({k: v for k, v in plan.items() if k not in ("shards", "checksum")})).digest()
+    return xxhash.xxh3_128(
+        json_bytes({k: v for k, v in plan.items() if k not in ("shards", "checksum")})
+    ).digest()
 
 
 def write_index(path: Path, content: Mapping[str, Any]) -> None:
     """``content`` as JSON with its own checksum; the same content gives the same bytes."""
-    plain = {key: value for key, value in content.items() if key != "checksum"}
-    write_whole(path, _text({**plain, "checksum": xxhash.xxh3_128(_text(plain)).hexdigest()}))
+    write_whole(path, sealed(content))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -100,16 +101,9 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{path} does not exist: no cache, or one that was not finished. "
             "`selectkd cache build RECIPE` builds or finishes it."
         )
-    raw = path.read_bytes()
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
-        plain = {key: value for key, value in content.items() if key != "checksum"}
-        said = {**plain, "checksum": xxhash.xxh3_128(_text(plain)).hexdigest()}
-        if raw == _text(said):
-            return content
+    content = unsealed(path.read_bytes())
+    if content is not None:
+        return content
     raise CacheError(
         f"{path} does not match its own checksum. `selectkd cache repair {path.parent}` writes it again."
     )
@@ -127,7 +121,3 @@ def open_shards(folder: Path, index: Mapping[str, Any]) -> list[Shard]:
 def entries_of(shards: Iterable[Shard]) -> list[dict[str, Any]]:
     """What the index says of shards."""
     return [asdict(shard.entry) for shard in shards]
-
-
-def _text(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()

@@ -103,9 +103,7 @@ class CachedTeacher:
             rows = payload.decode(raw)
             rows.ids, rows.logp = rows.ids.to(device), rows.logp.to(device)  # type: ignore[union-attr]
             return rows  # type: ignore[return-value]
-        if self.head.weight.device != device:
-            moved = None if self.head.bias is None else self.head.bias.to(device)
-            self.head = Head(self.head.weight.to(device), moved, self.head.scale, self.head.softcap)
+        self.head = self.head.to(device)
         hidden = payload.decode(raw).to(device)
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from selectkd.durable import write_whole
 from selectkd.errors import CacheError
 from selectkd.models.head import head_of
 from selectkd.models.load import load_model
@@ -28,7 +29,7 @@ from selectkd.teachers.cache.index import (
     text_of,
     write_index,
 )
-from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name, write_whole
+from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
 
 
 @dataclass

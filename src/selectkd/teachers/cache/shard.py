@@ -6,7 +6,6 @@ header (64 bytes) | record keys and row counts | places | rows | xxh3-64 of each
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from selectkd.errors import CacheError
-from selectkd.models.save import disk_error
 
 BLOCK = 1 << 16
 """Bytes a checksum covers: hashed in about 10 microseconds, and small beside what a batch reads."""
@@ -66,25 +64,6 @@ def shard_bytes(
         xxhash.xxh3_64(body[start : start + BLOCK]).digest() for start in range(0, len(body), BLOCK)
     )
     return b"".join((body, hashes, xxhash.xxh3_128(hashes).digest()))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """``content`` at ``path``, whole or not at all: written beside it, synced, renamed, the folder synced."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
 
 
 class Shard:

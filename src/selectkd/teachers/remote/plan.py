@@ -35,6 +35,7 @@ class RemotePlan:
 
     @property
     def k(self) -> int:
+        assert self.spec.k is not None  # the section demands it of this kind
         return self.spec.k
 
     @property
@@ -47,7 +48,7 @@ class RemotePlan:
         return None
 
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.spec.tokenizer)
+        return load_tokenizer(str(self.spec.tokenizer))
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         align(self.tokenizer(), tokenizer)
@@ -96,7 +97,7 @@ class RemotePlan:
                 "a reference student has no place beside a server's best tokens. Use a teacher with hidden states, or "
                 "take a selector that needs none."
             )
-        return RemoteTeacher(self.server())
+        return RemoteTeacher(self.server(), self.k)
 
 
 def connection_of(spec: Section) -> Connection:

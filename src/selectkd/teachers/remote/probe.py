@@ -12,6 +12,7 @@ from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import Asked, TopK, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, NotThere, Question, TooMany
 from selectkd.teachers.remote.server import TopKServer
+from selectkd.teachers.remote.wire import TEACHER
 
 STEADY = 0.02
 """Nats that one log-probability may differ between two answers before it is told: bf16 rounds about so much."""
@@ -101,7 +102,7 @@ def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
 
 def kind_of(connection: Connection) -> str:
     """Which kind of server answers, by the paths that only one of them has; openai where none of them is there."""
-    for path, kind in (("/get_model_info", "sglang"), ("/version", "vllm")):
+    for path, kind in ((TEACHER, "selectkd"), ("/get_model_info", "sglang"), ("/version", "vllm")):
         try:
             connection.ask(
                 [Question(path, None, SMALL, lambda reply: json_object(reply.body), f"its {path}")]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.rows import CachedRows
-from selectkd.teachers.remote.server import Sample, TopKServer
+from selectkd.rows import CachedRows, LiveRows
+from selectkd.teachers.protocol import Teacher
+from selectkd.teachers.remote.answers import TopK
+from selectkd.teachers.remote.own import OwnServer
+from selectkd.teachers.remote.server import Sample
+
+
+class TopKSource(Protocol):
+    """What has the K best tokens of samples: our own server, or one of another kind."""
+
+    def top_k(self, samples: Sequence[Sample]) -> list[TopK]: ...
 
 
 class RemoteTeacher:
@@ -20,18 +30,43 @@ class RemoteTeacher:
     answer.
     """
 
-    def __init__(self, server: TopKServer) -> None:
-        self.server = server
+    def __init__(self, server: TopKSource, k: int) -> None:
+        self.server, self.k = server, k
 
     def __call__(self, batch: Any, position: Tensor) -> CachedRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
-        n, k = position.shape[0], self.server.k
+        n, k = position.shape[0], self.k
         samples, at = samples_of(batch, position)
         ids, logp = np.zeros((n, k), np.int64), np.zeros((n, k), np.float32)
         for mine, rows in zip(at, self.server.top_k(samples), strict=True):
             ids[mine], logp[mine] = rows.ids, rows.logp
         device = batch.input_ids.device
         return CachedRows(torch.from_numpy(ids).to(device), torch.from_numpy(logp).to(device))
+
+
+class RemoteHiddenTeacher:
+    """The hidden states of our own server's model, with its head, which is fetched once: exact for everything.
+
+    shared, reference: as for LiveTeacher.
+    """
+
+    def __init__(
+        self, server: OwnServer, *, shared: Tensor | None = None, reference: Teacher | None = None
+    ) -> None:
+        self.server, self.shared, self.reference = server, shared, reference
+        self.head = server.head()
+
+    def __call__(self, batch: Any, position: Tensor) -> LiveRows:
+        """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
+        device = batch.input_ids.device
+        samples, at = samples_of(batch, position)
+        self.head = self.head.to(device)
+        hidden = torch.zeros(position.shape[0], self.head.weight.shape[1], dtype=self.head.weight.dtype)
+        for mine, rows in zip(at, self.server.hidden(samples), strict=True):
+            hidden[torch.from_numpy(mine)] = rows.to(hidden.dtype)
+        shared = None if self.shared is None else self.shared.to(device)
+        reference = None if self.reference is None else self.reference(batch, position)
+        return LiveRows(hidden.to(device), self.head, shared=shared, reference=reference)
 
 
 def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndarray[Any, Any]]]:

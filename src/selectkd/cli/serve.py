@@ -1,0 +1,68 @@
+"""``selectkd serve-teacher MODEL``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.terminal import say, without_other_bars
+from selectkd.errors import ConfigError
+
+
+def serve_teacher(
+    model: Annotated[
+        str, typer.Argument(help="The model that teaches: a folder, a .gguf file or a hub name.")
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8765,
+    host: Annotated[str, typer.Option(help="Beyond this machine it needs a token and TLS.")] = "127.0.0.1",
+    revision: Annotated[str | None, typer.Option(help="The commit of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantization: Annotated[str | None, typer.Option(help="bitsandbytes-4bit or bitsandbytes-8bit.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Samples read together; 1 makes an answer independent of other questions."),
+    ] = 8,
+    token_env: Annotated[
+        str | None, typer.Option(help="The variable that holds the token every request must bear.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="A TLS certificate, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,
+) -> None:
+    """Answer for a model: its hidden states or its best tokens, to runs on this machine or elsewhere."""
+    try:
+        from selectkd.serving.run import check_place, listen, serve, token_of
+    except ModuleNotFoundError as error:
+        if error.name not in ("uvicorn", "starlette"):
+            raise
+        raise ConfigError(
+            f"a server needs {error.name}. Install it: pip install 'selectkd[server]'."
+        ) from error
+
+    token = token_of(token_env)
+    check_place(host, token, certificate, key)
+    listener = listen(host, port)
+
+    import torch
+
+    from selectkd.models.load import load_model
+    from selectkd.serving.engine import Engine
+
+    without_other_bars()
+    loaded = load_model(model, dtype=dtype, quantization=quantization, revision=revision)
+    if quantization is None:  # a quantised model has been put where it runs
+        try:
+            loaded.model.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}.") from error
+    engine = Engine(loaded, dtype=dtype, batch=batch)
+    serve(
+        engine,
+        listener,
+        token=token,
+        certificate=certificate,
+        key=key,
+        ready=lambda url: say(f"{model} teaches at {url}: teacher: {{url: {url}, kind: selectkd}}"),
+    )

@@ -1,0 +1,118 @@
+"""``method`` and ``selection`` written out: a recipe's short words become the parts they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from selectkd.config.methods import METHODS, Method
+from selectkd.config.section import refuse
+from selectkd.registry import did_you_mean
+
+OWN = ("verifier", "selector", "beta")
+"""The keys of ``objective`` that ``selection`` speaks for."""
+
+
+def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values with ``method`` and ``selection`` laid out beneath what the recipe says itself.
+
+    Raises the error of ``refuse`` for an unknown method or option, for a need that is not met, and where the
+    objective says something else than the selection.
+    """
+    result = dict(values)
+    if result.get("method") is not None:
+        parts = parts_of(result["method"])
+        method = METHODS[_spec(result["method"])["name"]]
+        for need in method.needs:
+            if _at(result, need) is None:
+                raise refuse(f"needs {need} beside it. {method.source}", at="method")
+        result = {**laid(parts, result)}
+    if result.get("selection") is not None:
+        result["objective"] = _selected(result.get("objective"), values.get("objective"), result["selection"])
+    return result
+
+
+def parts_of(spec: Any) -> dict[str, Any]:
+    """The parts of ``method: NAME`` or ``{name: NAME, OPTION: true}``, options laid over the method's own."""
+    given = dict(_spec(spec))
+    method = METHODS[given.pop("name")]
+    parts: dict[str, Any] = _plain(method.parts)
+    for name, wanted in given.items():
+        _check_option(name, wanted, method)
+        if wanted:
+            parts = laid(parts, _plain(method.options[name].parts))
+    return parts
+
+
+def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``: mappings are joined key by key, but a component of another name replaces the first;
+    a verifier and a selector replace each other."""
+    result = dict(below)
+    for key, value in above.items():
+        under = result.get(key)
+        joined = isinstance(under, Mapping) and isinstance(value, Mapping)
+        if key in ("divergence", "verifier", "selector", "policy") and isinstance(value, str):
+            value = under if isinstance(under, Mapping) and under.get("name") == value else {"name": value}
+            joined = False
+        if joined and value.get("name", under.get("name")) == under.get("name"):  # type: ignore[union-attr]
+            value = laid(under, value)  # type: ignore[arg-type]
+        result[key] = value
+    for one, other in (("verifier", "selector"), ("selector", "verifier")):
+        if above.get(one) is not None and other not in above and one not in below:
+            result.pop(other, None)
+    return result
+
+
+def _selected(objective: Any, said: Any, selection: Any) -> Any:
+    """The objective with the selection's verifier and beta in it."""
+    if not isinstance(selection, Mapping) or not isinstance(objective, Mapping | None):
+        return objective  # told as a wrong type where the section is checked
+    chosen = {key: value for key, value in selection.items() if key not in OWN}
+    judge = selection.get("verifier", "greedy_topk")
+    verifier = {**({"name": judge} if isinstance(judge, str) else dict(judge)), **chosen}
+    if verifier == {"name": "greedy_topk"}:
+        verifier["k"] = 5
+    wanted = {"verifier": verifier, "beta": selection.get("beta", 0.01)}
+    for key, value in wanted.items():
+        own = said.get(key) if isinstance(said, Mapping) else None
+        own = {"name": own} if key == "verifier" and isinstance(own, str) else own
+        if own is not None and own != value:
+            raise refuse(
+                f"says {key} = {value} and objective.{key} says {own}; leave out one of the two",
+                at="selection",
+            )
+    return {**(objective or {}), **wanted}
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    for step in key.split("."):
+        values = values.get(step) if isinstance(values, Mapping) else None
+    return values
+
+
+def _spec(spec: Any) -> Mapping[str, Any]:
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    name = spec.get("name") if isinstance(spec, Mapping) else None
+    if name not in METHODS:
+        raise refuse(
+            f"= {name!r} is no method.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}",
+            at="method",
+        )
+    return spec
+
+
+def _check_option(name: str, wanted: Any, method: Method) -> None:
+    if name not in method.options:
+        known = ", ".join(method.options) or "none"
+        near = did_you_mean(name, method.options)
+        raise refuse(f"has no option {name!r}.{near} It has: {known}", at="method")
+    if not isinstance(wanted, bool):
+        raise refuse(f"has the option {name}, and {wanted!r} must be true or false", at="method")
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences anew, as a file would give them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

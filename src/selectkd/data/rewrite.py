@@ -1,0 +1,65 @@
+"""A batch taken apart into prompts and completions, and put together again with other completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from selectkd.data.collate import Batch, collate
+from selectkd.data.render import Example
+from selectkd.errors import DataError
+
+
+@dataclass(frozen=True)
+class Written:
+    """One sample as what it answers and the answer; ``stream`` is its stream."""
+
+    prompt: list[int]
+    completion: list[int]
+    stream: int
+
+    @property
+    def example(self) -> Example:
+        """The sample with its answer trained."""
+        trained = [False] * len(self.prompt) + [True] * len(self.completion)
+        return Example([*self.prompt, *self.completion], trained, self.stream)
+
+
+def last_turns(batch: Batch) -> list[Written]:
+    """Each sample of a batch as (everything before its last trained run of tokens, that run); what follows it is cut.
+
+    A conversation of several trained turns is so continued at its last one, its earlier turns being part of the prompt.
+    """
+    found = []
+    owner, trained = batch.sequence.flatten(), batch.completion.flatten()
+    for sample, ids in enumerate(batch.samples()):
+        mask = trained[owner == sample].tolist()
+        stop = len(mask) - mask[::-1].index(True) if True in mask else len(mask)
+        start = stop
+        while start > 0 and mask[start - 1]:
+            start -= 1
+        found.append(Written(ids[:start].tolist(), ids[start:stop].tolist(), int(batch.stream[sample])))
+    return found
+
+
+def rebuilt(batch: Batch, samples: Sequence[Example], *, pad_id: int) -> Batch:
+    """A padded batch of ``samples``, with what else ``batch`` carries for the model where there is one for each of its.
+
+    DataError where the batch carries pictures or the like for other samples than these.
+    """
+    made = collate(list(samples), pad_id=pad_id)
+    if batch.extra and len(samples) != batch.stream.shape[0]:
+        raise DataError(
+            f"the batch has {batch.stream.shape[0]} samples with {', '.join(batch.extra)}, and a policy makes "
+            f"{len(samples)} of them. Use one that writes one text a prompt."
+        )
+    return replace(made, extra=batch.extra).to(batch.input_ids.device)
+
+
+def examples_of(batch: Batch) -> list[Example]:
+    """The samples of a batch as they are."""
+    owner, trained = batch.sequence.flatten(), batch.completion.flatten()
+    return [
+        Example(ids.tolist(), trained[owner == sample].tolist(), int(batch.stream[sample]))
+        for sample, ids in enumerate(batch.samples())
+    ]

@@ -1,0 +1,145 @@
+"""Files that are there whole or not at all, whatever dies meanwhile: written aside, synced, renamed, sealed.
+
+Everything that must survive a kill goes through here: the student, the cache's shards, the checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from selectkd.errors import ResourceError
+
+READ = 1 << 22
+"""Bytes read at once where a file is hashed."""
+
+FAULT = "SELECTKD_FAULT"
+"""For tests alone: ``NAME@N=kill`` kills the process where the N-th ``fault_point(NAME)`` is, ``=enospc`` makes
+the disk full there."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_passed: Counter[str] = Counter()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """``content`` at ``path``, whole or not at all: written beside it, synced, renamed, the folder synced."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path, needed=len(content)) from error
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force every file of a folder, and the folder itself, to the disk, so a rename publishes whole files."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        sync(path)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put ``partial`` in the place of ``folder``; what stood there is moved aside first and deleted last."""
+    aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(aside)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """The xxh3-128 of a file's bytes, 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(READ):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """``content`` as JSON with its own checksum; the same content gives the same bytes."""
+    plain = {key: value for key, value in content.items() if key != "checksum"}
+    return json_bytes({**plain, "checksum": xxhash.xxh3_128(json_bytes(plain)).hexdigest()})
+
+
+def unsealed(raw: bytes) -> dict[str, Any] | None:
+    """What ``sealed`` made, its checksum included; None where one byte is another.
+
+    >>> unsealed(sealed({"step": 3}))["step"], unsealed(sealed({"step": 3}).replace(b"3", b"4", 1))
+    (3, None)
+    """
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and sealed(content) == raw else None
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """JSON that depends on the content alone."""
+    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def disk_error(error: OSError, path: Path, *, needed: int | None = None) -> ResourceError:
+    """The ResourceError for a failed write: which path, what the system said, what is needed and what is free."""
+    above = path
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    need = "" if needed is None else f"{needed:,} bytes are needed, "
+    return ResourceError(
+        f"cannot write {path}: {error.strerror or error}; {need}{free:,} bytes are free. "
+        "Free some space or name another folder."
+    )
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room."""
+    return error.errno in _FULL
+
+
+def os_error_of(error: Exception) -> OSError:
+    """The system's error behind one that a library tells in words alone, ``... (os error 28)``."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error))
+
+
+def fault_point(name: str) -> None:
+    """A place where a test may kill the process or fill the disk, see ``FAULT``; otherwise nothing."""
+    wanted = os.environ.get(FAULT)
+    if wanted is None:
+        return
+    place, _, what = wanted.partition("=")
+    where, _, count = place.partition("@")
+    if where != name:
+        return
+    _passed[name] += 1
+    if _passed[name] == int(count or 1):
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,50 @@
+"""A buffer of the texts a student wrote, oldest out first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from selectkd.errors import ConfigError
+
+
+@dataclass
+class ReplayBuffer:
+    """At most ``capacity`` texts, each (prompt ids, completion ids); a new one takes the place of the oldest.
+
+    >>> buffer = ReplayBuffer(2)
+    >>> for token in (1, 2, 3):
+    ...     buffer.add([0], [token])
+    >>> buffer.at(0.0), buffer.at(0.9), len(buffer)
+    (([0], [2]), ([0], [3]), 2)
+    """
+
+    capacity: int
+    texts: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigError(f"a replay buffer of {self.capacity} texts holds none; give it 1 or more.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def full(self) -> bool:
+        return len(self.texts) >= self.capacity
+
+    def add(self, prompt: list[int], completion: list[int]) -> None:
+        """Keeps one text."""
+        self.texts.append((list(prompt), list(completion)))
+        del self.texts[: -self.capacity]
+
+    def at(self, uniform: float) -> tuple[list[int], list[int]]:
+        """The text at a number in [0, 1): each with the same probability."""
+        return self.texts[min(int(uniform * len(self.texts)), len(self.texts) - 1)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The texts as plain data."""
+        return {"texts": [[list(prompt), list(completion)] for prompt, completion in self.texts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.texts = [(list(prompt), list(completion)) for prompt, completion in state["texts"]]

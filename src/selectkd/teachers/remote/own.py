@@ -1,0 +1,160 @@
+"""Our own server (`selectkd serve-teacher`) as a source of rows. n rows, e width, v vocabulary, K best tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load
+from torch import Tensor
+
+from selectkd.durable import write_whole
+from selectkd.errors import TeacherError
+from selectkd.rows import Head
+from selectkd.teachers.remote.answers import ROUNDING, Asked, TopK, WrongAnswer, checked, json_object
+from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
+from selectkd.teachers.remote.server import Sample
+from selectkd.teachers.remote.wire import HEAD, HEADER, ROWS, TEACHER, question_bytes, read_answer
+
+TEXTS = ("model", "dtype", "weights", "tokenizer", "template")
+HEAD_KEYS = {"checksum", "size", "scale", "softcap"}
+
+
+@dataclass
+class OwnServer:
+    """The server at the end of a connection. k: how many best tokens ``top_k`` asks for."""
+
+    connection: Connection
+    k: int | None = None
+    _about: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the server says of its model, asked for once; TeacherError where it is none of ours."""
+        if self._about is None:
+            question = Question(TEACHER, None, SMALL, _about, "what it teaches")
+            [self._about] = self.connection.ask([question])
+        return self._about
+
+    def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
+        """The K best tokens of each sample at its places."""
+        k, vocabulary = self.k, self.about["vocabulary"]
+        if k is None or k > vocabulary:
+            raise TeacherError(
+                f"{self.connection.url} has {vocabulary} tokens, and k = {k} of them are wanted."
+            )
+        asked = [Asked(ids, places, k, vocabulary) for ids, places in samples]
+
+        def read(body: bytes, question: bytes, one: Asked) -> TopK:
+            return _top_k(self._read(body, question, len(one.places)), one)
+
+        return self._ask([(one.ids, one.places) for one in asked], 8 * k + 4, read, asked)
+
+    def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """The last hidden states [n, e] of each sample at its places, in the precision of the model."""
+        width = self.about["width"]
+
+        def read(body: bytes, question: bytes, one: Sample) -> Tensor:
+            found = self._read(body, question, len(one[1])).get("hidden")
+            if found is None or found.shape != (len(one[1]), width) or not found.is_floating_point():
+                raise WrongAnswer(f"no hidden states of width {width}")
+            return found
+
+        return self._ask(samples, 4 * width, read, samples, k=False)
+
+    def head(self) -> Head:
+        """The model's head, fetched the first time and then kept by its checksum; TeacherError for another one."""
+        told = self.about["head"]
+        path = _kept() / f"{told['checksum']}.safetensors"
+        content = path.read_bytes() if path.is_file() else b""
+        if xxhash.xxh3_128(content).hexdigest() != told["checksum"]:
+
+            def read(reply: Reply) -> bytes:
+                if xxhash.xxh3_128(reply.body).hexdigest() != told["checksum"]:
+                    raise WrongAnswer("a head that does not match its checksum")
+                return reply.body
+
+            [content] = self.connection.ask([Question(HEAD, None, told["size"], read, "its head")])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+        tensors = load(content)
+        return Head(tensors["weight"], tensors.get("bias"), told["scale"], told["softcap"])
+
+    def _ask(
+        self, samples: Any, row_bytes: int, read: Any, extra: Sequence[Any], *, k: bool = True
+    ) -> list[Any]:
+        questions = []
+        for (ids, places), more in zip(samples, extra, strict=True):
+            content = question_bytes(ids, places, self.k if k else None)
+            cap = HEADER + len(places) * row_bytes + 8
+
+            def reader(reply: Reply, content: bytes = content, more: Any = more) -> Any:
+                return read(reply.body, content, more)
+
+            questions.append(Question(ROWS, content, cap, reader))
+        return self.connection.ask(questions)
+
+    def _read(self, body: bytes, question: bytes, rows: int) -> dict[str, Tensor]:
+        return read_answer(body, question=question, weights=self.about["weights"], rows=rows)
+
+
+def _top_k(found: dict[str, Tensor], asked: Asked) -> TopK:
+    """The rows, if their tail is what they leave of 1."""
+    ids, logp, tail = (found.get(name) for name in ("ids", "logp", "tail"))
+    shape = (len(asked.places), asked.k)
+    if (
+        ids is None
+        or logp is None
+        or tail is None
+        or ids.shape != shape
+        or logp.shape != shape
+        or tail.ndim != 1
+    ):
+        raise WrongAnswer(f"no {asked.k} best tokens and their tail")
+    if ids.dtype != torch.int32 or logp.dtype != torch.float32:
+        raise WrongAnswer(f"ids in {ids.dtype} and log-probabilities in {logp.dtype}")
+    left = 1 - np.exp(logp.double().numpy()).sum(1)
+    if not np.allclose(left, tail.double().numpy(), rtol=0, atol=ROUNDING):
+        raise WrongAnswer("tails that are not what the best tokens leave")
+    impossible = torch.isneginf(logp)
+    return checked(ids.long().tolist(), logp.masked_fill(impossible, -1e30).tolist(), asked)
+
+
+def _about(reply: Reply) -> dict[str, Any]:
+    """What ``/teacher`` says; WrongAnswer unless all of it is there and of its type."""
+    told = json_object(reply.body)
+    head = told.get("head")
+    sound = (
+        all(isinstance(told.get(key), str) for key in TEXTS)
+        and all(_count(told.get(key)) for key in ("vocabulary", "width"))
+        and (told.get("max_length") is None or _count(told["max_length"]))
+        and (told.get("revision") is None or isinstance(told["revision"], str))
+        and isinstance(head, dict)
+        and set(head) == HEAD_KEYS
+    )
+    if not sound or not isinstance(head, dict):
+        raise WrongAnswer("no description of a teacher: a server of another kind, or of another version")
+    checksum, cap = head["checksum"], head["softcap"]
+    largest = 4 * told["vocabulary"] * (told["width"] + 1) + (1 << 16)
+    if (
+        not (isinstance(checksum, str) and len(checksum) == 32 and checksum.isalnum() and checksum.isascii())
+        or not (_count(head["size"]) and head["size"] <= largest)
+        or not isinstance(head["scale"], int | float)
+        or not (cap is None or isinstance(cap, int | float))
+    ):
+        raise WrongAnswer("a description of no head")
+    return told
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _kept() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "selectkd" / "heads"

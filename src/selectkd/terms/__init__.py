@@ -1,0 +1,35 @@
+"""Terms: which rows of a batch are judged by which objective, with which factor. EXTRAS names what can change them.
+
+A plain run has one term, all rows under one objective. Streams with objectives of their own, a selector beside a
+verifier, and the extras of published methods (ATKD's two halves, DistiLLM-2's adaptive alpha, MiniLLM's policy
+gradient) make several; ``weighted_sum`` adds them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from selectkd.terms.adaptive_alpha import adaptive_alpha
+from selectkd.terms.atkd import atkd
+from selectkd.terms.plan import Extra, LossPlan, StreamLoss, StreamSpec
+from selectkd.terms.policy_gradient import policy_gradient
+from selectkd.terms.term import Forward, Term, weighted_sum
+
+EXTRAS: Mapping[str, Callable[..., Extra]] = MappingProxyType(
+    {"atkd": atkd, "adaptive_alpha": adaptive_alpha, "policy_gradient": policy_gradient}
+)
+
+__all__ = [
+    "EXTRAS",
+    "Extra",
+    "Forward",
+    "LossPlan",
+    "StreamLoss",
+    "StreamSpec",
+    "Term",
+    "adaptive_alpha",
+    "atkd",
+    "policy_gradient",
+    "weighted_sum",
+]
