@@ -1,15 +1,16 @@
 """Time, peak memory and error of one distillation loss with its gradients: selectkd, its bare products, its peers.
 
     python benchmarks/loss.py [--quick] [--json FILE] [--shapes smollm2 qwen2.5] [--n 512 2048 4096]
-        [--dtypes float32 bfloat16] [--divergences ...] [--verifiers greedy_topk] [--rounds 3] [--real] [--record]
+        [--dtypes float32 bfloat16] [--divergences ...] [--verifiers greedy_topk] [--rounds 3] [--real]
+        [--filters 6.1e-5] [--record]
 
 n rows, v vocabulary, d / e student / teacher width. ``limit`` is the four products that no dense loss can do without
 (student logits, teacher logits, dX, dW), in the chunks selectkd takes, through one reused buffer a model.
 
 ratio_to_limit: process CPU time over the limit's, one thread, all implementations in turn in every round, the median
 of the rounds' ratios. peak_u: resident memory at its highest minus before the call, gradients included, in a process
-of its own, in units U = 4 n v bytes. error_ratio: ||grad_hidden - fp64|| over the same of the plain program (whole
-logits, fp32 log-softmax, autograd) on the first rows; the gradient of a row does not depend on the others.
+of its own, in units U = 4 n v bytes. error_ratio: the larger of ||dX - fp64|| and ||dW - fp64||, each over the same of
+the plain program (whole logits, fp32 log-softmax, autograd), on the first rows alone.
 
 beta is 1, so that the verifier works and every implementation computes the same loss. Random states: teacher
 h ~ N(0, 1) [n, e] and head ~ N(0, 1 / d) [v, e], its columns beyond d at a quarter; the student has the first d columns
@@ -171,13 +172,14 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     return 0.0, grad_hidden, grad_head
 
 
-def selectkd(divergence: str, verifier: str) -> Loss:
+def selectkd(divergence: str, verifier: str, gradient_filter: float = 0.0) -> Loss:
     """Ours, with the verifier at its defaults and beta = 1."""
     objective = Objective(divergence, verifier, beta=1.0)
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5)
-        return distillation_loss(hidden, head, LiveRows(teacher, teacher_head), objective, uniform)[0]
+        rows = LiveRows(teacher, teacher_head)
+        return distillation_loss(hidden, head, rows, objective, uniform, gradient_filter=gradient_filter)[0]
 
     return loss
 
@@ -193,14 +195,15 @@ def plain(divergence: str) -> Loss:
     return loss
 
 
-def exact(divergence: str, states: States) -> tuple[Tensor, Tensor]:
-    """The plain program in fp64 on the same rounded states: the divergence of every row [n] and its gradient [n, d]."""
+def exact(divergence: str, states: States) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The plain program in fp64 on the same rounded states: the divergence of every row [n], and dX and dW of their
+    mean."""
     hidden, head, teacher, teacher_head = states.to(torch.float64).parts
-    leaf = hidden.requires_grad_()
-    logq, logp = torch.log_softmax(leaf @ head.t(), -1), torch.log_softmax(teacher @ teacher_head.t(), -1)
-    values = DIVERGENCES[divergence](logp, logq)
-    (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    return values.detach(), gradient
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    logq = torch.log_softmax(leaves[0] @ leaves[1].t(), -1)
+    values = DIVERGENCES[divergence](torch.log_softmax(teacher @ teacher_head.t(), -1), logq)
+    of_hidden, of_head = torch.autograd.grad(values.mean(), leaves)
+    return values.detach(), (of_hidden, of_head)
 
 
 def peak_bytes(call: Callable[[States], Any], states: States, warm: States) -> int | None:
@@ -238,30 +241,32 @@ def resident(field: str) -> int:
     raise KeyError(field)
 
 
-def distance(gradient: Tensor, *, n: int, true: Tensor) -> float:
-    """||dX - true|| on the rows of ``true``; dX is the gradient of a mean over n rows, ``true`` that of a sum."""
-    rows = min(len(true), len(gradient))
-    return (gradient[:rows].double() * n - true[:rows]).norm().item()
+def distances(gradients: Sequence[Tensor], true: Sequence[Tensor]) -> list[float]:
+    """||dX - true|| and ||dW - true||."""
+    return [(a.double() - b).norm().item() for a, b in zip(gradients, true, strict=True)]
 
 
-def check(x: Implementation, states: States, values: Tensor, true: Tensor, same: float) -> list[str]:
-    """What an implementation computes otherwise than fp64 does, and the time of a first call that compiles."""
+def check(
+    x: Implementation, sample: States, warm: States, values: Tensor, true: Sequence[Tensor], same: float
+) -> tuple[list[str], list[float]]:
+    """What an implementation computes otherwise than fp64 does on the sample, with the time of a first call that
+    compiles; and how far its two gradients are off."""
     if x.name == "limit":
-        x.call(states)
-        return []
-    n = states.hidden.shape[0]
+        x.call(warm)
+        return [], []
     started = time.perf_counter()
-    value, gradient, _ = x.call(states)
+    x.call(warm)
     spent = time.perf_counter() - started
-    error = distance(gradient, n=n, true=true) / true[:n].norm().item()
+    value, *gradients = x.call(sample)
+    errors = distances(gradients, true)
+    error = max(a / b.norm().item() for a, b in zip(errors, true, strict=True))
     notes = [] if error < same else [f"another gradient: relative error {error:.2g}"]
-    if n <= len(values):  # the value of more rows is not known in fp64
-        mean = values[:n].mean().item()
-        if not abs(value - mean) < max(same, 0.01) * mean:
-            notes.append(f"another value: {value:.4g} for {mean:.4g}")
+    mean = values.mean().item()
+    if not abs(value - mean) < max(same, 0.01) * mean:
+        notes.append(f"another value: {value:.4g} for {mean:.4g}")
     if x.peer is not None and x.peer.compiled:
         notes.append(f"first call with compilation {spent:.0f} s")
-    return notes
+    return notes, errors
 
 
 def measure(
@@ -270,30 +275,26 @@ def measure(
     """Checks every implementation, then its peak, then the rounds; yields its figures and what is to be said."""
     n, v = states.hidden.shape[0], states.head.shape[0]
     sample = states.first(min(n, ERROR_ROWS))
-    true_values, true = exact(divergence, sample)
-    _, ordinary, _ = differentiated(plain(divergence))(sample)
-    ordinary_error = distance(ordinary, n=len(true), true=true)
+    values, true = exact(divergence, sample)
+    ordinary = distances(differentiated(plain(divergence))(sample)[1:], true)
     # a compiled loss is warmed at its own size: another one would make it compile for any size
     warm = [
         states if x.peer and x.peer.compiled else states.first(min(n, WARM_ROWS)) for x in implementations
     ]
-    said = [
-        check(x, rows, true_values, true, SAME[dtype]) for x, rows in zip(implementations, warm, strict=True)
-    ]
-    for x, notes in zip(implementations, said, strict=True):
-        if x.name == "selectkd" and notes:
+    said, errors = [], []
+    for x, rows in zip(implementations, warm, strict=True):
+        notes, error = check(x, sample, rows, values, true, SAME[dtype])
+        if x.name.startswith("selectkd") and notes:
             raise SystemExit(f"selectkd is wrong: {divergence} in {dtype}, verifier {x.verifier}: {notes}")
+        said.append(notes)
+        errors.append(max(a / b for a, b in zip(error, ordinary, strict=True)) if error else None)
     peaks = [peak_bytes(x.call, states, rows) for x, rows in zip(implementations, warm, strict=True)]
     seconds: list[list[float]] = [[] for _ in implementations]
-    errors: list[float | None] = [None] * len(implementations)
     for _ in range(rounds):
         for i, x in enumerate(implementations):
             started = time.process_time()
-            _, gradient, _ = x.call(states)
+            x.call(states)
             seconds[i].append(time.process_time() - started)
-            if x.name != "limit" and errors[i] is None:
-                errors[i] = distance(gradient, n=n, true=true) / ordinary_error
-            del gradient
     bare = seconds[0]
     for i, x in enumerate(implementations):
         ratios = [a / b for a, b in zip(seconds[i], bare, strict=True)]
@@ -309,11 +310,16 @@ def measure(
 
 
 def implementations_of(
-    divergence: str, verifiers: Sequence[str], peers: Sequence[Peer]
+    divergence: str, verifiers: Sequence[str], filters: Sequence[float], peers: Sequence[Peer]
 ) -> list[Implementation]:
     """The limit first, then ours with every verifier, then the peers that offer the divergence."""
     found = [Implementation("limit", "always", limit)]
     found += [Implementation("selectkd", v, differentiated(selectkd(divergence, v))) for v in verifiers]
+    found += [
+        Implementation(f"selectkd, filter {share:.1e}", v, differentiated(selectkd(divergence, v, share)))
+        for share in filters
+        for v in verifiers
+    ]
     for peer in peers:
         if divergence in peer.offers:
             call = differentiated(peer.load(divergence))
@@ -337,6 +343,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", default=[p.name for p in PEERS], choices=[p.name for p in PEERS]
     )
+    parser.add_argument("--filters", nargs="+", type=float, default=[], help="gradient_filter, beside 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--real", action="store_true", help="hidden states of SmolLM2; its shape only")
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
@@ -365,7 +372,7 @@ def main() -> None:
         print("left out by --quick:", ", ".join(left_out))
     columns = ("shape", "n", "dtype", "divergence", "verifier", "implementation")
     print(
-        f"{'cell':42}{'verifier':13}{'implementation':21}{'x limit':>8}{'CPU s':>8}{'peak U':>8}{'error x':>9}"
+        f"{'cell':42}{'verifier':13}{'implementation':25}{'x limit':>8}{'CPU s':>8}{'peak U':>8}{'error x':>9}"
     )
     rows: list[dict[str, Any]] = []
     for shape in wanted.shapes:
@@ -376,7 +383,7 @@ def main() -> None:
                 states = master.to(DTYPES[dtype])
                 for divergence in wanted.divergences:
                     cell = (label, n, dtype, divergence)
-                    todo = implementations_of(divergence, wanted.verifiers, present)
+                    todo = implementations_of(divergence, wanted.verifiers, wanted.filters, present)
                     for x, figures, said in measure(states, divergence, dtype, todo, wanted.rounds):
                         row = dict(zip(columns, (*cell, x.verifier, x.name), strict=True))
                         row |= {name: figures[name] for name in FIGURES}
@@ -388,7 +395,7 @@ def main() -> None:
                     if not_offered:
                         print(f"{divergence} is not offered by:", ", ".join(not_offered), flush=True)
                     for name in absent:
-                        row = dict(zip(columns, (*cell, "always", name), strict=True))
+                        row: dict[str, Any] = dict(zip(columns, (*cell, "always", name), strict=True))
                         rows.append(row | dict.fromkeys(FIGURES))
     if wanted.json is not None:
         wanted.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -399,7 +406,7 @@ def show(row: dict[str, Any], figures: dict[str, float | None], said: Sequence[s
     cell = ", ".join(str(row[name]) for name in ("shape", "n", "dtype", "divergence"))
     numbers = (figures[name] for name in ("ratio_to_limit", "seconds", "peak_u", "error_ratio"))
     texts = ["-" if x is None else f"{x:.3f}" for x in numbers]
-    line = f"{cell:42}{row['verifier']:13}{row['implementation']:21}"
+    line = f"{cell:42}{row['verifier']:13}{row['implementation']:25}"
     line += f"{texts[0]:>8}{texts[1]:>8}{texts[2]:>8}{texts[3]:>9}"
     print(line, *(f"({x})" for x in said), flush=True)
 

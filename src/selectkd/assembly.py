@@ -360,6 +360,7 @@ def _epoch(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iter
         seed=recipe.training.seed,
         epoch=epoch,
         packing=recipe.data.packing,
+        bucket=recipe.data.bucket,
         max_length=recipe.training.max_length,
         pad_id=pad,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.divergences.kl import forward_kl, forward_value
 from selectkd.divergences.sorted import is_unpaired, sorted_distance
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
@@ -35,6 +36,7 @@ class Settings:
     head: Head
     temperature: float
     wants_gradient: bool
+    also_kl: bool = False
 
 
 class Rows(NamedTuple):
@@ -51,14 +53,16 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a block: four columns [b], and how many of its rows have no finite teacher. Of a teacher aligned by
-    spans also which rows have no verdict, and the gradient of ``later``, [b] each."""
+    """What came of a block: four columns [b], how many rows have no finite teacher, and the sum of KL(p || q) at
+    temperature 1 where it was asked for. Of a teacher aligned by spans also which rows have no verdict, and the
+    gradient of ``later``, [b] each."""
 
     divergence: Tensor
     weight: Tensor
     acceptance: Tensor
     overlap: Tensor
     bad: Tensor | int
+    kl: Tensor | int = 0
     unverified: Tensor | None = None
     grad_later: Tensor | None = None
 
@@ -73,7 +77,7 @@ def judge(
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
     verified = None
     if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
-        verified = for_verifier(raw, block, teacher, rows, settings)
+        verified = pair_at(settings.objective.verify_temperature, raw, block, teacher, rows, settings)
     if isinstance(teacher, LiveChunk) and closed_form is not None:
         return _closed(raw, block, teacher, rows, settings, scratch, closed_form, verified)
     if isinstance(teacher, CachedChunk):
@@ -90,13 +94,18 @@ def has_closed_form(settings: Settings, teacher: TeacherChunk) -> bool:
 
 
 @torch.no_grad()
-def for_verifier(
-    raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
+def pair_at(
+    temperature: float, raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
 ) -> TokenPair:
-    """The pair the verifier sees, at its temperature, with labels, sequences and the reference student."""
+    """The pair at another temperature than the loss's, with labels and sequences: what the verifier sees."""
     logits = settings.head.finish(raw[block])
-    pair = teacher.pair(block, logits, settings.objective.verify_temperature)
-    return replace(pair, label=rows.label, sequence=rows.sequence)
+    return replace(teacher.pair(block, logits, temperature), label=rows.label, sequence=rows.sequence)
+
+
+@torch.no_grad()
+def kl_of(pair: TokenPair) -> Tensor:
+    """The sum over the rows of KL(p || q)."""
+    return forward_kl(pair.logp, pair.logq).sum()
 
 
 def _closed(
@@ -106,6 +115,9 @@ def _closed(
     """A dense teacher and a divergence with a closed form: no autograd, memory reused from block to block."""
     head, temperature, target = settings.head, settings.temperature, raw[block]
     with torch.no_grad():
+        kl: Tensor | int = 0
+        if settings.also_kl and temperature != 1.0:
+            kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
         zq = widened(head, target, "zq", scratch)  # [b, v]
         zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
         capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
@@ -122,8 +134,8 @@ def _closed(
         torch.softmax(zq, -1, out=q)
         torch.softmax(zp, -1, out=p)
         # the log-sum-exp for free: a logit minus the logarithm of its probability, exact where that is not small
-        norm_q = (zq.gather(-1, at) - q.gather(-1, at).log_())[:, 0]
-        norm_p = zp.amax(-1) - p.amax(-1).log_()
+        norm_q = (zq.gather(-1, at).double() - q.gather(-1, at).double().log_())[:, 0]
+        norm_p = zp.amax(-1).double() - p.amax(-1).double().log_()
         finite = None
         if not math.isfinite(float(norm_p.sum())):
             finite = torch.isfinite(norm_p)
@@ -133,20 +145,21 @@ def _closed(
         pair = verified
         if pair is None:
             free = rows.acceptance is not None or settings.objective.shift_free
-            logp, logq = (zp, zq) if free else (zp - norm_p[:, None], zq - norm_q[:, None])
+            logp, logq = (zp, zq) if free else (torch.log_softmax(z, -1) for z in (zp, zq))
             pair = TokenPair(
                 logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
                 shared_mass=shared,
             )  # fmt: skip
         weight, acceptance = settings.objective.weigh(pair, rows.uniform, acceptance=rows.acceptance)
-        divergence = closed_form(
-            Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
-        )
+        seen = Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
+        if settings.also_kl and temperature == 1.0:
+            kl = forward_value(seen).clamp_(min=0.0).sum()
+        divergence = closed_form(seen)
         if settings.wants_gradient:
             finish_gradient(zq, rows.scale * weight, capped, settings)
             if zq is not target:
                 target.copy_(zq)
-    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite))
+    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite), kl)
 
 
 def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
@@ -185,6 +198,7 @@ def _top_k(
     leaf = support.requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
+        kl = kl_of(pair) if settings.also_kl else 0  # at temperature 1: a top-K teacher has no other
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
@@ -195,7 +209,7 @@ def _top_k(
         finish_gradient(gradient, None, capped, settings)
         if gradient is not target:
             target.copy_(gradient)
-    return seen
+    return seen._replace(kl=kl)
 
 
 def finish_gradient(
@@ -223,13 +237,18 @@ def _autograd(
     """Any divergence, any teacher: the objective as it stands, differentiated."""
     fp = torch.float64 if raw.dtype == torch.float64 else torch.float32
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    kl: Tensor | int = 0
+    if settings.also_kl and settings.temperature != 1.0:
+        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = teacher.pair(block, settings.head.finish(leaf), settings.temperature)
         pair = replace(pair, label=rows.label, sequence=rows.sequence)
+        if settings.also_kl and settings.temperature == 1.0:
+            kl = kl_of(pair)
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (raw[block],) = torch.autograd.grad(loss, leaf)
-    return seen
+    return seen._replace(kl=kl)
 
 
 def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, settings: Settings) -> Seen:
@@ -248,6 +267,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
         divergence = _across(objective.divergence, logp, logq, pair, teacher)
         with torch.no_grad():
             overlap = torch.minimum(pair.logp, pair.logq)[:, :-1].exp().sum(-1).clamp(max=1.0)
+            kl = _across(forward_kl, logp, logq, pair, teacher).sum() if settings.also_kl else 0
             column = teacher.proposal(logq)
             seen = TokenPair(
                 logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,
@@ -262,7 +282,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
     if settings.wants_gradient:
         raw[block], grad_later = torch.autograd.grad(loss, (leaf, later))
     return Seen(
-        divergence.detach(), weight, acceptance, overlap, bad_rows(finite), unverified.to(fp), grad_later
+        divergence.detach(), weight, acceptance, overlap, bad_rows(finite), kl, unverified.to(fp), grad_later
     )
 
 

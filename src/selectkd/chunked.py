@@ -8,7 +8,6 @@ elementwise work. The gradient is taken in the forward pass, chunk by chunk; bac
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Rows, Seen, Settings, for_verifier, has_closed_form, judge
+from selectkd.block import Rows, Seen, Settings, has_closed_form, judge, pair_at
 from selectkd.objective import Objective
+from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
 from selectkd.rows import Head, Scratch, TeacherRows
 from selectkd.spans import AlignedChunk
 
@@ -30,8 +30,6 @@ BLOCK_ENTRIES = 3 << 17
 """Entries of a block, [b, v]: the six buffers of a closed form, 1.5 MiB each, stay in the third-level cache."""
 AUTOGRAD_ENTRIES = 1 << 17
 """The same where autograd keeps some forty temporaries of a block."""
-PIECE = 2048
-"""Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
 ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
 
 
@@ -47,6 +45,8 @@ class Work:
     chunk: int
     labels: Tensor | None  # [n]
     sequence: Tensor | None  # [n]
+    also_kl: bool = False
+    gradient_filter: float = 0.0
     acceptance: Tensor | None = None  # [n], from the first pass
     later: Tensor | None = None  # [n], of the tokens after each span's first
 
@@ -66,16 +66,11 @@ def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch
     return max(1, min(n, chunk))
 
 
-def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
-    """start ... stop in pieces of ``size``."""
-    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
-
-
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
     selector = work.objective.verifier
-    scores, scratch = [], Scratch()
+    scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
     settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
@@ -84,9 +79,9 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
         reference = None if beside is None else beside.open(rows, width, scratch)
         for block in cuts(0, raw.shape[0], max(1, AUTOGRAD_ENTRIES // width)):
             at = work.rows(rows, block)
-            pair = for_verifier(raw, block, teacher, at, settings)
+            pair = pair_at(temperature, raw, block, teacher, at, settings)
             if reference is not None:
-                pair = replace(pair, logr=for_verifier(raw, block, reference, at, settings).logp)
+                pair = replace(pair, logr=pair_at(temperature, raw, block, reference, at, settings).logp)
             score = selector.score(pair, at.uniform)  # [b, m]
             if pair.finite is not None:
                 score = torch.where(pair.finite[:, None], score, torch.nan)
@@ -122,7 +117,7 @@ class ChunkedLoss(torch.autograd.Function):
 
         loss = torch.zeros((), dtype=fp, device=hidden.device)
         seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
-        bad = torch.zeros((), dtype=fp, device=hidden.device)
+        bad, kl = (torch.zeros((), dtype=fp, device=hidden.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         head_gradient = HeadGradient(weight, width, -(-n // work.chunk)) if wants_weight else None
         grad_bias = (
@@ -135,7 +130,7 @@ class ChunkedLoss(torch.autograd.Function):
         if later is not None:
             work = replace(work, later=later.detach())
 
-        settings = Settings(work.objective, head, work.temperature, wants_any)
+        settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
@@ -150,19 +145,21 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_later[rows] = judged.grad_later
             loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
             bad += judged.bad
+            kl += judged.kl
             if wants_any:
                 kept = rows_with_gradient(judged.weight) if work.objective.drops_rows else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
+                strong = strong_columns(gradient, work.gradient_filter) if work.gradient_filter else None
                 if grad_hidden is not None:
-                    part = gradient @ weight[:width]
+                    part = hidden_gradient(gradient, weight[:width], strong)
                     if kept is None:
                         grad_hidden[rows] = part.to(hidden.dtype)
                     else:
                         grad_hidden[rows] = 0
                         grad_hidden[rows][kept] = part.to(hidden.dtype)
                 if head_gradient is not None:
-                    head_gradient.add(gradient, inputs)
+                    head_gradient.add(gradient, inputs, strong)
                 if grad_bias is not None:
                     for piece in cuts(0, width, PIECE):
                         grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
@@ -172,8 +169,8 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         rows_out = [seen[name] for name in ROWS]
-        ctx.mark_non_differentiable(bad, *rows_out)
-        return (loss, bad, *rows_out)
+        ctx.mark_non_differentiable(bad, kl, *rows_out)
+        return (loss, bad, kl, *rows_out)
 
     @staticmethod
     @once_differentiable
@@ -210,9 +207,9 @@ def judge_chunk(
     columns = {
         name: None if values[0] is None else torch.cat(values)
         for name in Seen._fields
-        if name != "bad" and (values := [getattr(one, name) for one in judged])
+        if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
     }
-    return Seen(bad=sum(one.bad for one in judged), **columns)  # type: ignore[arg-type]
+    return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
@@ -228,37 +225,3 @@ def rows_with_gradient(weight: Tensor) -> Tensor | None:
     """The rows of a chunk whose weight is not 0, so that the others cost no product; None means all of them."""
     kept = weight.nonzero()[:, 0]
     return None if kept.shape[0] == weight.shape[0] else kept
-
-
-class HeadGradient:
-    """The sum of gradient^T [v, c] inputs [c, d] over a known number of chunks, ``total`` [v, d] in the head's dtype.
-
-    No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
-    second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
-    need no second tensor: they are rounded once.
-    """
-
-    def __init__(self, weight: Tensor, width: int, products: int) -> None:
-        self.total, self.width = torch.empty_like(weight, memory_format=torch.contiguous_format), width
-        self.total[width if products else 0 :].zero_()
-        self.narrow = weight.dtype.itemsize < 4
-        self.rest = torch.zeros_like(self.total[:width]) if self.narrow and products > 2 else None
-        self.empty = True
-
-    def add(self, gradient: Tensor, inputs: Tensor) -> None:
-        """Adds one chunk's product; below fp32 PIECE rows at a time, which stay in the cache."""
-        total = self.total[: self.width]
-        if self.empty:
-            torch.mm(gradient.t(), inputs, out=total)
-        elif not self.narrow:
-            torch.addmm(total, gradient.t(), inputs, out=total)
-        else:
-            for piece in cuts(0, self.width, PIECE):
-                product = gradient[:, piece].t() @ inputs
-                if self.rest is None:
-                    total[piece].add_(product)
-                else:
-                    exact = product.float().add_(total[piece]).add_(self.rest[piece])
-                    total[piece].copy_(exact)
-                    self.rest[piece].copy_(exact.sub_(total[piece]))
-        self.empty = False

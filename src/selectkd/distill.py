@@ -30,6 +30,8 @@ def distillation_loss(
     chunk: int | None = None,
     labels: Int[Tensor, " n"] | None = None,
     sequence: Int[Tensor, " n"] | None = None,
+    also_kl: bool = False,
+    gradient_filter: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
 
@@ -39,7 +41,11 @@ def distillation_loss(
     objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
     1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
-    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of.
+    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. also_kl: sums
+    hold ``kl`` as well, the sum of KL(p || q) at temperature 1 over all rows, from the same logits.
+    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
+    take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
+    states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
@@ -67,6 +73,10 @@ def distillation_loss(
     n = hidden.shape[0]
     uniform = _checked_uniform(uniform, n, objective, hidden.device)
     _check(hidden, student, teacher, objective, temperature, chunk)
+    if not 0.0 <= gradient_filter < 1.0:
+        raise ConfigError(
+            f"gradient_filter = {gradient_filter} must lie in [0, 1); 0 is exact, 2^-14 = 6.1e-5."
+        )
     for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
@@ -85,14 +95,16 @@ def distillation_loss(
         chunk=chunk_rows(n, width, chunk, student.weight.dtype),
         labels=labels,
         sequence=sequence,
+        also_kl=also_kl,
+        gradient_filter=gradient_filter,
     )
     if isinstance(teacher, AlignedRows):
-        loss, bad, seen = _by_spans(hidden, student, teacher, work)
+        loss, bad, kl, seen = _by_spans(hidden, student, teacher, work)
     else:
         if objective.ranks_the_batch and n:
             detached = replace(student, weight=student.weight.detach())
             work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
-        loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+        loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
         seen = dict(zip(ROWS, rows, strict=True))
     sums = {
         "n": torch.tensor(float(n), device=hidden.device),
@@ -104,13 +116,15 @@ def distillation_loss(
         "unverified": seen["unverified"].sum(),
         "teacher_nonfinite": bad,
     }
+    if also_kl:
+        sums["kl"] = kl
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
 
 
 def _by_spans(
     hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, bad rows, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, KL, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
 
     A span's divergence and weight stand at its first row, its verdict and overlap at each of its rows.
     """
@@ -127,7 +141,9 @@ def _by_spans(
         for name in ("uniform", "row_scale", "labels", "sequence")
     }
     work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
-    loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, work)  # type: ignore[misc]
+    loss, bad, kl, *rows = ChunkedLoss.apply(
+        hidden[first], student.weight, student.bias, later, student, work
+    )  # type: ignore[misc]
     inside = span >= 0
     seen = {}
     for name, values in zip(ROWS, rows, strict=True):
@@ -137,7 +153,7 @@ def _by_spans(
         else:
             out[inside] = values[span[inside]]
         seen[name] = out
-    return loss, bad, seen
+    return loss, bad, kl, seen
 
 
 def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:

@@ -145,8 +145,8 @@ def _statistics(
     stride_s, stride_t, rows, width, scale_s, cap_s, scale_t, cap_t, inverse_temperature, a, b,
     terms: tl.constexpr, IMPOSSIBLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row's sums over the vocabulary: floats [8, c] = log-sum-exp of q and p, overlap, value, sum of h, entropy of
-    p and q, sum sqrt(p q); the student's argmax, its rank and the label's with the teacher."""
+    """One row's sums over the vocabulary: floats [9, c] = log-sum-exp of q and p, overlap, value, sum of h, entropy of
+    p and q, sum sqrt(p q), KL(p || q); the student's argmax, its rank and the label's with the teacher."""
     row = tl.program_id(0)
     zs += row.to(tl.int64) * stride_s
     zt += row.to(tl.int64) * stride_t
@@ -171,7 +171,7 @@ def _statistics(
     at = tl.sum(t, 0)
     t = _load(zt, bias_t, unshared, there, there < width, scale_t, cap_t, inverse_temperature, IMPOSSIBLE)
     of_label = tl.sum(t, 0)
-    overlap, value, total, entropy_p, entropy_q, affinity = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    overlap, value, total, entropy_p, entropy_q, affinity, kl = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     better, label_better = 0, 0
     for start in range(0, width, TILE):
         columns = start + tl.arange(0, TILE)
@@ -187,6 +187,7 @@ def _statistics(
         entropy_p -= tl.sum(p * logp, 0)
         entropy_q -= tl.sum(q * logq, 0)
         affinity += tl.sum(tl.exp(0.5 * (logp + logq)), 0)
+        kl += tl.sum(p * (logp - logq), 0)
         better += tl.sum((inside & (t > at)).to(tl.int32), 0)
         label_better += tl.sum((inside & (t > of_label)).to(tl.int32), 0)
     tl.store(top + row, best)
@@ -200,6 +201,7 @@ def _statistics(
     tl.store(floats + 5 * rows + row, entropy_p)
     tl.store(floats + 6 * rows + row, entropy_q)
     tl.store(floats + 7 * rows + row, affinity)
+    tl.store(floats + 8 * rows + row, kl)
 
 
 @triton.jit
@@ -272,9 +274,13 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
             (seen.overlap > floor) & (seen.overlap < 1.0), -1.0 / seen.overlap.clamp(min=floor), 0.0
         )
     share = rows.scale.to(torch.float32) * weight
+    kl: Tensor | int = 0
+    if settings.also_kl:
+        at_one = floats if settings.temperature == 1.0 else launch.statistics(1.0)[1]
+        kl = torch.where(finite, at_one[8].clamp(min=0.0), 0.0).sum()
     if settings.wants_gradient:
         launch.gradient(floats, factor.contiguous(), share.contiguous())
-    return Seen(divergence, weight, acceptance, overlap, (~finite).sum())
+    return Seen(divergence, weight, acceptance, overlap, (~finite).sum(), kl)
 
 
 class _Launch:
@@ -300,10 +306,10 @@ class _Launch:
         return (None if ours is None else ours.detach(), theirs)
 
     def statistics(self, temperature: float) -> tuple[RowStatistics, Tensor]:
-        """The statistics of every row at a temperature, and the table of floats [8, c] they come from."""
+        """The statistics of every row at a temperature, and the table of floats [9, c] they come from."""
         c = self.raw.shape[0]
         ints = torch.empty(3, c, dtype=torch.int32, device=self.raw.device)
-        floats = torch.empty(8, c, dtype=torch.float32, device=self.raw.device)
+        floats = torch.empty(9, c, dtype=torch.float32, device=self.raw.device)
         _statistics[(c,)](
             self.raw, self.teacher.raw, *self._biases(), self.unshared, self.label, ints[0], ints[1], ints[2], floats,
             self.raw.stride(0), self.teacher.raw.stride(0), c, self.width, *self._heads(), 1.0 / temperature,

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.chunked import HeadGradient, chunk_rows, cuts
+from selectkd.chunked import chunk_rows
+from selectkd.products import HeadGradient, cuts
 from selectkd.rows import Head, Scratch
 
 

@@ -161,6 +161,8 @@ training: {output_dir: r, batch_size: four, dtype: float16, learning_rate: -1}
         ("objective.beta=1.01", "at most 1"),
         ("objective.beta=.nan", "objective.beta"),
         ("objective.temperature=0", "above 0"),
+        ("data={sources: [{path: a.jsonl}], packing: true, bucket: true}", "no padding for bucket to save"),
+        ("training.gradient_filter=1", "below 1"),
         ("objective.divergence={alpha: 1}", "needs a name"),
         ("training.evaluate_every=5", "data.evaluation"),
         ("training.early_stopping={patience: 1}", "evaluate_every"),

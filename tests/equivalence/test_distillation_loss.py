@@ -265,6 +265,22 @@ def test_bf16_is_no_worse_than_the_plain_program():
         assert (mine.double() - truth).norm() <= 1.05 * (theirs.double() - truth).norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["generalized_jsd", "taid"])  # a closed form, and autograd
+def test_the_kl_beside_another_divergence_is_forward_kl_at_temperature_one(name, temperature):
+    hidden, weight, teacher_hidden, teacher_weight = rows()
+    teacher = LiveRows(teacher_hidden, teacher_weight)
+    _, plain = distillation_loss(hidden, weight, teacher, Objective("forward_kl", "always"))
+    without, _ = distillation_loss(
+        hidden, weight, teacher, Objective(name, "always"), temperature=temperature
+    )
+    loss, sums = distillation_loss(
+        hidden, weight, teacher, Objective(name, "always"), temperature=temperature, chunk=10, also_kl=True
+    )
+    torch.testing.assert_close(sums["kl"], plain["divergence"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(loss, without, rtol=1e-12, atol=0.0)
+
+
 def test_no_rows_at_all_give_a_loss_of_zero():
     _, weight, _, teacher_weight = rows()
     hidden = torch.zeros(0, WIDTH, dtype=torch.float64, requires_grad=True)

@@ -43,7 +43,7 @@ def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=No
     at = Rows(
         uniform, torch.linspace(0.1, 1.0, C), torch.arange(C) * 3, torch.zeros(C, dtype=torch.long), None
     )
-    settings = Settings(objective, head, temperature, wants_gradient=True)
+    settings = Settings(objective, head, temperature, wants_gradient=True, also_kl=True)
     results = []
     for run in ("kernel", "reference"):
         raw = head.raw(hidden).detach().clone()
@@ -56,6 +56,7 @@ def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=No
         results.append((raw, seen))
     (raw, seen), (raw_there, seen_there) = results
     assert int(seen.bad) == int(seen_there.bad)
+    torch.testing.assert_close(seen.kl, seen_there.kl, atol=1e-5, rtol=2e-5)
     # fp32 sums of 300 terms in another order
     torch.testing.assert_close(raw, raw_there, atol=2e-6, rtol=2e-5)
     for name in ("divergence", "weight", "acceptance", "overlap"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selectkd.chunked import HeadGradient
+from selectkd.products import HeadGradient
 
 V, D, C = 300, 16, 8
 
@@ -19,7 +19,7 @@ def test_a_bf16_sum_is_no_worse_than_one_in_fp32_rounded_at_the_end(products):
     for _ in range(products):
         gradient = torch.randn(C, V, generator=generator).bfloat16()
         inputs = torch.randn(C, D, generator=generator).bfloat16()
-        ours.add(gradient, inputs)
+        ours.add(gradient, inputs, None)
         in_fp32 += gradient.t() @ inputs
         exact += gradient.t().double() @ inputs.double()
     error = (ours.total[:V].double() - exact).norm()
@@ -34,7 +34,7 @@ def test_a_plain_bf16_sum_would_be_worse():
     ours = HeadGradient(total, V, 40)
     for _ in range(40):
         gradient, inputs = (torch.randn(C, w, generator=generator).bfloat16() for w in (V, D))
-        ours.add(gradient, inputs)
+        ours.add(gradient, inputs, None)
         total += gradient.t() @ inputs
         exact += gradient.t().double() @ inputs.double()
     assert (total.double() - exact).norm() > 1.5 * (ours.total.double() - exact).norm()

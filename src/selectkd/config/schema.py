@@ -142,6 +142,13 @@ class Data(Section):
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
     train_on: Literal["completion", "all"] = "completion"
     packing: bool = False
+    bucket: bool = False
+
+    @model_validator(mode="after")
+    def _one_way_to_save_padding(self) -> Self:
+        if self.packing and self.bucket:
+            raise refuse("packing leaves no padding for bucket to save; set one of the two to false")
+        return self
 
     @property
     def policies(self) -> list[Policy]:
@@ -260,6 +267,7 @@ class Training(Section):
     evaluate_every: Count | None = None
     early_stopping: EarlyStopping | None = None
     chunk: Count | None = None
+    gradient_filter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     log_every: Count = 1
     probe_samples: Annotated[Whole, Field(ge=0)] = 16
     engine: Literal["trainer", "loop"] = "trainer"

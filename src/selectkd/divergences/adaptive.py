@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, dot, log_ratio, project, with_gradient
+from selectkd.divergences.gradient import Block, dot, project, with_gradient
 from selectkd.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
 
@@ -27,11 +27,11 @@ def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> F
 def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Tensor:
     """g = share (q - p) + (1 - share) q (f - E_q f), f = log q - log p."""
     share = head_share(block.p, block.q, share_of("mu", mu))
-    gap = log_ratio(block, block.spare)
+    gap = block.log_ratio()
     forward, reverse = -dot(block.p, gap), dot(block.q, gap)
     gap.sub_(reverse[:, None]).mul_((1.0 - share)[:, None]).add_(share[:, None])
     torch.mul(gap, block.q, out=block.out).addcmul_(block.p, share[:, None], value=-1.0)
-    return share * forward + (1.0 - share) * reverse
+    return share * forward + (1.0 - share) * reverse + (2.0 * share - 1.0) * block.excess(block.spare)
 
 
 @on_top_k(NO_DIRECTION)
@@ -56,7 +56,7 @@ def adaptive_kl(
 
 def _todi(block: Block) -> Tensor:
     """h = (1 - w) q (log q - log p + 1) - w p, w = p / (p + q) without gradient."""
-    gap = log_ratio(block, block.spare)  # [n, s]
+    gap = block.log_ratio()
     value = dot(block.q, gap) - dot(block.p, gap)
     rest = torch.sigmoid(gap, out=block.zp)  # 1 - w
     project(block, gap.add_(1.0).mul_(block.q).add_(block.p).mul_(rest).sub_(block.p))

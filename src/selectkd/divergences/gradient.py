@@ -22,8 +22,9 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 class Block:
     """A block of rows as the closed forms see it, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
 
-    zp, zq [n, s]: logits; norm_p, norm_q [n]: their log-sum-exps; p, q [n, s]: their softmaxes, read only. zp, zq and
-    spare may be overwritten. out receives the gradient; it may be the memory of zq, so it is written last.
+    zp, zq [n, s]: logits; p, q [n, s]: their softmaxes, read only; norm_p, norm_q [n]: log-sum-exps in fp64, true to
+    the sums that p and q have (1 but for rounding). zp, zq and spare may be overwritten. out receives the gradient; it
+    may be the memory of zq, so it is written last.
     """
 
     zp: Float[Tensor, "n s"]
@@ -35,18 +36,31 @@ class Block:
     out: Float[Tensor, "n s"]
     spare: Float[Tensor, "n s"]
 
-    @property
-    def shift(self) -> Float[Tensor, " n"]:
-        """log q - log p = zq - zp - shift."""
-        return self.norm_q - self.norm_p
+    def log_ratio(self) -> Float[Tensor, "n s"]:
+        """log q - log p, in ``spare``."""
+        shift = (self.norm_q - self.norm_p).to(self.zq.dtype)
+        return torch.sub(self.zq, self.zp, out=self.spare).sub_(shift[:, None])
 
-    def take_logp(self) -> Float[Tensor, "n s"]:
-        """log p in the memory of zp, once: zp is gone."""
-        return self.zp.sub_(self.norm_p[:, None])
+    def excess(self, out: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+        """sum (q - p), with q - p left in ``out``.
 
-    def take_logq(self) -> Float[Tensor, "n s"]:
-        """log q in the memory of zq, once: zq is gone."""
-        return self.zq.sub_(self.norm_q[:, None])
+        0 but for rounding; with it a relative entropy sum p log(p / q) becomes sum p log(p / q) - p + q, whose error is
+        of second order in p - q as the value is.
+        """
+        return torch.sub(self.q, self.p, out=out).sum(-1)
+
+    def take_logp(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
+        """log p in the memory of zp, once, and what rounding norm_p added to all entries of a row alike."""
+        return _minus(self.zp, self.norm_p)
+
+    def take_logq(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
+        """log q in the memory of zq, once, and what rounding norm_q added to all entries of a row alike."""
+        return _minus(self.zq, self.norm_q)
+
+
+def _minus(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = norm.to(logits.dtype)
+    return logits.sub_(rounded[:, None]), (norm - rounded).to(logits.dtype)
 
 
 class ClosedForm(Protocol):
@@ -85,11 +99,6 @@ def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Tenso
 def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """sum_v a b, [n], without a temporary."""
     return torch.linalg.vecdot(a, b)
-
-
-def log_ratio(block: Block, out: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
-    """log q - log p, in ``out``."""
-    return torch.sub(block.zq, block.zp, out=out).sub_(block.shift[:, None])
 
 
 def centre(block: Block, f: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:

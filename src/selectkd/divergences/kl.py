@@ -70,11 +70,16 @@ def mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
     return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
 
+def forward_value(block: Block) -> Float[Tensor, " n"]:
+    """KL(p || q), with q - p left in ``block.spare``."""
+    forward = dot(block.p, block.log_ratio())
+    return block.excess(block.spare) - forward
+
+
 def _forward_kl(block: Block) -> Tensor:
     """g = q - p."""
-    value = dot(block.p, torch.sub(block.zp, block.zq, out=block.spare)) + block.shift
-    torch.sub(block.q, block.p, out=block.out)
-    return value
+    forward = dot(block.p, block.log_ratio())
+    return block.excess(block.out) - forward
 
 
 @on_top_k(MERGED)
@@ -94,8 +99,9 @@ def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
 
 
 def _reverse_kl(block: Block) -> Tensor:
-    """f = log q - log p, up to a constant a row, which f - E_q f does without."""
-    return centre(block, torch.sub(block.zq, block.zp, out=block.spare)) - block.shift
+    """f = log q - log p."""
+    mean = centre(block, block.log_ratio())
+    return mean - block.excess(block.spare)
 
 
 @on_top_k(REVERSE)
@@ -117,12 +123,11 @@ def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
 def _jeffreys(block: Block, *, weight: float = 0.5) -> Tensor:
     """g = (1 - weight) (q - p) + weight q (f - E_q f), f = log q - log p."""
     w = share_of("weight", weight)
-    gap = torch.sub(block.zq, block.zp, out=block.spare)
-    mean = dot(block.q, gap)
-    value = w * (mean - block.shift) - (1.0 - w) * (dot(block.p, gap) - block.shift)
-    gap.sub_(mean[:, None]).mul_(w).add_(1.0 - w)
+    gap = block.log_ratio()
+    forward, reverse = -dot(block.p, gap), dot(block.q, gap)
+    gap.sub_(reverse[:, None]).mul_(w).add_(1.0 - w)
     torch.mul(gap, block.q, out=block.out).add_(block.p, alpha=w - 1.0)
-    return value
+    return (1.0 - w) * forward + w * reverse + (1.0 - 2.0 * w) * block.excess(block.spare)
 
 
 @on_top_k(lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
@@ -152,8 +157,10 @@ def _skew_kl(block: Block, *, alpha: float = 0.1) -> Tensor:
     """
     mixed = mixture(block, share_of("alpha", alpha))
     log_mixed = torch.log(mixed, out=block.zq)
-    value = dot(block.p, block.take_logp().sub_(log_mixed))  # sum p log(p / m)
-    centre(block, torch.sub(block.q, block.p, out=block.zp).div_(mixed))
+    logp, lost = block.take_logp()
+    value = dot(block.p, logp.sub_(log_mixed)) - lost  # sum p log(p / m)
+    value += (1.0 - alpha) * block.excess(block.zp)  # sum (m - p)
+    centre(block, block.zp.div_(mixed))
     block.out.mul_((1.0 - alpha) ** 2)
     return value
 
@@ -179,11 +186,11 @@ def skew_kl(
 def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
     """f = log(q / m) - alpha q / m, m = (1 - alpha) p + alpha q; without the last term if m is detached."""
     mixed = mixture(block, 1.0 - share_of("alpha", alpha))
-    gap = block.take_logq().sub_(torch.log(mixed, out=block.zp))  # log(q / m)
-    if detach_mixture:
-        return centre(block, gap)
-    value = dot(block.q, gap)
-    centre(block, gap.addcdiv_(block.q, mixed, value=-alpha))
+    logq, lost = block.take_logq()
+    gap = logq.sub_(torch.log(mixed, out=block.zp))  # log(q / m)
+    value = dot(block.q, gap) - lost
+    value += torch.sub(mixed, block.q, out=block.zp).sum(-1)  # of m as it was rounded
+    centre(block, gap if detach_mixture else gap.addcdiv_(block.q, mixed, value=-alpha))
     return value
 
 
@@ -215,8 +222,9 @@ def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Tensor:
     """f = (1 - beta) log(q / m), m = beta p + (1 - beta) q."""
     b = share_of("beta", beta)
     log_mixed = mixture(block, b).log_()
-    forward = dot(block.p, block.take_logp().sub_(log_mixed))  # sum p log(p / m)
-    reverse = centre(block, block.take_logq().sub_(log_mixed))  # sum q log(q / m)
+    (logp, lost_p), (logq, lost_q) = block.take_logp(), block.take_logq()
+    forward = dot(block.p, logp.sub_(log_mixed)) - lost_p  # sum p log(p / m)
+    reverse = centre(block, logq.sub_(log_mixed)) - lost_q  # sum q log(q / m)
     block.out.mul_(1.0 - b)
     return b * forward + (1.0 - b) * reverse
 

@@ -30,7 +30,9 @@ def _of_alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Exactness:
 
 def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
     """h = (q^(alpha + beta) - p^alpha q^beta) / alpha; q^beta (log q - log p) at alpha = 0, its limit."""
-    logp, logq = block.take_logp(), block.take_logq()
+    logp, logq = (
+        (z - norm[:, None]).to(z.dtype) for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q))
+    )
     value = alpha_beta(logp, logq, alpha=alpha, beta=beta)
     student = torch.mul(logq, beta, out=block.spare).exp_()  # q^beta
     logs = logp, logq

@@ -42,6 +42,8 @@ class Forward:
     uniform: Float[Tensor, "n r"]
     temperature: float = 1.0
     chunk: int | None = None
+    also_kl: bool = False
+    gradient_filter: float = 0.0
 
     @torch.no_grad()
     def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
@@ -105,7 +107,8 @@ def weighted_sum(
     """
     n, device = forward.hidden.shape[0], forward.hidden.device
     losses: list[Tensor] = []
-    total = {name: torch.zeros((), device=device) for name in SCALARS}
+    scalars = (*SCALARS, "kl") if forward.also_kl else SCALARS
+    total = {name: torch.zeros((), device=device) for name in scalars}
     rows = {f"row_{name}": torch.zeros(n, device=device) for name in ROWS}
     for term in terms:
         whole = term.rows is None
@@ -132,6 +135,8 @@ def weighted_sum(
                 chunk=forward.chunk,
                 labels=term.of(forward.labels),
                 sequence=term.of(forward.sequence),
+                also_kl=forward.also_kl and not term.beside,
+                gradient_filter=forward.gradient_filter,
             )
         if term.weighs:
             losses.append(loss)
@@ -142,7 +147,7 @@ def weighted_sum(
             continue
         if whole and len(terms) == 1 and term.weighs:
             return loss, sums
-        for name in SCALARS:
+        for name in scalars:
             total[name] = total[name] + sums[name].to(device)
         for name, column in rows.items():
             part = sums[name].to(column.dtype)

@@ -276,8 +276,9 @@ def _run(
             bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
         )  # fmt: skip
         model = DistillationModel(
-            made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl
-        )
+            made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
+            gradient_filter=training.gradient_filter,
+        )  # fmt: skip
         train_loop(
             model,
             feed,
@@ -326,6 +327,7 @@ def _run(
         taid=taid,
         streams=made.streams,
         also_kl=also_kl,
+        gradient_filter=training.gradient_filter,
         bad_batches=bad,
         on_line=on_line,
         losses=made.losses,

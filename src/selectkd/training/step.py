@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
-from selectkd.distill import distillation_loss
 from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
-from selectkd.rows import Head, TeacherRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.terms import Forward, LossPlan, weighted_sum
 
@@ -28,7 +26,8 @@ class DistillationModel(nn.Module):
 
     The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
     measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
-    another one; it costs one more head product of both models. Otherwise ``sums["kl"]`` is the divergence.
+    another one; from the same logits. Otherwise ``sums["kl"]`` is the divergence.
+    gradient_filter: as in ``distillation_loss``.
     """
 
     accepts_loss_kwargs = False
@@ -41,10 +40,12 @@ class DistillationModel(nn.Module):
         temperature: float = 1.0,
         chunk: int | None = None,
         also_kl: bool = False,
+        gradient_filter: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
         self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
+        self.gradient_filter = gradient_filter
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
     @property
@@ -68,11 +69,11 @@ class DistillationModel(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
         here = Forward(
-            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature
+            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
+            also_kl=self.also_kl, gradient_filter=self.gradient_filter,
         )  # fmt: skip
         loss, sums = self._loss(plan, here, row_scale)
-        sums["kl"] = self._kl(rows, head, teacher) if self.also_kl else sums["divergence"]
-        return loss, sums
+        return loss, {"kl": sums["divergence"]} | sums
 
     def _loss(self, plan: LossPlan, here: Forward, row_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
@@ -96,11 +97,6 @@ class DistillationModel(nn.Module):
                 self.chunk = rows // 2
             _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
 
-    @torch.no_grad()
-    def _kl(self, rows: Tensor, head: Head, teacher: TeacherRows) -> Tensor:
-        sums = distillation_loss(rows.detach(), head, teacher, _PLAIN, chunk=self.chunk)[1]
-        return sums["divergence"]
-
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is an allocation that failed, on an accelerator or in main memory."""
@@ -109,6 +105,3 @@ def out_of_memory(error: BaseException) -> bool:
     return any(
         words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
     )
-
-
-_PLAIN = Objective("forward_kl", "always", beta=1.0)

@@ -29,7 +29,8 @@ class DistillTrainer(Trainer):
 
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
     micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
-    objective, reduction, temperature, chunk: as in a recipe; beta: a schedule, default the objective's constant.
+    objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default the
+    objective's constant.
     losses, extras, write: as of ``Ledger``. Loss scaling, counts over accumulation and ranks, and the skipping of
     steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
@@ -55,6 +56,7 @@ class DistillTrainer(Trainer):
         taid: TaidSchedule | None = None,
         streams: tuple[str, ...] = ("data",),
         also_kl: bool = False,
+        gradient_filter: float = 0.0,
         bad_batches: Path | None = None,
         losses: Sequence[StreamSpec] = (),
         extras: Sequence[Extra] = (),
@@ -73,7 +75,14 @@ class DistillTrainer(Trainer):
         self.feed = Feed(micro_batches)
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
-        model = DistillationModel(student, teacher, temperature=temperature, chunk=chunk, also_kl=also_kl)
+        model = DistillationModel(
+            student,
+            teacher,
+            temperature=temperature,
+            chunk=chunk,
+            also_kl=also_kl,
+            gradient_filter=gradient_filter,
+        )
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway

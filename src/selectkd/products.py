@@ -1,0 +1,120 @@
+"""The two products that take a chunk's gradient to the hidden states and to the head, dense or over its strong columns.
+
+n rows, c rows of a chunk, v vocabulary, k columns kept, d student width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PIECE = 2048
+"""Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
+LOOK = 8
+"""Rows of a chunk whose absolute values exist at a time while columns are chosen."""
+MOST = 0.5
+"""Share of the columns above which a product over some of them costs more than the dense one."""
+
+
+def cuts(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start ... stop in pieces of ``size``."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+class Strong(NamedTuple):
+    """A gradient G [c, v] as its strong columns and what is left: G ~ part at ``ids`` plus rest profile^T elsewhere.
+
+    ids [k]; part [c, k]; rest [c], the sum of a row's other entries; profile [v], how their absolute mass lies over the
+    vocabulary, 0 at ids, sum 1.
+    """
+
+    ids: Int[Tensor, " k"]
+    part: Float[Tensor, "c k"]
+    rest: Float[Tensor, " c"]
+    profile: Float[Tensor, " v"]
+
+
+def strong_columns(gradient: Float[Tensor, "c v"], share: float) -> Strong | None:
+    """The columns with an entry of at least ``share`` of the largest, in absolute value; None where they are too many.
+
+    Every entry left out is smaller than e = share * max |G|, so their Frobenius norm is below e sqrt(c v), and
+    dW = G^T X is off by less than that times the largest singular value of X. For dX = G W it is that of W, but for the
+    rank-1 rest, which gives every row of dX back the mass it lost, shaped like the chunk's, and changes this by at most
+    |rest| |profile| times the same. Relative to the chunk's largest entry: it follows the divergence's scale.
+    Source: the filtering of cut cross-entropy (arXiv 2411.09009), by columns instead of by blocks.
+    """
+    v = gradient.shape[1]
+    fp = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    largest, mass = (torch.zeros(v, dtype=fp, device=gradient.device) for _ in range(2))
+    total = []
+    for rows in cuts(0, gradient.shape[0], LOOK):
+        entries = gradient[rows].to(fp)
+        total.append(entries.sum(-1))
+        entries = entries.abs()
+        torch.maximum(largest, entries.amax(0), out=largest)
+        mass += entries.sum(0)
+    strong = largest >= share * largest.max()  # nan is kept nowhere else but in the dense product
+    ids = strong.nonzero()[:, 0]
+    if not 0 < ids.shape[0] <= MOST * v:
+        return None
+    part = gradient[:, ids]
+    mass[ids] = 0.0
+    profile = mass / mass.sum().clamp(min=torch.finfo(fp).tiny)
+    return Strong(ids, part, torch.cat(total) - part.sum(-1, dtype=fp), profile)
+
+
+def hidden_gradient(
+    gradient: Float[Tensor, "c v"], weight: Float[Tensor, "v d"], strong: Strong | None
+) -> Float[Tensor, "c d"]:
+    """G W; over the strong columns and the rank-1 rest where there are any: [c, d]."""
+    if strong is None:
+        return gradient @ weight
+    tail = strong.profile.to(weight.dtype) @ weight  # [d]
+    return torch.addmm(strong.rest.to(weight.dtype)[:, None] * tail, strong.part, weight[strong.ids])
+
+
+class HeadGradient:
+    """The sum of G^T [v, c] X [c, d] over a known number of chunks, ``total`` [v, d] in the head's dtype.
+
+    No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
+    second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
+    need no second tensor: they are rounded once.
+    """
+
+    def __init__(self, weight: Tensor, width: int, products: int) -> None:
+        self.total, self.width = torch.empty_like(weight, memory_format=torch.contiguous_format), width
+        self.total[width if products else 0 :].zero_()
+        self.narrow = weight.dtype.itemsize < 4
+        self.rest = torch.zeros_like(self.total[:width]) if self.narrow and products > 2 else None
+        self.empty = True
+
+    def add(
+        self, gradient: Float[Tensor, "c v"], inputs: Float[Tensor, "c d"], strong: Strong | None = None
+    ) -> None:
+        """Adds one chunk's product; below fp32, and over columns, PIECE rows at a time, which stay in the cache."""
+        total = self.total[: self.width]
+        if strong is not None:
+            if self.empty:
+                total.zero_()
+            for piece in cuts(0, strong.ids.shape[0], PIECE):
+                self._add_piece(total, strong.ids[piece], strong.part[:, piece].t() @ inputs)
+        elif self.empty:
+            torch.mm(gradient.t(), inputs, out=total)
+        elif not self.narrow:
+            torch.addmm(total, gradient.t(), inputs, out=total)
+        else:
+            for piece in cuts(0, self.width, PIECE):
+                self._add_piece(total, piece, gradient[:, piece].t() @ inputs)
+        self.empty = False
+
+    def _add_piece(self, total: Tensor, rows: slice | Tensor, product: Tensor) -> None:
+        if self.rest is None:
+            total[rows] += product
+            return
+        exact = product.float().add_(total[rows]).add_(self.rest[rows])
+        total[rows] = exact.to(total.dtype)
+        self.rest[rows] = exact.sub_(total[rows]).to(total.dtype)
