@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ import torch
 from selectkd.cli import main
 from selectkd.errors import DataError
 from selectkd.evals.code import exercise, pass_at_k, program
+from selectkd.evals.judging import Protocol
+from selectkd.evals.judging.instruct import answered, judged, read_requests
 from selectkd.evals.run_suite import Scores, compared, interval_of
+from selectkd.evals.sandbox import level
+from selectkd.evals.suites import arithmetic
 from selectkd.models.load import load_model
 
 CONTRACT = {"task", "metric", "value", "low", "high", "n", "settings"}
@@ -139,3 +145,57 @@ def test_pairs_of_scores_are_compared_on_the_same_problems() -> None:
         and row["p_mcnemar"] == pytest.approx(20 / 512)
     )
     assert "p_mcnemar" not in compared(made("a", [0.5, 1.0]), made("b", [1.0, 1.0]))
+
+
+def test_code_of_a_file_is_run_and_the_level_is_told(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not level().safe:
+        pytest.skip("this machine does not lock programs in")
+    for name, record in (
+        ("humaneval", HUMANEVAL),
+        ("mbpp", {"task_id": 1, "text": "Add.", "code": "", "test_list": ["assert add(1, 1) == 2"]}),
+    ):
+        problems, answer = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+        problems.write_text(json.dumps(record) + "\n")
+        flags = ["--suite", "code", "--data", str(problems), "--tokens", "3", "--samples", "2", "--k", "2"]
+        assert main(["eval", str(tiny_run), *flags, "--json", str(answer)]) == 0
+        (row,) = json.loads(answer.read_text())["rows"]
+        assert row["metric"] == "pass@2" and row["value"] == 0.0 and "seccomp" in row["settings"]["sandbox"]
+        assert "locked in by rlimits" in capsys.readouterr().err
+
+
+def test_made_problems_are_the_same_for_the_same_seed_and_graded_by_their_maker() -> None:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        pytest.skip("reasoning-gym is not installed")
+    one, two = (arithmetic(4, tokens=8, seed=3) for _ in range(2))
+    assert one.prompts == two.prompts != arithmetic(4, tokens=8, seed=4).prompts
+    import reasoning_gym
+
+    made = reasoning_gym.create_dataset("gsm_symbolic", seed=3, size=4)
+    for i in range(4):
+        assert one.score(i, [f"Step by step. #### {made[i]['answer']}"]) == 1.0
+        assert one.score(i, [f"#### {int(made[i]['answer']) + 1}"]) == 0.0 == one.score(i, ["no idea"])
+
+
+def test_instruct_is_judged_in_both_orders_by_whoever_judges(tiny_run: Path, tmp_path: Path) -> None:
+    requests, memory = tmp_path / "r.jsonl", tmp_path / "v.jsonl"
+    requests.write_text(
+        "".join(json.dumps({"instruction": f"w{i} w3", "output": "w1 w2"}) + "\n" for i in range(2))
+    )
+    rules = Protocol("a reference", max_new_tokens=3)
+    loaded = load_model(tiny_run / "student")
+    pairs = answered(loaded, read_requests(requests, None), rules, seed=0, batch_size=2)
+    assert [one.reference for one in pairs] == ["w1 w2"] * 2
+
+    class Always:
+        name = "always the first"
+
+        def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None:
+            for index, text in enumerate(questions):
+                mark = text.split("with the mark ")[1][:20]
+                heard(index, f"{mark} verdict: 1")
+
+    rows, seen = judged("m", "alpaca_eval", pairs, Always(), rules, memory=memory, seed=0, settings={})
+    assert seen.ties == 2 and [row["metric"] for row in rows] == ["win_rate", "length_controlled_win_rate"]
+    assert rows[0]["value"] == 0.5 and rows[0]["settings"]["judge"] == "always the first"

@@ -34,8 +34,9 @@ def complete(
 ) -> list[str]:
     """The answer to each prompt (token ids), in order. ``heard`` is told how many are done.
 
-    Prompts of one batch are padded on the left; sampled answers depend on the batch they are in, greedy ones only on
-    rounding.
+    An answer is cut at a stop string after it was written: transformers' own criterion fails on tokenizers that do not
+    spell text. Prompts of one batch are padded on the left; sampled answers depend on the batch they are in, greedy
+    ones only on rounding.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -78,11 +79,8 @@ def _batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], decodin
         if decoding.temperature
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    stop: dict[str, Any] = (
-        {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
-    )
     out = model.generate(
         input_ids=ids, attention_mask=real, max_new_tokens=decoding.max_new_tokens, pad_token_id=pad,
-        eos_token_id=sorted(ends) or None, **sampled, **stop,
+        eos_token_id=sorted(ends) or None, **sampled,
     )  # fmt: skip
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

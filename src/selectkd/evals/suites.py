@@ -125,7 +125,8 @@ def programming(
 
 
 def _records(path: Path, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
-    found = read_records(str(path), limit=limit)
+    # problems have fields of their own; a format that is given keeps the reader from looking for text to train on
+    found = read_records(str(path), format="text", limit=limit)
     return [(str(origin), dict(record)) for origin, record in found]
 
 
