@@ -21,7 +21,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.models.head import backbone, head_of
 from selectkd.rows import Head, LiveRows
-from selectkd.teachers.cache.build import weights_checksum
+from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.training.checkpoint.folder import all_in
 from selectkd.training.counts import ranks, total
 from selectkd.training.estimate import Memory, estimate
