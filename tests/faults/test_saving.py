@@ -231,7 +231,7 @@ def test_a_cache_build_that_is_stopped_ends_with_75_and_goes_on(
     monkeypatch.setattr("selectkd.cli.cache.say", stops)
     build = ["cache", "build", str(path), "--set", "teacher.shard_rows=32"]
     assert main(build) == 75
-    assert "the shards that are written stay" in capsys.readouterr().err
+    assert "the shards that were done are in" in capsys.readouterr().err
     told.clear()
     assert main(build) == 0
     assert next(text for text in told if text.startswith("shard")).startswith("shard 3 of")

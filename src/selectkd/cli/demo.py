@@ -14,7 +14,7 @@ from selectkd.cli.terminal import say, without_other_bars
 
 if TYPE_CHECKING:
     from selectkd.assembly import Assembly
-    from selectkd.training.run import RunResult
+    from selectkd.training.result import RunResult
 
 
 def demo(
