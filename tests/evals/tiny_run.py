@@ -10,7 +10,7 @@ import yaml
 
 from selectkd.config import load_recipe
 from selectkd.training.run import train
-from training.tiny import tiny_llama, write_pair
+from training.tiny import recipe_of, tiny_llama, write_pair
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +19,7 @@ def tiny_run(tmp_path_factory: Any) -> Path:
     root = tmp_path_factory.mktemp("evals")
     write_pair(root, tiny_llama(1, layers=3))
     recipe = {
-        "teacher": {"model": str(root / "teacher")},
-        "student": {"model": str(root / "student")},
-        "data": {"sources": [{"path": str(root / "text.jsonl"), "name": "made"}], "evaluation": 0.25},
+        **recipe_of(root, data={"evaluation": 0.25}),
         "objective": {"verifier": {"name": "greedy_topk", "k": 5}, "beta": 1.0},
         "training": {
             "output_dir": str(root / "run"), "max_steps": 12, "batch_size": 6, "learning_rate": 1e-2,

@@ -16,7 +16,7 @@ from selectkd.cli.app import main
 from selectkd.config import load_recipe
 from selectkd.generation import Draw, Request, Sampling, generate
 from selectkd.training.run import train
-from training.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_pair
+from training.tiny import VOCABULARY, recipe_of, tiny_llama, tiny_tokenizer, write_pair
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,7 @@ def folder(tmp_path_factory: Any) -> Path:
 @pytest.fixture
 def recipe(folder: Path, tmp_path: Path) -> Path:
     content = {
-        "teacher": {"model": str(folder / "teacher")},
-        "student": {"model": str(folder / "student")},
-        "data": {"sources": [{"path": str(folder / "text.jsonl"), "name": "made"}], "max_new_tokens": 7},
+        **recipe_of(folder, data={"max_new_tokens": 7}),
         "training": {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 1,

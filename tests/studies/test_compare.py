@@ -14,7 +14,7 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, arms, controlled
 from selectkd.studies.compare import differences, read_rows
-from training.tiny import tiny_llama, write_pair
+from training.tiny import recipe_of, tiny_llama, write_pair
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,7 @@ def recipe(tmp_path_factory: Any) -> Path:
     root = tmp_path_factory.mktemp("compare")
     write_pair(root, tiny_llama(1, layers=3))
     content = {
-        "teacher": {"model": str(root / "teacher")},
-        "student": {"model": str(root / "student")},
-        "data": {"sources": [{"path": str(root / "text.jsonl"), "name": "made"}], "evaluation": 0.25},
+        **recipe_of(root, data={"evaluation": 0.25}),
         "objective": {"divergence": "reverse_kl", "temperature": 2.0},
         "training": {
             "output_dir": str(root / "runs"),

@@ -84,3 +84,14 @@ def write_pair(root: Path, teacher: Any) -> None:
             file.write(
                 json.dumps({"prompt": " ".join(words[:5]), "completion": " " + " ".join(words[5:])}) + "\n"
             )
+
+
+def recipe_of(root: Path, *, data: Any = None, **sections: Any) -> dict[str, Any]:
+    """A recipe of the pair that ``write_pair`` left, as plain data; ``data`` joins its section, others are as given."""
+    source = {"sources": [{"path": str(root / "text.jsonl"), "name": "made"}]}
+    return {
+        "teacher": {"model": str(root / "teacher")},
+        "student": {"model": str(root / "student")},
+        "data": {**source, **(data or {})},
+        **sections,
+    }

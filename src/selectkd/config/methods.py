@@ -45,31 +45,24 @@ def _loss(divergence: str, /, *, within: Mapping[str, Any] | None = None, **para
 
 SELECTKD = "SelecTKD (arXiv 2510.24021)"
 
+
+def _selectkd(variant: str, verifier: str, /) -> Method:
+    """The paper's own method with one of its two verifiers."""
+    return Method(
+        f"SelecTKD, Variant {variant}, else beta.",
+        _loss("forward_kl", within={"verifier": {"name": verifier, "k": 5}, "beta": 0.01}),
+        f"{SELECTKD}, Algorithm 1.",
+        {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
+    )
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "selectkd": Method(
-            "SelecTKD, Variant A: full weight where the student's best is in the teacher's top k, else beta.",
-            {
-                "objective": {
-                    "divergence": {"name": "forward_kl"},
-                    "verifier": {"name": "greedy_topk", "k": 5},
-                    "beta": 0.01,
-                }
-            },
-            f"{SELECTKD}, Algorithm 1.",
-            {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
+        "selectkd": _selectkd(
+            "A: full weight where the student's best is in the teacher's top k", "greedy_topk"
         ),
-        "selectkd_spec_k": Method(
-            "SelecTKD, Variant B: full weight where one of the student's k proposals passes, else beta.",
-            {
-                "objective": {
-                    "divergence": {"name": "forward_kl"},
-                    "verifier": {"name": "spec_k", "k": 5},
-                    "beta": 0.01,
-                }
-            },
-            f"{SELECTKD}, Algorithm 1.",
-            {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
+        "selectkd_spec_k": _selectkd(
+            "B: full weight where one of the student's k proposals passes", "spec_k"
         ),
         "kd": Method(
             "Plain distillation: forward KL on every token of the data set.",
@@ -95,7 +88,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 **_loss("forward_kl"),
             },
             "ImitKD (arXiv 2009.07253), as compared with in DistiLLM (arXiv 2402.03898).",
-            {"data.policy.probability": "DistiLLM, baselines", "data.policy.replay": "DistiLLM, appendix"},
+            {"data.policy.probability": "DistiLLM, baselines", "data.policy.replay": "DistiLLM"},
             {
                 "fresh": Option(
                     "Every text of the student is trained on once, when it is new.",
@@ -111,7 +104,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             "GKD (arXiv 2306.13649).",
             {
-                "data.policy.probability": "GKD, section 4: lambda",
+                "data.policy.probability": "GKD: lambda",
                 "data.policy.temperature": "TRL's GKDTrainer",
                 "objective.divergence.beta": "GKD, equation 3",
             },
@@ -141,9 +134,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             "MiniLLM (arXiv 2306.08543); its language-modelling text is a pre-training corpus, here the source's own.",
             {
-                "data.policy.share": "MiniLLM, section 3.1: alpha",
-                "objective.extras.clip": "its released code",
-                "objective.language_model": "its released code",
+                "data.policy.share": "MiniLLM: alpha",
+                "objective.extras.clip": "MiniLLM",
+                "objective.language_model": "MiniLLM",
             },
             {
                 "plain": Option(
@@ -172,9 +165,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "DistiLLM (arXiv 2402.03898); phi rises at evaluations, so the run needs data.evaluation and "
             "training.evaluate_every.",
             {
-                "objective.divergence.alpha": "DistiLLM, section 3.1",
-                "data.policy": "DistiLLM, section 3.2 and appendix",
-                "objective.language_model": "DistiLLM, appendix; ours on the source's own text",
+                "objective.divergence.alpha": "DistiLLM",
+                "data.policy": "DistiLLM",
+                "objective.language_model": "DistiLLM; ours on the source's own text",
             },
             {
                 "reverse": Option(
@@ -208,9 +201,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             "DistiLLM-2 (arXiv 2503.07067); the mean over both halves is the paper's 1 / (2 |D|).",
             {
-                "data.policy.temperature": "DistiLLM-2, appendix",
+                "data.policy.temperature": "DistiLLM-2",
                 "data.policy.top_p": "the same",
-                "objective.by_writer.teacher.divergence.alpha": "DistiLLM-2, section 3.3: alpha_0",
+                "objective.by_writer.teacher.divergence.alpha": "DistiLLM-2: alpha_0",
                 "objective.by_writer.student.divergence.detach_mixture": "its released code",
             },
             {
@@ -247,7 +240,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Forward KL on text that student and teacher write in turn: tokens outside its top 25 are the teacher's.",
             {"data": {"policy": {"name": "interleaved", "window": 25}}, **_loss("forward_kl")},
             "SKD (arXiv 2410.11325).",
-            {"data.policy.window": "SKD, section 4"},
+            {"data.policy.window": "SKD"},
             {
                 "jsd": Option(
                     "Generalised Jensen-Shannon at .5.",
@@ -279,7 +272,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Adaptive KL: forward and reverse KL weighed by where the two models differ.",
             _loss("adaptive_kl", mu=0.5),
             "AKL (arXiv 2404.02657).",
-            {"objective.divergence.mu": "AKL, section 4"},
+            {"objective.divergence.mu": "AKL"},
         ),
         "todi": Method(
             "Token-wise mixture of forward and reverse KL.",
@@ -302,7 +295,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 }
             },
             "AdaSPEC (arXiv 2510.19779); the reference is a student distilled by forward KL before (method: kd).",
-            {"objective.selector.share": "AdaSPEC, section 3"},
+            {"objective.selector.share": "AdaSPEC"},
             needs=("reference",),
         ),
         "atkd": Method(
@@ -315,7 +308,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 }
             },
             "ATKD (arXiv 2402.11890).",
-            {"objective.extras.easy": "ATKD, section 3: .2 easy, .8 hard, half of the tokens each"},
+            {"objective.extras.easy": "ATKD: .2 easy, .8 hard, half of the tokens each"},
         ),
         "tip": Method(
             "Forward KL on the half of the tokens with the highest entropy or divergence.",

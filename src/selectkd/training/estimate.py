@@ -128,7 +128,10 @@ def activations(model: nn.Module, b: int, t: int, *, recomputed: bool = False) -
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention keeps for its backward pass: q, k and v of all heads, mask, result and a sum a row."""
+    """What a fused attention keeps for its backward pass: q, k and v of all heads, mask, result and a sum a row.
+
+    It has no backward: only what the forward pass keeps is counted, on tensors without data.
+    """
 
     @staticmethod
     def forward(
@@ -137,10 +140,6 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("for counting alone")
 
 
 def _counted(
