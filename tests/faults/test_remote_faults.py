@@ -103,6 +103,7 @@ def test_a_server_that_is_down_at_the_start_is_waited_for_and_then_told(
     told = capsys.readouterr().err
     assert url in told and "teacher.wait, now 0.4 s" in told and "Traceback" not in told
     assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(TeacherError):  # by the part of the assembly that needs no weights
         prepare(load_recipe(recipe(url, wait=0.1), []))
 

@@ -22,6 +22,15 @@ def options_of(name: str) -> list[Any]:
     return [name, *({"name": name, option: True} for option in METHODS[name].options)]
 
 
+@pytest.mark.parametrize(("method", "verifier"), [("selectkd", "greedy_topk"), ("selectkd_spec_k", "spec_k")])
+def test_the_papers_own_method_has_the_papers_numbers(
+    method: str, verifier: str, recipe: Callable[..., Any]
+) -> None:
+    objective = recipe(method=method).objective
+    assert objective.divergence == {"name": "forward_kl"}
+    assert objective.verifier == {"name": verifier, "k": 5} and objective.beta == 0.01
+
+
 @pytest.mark.parametrize("selection", [None, SELECTION], ids=["plain", "selected"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_plain_and_with_a_selection(
