@@ -8,17 +8,21 @@ elementwise work. The gradient is taken in the forward pass, chunk by chunk; bac
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Rows, Seen, Settings, has_closed_form, judge, pair_at
+from selectkd.block import Rows, Seen, Settings, argmax, pair_at
+from selectkd.judge import has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.rows import Head, Scratch, TeacherRows
+from selectkd.rows import CachedChunk, Head, Scratch, TeacherChunk, TeacherRows
 from selectkd.spans import AlignedChunk
 
 CHUNK_ROW_BYTES = 1024
@@ -26,10 +30,13 @@ CHUNK_ROW_BYTES = 1024
 pass over [v, d], and so many rows make that small (measured: 128 rows in fp32 cost 7% more time)."""
 CHUNK_BYTES = 1 << 28
 """Bytes of a chunk's logits, [c, v], at most, for each model."""
-BLOCK_ENTRIES = 3 << 17
-"""Entries of a block, [b, v]: the six buffers of a closed form, 1.5 MiB each, stay in the third-level cache."""
+BLOCK_BUFFERS = 5
+"""Tensors of a block, [b, v], that a closed form works on: all of them fit into the second-level cache."""
+LEAST_ENTRIES = 1 << 16
+"""Entries of a block at least: below that the calls cost more than the caches save."""
 AUTOGRAD_ENTRIES = 1 << 17
-"""The same where autograd keeps some forty temporaries of a block."""
+"""Entries of a block where autograd keeps some forty temporaries of it."""
+LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
 
 
@@ -50,13 +57,13 @@ class Work:
     acceptance: Tensor | None = None  # [n], from the first pass
     later: Tensor | None = None  # [n], of the tokens after each span's first
 
-    def rows(self, chunk: slice, block: slice) -> Rows:
-        """What the rows of a block of a chunk need beside their logits."""
+    def rows(self, chunk: slice, block: slice, top: Tensor | None = None) -> Rows:
+        """What the rows of a block of a chunk need beside their logits; ``top`` is the chunk's [c]."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
         columns = (self.labels, self.sequence, self.acceptance, self.later)
-        return Rows(
-            self.uniform[here], self.row_scale[here], *(None if x is None else x[here] for x in columns)
-        )
+        beside = (None if x is None else x[here] for x in columns)
+        here_top = None if top is None else top[block]
+        return Rows(self.uniform[here], self.row_scale[here], *beside, top=here_top)
 
 
 def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch.float32) -> int:
@@ -198,11 +205,14 @@ def judge_chunk(
     kernels = kernels_for(raw, teacher, settings)
     if kernels is not None:
         return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
-    entries = BLOCK_ENTRIES if has_closed_form(settings, teacher) else AUTOGRAD_ENTRIES
     widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
+    size, top = max(1, AUTOGRAD_ENTRIES // widest), None
+    if has_closed_form(settings, teacher):
+        size = block_rows(width, torch.float64 if raw.dtype == torch.float64 else torch.float32)
+        top = argmax(raw) if wants_top(teacher, settings) else None
     judged = [
-        judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
-        for block in cuts(0, raw.shape[0], max(1, entries // widest))
+        judge(raw, block, teacher, work.rows(rows, block, top), settings, scratch)
+        for block in cuts(0, raw.shape[0], size)
     ]
     columns = {
         name: None if values[0] is None else torch.cat(values)
@@ -210,6 +220,28 @@ def judge_chunk(
         if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
     }
     return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
+
+
+def block_rows(width: int, dtype: torch.dtype) -> int:
+    """Rows of a block of a closed form: as many as the second-level cache holds."""
+    entries = level_two_bytes() // (BLOCK_BUFFERS * dtype.itemsize)
+    return max(1, max(entries, LEAST_ENTRIES) // width)
+
+
+@cache
+def level_two_bytes() -> int:
+    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
+    told = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
+    kibibytes = re.match(r"(\d+)K", told)
+    return int(kibibytes[1]) << 10 if kibibytes else 1 << 20
+
+
+def wants_top(teacher: TeacherChunk, settings: Settings) -> bool:
+    """Whether the student's argmax of a whole chunk is to be found at once: the product's own order is the logits', and
+    someone asks."""
+    if not settings.head.is_plain or getattr(teacher, "unshared", None) is not None:
+        return False
+    return isinstance(teacher, CachedChunk) or getattr(settings.objective.verifier, "proposal_alone", False)
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:

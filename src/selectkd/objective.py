@@ -83,9 +83,9 @@ class Objective:
         return self.beta == 0.0 or self.thin_rejected
 
     @property
-    def shift_free(self) -> bool:
-        """Whether the verifier takes logits for log-probabilities: it reads only their order and the overlap."""
-        return getattr(self.verifier, "shift_free", False)
+    def reads_statistics(self) -> bool:
+        """Whether the verifier can judge by ``RowStatistics`` alone, without a pair."""
+        return hasattr(self.verifier, "from_statistics")
 
     @property
     def ranks_the_batch(self) -> bool:

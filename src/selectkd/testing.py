@@ -112,8 +112,9 @@ def _check_closed_form(divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
     (expected,) = torch.autograd.grad(value.sum(), logits)
     zq = logits.detach().clone()
     norm_p, norm_q = torch.linspace(-2.0, 2.0, 16, dtype=torch.float64), zq.logsumexp(-1)
+    norms = torch.stack([norm_q, norm_p])
     block = Block(
-        zp=p + norm_p[:, None], zq=zq, norm_p=norm_p, norm_q=norm_q, p=p.exp(), q=torch.softmax(zq, -1), out=zq,
+        zp=p + norm_p[:, None], zq=zq, norms=norms, p=p.exp(), q=torch.softmax(zq, -1), out=zq,
         spare=torch.empty_like(zq),
     )  # fmt: skip
     assert closed_form is not None  # the caller looked

@@ -19,6 +19,10 @@ MATHEMATICS = [
     "objective.py",
     "schedules.py",
     "chunked.py",
+    "judge.py",
+    "dense.py",
+    "block.py",
+    "products.py",
     "distill.py",
     "randomness.py",
     *(

@@ -12,7 +12,7 @@ import torch
 
 from selectkd import Head, LiveRows, Objective, chunked, distillation_loss, kernels, uniforms
 from selectkd.block import Rows, Settings
-from selectkd.block import judge as reference
+from selectkd.judge import judge as reference
 from selectkd.rows import Scratch
 from selectkd.verifiers import VERIFIERS
 

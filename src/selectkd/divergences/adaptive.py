@@ -28,7 +28,7 @@ def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Tensor:
     """g = share (q - p) + (1 - share) q (f - E_q f), f = log q - log p."""
     share = head_share(block.p, block.q, share_of("mu", mu))
     gap = block.log_ratio()
-    forward, reverse = -dot(block.p, gap), dot(block.q, gap)
+    forward, reverse = -dot(block.p, gap, block.zp), dot(block.q, gap, block.zp)
     gap.sub_(reverse[:, None]).mul_((1.0 - share)[:, None]).add_(share[:, None])
     torch.mul(gap, block.q, out=block.out).addcmul_(block.p, share[:, None], value=-1.0)
     return share * forward + (1.0 - share) * reverse + (2.0 * share - 1.0) * block.excess(block.spare)
@@ -57,7 +57,7 @@ def adaptive_kl(
 def _todi(block: Block) -> Tensor:
     """h = (1 - w) q (log q - log p + 1) - w p, w = p / (p + q) without gradient."""
     gap = block.log_ratio()
-    value = dot(block.q, gap) - dot(block.p, gap)
+    value = dot(block.q, gap, block.zp) - dot(block.p, gap, block.zp)
     rest = torch.sigmoid(gap, out=block.zp)  # 1 - w
     project(block, gap.add_(1.0).mul_(block.q).add_(block.p).mul_(rest).sub_(block.p))
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,23 +23,30 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 class Block:
     """A block of rows as the closed forms see it, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
 
-    zp, zq [n, s]: logits; p, q [n, s]: their softmaxes, read only; norm_p, norm_q [n]: log-sum-exps in fp64, true to
-    the sums that p and q have (1 but for rounding). zp, zq and spare may be overwritten. out receives the gradient; it
-    may be the memory of zq, so it is written last.
+    zp, zq [n, s]: logits; p, q [n, s]: their softmaxes, read only; norms [2, n]: the log-sum-exps of zq and zp in fp64,
+    true to the sums that q and p have (1 but for rounding). zp, zq and spare may be overwritten. out receives the
+    gradient; it may be the memory of zq, so it is written last.
     """
 
     zp: Float[Tensor, "n s"]
     zq: Float[Tensor, "n s"]
-    norm_p: Float[Tensor, " n"]
-    norm_q: Float[Tensor, " n"]
+    norms: Float[Tensor, "2 n"]
     p: Float[Tensor, "n s"]
     q: Float[Tensor, "n s"]
     out: Float[Tensor, "n s"]
     spare: Float[Tensor, "n s"]
 
+    @property
+    def norm_q(self) -> Float[Tensor, " n"]:
+        return self.norms[0]
+
+    @property
+    def norm_p(self) -> Float[Tensor, " n"]:
+        return self.norms[1]
+
     def log_ratio(self) -> Float[Tensor, "n s"]:
         """log q - log p, in ``spare``."""
-        shift = (self.norm_q - self.norm_p).to(self.zq.dtype)
+        shift = (self.norms[0] - self.norms[1]).to(self.zq.dtype)
         return torch.sub(self.zq, self.zp, out=self.spare).sub_(shift[:, None])
 
     def excess(self, out: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
@@ -51,16 +59,19 @@ class Block:
 
     def take_logp(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
         """log p in the memory of zp, once, and what rounding norm_p added to all entries of a row alike."""
-        return _minus(self.zp, self.norm_p)
+        norms, lost = self._rounded
+        return self.zp.sub_(norms[1]), lost[1]
 
     def take_logq(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
         """log q in the memory of zq, once, and what rounding norm_q added to all entries of a row alike."""
-        return _minus(self.zq, self.norm_q)
+        norms, lost = self._rounded
+        return self.zq.sub_(norms[0]), lost[0]
 
-
-def _minus(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    rounded = norm.to(logits.dtype)
-    return logits.sub_(rounded[:, None]), (norm - rounded).to(logits.dtype)
+    @cached_property
+    def _rounded(self) -> tuple[Float[Tensor, "2 n 1"], Float[Tensor, "2 n"]]:
+        """The norms in the dtype of the logits, and what that took from them."""
+        rounded = self.norms.to(self.zq.dtype)
+        return rounded[:, :, None], (self.norms - rounded).to(self.zq.dtype)
 
 
 class ClosedForm(Protocol):
@@ -96,18 +107,19 @@ def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Tenso
     return bound
 
 
-def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """sum_v a b, [n], without a temporary."""
-    return torch.linalg.vecdot(a, b)
+def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"], out: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """sum_v a b, [n]; the products are left in ``out``, which may be a or b."""
+    return torch.mul(a, b, out=out).sum(-1)
 
 
-def centre(block: Block, f: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """Leaves g = q (f - E_q f) in ``block.out``, overwriting f; returns E_q f [n].
+def centre(block: Block, f: Float[Tensor, "n s"], factor: float = 1.0) -> Float[Tensor, " n"]:
+    """Leaves g = factor * q (f - E_q f) in ``block.out``, overwriting f, and zp or zq beside it; returns E_q f [n].
 
     Subtracted before it is multiplied: where f is nearly constant, q f - q E_q f would lose its digits.
     """
-    mean = dot(block.q, f)
-    torch.mul(f.sub_(mean[:, None]), block.q, out=block.out)
+    mean = dot(block.q, f, block.out if f is block.zp else block.zp)
+    torch.add(mean[:, None] * -factor, f, alpha=factor, out=f)
+    torch.mul(f, block.q, out=block.out)
     return mean
 
 

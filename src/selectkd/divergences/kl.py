@@ -72,13 +72,13 @@ def mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
 
 def forward_value(block: Block) -> Float[Tensor, " n"]:
     """KL(p || q), with q - p left in ``block.spare``."""
-    forward = dot(block.p, block.log_ratio())
+    forward = dot(block.p, block.log_ratio(), block.spare)
     return block.excess(block.spare) - forward
 
 
 def _forward_kl(block: Block) -> Tensor:
     """g = q - p."""
-    forward = dot(block.p, block.log_ratio())
+    forward = dot(block.p, block.log_ratio(), block.spare)
     return block.excess(block.out) - forward
 
 
@@ -124,7 +124,7 @@ def _jeffreys(block: Block, *, weight: float = 0.5) -> Tensor:
     """g = (1 - weight) (q - p) + weight q (f - E_q f), f = log q - log p."""
     w = share_of("weight", weight)
     gap = block.log_ratio()
-    forward, reverse = -dot(block.p, gap), dot(block.q, gap)
+    forward, reverse = -dot(block.p, gap, block.zp), dot(block.q, gap, block.zp)
     gap.sub_(reverse[:, None]).mul_(w).add_(1.0 - w)
     torch.mul(gap, block.q, out=block.out).add_(block.p, alpha=w - 1.0)
     return (1.0 - w) * forward + w * reverse + (1.0 - 2.0 * w) * block.excess(block.spare)
@@ -158,10 +158,9 @@ def _skew_kl(block: Block, *, alpha: float = 0.1) -> Tensor:
     mixed = mixture(block, share_of("alpha", alpha))
     log_mixed = torch.log(mixed, out=block.zq)
     logp, lost = block.take_logp()
-    value = dot(block.p, logp.sub_(log_mixed)) - lost  # sum p log(p / m)
+    value = dot(block.p, logp.sub_(log_mixed), block.zp) - lost  # sum p log(p / m)
     value += (1.0 - alpha) * block.excess(block.zp)  # sum (m - p)
-    centre(block, block.zp.div_(mixed))
-    block.out.mul_((1.0 - alpha) ** 2)
+    centre(block, block.zp.div_(mixed), (1.0 - alpha) ** 2)
     return value
 
 
@@ -188,7 +187,7 @@ def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool =
     mixed = mixture(block, 1.0 - share_of("alpha", alpha))
     logq, lost = block.take_logq()
     gap = logq.sub_(torch.log(mixed, out=block.zp))  # log(q / m)
-    value = dot(block.q, gap) - lost
+    value = dot(block.q, gap, block.zp) - lost
     value += torch.sub(mixed, block.q, out=block.zp).sum(-1)  # of m as it was rounded
     centre(block, gap if detach_mixture else gap.addcdiv_(block.q, mixed, value=-alpha))
     return value
@@ -223,9 +222,8 @@ def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Tensor:
     b = share_of("beta", beta)
     log_mixed = mixture(block, b).log_()
     (logp, lost_p), (logq, lost_q) = block.take_logp(), block.take_logq()
-    forward = dot(block.p, logp.sub_(log_mixed)) - lost_p  # sum p log(p / m)
-    reverse = centre(block, logq.sub_(log_mixed)) - lost_q  # sum q log(q / m)
-    block.out.mul_(1.0 - b)
+    forward = dot(block.p, logp.sub_(log_mixed), block.zp) - lost_p  # sum p log(p / m)
+    reverse = centre(block, logq.sub_(log_mixed), 1.0 - b) - lost_q  # sum q log(q / m)
     return b * forward + (1.0 - b) * reverse
 
 

@@ -20,7 +20,7 @@ from selectkd.pair import TokenPair
 from selectkd.verifiers.controls import always, matched_random, matched_shuffle
 from selectkd.verifiers.gates import hellinger, label_top_k, prefix_gate, student_entropy, teacher_entropy
 from selectkd.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
-from selectkd.verifiers.statistics import RowStatistics
+from selectkd.verifiers.statistics import RowStatistics, StatisticsTable
 
 
 @runtime_checkable
@@ -61,6 +61,7 @@ VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
 __all__ = [
     "VERIFIERS",
     "RowStatistics",
+    "StatisticsTable",
     "Verifier",
     "always",
     "expected_spec_k",

@@ -26,7 +26,6 @@ class always:
     """
 
     uniforms_per_token = 0
-    shift_free = True
     teacher_tokens = 0
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
@@ -47,7 +46,6 @@ class matched_random:
 
     rate: float = 0.5
     uniforms_per_token = 1
-    shift_free = True
     teacher_tokens = 0
 
     def __post_init__(self) -> None:

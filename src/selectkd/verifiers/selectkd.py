@@ -58,7 +58,6 @@ class greedy_topk:
 
     k: int = 5
     uniforms_per_token = 0
-    shift_free = True  # adding a constant to a row's logarithms changes no verdict
     proposal_alone = True  # of the student it asks its argmax, which may be translated
 
     def __post_init__(self) -> None:
@@ -94,7 +93,6 @@ class spec_k:
 
     k: int = 5
     uniforms_per_token = 1
-    shift_free = True
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 
@@ -127,7 +125,6 @@ class expected_spec_k:
 
     k: int = 5
     uniforms_per_token = 0
-    shift_free = True
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 
