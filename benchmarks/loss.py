@@ -12,7 +12,8 @@ of the rounds' ratios. peak_u: resident memory at its highest minus before the c
 of its own, in units U = 4 n v bytes. error_ratio: the larger of ||dX - fp64|| and ||dW - fp64||, each over the same of
 the plain program (whole logits, fp32 log-softmax, autograd), on the first rows alone.
 
-beta is 1, so that the verifier works and every implementation computes the same loss. Random states: teacher
+Beside peers stands ``plain``, that program itself: for the skew divergences no package that can be installed has a
+loss. beta is 1, so that the verifier works and every implementation computes the same loss. Random states: teacher
 h ~ N(0, 1) [n, e] and head ~ N(0, 1 / d) [v, e], its columns beyond d at a quarter; the student has the first d columns
 of both, its states mixed with noise to a correlation of .95; both scaled until the teacher's mean entropy is 2 nats,
 about that of language models on instructions. --real: SmolLM2 and its layers 0-9 and 20-29 on instructions (needs what
@@ -320,6 +321,8 @@ def implementations_of(
         for share in filters
         for v in verifiers
     ]
+    if peers:
+        found.append(Implementation("plain", "always", differentiated(plain(divergence))))
     for peer in peers:
         if divergence in peer.offers:
             call = differentiated(peer.load(divergence))
