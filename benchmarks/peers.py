@@ -1,17 +1,20 @@
 """The same loss in other people's packages: what each one offers, and how to call it as its own trainer does.
 
-n rows, v vocabulary. A loss is (student hidden [n, d], student head [v, d], teacher hidden [n, e], teacher head [v, e])
--> the mean over rows, differentiable in the first two. Nothing is imported before a peer is asked for.
+n rows, v vocabulary, K stored tokens. A loss is (student hidden [n, d], student head [v, d], teacher hidden [n, e],
+teacher head [v, e]) -> the mean over rows, differentiable in the first two; for a cached teacher the last two are ids
+[n, K] and their log-probabilities [n, K]. Nothing is imported before a peer is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -174,6 +177,48 @@ def distillkit(divergence: str) -> Loss:
     return loss
 
 
+def axolotl_module(name: str) -> Any:
+    """A file of axolotl's distillation without the rest of the package, whose own imports need an accelerator."""
+    root = Path(str(metadata.distribution("axolotl").locate_file("axolotl")))
+    for package in (
+        "",
+        ".integrations",
+        ".integrations.kd",
+        ".integrations.kd.kernels",
+        ".integrations.kd.topk_logprob",
+    ):
+        bare = ModuleType(f"axolotl{package}")
+        bare.__path__ = [str(root.joinpath(*package.split(".")))]
+        sys.modules.setdefault(bare.__name__, bare)
+    return importlib.import_module(f"axolotl.integrations.kd.{name}")
+
+
+def axolotl_top_k(divergence: str) -> Loss:
+    """axolotl's KL on the stored tokens and the student's whole logits; the tail of both is left out."""
+    function = axolotl_module("topk_logprob.forward_kl").loss
+
+    def loss(hidden: Tensor, head: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)[None]
+        return function(linear(hidden, head)[None], ids[None], logp[None], mask, hidden.shape[0])
+
+    return loss
+
+
+def axolotl_fused(divergence: str, *, compiled: bool = False) -> Loss:
+    """axolotl's chunked KL on the stored tokens, on Liger's base class, without its cross-entropy."""
+    module = axolotl_module("kernels.liger").LigerFusedLinearKLTopKLogprobLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled, compute_ce_loss=False,
+        normalize_topk=False,
+    )  # fmt: skip
+
+    def loss(hidden: Tensor, head: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long)
+        total = module(head, hidden[None], ids[None], logp[None], torch.ones_like(ids)[None], labels)
+        return total / hidden.shape[0]
+
+    return loss
+
+
 def with_options(load: Callable[..., Loss], **options: Any) -> Callable[[str], Loss]:
     """``load`` with some options fixed."""
     return lambda divergence: load(divergence, **options)
@@ -206,3 +251,17 @@ PEERS = (
     ),
 )
 """Every peer, absent ones included: the benchmark lists what it cannot measure."""
+TOP_K_PEERS = (
+    Peer("axolotl", "axolotl", axolotl_top_k, ("forward_kl",)),
+    Peer("axolotl_fused", "axolotl", axolotl_fused, ("forward_kl",)),
+    Peer(
+        "axolotl_fused_compiled",
+        "axolotl",
+        with_options(axolotl_fused, compiled=True),
+        ("forward_kl",),
+        compiled=True,
+        quick=False,
+    ),
+    Peer("distillkit", "distillkit", distillkit, ("forward_kl",)),
+)
+"""The peers with a loss on a teacher's K stored tokens."""

@@ -22,7 +22,7 @@ from selectkd.block import Rows, Seen, Settings, argmax, pair_at
 from selectkd.judge import has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.rows import CachedChunk, Head, Scratch, TeacherChunk, TeacherRows
+from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk, TeacherRows
 from selectkd.spans import AlignedChunk
 
 CHUNK_ROW_BYTES = 1024
@@ -34,6 +34,8 @@ BLOCK_BUFFERS = 5
 """Tensors of a block, [b, v], that a closed form works on: all of them fit into the second-level cache."""
 LEAST_ENTRIES = 1 << 16
 """Entries of a block at least: below that the calls cost more than the caches save."""
+TOP_K_ENTRIES = 3 << 19
+"""Entries of a block of a top-K teacher, whose small autograd graph costs the same for one row and for many."""
 AUTOGRAD_ENTRIES = 1 << 17
 """Entries of a block where autograd keeps some forty temporaries of it."""
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
@@ -206,13 +208,16 @@ def judge_chunk(
     if kernels is not None:
         return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
     widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
-    size, top = max(1, AUTOGRAD_ENTRIES // widest), None
-    if has_closed_form(settings, teacher):
+    top = argmax(raw) if wants_top(teacher, settings) else None
+    if isinstance(teacher, CachedChunk):
+        size = TOP_K_ENTRIES // width
+    elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
         size = block_rows(width, torch.float64 if raw.dtype == torch.float64 else torch.float32)
-        top = argmax(raw) if wants_top(teacher, settings) else None
+    else:
+        size = AUTOGRAD_ENTRIES // widest
     judged = [
         judge(raw, block, teacher, work.rows(rows, block, top), settings, scratch)
-        for block in cuts(0, raw.shape[0], size)
+        for block in cuts(0, raw.shape[0], max(1, size))
     ]
     columns = {
         name: None if values[0] is None else torch.cat(values)
@@ -237,11 +242,14 @@ def level_two_bytes() -> int:
 
 
 def wants_top(teacher: TeacherChunk, settings: Settings) -> bool:
-    """Whether the student's argmax of a whole chunk is to be found at once: the product's own order is the logits', and
-    someone asks."""
-    if not settings.head.is_plain or getattr(teacher, "unshared", None) is not None:
+    """Whether the student's argmax of a whole chunk is found at once: someone asks for it, and the product's own order
+    is that of the logits."""
+    if not settings.head.is_plain:
         return False
-    return isinstance(teacher, CachedChunk) or getattr(settings.objective.verifier, "proposal_alone", False)
+    if isinstance(teacher, LiveChunk):
+        asked = getattr(settings.objective.verifier, "proposal_alone", False)
+        return asked and teacher.unshared is None and has_closed_form(settings)
+    return isinstance(teacher, CachedChunk)
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:

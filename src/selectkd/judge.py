@@ -52,12 +52,10 @@ def judge(
     return _autograd(raw, block, teacher, rows, settings, verified)
 
 
-def has_closed_form(settings: Settings, teacher: TeacherChunk) -> bool:
-    """Whether a block is judged without autograd over the vocabulary."""
-    if isinstance(teacher, CachedChunk):
-        return True
+def has_closed_form(settings: Settings) -> bool:
+    """Whether a block of a live teacher is judged without autograd."""
     divergence: Any = settings.objective.divergence
-    return isinstance(teacher, LiveChunk) and closed_form_of(divergence) is not None
+    return closed_form_of(divergence) is not None
 
 
 def _top_k(
