@@ -109,8 +109,8 @@ class SeveralTeacher:
             return torch.tensor(self.streams, device=batch.stream.device)[batch.stream]
         if batch.route is None or bool((batch.route < 0).any()):
             raise ConfigError(
-                "teacher: the teachers are routed by a field of the record, and a sample of this batch has no record "
-                "(it was written during training). Route by streams instead."
+                "teacher: the teachers are routed by a field of the record, and a sample of this batch names none. Set "
+                "Example.route, or route by streams."
             )
         return batch.route
 
