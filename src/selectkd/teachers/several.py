@@ -16,7 +16,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.load import Loaded
 from selectkd.rows import CachedRows, Head, LiveChunk, LiveRows, Scratch, TeacherRows
-from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
+from selectkd.teachers.protocol import Payload, ReadsAhead, Teacher, TeacherPlan
 
 
 class SeveralRows:
@@ -102,6 +102,12 @@ class SeveralTeacher:
         if parts and all(isinstance(rows, CachedRows) for _, rows in parts):
             return _together(parts, n)  # type: ignore[arg-type]
         return _routed([(at, _dense(rows)) for at, rows in parts], n, device, reference)
+
+    def ahead(self, batch: Any) -> None:
+        """As the members do that read ahead."""
+        for member in self.members:
+            if isinstance(member, ReadsAhead):
+                member.ahead(batch)
 
     def _owner(self, batch: Any) -> Tensor:
         """The teacher of each sample of a batch by number, [samples]."""
