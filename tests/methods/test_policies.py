@@ -152,11 +152,35 @@ def test_imitkd_trains_on_draws_from_its_buffer(student: Any, teacher: Any) -> N
     known = set()
     for step in range(4):
         made = write(batch(), step)
-        stored = [(tuple(p), tuple(c)) for p, c in write.buffers[0].texts]
+        stored = [(tuple(one.prompt), tuple(one.completion)) for one in write.buffers[0].texts]
         assert len(stored) <= 8
         known |= set(stored)
         assert {(tuple(t.prompt), tuple(t.completion)) for t in last_turns(made)} <= set(stored)
     assert len(known) > 8  # older ones made room
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        StudentPolicy(name="student", probability=0.5, replay=8, max_new_tokens=4),
+        AdaptivePolicy(name="adaptive", start=1.0, capacity=8, max_new_tokens=4),
+        PairsPolicy(name="pairs", max_new_tokens=4),
+    ],
+)
+def test_a_text_goes_to_the_teacher_of_the_record_its_prompt_is_of(
+    student: Any, teacher: Any, policy: Any
+) -> None:
+    write = writer(policy, student, teacher)
+    plain = batch(12)
+    routed = replace(plain, route=torch.arange(12) % 3)
+    of_prompt = {tuple(turn.prompt): turn.route for turn in last_turns(routed)}
+    assert len(of_prompt) == 12 and set(of_prompt.values()) == {0, 1, 2}
+    for step in range(4):
+        turns = last_turns(write(routed, step))
+        assert [turn.route for turn in turns] == [of_prompt[tuple(turn.prompt)] for turn in turns]
+    other = writer(policy, student, teacher)
+    other.load_state_dict(write.state_dict())
+    assert other.buffers == write.buffers
 
 
 def test_distillms_scheduler_rises_with_the_loss_and_chooses_by_its_rule() -> None:

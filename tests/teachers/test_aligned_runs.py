@@ -89,6 +89,17 @@ def test_a_run_learns_from_a_teacher_of_another_tokenizer(root, tmp_path, across
         ("spans", {"divergence": "taid"}, "no f-divergence"),
         ("spans", {"selector": "se_kd"}, "token by token"),
         ("spans", {**GOLD, "temperature": 2.0}, "at temperature 1"),
+        (
+            "spans",
+            {**GOLD, "extras": ["atkd"]},
+            "extras atkd ask for the teacher's probability of the text's own",
+        ),
+        ("spans", {**GOLD, "divergence": "skew_kl", "extras": ["adaptive_alpha"]}, "has another tokenizer"),
+        (
+            "spans",
+            {"divergence": "cross_entropy", "verifier": "always"},
+            "objective.divergence = cross_entropy",
+        ),
         ("index", GOLD, "pairing: spans, or objective.divergence: uld"),
         ("index", {"divergence": "uld"}, "nothing to verify"),
         ("letters", GOLD, "spans"),

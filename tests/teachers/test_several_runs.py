@@ -102,6 +102,21 @@ def test_a_field_routes_as_streams_of_the_same_records_do(root, tmp_path):
     assert losses(got["field"][1])[0] != pytest.approx(losses(got["swapped"][1])[0], rel=1e-2)
 
 
+def test_text_that_the_student_writes_keeps_the_teacher_of_its_record(root, tmp_path):
+    """As above where a policy writes half of the text: by the field and by the streams, the same teachers."""
+    a, b = str(root / "teacher"), str(root / "other")
+    by_field = [{"model": a, "when": {"topic": "maths"}}, {"model": b, "when": {"topic": "code"}}]
+    by_stream = [{"model": a, "streams": ["maths"]}, {"model": b, "streams": ["code"]}]
+    policy = {"name": "student", "probability": 0.5, "max_new_tokens": 6}
+    field, stream = (
+        run(root, tmp_path / name, teacher, TOPICS, policy=policy)
+        for name, teacher in (("field", by_field), ("stream", by_stream))
+    )
+    assert field[0] == stream[0] == 0 and len(field[1]) == 4
+    assert losses(field[1]) == losses(stream[1])
+    assert sum(line["written"]["texts"] for line in field[1]) > 0
+
+
 @pytest.mark.parametrize(
     ("second", "told"),
     [
@@ -148,5 +163,5 @@ def test_a_routed_sample_gets_the_teacher_its_record_names(packed):
         mine = batch.route[seen.sequence] == number
         torch.testing.assert_close(got[mine], divergence(LiveTeacher(model))[mine], rtol=1e-4, atol=1e-5)
     made_up = collate([type(e)(e.input_ids, e.completion) for e in examples], pad_id=0)
-    with pytest.raises(ConfigError, match="has no record"):
+    with pytest.raises(ConfigError, match="names none"):
         SeveralTeacher([LiveTeacher(model) for model in models])(made_up, seen.position[:3])

@@ -12,17 +12,18 @@ from selectkd.errors import DataError
 
 @dataclass(frozen=True)
 class Written:
-    """One sample as what it answers and the answer; ``stream`` is its stream."""
+    """One sample as what it answers and the answer; stream: its stream; route: the teacher its record names."""
 
     prompt: list[int]
     completion: list[int]
     stream: int
+    route: int = -1
 
     @property
     def example(self) -> Example:
         """The sample with its answer trained."""
         trained = [False] * len(self.prompt) + [True] * len(self.completion)
-        return Example([*self.prompt, *self.completion], trained, self.stream)
+        return Example([*self.prompt, *self.completion], trained, self.stream, route=self.route)
 
 
 def last_turns(batch: Batch) -> list[Written]:
@@ -31,14 +32,13 @@ def last_turns(batch: Batch) -> list[Written]:
     A conversation of several trained turns is so continued at its last one, its earlier turns being part of the prompt.
     """
     found = []
-    owner, trained = batch.sequence.flatten(), batch.completion.flatten()
-    for sample, ids in enumerate(batch.samples()):
-        mask = trained[owner == sample].tolist()
+    for example in examples_of(batch):
+        ids, mask = example.input_ids, example.completion
         stop = len(mask) - mask[::-1].index(True) if True in mask else len(mask)
         start = stop
         while start > 0 and mask[start - 1]:
             start -= 1
-        found.append(Written(ids[:start].tolist(), ids[start:stop].tolist(), int(batch.stream[sample])))
+        found.append(Written(ids[:start], ids[start:stop], example.stream, example.route))
     return found
 
 
@@ -59,7 +59,9 @@ def rebuilt(batch: Batch, samples: Sequence[Example], *, pad_id: int) -> Batch:
 def examples_of(batch: Batch) -> list[Example]:
     """The samples of a batch as they are."""
     owner, trained = batch.sequence.flatten(), batch.completion.flatten()
+    streams = batch.stream.tolist()
+    routes = [-1] * len(streams) if batch.route is None else batch.route.tolist()
     return [
-        Example(ids.tolist(), trained[owner == sample].tolist(), int(batch.stream[sample]))
-        for sample, ids in enumerate(batch.samples())
+        Example(ids.tolist(), trained[owner == sample].tolist(), stream, route=route)
+        for sample, (ids, stream, route) in enumerate(zip(batch.samples(), streams, routes, strict=True))
     ]

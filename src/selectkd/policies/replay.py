@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from selectkd.data.rewrite import Written
 from selectkd.errors import ConfigError
 
 
 @dataclass
 class ReplayBuffer:
-    """At most ``capacity`` texts, each (prompt ids, completion ids); a new one takes the place of the oldest.
+    """At most ``capacity`` texts, each with its prompt; a new one takes the place of the oldest.
 
     >>> buffer = ReplayBuffer(2)
     >>> for token in (1, 2, 3):
-    ...     buffer.add([0], [token])
-    >>> buffer.at(0.0), buffer.at(0.9), len(buffer)
-    (([0], [2]), ([0], [3]), 2)
+    ...     buffer.add(Written([0], [token], stream=0))
+    >>> buffer.at(0.0).completion, buffer.at(0.9).completion, len(buffer)
+    ([2], [3], 2)
     """
 
     capacity: int
-    texts: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    texts: list[Written] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -33,18 +34,18 @@ class ReplayBuffer:
     def full(self) -> bool:
         return len(self.texts) >= self.capacity
 
-    def add(self, prompt: list[int], completion: list[int]) -> None:
+    def add(self, text: Written) -> None:
         """Keeps one text."""
-        self.texts.append((list(prompt), list(completion)))
+        self.texts.append(text)
         del self.texts[: -self.capacity]
 
-    def at(self, uniform: float) -> tuple[list[int], list[int]]:
+    def at(self, uniform: float) -> Written:
         """The text at a number in [0, 1): each with the same probability."""
         return self.texts[min(int(uniform * len(self.texts)), len(self.texts) - 1)]
 
     def state_dict(self) -> dict[str, Any]:
         """The texts as plain data."""
-        return {"texts": [[list(prompt), list(completion)] for prompt, completion in self.texts]}
+        return {"texts": [asdict(text) for text in self.texts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.texts = [(list(prompt), list(completion)) for prompt, completion in state["texts"]]
+        self.texts = [Written(**text) for text in state["texts"]]

@@ -133,12 +133,16 @@ def extras_of(recipe: Any) -> list[Extra]:
 
 
 def check_labels(extras: Sequence[Extra], payload: str, source: str) -> None:
-    """ConfigError where an extra needs the probability of every token and the teacher gives its best ones."""
-    if extras and payload in ("top_k", "sampled"):
+    """ConfigError where an extra needs the teacher's probability of each of the student's tokens, and it has none."""
+    gives = {"top_k": "gives its best tokens", "sampled": "gives drawn ids"}
+    gives["aligned"] = "has another tokenizer, whose spans of text have one probability for several tokens"
+    if extras and payload in gives:
         names = ", ".join(name_of(type(extra)) for extra in extras)
+        own = " and the student's tokenizer" if payload == "aligned" else ""
         raise ConfigError(
-            f"objective.extras {names} ask for the teacher's probability of the text's own tokens, and {source} gives "
-            "its best tokens. Use a teacher that gives hidden states (live, or a cache built with payload: hidden)."
+            f"objective.extras {names} ask for the teacher's probability of the text's own tokens, and {source} "
+            f"{gives[payload]}. Use a teacher that gives hidden states{own} (live, or a cache built with payload: "
+            "hidden)."
         )
 
 

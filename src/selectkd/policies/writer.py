@@ -98,15 +98,15 @@ class Writer:
         if name == "dataset":
             return as_it_is
         if name == "teacher":
-            return self._answered(as_it_is, turns, self._by_teacher(policy, turns), source, "teacher")
+            return self._answered(as_it_is, self._by_teacher(policy, turns), source, "teacher")
         if name == "pairs":
             by_teacher = (
-                self._answered(as_it_is, turns, self._by_teacher(policy, turns), source, "teacher")
+                self._answered(as_it_is, self._by_teacher(policy, turns), source, "teacher")
                 if policy.teacher_text == "generate"
                 else as_it_is
             )
             by_student = self._answered(
-                as_it_is, turns, self._fresh(policy, turns, step), source, "student", drop=True
+                as_it_is, self._fresh(policy, turns, step), source, "student", drop=True
             )
             return [[*one, *other] for one, other in zip(by_teacher, by_student, strict=True)]
         if name == "student":
@@ -117,9 +117,7 @@ class Writer:
             if policy.replay is not None:
                 texts = self._through_buffer(source, [turns[i] for i in chosen], texts, step)
             result = list(as_it_is)
-            parts = self._answered(
-                [as_it_is[i] for i in chosen], [turns[i] for i in chosen], texts, source, "student"
-            )
+            parts = self._answered([as_it_is[i] for i in chosen], texts, source, "student")
             for i, part in zip(chosen, parts, strict=True):
                 result[i] = part
             return result
@@ -131,7 +129,7 @@ class Writer:
             else Mixed(_sampling(policy), policy.share)
         )
         texts = self._generated([self.student, self._the_teacher()], policy, turns, rule, step)
-        parts = self._answered(as_it_is, turns, texts, source, "both")
+        parts = self._answered(as_it_is, texts, source, "both")
         if not getattr(policy, "with_source", False):
             return parts
         return [[*one, *other] for one, other in zip(as_it_is, parts, strict=True)]
@@ -147,19 +145,19 @@ class Writer:
             return as_it_is
         if chosen == "fresh":
             texts = self._fresh(policy, turns, step)
-            for turn, text in zip(turns, texts, strict=True):
+            for text in texts:
                 if text is not None:
-                    buffer.add(turn.prompt, text[1])
+                    buffer.add(text)
         else:
             texts = [buffer.at(one) for one in self._places(turns, step)]
-        return self._answered(as_it_is, turns, texts, source, "student")
+        return self._answered(as_it_is, texts, source, "student")
 
     def _through_buffer(self, source: int, turns: list[Written], texts: list[Text], step: int) -> list[Text]:
         """The fresh texts into the buffer, and as many drawn from it."""
         buffer = self.buffers[source]
-        for turn, text in zip(turns, texts, strict=True):
+        for text in texts:
             if text is not None:
-                buffer.add(turn.prompt, text[1])
+                buffer.add(text)
         if not len(buffer):
             return texts
         return [buffer.at(one) for one in self._places(turns, step)]
@@ -182,16 +180,18 @@ class Writer:
             written = self._generated([self._the_teacher()], policy, list(new.values()), rule, step=0)
             self.counts = counted
             for key, text in zip(new, written, strict=True):
-                self._teacher_text[key] = [] if text is None else text[1]
+                self._teacher_text[key] = [] if text is None else text.completion
         found = [self._teacher_text[key] for key in keys]
         for oldest in list(self._teacher_text)[:-KEPT]:
             del self._teacher_text[oldest]
-        return [(turn.prompt, ids) if ids else None for turn, ids in zip(turns, found, strict=True)]
+        return [
+            replace(turn, completion=ids) if ids else None for turn, ids in zip(turns, found, strict=True)
+        ]
 
     def _generated(
         self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int
     ) -> list[Text]:
-        """(prompt, completion) of each turn, None where the prompt leaves no room."""
+        """Each turn with a new completion, None where the prompt leaves no room."""
         most = policy.max_new_tokens or self.max_new_tokens or self.max_length
         room = [min(most, self.max_length - len(turn.prompt)) for turn in turns]
         able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
@@ -207,7 +207,7 @@ class Writer:
         )
         result: list[Text] = [None] * len(turns)
         for i, text in zip(able, texts, strict=True):
-            result[i] = (turns[i].prompt, text.ids)
+            result[i] = replace(turns[i], completion=text.ids)
             self.counts["texts"] += 1
             self.counts["tokens"] += len(text.ids)
             self.counts["replaced"] += text.replaced
@@ -215,18 +215,17 @@ class Writer:
         return result
 
     def _answered(
-        self, as_it_is: list[list[Example]], turns: Sequence[Written], texts: Sequence[Text], source: int,
-        writer: str, *, drop: bool = False,
+        self, as_it_is: list[list[Example]], texts: Sequence[Text], source: int, writer: str, *, drop: bool = False,
     ) -> list[list[Example]]:  # fmt: skip
         """The samples with these texts for their answers; one without a text stays, or is dropped."""
         stream = self._stream[(source, writer)]
         result = []
-        for old, turn, text in zip(as_it_is, turns, texts, strict=True):
+        for old, text in zip(as_it_is, texts, strict=True):
             if text is None:
                 self.counts["no_room"] += 1
                 result.append([] if drop else old)
             else:
-                result.append([replace(turn, prompt=text[0], completion=text[1], stream=stream).example])
+                result.append([replace(text, stream=stream).example])
         return result
 
     def _the_teacher(self) -> nn.Module:
@@ -277,8 +276,8 @@ class Writer:
             scheduler.load_state_dict(state["schedulers"][str(source)])
 
 
-Text = tuple[list[int], list[int]] | None
-"""A prompt and what was written to it; None where nothing could be."""
+Text = Written | None
+"""What was written to a prompt; None where nothing could be."""
 
 
 def _sampling(policy: Any) -> Sampling:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.open import plan_teacher
-from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
+from selectkd.teachers.protocol import Payload, ReadsAhead, Teacher, TeacherPlan
 
-__all__ = ["LiveTeacher", "Payload", "Teacher", "TeacherPlan", "plan_teacher"]
+__all__ = ["LiveTeacher", "Payload", "ReadsAhead", "Teacher", "TeacherPlan", "plan_teacher"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,15 @@ class Teacher(Protocol):
     """What puts the teacher's rows beside the student's at the supervised positions [n] of a batch."""
 
     def __call__(self, batch: Any, position: Tensor) -> TeacherRows: ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A teacher that has its rows of a batch to fetch, and gains by hearing of the batch before it is asked for it."""
+
+    def ahead(self, batch: Any) -> None:
+        """Begins to fetch; returns at once."""
+        ...
 
 
 class TeacherPlan(Protocol):

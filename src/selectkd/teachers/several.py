@@ -16,7 +16,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.load import Loaded
 from selectkd.rows import CachedRows, Head, LiveChunk, LiveRows, Scratch, TeacherRows
-from selectkd.teachers.protocol import Payload, Teacher, TeacherPlan
+from selectkd.teachers.protocol import Payload, ReadsAhead, Teacher, TeacherPlan
 
 
 class SeveralRows:
@@ -103,14 +103,20 @@ class SeveralTeacher:
             return _together(parts, n)  # type: ignore[arg-type]
         return _routed([(at, _dense(rows)) for at, rows in parts], n, device, reference)
 
+    def ahead(self, batch: Any) -> None:
+        """As the members do that read ahead."""
+        for member in self.members:
+            if isinstance(member, ReadsAhead):
+                member.ahead(batch)
+
     def _owner(self, batch: Any) -> Tensor:
         """The teacher of each sample of a batch by number, [samples]."""
         if self.streams is not None:
             return torch.tensor(self.streams, device=batch.stream.device)[batch.stream]
         if batch.route is None or bool((batch.route < 0).any()):
             raise ConfigError(
-                "teacher: the teachers are routed by a field of the record, and a sample of this batch has no record "
-                "(it was written during training). Route by streams instead."
+                "teacher: the teachers are routed by a field of the record, and a sample of this batch names none. Set "
+                "Example.route, or route by streams."
             )
         return batch.route
 

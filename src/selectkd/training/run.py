@@ -20,6 +20,7 @@ from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.save import save_student
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
+from selectkd.teachers.protocol import ReadsAhead
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank
@@ -104,7 +105,7 @@ def _train(
     claim.settle(identity(recipe, facts(made)), allow_change)
     origin = Origin(made.kept, cut_of(made), list(made.told))
     log = MetricsLog(run_dir / "metrics.jsonl", *(() if progress is None else (progress.line,)))
-    feed = Feed(made.micro_batches)
+    feed = Feed(made.micro_batches, made.teacher.ahead if isinstance(made.teacher, ReadsAhead) else None)
     steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
     if on_assembled is not None:
         on_assembled(made)

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from selectkd.errors import ConfigError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.teachers.protocol import ReadsAhead
 from selectkd.terms import Extra, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.feed import Feed
@@ -72,7 +73,7 @@ class DistillTrainer(Trainer):
                 f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
                 "process; the loss has no smoothing, and several GPUs need a process each (accelerate launch)."
             )
-        self.feed = Feed(micro_batches)
+        self.feed = Feed(micro_batches, teacher.ahead if isinstance(teacher, ReadsAhead) else None)
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
         model = DistillationModel(

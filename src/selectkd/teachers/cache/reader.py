@@ -64,11 +64,16 @@ class CacheReader:
                 found.append(
                     (mine, *self.find(ids.cpu().numpy(), place[mine], f"sample {sample} of the batch"))
                 )
-        for _, shard, rows in found:
-            shard.ahead(int(rows.min()), int(rows.max()) + 1)
         for mine, shard, rows in found:
             out[mine] = shard.rows(rows)
         return out
+
+    def ahead(self, batch: Any) -> None:
+        """Has the system read the rows of a batch's samples into memory, and returns at once; no thread, no copy."""
+        for ids in batch.samples():
+            at = self.where.get(record_key(ids.cpu().numpy()))
+            if at is not None:  # else ``rows`` says what is missing
+                at[0].ahead(at[1], at[2])
 
     def head(self) -> Head:
         """The teacher's head of a hidden payload, checked."""
@@ -93,6 +98,10 @@ class CachedTeacher:
     ) -> None:
         self.reader, self.shared, self.reference = reader, shared, reference
         self.head = reader.head() if isinstance(reader.payload, HiddenPayload) else None
+
+    def ahead(self, batch: Any) -> None:
+        """Has the system read a batch's rows into memory while another batch is at work."""
+        self.reader.ahead(batch)
 
     def __call__(self, batch: Any, position: Tensor) -> TeacherRows:
         """The rows at ``position`` [n]; CacheError before a damaged or foreign row is used."""
