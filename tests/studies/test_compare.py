@@ -86,6 +86,11 @@ def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(
     tiny_tokenizer().save_pretrained(tmp_path / "reference")
     assert main(command) == 0
     again = json.loads(file.read_text("utf-8"))
+    assert main([*command, "--dry-run"]) == 0
+    assert "4 runs, 4 done, 0 to go" in capsys.readouterr().out
+    assert main([*command, "--seeds", "2", "--dry-run"]) == 0
+    assert "8 runs, 4 done, 4 to go, about 0 min" in capsys.readouterr().out
+    assert again == json.loads(file.read_text("utf-8"))
     assert again[:2] == good  # not run again, to the last digit of the clock
     assert all("error" not in row and row["held_out_kl"] > 0 for row in again[2:])
     assert not list((tmp_path / "runs").glob("*/student"))
@@ -133,6 +138,8 @@ def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
     assert pair.difference.value == pytest.approx(0.3)
     assert (pair.difference.low, pair.difference.high) == pytest.approx((0.3, 0.3))  # every sequence agrees
     assert pair.by_seed == pytest.approx((0.5, 0.1))
+    over = pair.over_seeds  # t(.975, 1) = 12.7062 and a standard error of .2
+    assert (over.low, over.value, over.high) == pytest.approx((0.3 - 2.54124, 0.3, 0.3 + 2.54124), abs=1e-4)
 
 
 def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path, tmp_path: Path) -> None:
