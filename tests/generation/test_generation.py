@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.generation import Draw, Interleaved, Mixed, Request, Sampling, ends_of, generate
+from selectkd.generation.few_rows import FewRows, is_narrow
 from selectkd.generation.sampling import drawn
 from training.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
@@ -50,6 +51,29 @@ def test_greedy_text_is_that_of_transformers_token_by_token(teacher: Any, batch_
         assert text.ended == (text.ids[-1] in (2, 9))
         lengths.add(len(text.ids))
     assert len(lengths) > 1  # some rows left the batch before the others
+
+
+def test_the_product_of_few_rows_is_that_of_many_either_way_round() -> None:
+    """Rows and weights of the size that is turned round, within the rounding of a sum of 700 products; others are
+    untouched to the bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(1000, 700, generator=generator), torch.randn(1000, generator=generator)
+    for rows, turned in ((4, False), (8, True), (24, True), (40, False)):
+        x = torch.randn(rows, 1, 700, generator=generator)
+        assert (
+            is_narrow(x, weight) == turned
+            and not is_narrow(x, weight[:500])
+            and not is_narrow(x.double(), weight)
+        )
+        with FewRows():
+            seen, without = torch.nn.functional.linear(x, weight, bias), torch.nn.functional.linear(x, weight)
+        exact = x.double() @ weight.double().t()
+        bound = 700 * torch.finfo(torch.float32).eps * (x.abs() @ weight.abs().t())
+        assert seen.shape == (rows, 1, 1000) and bool(((seen - exact - bias).abs() <= bound + 1e-6).all())
+        assert bool(((without - exact).abs() <= bound).all())
+        if not turned:
+            assert torch.equal(seen, torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_text_depends_neither_on_its_neighbours_nor_on_their_order(teacher: Any) -> None:

@@ -14,6 +14,7 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, arms, controlled
 from selectkd.studies.compare import differences, read_rows
+from selectkd.studies.one_run import measured
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 
@@ -86,6 +87,11 @@ def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(
     tiny_tokenizer().save_pretrained(tmp_path / "reference")
     assert main(command) == 0
     again = json.loads(file.read_text("utf-8"))
+    assert main([*command, "--dry-run"]) == 0
+    assert "4 runs, 4 done, 0 to go" in capsys.readouterr().out
+    assert main([*command, "--seeds", "2", "--dry-run"]) == 0
+    assert "8 runs, 4 done, 4 to go, about 0 min" in capsys.readouterr().out
+    assert again == json.loads(file.read_text("utf-8"))
     assert again[:2] == good  # not run again, to the last digit of the clock
     assert all("error" not in row and row["held_out_kl"] > 0 for row in again[2:])
     assert not list((tmp_path / "runs").glob("*/student"))
@@ -119,6 +125,31 @@ def test_every_arm_of_a_seed_starts_alike_and_differs_in_its_method_alone() -> N
     assert recipe_from(found[4].values).data.policy.probability == 1.0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("method", ["kd", "seqkd", "gkd", "distillm", "distillm2", "skd", "adaspec", "atkd"])
+def test_a_gate_that_lets_everything_pass_is_no_gate_under_any_method(
+    method: str, recipe: Path, tmp_path: Path
+) -> None:
+    """At beta = 1 the selected arm is the plain one to the last digit, in what it trains on and in what it learns: all
+    that an arm's selection changes is the weights.
+    """
+    values = yaml.safe_load(recipe.read_text("utf-8"))
+    values |= {"selection": {"verifier": "greedy_topk", "k": 5, "beta": 1.0}}
+    values |= {"reference": {"model": values["teacher"]["model"]}}
+    values["data"]["max_new_tokens"] = 4
+    values["training"] |= {"max_steps": 2, "evaluate_every": 1}
+    rows = [
+        measured(dict(arm.values), tmp_path / arm.folder) for arm in arms({"one": values}, [method], seeds=1)
+    ]
+    assert rows[0]["held_out_kl_of"] == rows[1]["held_out_kl_of"]
+    assert rows[0]["tokens"] == rows[1]["tokens"] and 0 < rows[1]["acceptance"] < 1
+    log = [
+        (tmp_path / f"{method}-{arm}-42" / "metrics.jsonl").read_text("utf-8") for arm in (PLAIN, SELECTED)
+    ]
+    losses = [[line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line] for text in log]
+    # adaspec's rows are cut out first where a verifier follows, and their loss is summed in another order
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 2
+
+
 def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
     def row(method: str, selection: str, seed: int, kl: list[float]) -> dict[str, Any]:
         return {"method": method, "selection": selection, "seed": seed, "held_out_kl_of": kl}
@@ -133,6 +164,8 @@ def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
     assert pair.difference.value == pytest.approx(0.3)
     assert (pair.difference.low, pair.difference.high) == pytest.approx((0.3, 0.3))  # every sequence agrees
     assert pair.by_seed == pytest.approx((0.5, 0.1))
+    over = pair.over_seeds  # t(.975, 1) = 12.7062 and a standard error of .2
+    assert (over.low, over.value, over.high) == pytest.approx((0.3 - 2.54124, 0.3, 0.3 + 2.54124), abs=1e-4)
 
 
 def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path, tmp_path: Path) -> None:

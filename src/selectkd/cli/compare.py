@@ -13,7 +13,7 @@ from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectkd.studies.compare import Paired
+    from selectkd.studies.compare import Paired, Plan
 
 
 def compare(
@@ -42,6 +42,9 @@ def compare(
     keep_students: Annotated[
         bool, typer.Option("--keep-students", help="Keep the students' weights.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many runs there are and how long they may take.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Run methods on one budget, plain and with the selection, and say what differs by how much.
@@ -52,7 +55,7 @@ def compare(
     from selectkd.config.load import values_of
     from selectkd.studies.arms import arms as arms_of
     from selectkd.studies.compare import compare as run
-    from selectkd.studies.compare import differences
+    from selectkd.studies.compare import differences, plan
 
     check_answer(json_file)
     if json_file == Path("-"):
@@ -70,6 +73,9 @@ def compare(
             raise ConfigError(
                 "a comparison needs held-out text; set data.evaluation to {path: ...} or a share."
             )
+    _planned(plan(found, json_file))
+    if dry_run:
+        return
     folder = runs if runs is not None else Path(next(iter(values.values()))["training"]["output_dir"])
 
     def told(number: int, row: dict[str, Any]) -> None:
@@ -79,6 +85,11 @@ def compare(
     rows = run(found, json_file, folder, keep=keep_students, on_row=told)
     _table(rows)
     _paired(differences(rows))
+
+
+def _planned(plan: Plan) -> None:
+    about = "" if plan.seconds is None else f", about {plan.seconds / 60:.0f} min"
+    say(f"{plan.runs} runs, {plan.done} done, {plan.left} to go{about}")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -111,10 +122,14 @@ def _paired(found: Sequence[Paired]) -> None:
     if not found:
         return
     say(
-        "\nheld-out KL, second minus first, with the 95% interval over held-out sequences; in brackets each seed's own"
+        "\nheld-out KL, second minus first, with 95% intervals: over seeds (Student's t), over held-out sequences "
+        "(bootstrap); in brackets each seed's own"
     )
     for pair in found:
         one, other = (" ".join(arm) for arm in (pair.first, pair.second))
-        apart = pair.difference
+        runs, apart = pair.over_seeds, pair.difference
         seeds = ", ".join(f"{value:+.4f}" for value in pair.by_seed)
-        say(f"{one} -> {other}: {apart.value:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}] ({seeds})")
+        say(
+            f"{one} -> {other}: {apart.value:+.4f}, seeds [{runs.low:+.4f}, {runs.high:+.4f}], "
+            f"sequences [{apart.low:+.4f}, {apart.high:+.4f}] ({seeds})"
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from selectkd.errors import ConfigError
+from selectkd.generation.few_rows import FewRows
 from selectkd.generation.reader import Reader
 from selectkd.generation.rules import Rule
 from selectkd.models.head import unwrapped
@@ -100,6 +101,7 @@ def generate(
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), i), reverse=True)
     done: dict[int, Completion] = {}
     with ExitStack() as stack:
+        stack.enter_context(FewRows())
         for model in models:
             stack.enter_context(evaluating(model))
         while order:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from selectkd.errors import ConfigError
-from selectkd.evals.statistics import Difference, paired_bootstrap
+from selectkd.evals.statistics import Difference, Interval, paired_bootstrap, t_interval
 from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, Arm, controlled
 from selectkd.studies.one_run import FIELDS, run_apart
 
@@ -36,14 +37,50 @@ def compare(
     rows: list[dict[str, Any]] = []
     for number, arm in enumerate(arms):
         row = known.get(arm.key)
-        if row is None or row.get("error") or row.get("asked") != _asked(arm):
+        if not _stands(row, arm):
+            started = time.perf_counter()
             row = _named(arm) | dict.fromkeys(FIELDS) | _run(arm, rows, folder, keep) | {"asked": _asked(arm)}
+            row["wall_seconds"] = round(time.perf_counter() - started, 3)
         rows.append(row)
         rest = [other for key, other in known.items() if key not in {_key(one) for one in rows}]
         write_rows(file, rows + rest)
         if on_row is not None:
             on_row(number, row)
     return rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a comparison is there: its runs, those whose row stands in the file, and the seconds the rest may
+    take at what the others took, each method by its own runs where it has some; None before the first run.
+    """
+
+    runs: int
+    done: int
+    seconds: float | None
+
+    @property
+    def left(self) -> int:
+        return self.runs - self.done
+
+
+def plan(arms: Sequence[Arm], file: Path | None) -> Plan:
+    """What ``compare`` would run of the arms, without running it."""
+    known = {_key(row): row for row in read_rows(file)}
+    done = [arm for arm in arms if _stands(known.get(arm.key), arm)]
+    took = {arm.key: float(known[arm.key].get("wall_seconds", 0.0)) for arm in done}
+    expected = 0.0
+    for arm in arms:
+        if arm.key not in took:
+            own = [seconds for key, seconds in took.items() if key[:2] == arm.key[:2]]
+            near = own or list(took.values())
+            expected += sum(near) / len(near) if near else 0.0
+    return Plan(len(arms), len(done), expected if took or len(done) == len(arms) else None)
+
+
+def _stands(row: Mapping[str, Any] | None, arm: Arm) -> TypeGuard[dict[str, Any]]:
+    """Whether the row is of a run of this very arm that came to its end."""
+    return row is not None and not row.get("error") and row.get("asked") == _asked(arm)
 
 
 def _run(arm: Arm, rows: Sequence[Mapping[str, Any]], folder: Path, keep: bool) -> dict[str, Any]:
@@ -96,7 +133,7 @@ class Paired:
     """Two arms on the same held-out sequences and seeds: second minus first, in nats of held-out KL a sequence.
 
     ``difference`` has its interval over the held-out sequences, each the mean over the seeds both have; ``by_seed`` is
-    the difference of each seed, whose spread the interval does not hold.
+    the difference of each seed, and ``over_seeds`` their mean with Student's t interval.
     """
 
     recipe: str
@@ -104,6 +141,7 @@ class Paired:
     second: tuple[str, str]
     difference: Difference
     by_seed: tuple[float, ...]
+    over_seeds: Interval
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,7 +170,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
 def _paired(
     recipe: str, rows: Sequence[Mapping[str, Any]], first: tuple[str, str], second: tuple[str, str]
 ) -> Paired | None:
-    by_seed = [
+    kl_of = [
         {
             row["seed"]: np.asarray(row["held_out_kl_of"])
             for row in rows
@@ -140,14 +178,11 @@ def _paired(
         }
         for one in (first, second)
     ]
-    seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
+    seeds = sorted(set(kl_of[0]) & set(kl_of[1]))
     if not seeds:
         return None
-    one, other = (np.stack([arm[seed] for seed in seeds]) for arm in by_seed)  # [seeds, sequences]
+    one, other = (np.stack([arm[seed] for seed in seeds]) for arm in kl_of)  # [seeds, sequences]
+    by_seed = tuple(float(value) for value in (other - one).mean(1))
     return Paired(
-        recipe,
-        first,
-        second,
-        paired_bootstrap(one.mean(0), other.mean(0)),
-        tuple(float(value) for value in (other - one).mean(1)),
+        recipe, first, second, paired_bootstrap(one.mean(0), other.mean(0)), by_seed, t_interval(by_seed)
     )

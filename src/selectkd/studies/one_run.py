@@ -97,6 +97,7 @@ def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dic
         "steps": result.steps,
         "skipped": result.skipped,
         "seconds": round(seconds, 3),
+        "process_seconds": round(time.process_time(), 3),
         "warnings": result.warnings,
         "acceptance": _mean(lines, "acceptance"),
         "mean_weight": _mean(lines, "weight"),

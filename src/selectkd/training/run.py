@@ -121,7 +121,7 @@ def _train(
         checkpoints.register("writer", made.writer, own=True)
     for number, extra in enumerate(made.extras):
         if isinstance(extra, Stateful):
-            checkpoints.register(f"term-{number}", extra)
+            checkpoints.register(f"term-{number}", extra, own=True)
     checkpoints.register("origin", Named(origin, "kept", "cut", "told"))
     if claim.opened is None:
         log.load_state_dict({})  # what a run left that was killed before its first checkpoint

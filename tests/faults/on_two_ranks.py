@@ -1,0 +1,37 @@
+"""A script as two ranks on this machine (gloo)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_on_two_ranks(script: Path, *arguments: str) -> None:
+    """Both processes end with 0, or the test fails with what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = []
+    for rank in ("0", "1"):
+        said = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        room = {**os.environ, **said, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, str(script), *arguments]
+        both.append(subprocess.Popen(command, env=room, stderr=subprocess.PIPE, text=True))
+    told = []
+    try:
+        for one in both:
+            told.append(one.communicate(timeout=600)[1])
+        assert [one.returncode for one in both] == [0, 0], "\n".join(text[-3000:] for text in told)
+    finally:
+        for one in both:
+            one.kill()
+            one.wait()
