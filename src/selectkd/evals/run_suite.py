@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from selectkd.data.alignment import template_fingerprint
+from selectkd.evals.asking import complete
 from selectkd.evals.code import STOP
-from selectkd.evals.generation import complete
 from selectkd.evals.prompts import prompt_ids
 from selectkd.evals.statistics import Interval, bootstrap_mean, mcnemar, paired_bootstrap, wilson
 from selectkd.evals.suites import Suite
