@@ -124,32 +124,3 @@ def train_tiny_teacher(texts: Sequence[str], folder: Path) -> None:
         pace.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int = 40) -> list[str]:
-    """The model's greedy completion of each prompt, as chat where the tokenizer has a chat template."""
-    was_training = model.training
-    model.eval()
-    answers = []
-    for prompt in prompts:
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        else:
-            text = prompt
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        ids = inputs["input_ids"]
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
-        )
-        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    model.train(was_training)
-    return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from selectkd.cli.terminal import say, without_other_bars
 if TYPE_CHECKING:
     from selectkd.assembly import Assembly
     from selectkd.training.result import RunResult
+
+ANSWER_TOKENS = 40
 
 
 def demo(
@@ -32,7 +35,7 @@ def demo(
 ) -> None:
     """Distil a real teacher into a student of fewer layers and say what came of it."""
     from selectkd.config import load_recipe
-    from selectkd.demo import PROMPTS, complete, help_texts, quick_recipe, real_recipe
+    from selectkd.demo import PROMPTS, help_texts, quick_recipe, real_recipe
     from selectkd.training.progress import TrainingProgress
     from selectkd.training.run import train
 
@@ -54,16 +57,27 @@ def demo(
 
     def before_training(made: Assembly) -> None:
         seen["made"] = made
-        seen["teacher"] = complete(made.teacher_plan.loaded().model, made.tokenizer, prompts)
-        seen["before"] = complete(made.student, made.tokenizer, prompts)
+        seen["teacher"] = _answers(made.teacher_plan.loaded().model, made.tokenizer, prompts)
+        seen["before"] = _answers(made.student, made.tokenizer, prompts)
 
     with TrainingProgress() as progress:
         result = train(recipe, progress=progress, on_assembled=before_training)
-    seen["after"] = complete(seen["made"].student, seen["made"].tokenizer, prompts)
+    seen["after"] = _answers(seen["made"].student, seen["made"].tokenizer, prompts)
     _report(result, prompts, seen)
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:
         say("FAILED: the held-out KL did not fall")
         raise typer.Exit(1)
+
+
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The model's greedy answer to each prompt, as chat where the tokenizer has a chat template."""
+    from selectkd.evals.asking import Decoding, complete
+    from selectkd.evals.prompts import prompt_ids
+    from selectkd.models.load import Loaded
+
+    asked = [prompt_ids(one, tokenizer) for one in prompts]
+    said = complete(Loaded(model, tokenizer, "the demo", None), asked, Decoding(ANSWER_TOKENS))
+    return [text.strip() for text in said]
 
 
 def _new_folder(parent: Path, name: str) -> Path:

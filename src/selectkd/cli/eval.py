@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from selectkd.evals.suites import Suite
     from selectkd.models.load import Loaded
 
-SuiteName = Literal["quick", "math", "code", "instruct", "perplexity"]
+SuiteName = Literal["quick", "math", "code", "instruct", "perplexity", "harness"]
 MATH, QUICK_MATH, QUICK_CODE = 100, 20, 10
 """Problems where --limit names none: made problems have no end of their own."""
 
@@ -97,6 +97,19 @@ def evaluate(
     answers: Annotated[
         Path | None, typer.Option("--answers", help="Write every answer to a JSONL file.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="harness: tasks of lm-evaluation-harness, with commas.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="harness: a folder with task files of your own.")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=0, help="harness: examples before a problem; the task's own otherwise."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="harness: ask in the model's chat template; the harness does not.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
@@ -109,6 +122,8 @@ def evaluate(
         raise ConfigError(
             "--suite instruct needs --judge URL with --judge-model NAME, or a local --judge-model."
         )
+    if suite == "harness" and not tasks:
+        raise ConfigError("--suite harness needs --tasks, for example --tasks hellaswag,arc_easy.")
     asked = Asked(suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length)
     without_other_bars()
     names = [model, *(compare or [])]
@@ -118,6 +133,9 @@ def evaluate(
         voice = _judge(judge, judge_model, judge_key, dtype)
         budget = (price_in, price_out, max_cost)
         rows, comparisons = _instruct(names, asked, dtype, voice, protocol, memory, budget)
+    elif suite == "harness":
+        chosen = tuple(one.strip() for one in str(tasks).split(","))
+        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat)
     else:
         rows, comparisons = _problems(names, asked, dtype, answers)
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
@@ -128,7 +146,7 @@ def evaluate(
 def _problems(
     names: list[str], asked: Asked, dtype: str, answers: Path | None
 ) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.run_suite import compared, run_suite
+    from selectkd.evals.run_suite import run_suite
     from selectkd.evals.runs import load_student
 
     suites = _suites(asked)
@@ -137,21 +155,38 @@ def _problems(
         loaded = load_student(name, dtype=dtype)
         for one in suites:
             scored[one.task].append(run_suite(name, loaded, one, batch_size=asked.batch_size, heard=told))
+    return _kept_and_compared(scored, answers)
+
+
+def _harness(
+    names: list[str], asked: Asked, dtype: str, answers: Path | None, tasks: tuple[str, ...], folder: Path | None,
+    shots: int | None, chat: bool,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    from selectkd.evals.harness import Harness
+    from selectkd.evals.runs import load_student
+
+    harness = Harness(tasks, folder, shots, chat, asked.limit, asked.batch_size)
+    manager = harness.prepared()
+    scored: dict[str, list[Any]] = {}
+    for name in names:
+        for one in harness.run(name, load_student(name, dtype=dtype), manager, heard=told):
+            scored.setdefault(f"{one.task} {one.metric}", []).append(one)
+    return _kept_and_compared(scored, answers)
+
+
+def _kept_and_compared(scored: dict[str, list[Any]], answers: Path | None) -> tuple[list[Any], list[Any]]:
+    """The rows of every task's scores, and the models in pairs; each answer goes to a file where one is named."""
+    from selectkd.evals.run_suite import compared
+
     every = [one for of_task in scored.values() for one in of_task]
     if answers is not None:
         with answers.open("w", encoding="utf-8") as file:
-            for one in every:
-                for index, (text, score) in enumerate(zip(one.answers, one.scores, strict=True)):
-                    row = {
-                        "model": one.model,
-                        "task": one.task,
-                        "index": index,
-                        "score": score,
-                        "answers": text,
-                    }
-                    file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for one in every for row in one.answer_rows())
     pairs = [
-        compared(first, second) for of_task in scored.values() for first, second in combinations(of_task, 2)
+        compared(first, second)
+        for of_task in scored.values()
+        for first, second in combinations(of_task, 2)
+        if first.scores and second.scores
     ]
     return [one.as_row() for one in every], pairs
 

@@ -53,10 +53,11 @@ def speculate(
 
     import torch
 
-    from selectkd.data import align, eos_ids_of
+    from selectkd.data import align
     from selectkd.demo import PROMPTS
     from selectkd.evals.prompts import prompt_ids, read_prompts
     from selectkd.evals.runs import load_student, load_student_before
+    from selectkd.generation import ends_of
     from selectkd.models.load import load_model
     from selectkd.speculative.measure import assisted, speculation, timed_alone
 
@@ -75,9 +76,7 @@ def speculate(
         else read_prompts(prompts, tokenizer, limit=limit)
     )
     ids = [torch.tensor(one) for one in texts]
-    model: Any = teacher.model
-    own = model.generation_config.eos_token_id
-    eos = eos_ids_of(tokenizer, own if isinstance(own, list) else [] if own is None else [own])
+    eos = ends_of(tokenizer, teacher.model)
     rows: list[dict[str, Any]] = []
     for heat in (0.0, temperature) if temperature else (0.0,):
         options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": heat, "eos": eos}

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from selectkd.data.alignment import template_fingerprint
+from selectkd.evals.asking import complete
 from selectkd.evals.code import STOP
-from selectkd.evals.generation import complete
 from selectkd.evals.prompts import prompt_ids
 from selectkd.evals.statistics import Interval, bootstrap_mean, mcnemar, paired_bootstrap, wilson
 from selectkd.evals.suites import Suite
@@ -40,6 +40,21 @@ class Scores:
             "high": seen.high, "n": seen.n, "settings": self.settings,
         }  # fmt: skip
 
+    def answer_rows(self) -> list[dict[str, Any]]:
+        """One row a problem: its answers and its score, None where the metric has no score of one problem."""
+        scores = self.scores or [None] * len(self.answers)
+        return [
+            {
+                "model": self.model,
+                "task": self.task,
+                "metric": self.metric,
+                "index": i,
+                "score": score,
+                "answers": said,
+            }
+            for i, (said, score) in enumerate(zip(self.answers, scores, strict=True))
+        ]
+
 
 def run_suite(
     name: str,
@@ -66,11 +81,19 @@ def run_suite(
     answers = [said[i : i + suite.samples] for i in range(0, total, suite.samples)]
     scores = [suite.score(i, one) for i, one in enumerate(answers)]
     settings = {
-        **suite.settings, **asdict(decoding), "samples": suite.samples, "batch_size": batch_size,
-        "template": template_fingerprint(tokenizer) if tokenizer.chat_template else None,
-        "revision": loaded.revision, "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        **suite.settings, **asdict(decoding), "samples": suite.samples, "batch_size": batch_size, **described(loaded)
     }  # fmt: skip
     return Scores(name, suite.task, suite.metric, scores, interval_of(scores), settings, answers)
+
+
+def described(loaded: Loaded) -> dict[str, Any]:
+    """What a table says of the model itself: its template, its revision, its dtype."""
+    tokenizer = loaded.tokenizer
+    return {
+        "template": template_fingerprint(tokenizer) if tokenizer.chat_template else None,
+        "revision": loaded.revision,
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+    }
 
 
 def interval_of(scores: list[float]) -> Interval:

@@ -16,8 +16,8 @@ from typing import Any
 from selectkd.data import read_records
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals import answers
+from selectkd.evals.asking import Decoding
 from selectkd.evals.code import Exercise, exercise, pass_at_k, program
-from selectkd.evals.generation import Decoding
 from selectkd.evals.sandbox import Level, run_tests
 
 NUMBER_PROMPT = "{question}\n\nThink step by step, and end with the line: #### <the number>"

@@ -9,7 +9,7 @@ from typing import Any
 
 from selectkd.data import read_records
 from selectkd.errors import DataError
-from selectkd.evals.generation import Decoding, complete
+from selectkd.evals.asking import Decoding, complete
 from selectkd.evals.judging.contest import Contest, Pair, contest
 from selectkd.evals.judging.judges import Judge
 from selectkd.evals.judging.protocols import Protocol

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from selectkd.evals.generation import Decoding, complete
+from selectkd.evals.asking import Decoding, complete
 from selectkd.evals.prompts import prompt_ids
 from selectkd.models.load import Loaded
 from selectkd.teachers.remote.answers import WrongAnswer

@@ -1,0 +1,135 @@
+"""lm-evaluation-harness on our models, through its Python API: its tasks, its metrics, its numbers, our intervals."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectkd.errors import ConfigError, DataError
+from selectkd.evals.run_suite import Scores, described, interval_of
+from selectkd.evals.statistics import Interval, bootstrap_ratio
+from selectkd.models.load import Loaded
+from selectkd.registry import did_you_mean
+
+NORMAL_95 = 1.959964
+"""Standard errors on either side of a value that hold 95% of a normal distribution."""
+
+PER_UNIT = (lambda ratio: math.exp(-ratio), lambda ratio: -ratio / math.log(2))
+"""Perplexity a word or a byte, and bits a byte, of the mean log-probability; both fall as it rises."""
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Tasks by their names in the harness, and the settings of its command line. folder: YAML tasks of one's own."""
+
+    tasks: tuple[str, ...]
+    folder: Path | None = None
+    shots: int | None = None
+    chat: bool = False
+    limit: int | None = None
+    batch_size: int = 1
+
+    def prepared(self) -> Any:
+        """The harness's task manager, once every task and its data could be loaded; no weight is read.
+
+        ConfigError for a missing package and an unknown task, DataError where a task's data cannot be had.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError("--suite harness needs lm-eval. Install it: pip install 'selectkd[harness]'.")
+        from datasets.exceptions import DatasetsError
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+        manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
+        for task in self.tasks:
+            if task not in manager.all_tasks:
+                raise ConfigError(
+                    f"lm-eval has no task {task!r}.{did_you_mean(task, manager.all_tasks)} Tasks of your own are found "
+                    "with --task-folder."
+                )
+        try:
+            manager.load(list(self.tasks))
+        except (DatasetsError, OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise DataError(
+                f"a task of {', '.join(self.tasks)} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        return manager
+
+    def run(
+        self, name: str, loaded: Loaded, manager: Any, *, heard: Callable[[str], None] | None = None
+    ) -> list[Scores]:
+        """Each metric of each task. A value is the harness's own; its interval is ours where the value is the mean of
+        the problems' scores or a rate a word or byte, else 1.96 of the harness's standard errors, nan without those.
+        """
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+        if heard is not None:
+            heard(f"{name}: {', '.join(self.tasks)} by lm-eval {lm_eval.__version__}")
+        model = HFLM(
+            pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=self.batch_size
+        )
+        found = lm_eval.simple_evaluate(
+            model, tasks=list(self.tasks), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
+            apply_chat_template=self.chat, log_samples=True,
+        )  # fmt: skip
+        settings = {
+            **described(loaded), "harness": lm_eval.__version__, "chat": self.chat, "limit": self.limit,
+            "batch_size": self.batch_size,
+        }  # fmt: skip
+        return [
+            one
+            for task in found["samples"]
+            for one in _metrics(name, task, found, {**settings, **_of_task(task, found)})
+        ]
+
+
+def _of_task(task: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What the harness says of a task: shots, version, the hash of its prompts, how answers were written."""
+    config = found["configs"][task]
+    return {
+        "shots": found["n-shot"].get(task), "version": found["versions"].get(task),
+        "generation": config.get("generation_kwargs"),
+    }  # fmt: skip
+
+
+def _metrics(name: str, task: str, found: dict[str, Any], settings: dict[str, Any]) -> list[Scores]:
+    """One row for each metric and answer filter of a task."""
+    rows, told = [], found["results"][task]
+    for key, value in told.items():
+        metric, _, answer_filter = key.partition(",")
+        if not answer_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        samples = [one for one in found["samples"][task] if one["filter"] == answer_filter]
+        samples.sort(key=lambda one: one["doc_id"])
+        given = [one.get(metric) for one in samples]
+        scores = _scores(given, float(value))
+        shown = metric if answer_filter == "none" else f"{metric},{answer_filter}"
+        interval = _interval(float(value), given, scores, told.get(f"{metric}_stderr,{answer_filter}"))
+        said = [list(map(str, one["filtered_resps"])) for one in samples]
+        rows.append(Scores(name, task, shown, scores, interval, settings, said))
+    return rows
+
+
+def _scores(given: Sequence[Any], value: float) -> list[float]:
+    """The problems' scores where their mean is ``value``; none where the metric is put together otherwise."""
+    if not given or not all(isinstance(one, (bool, int, float)) for one in given):
+        return []
+    scores = [float(one) for one in given]
+    return scores if abs(sum(scores) / len(scores) - value) <= 1e-12 * max(1.0, abs(value)) else []
+
+
+def _interval(value: float, given: Sequence[Any], scores: list[float], error: Any) -> Interval:
+    if scores:
+        seen = interval_of(scores)
+        return Interval(value, seen.low, seen.high, len(given))
+    if given and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in given):
+        ratio = bootstrap_ratio(*zip(*given, strict=True))  # log-probability a word or a byte
+        for of_ratio in PER_UNIT:
+            if math.isclose(of_ratio(ratio.value), value, rel_tol=1e-9):
+                return Interval(value, of_ratio(ratio.high), of_ratio(ratio.low), ratio.n)
+    apart = NORMAL_95 * error if isinstance(error, (int, float)) else float("nan")
+    return Interval(value, value - apart, value + apart, len(given))
