@@ -8,10 +8,7 @@ elementwise work. The gradient is taken in the forward pass, chunk by chunk; bac
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selectkd.block import Rows, Seen, Settings, argmax, pair_at
+from selectkd.dense import block_rows
 from selectkd.judge import has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
@@ -30,15 +28,10 @@ CHUNK_ROW_BYTES = 1024
 pass over [v, d], and so many rows make that small (measured: 128 rows in fp32 cost 7% more time)."""
 CHUNK_BYTES = 1 << 28
 """Bytes of a chunk's logits, [c, v], at most, for each model."""
-BLOCK_BUFFERS = 5
-"""Tensors of a block, [b, v], that a closed form works on: all of them fit into the second-level cache."""
-LEAST_ENTRIES = 1 << 16
-"""Entries of a block at least: below that the calls cost more than the caches save."""
 TOP_K_ENTRIES = 3 << 19
 """Entries of a block of a top-K teacher, whose small autograd graph costs the same for one row and for many."""
 AUTOGRAD_ENTRIES = 1 << 17
 """Entries of a block where autograd keeps some forty temporaries of it."""
-LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
 
 
@@ -225,20 +218,6 @@ def judge_chunk(
         if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
     }
     return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
-
-
-def block_rows(width: int, dtype: torch.dtype) -> int:
-    """Rows of a block of a closed form: as many as the second-level cache holds."""
-    entries = level_two_bytes() // (BLOCK_BUFFERS * dtype.itemsize)
-    return max(1, max(entries, LEAST_ENTRIES) // width)
-
-
-@cache
-def level_two_bytes() -> int:
-    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
-    told = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
-    kibibytes = re.match(r"(\d+)K", told)
-    return int(kibibytes[1]) << 10 if kibibytes else 1 << 20
 
 
 def wants_top(teacher: TeacherChunk, settings: Settings) -> bool:

@@ -1,20 +1,28 @@
 """The closed forms' way through a block of rows, both models dense: no autograd, and every temporary in the caches.
 
-b rows, v vocabulary; p = teacher, q = student, zp and zq their logits.
+b rows, v vocabulary; p = teacher, q = student, zp and zq their logits. Where the second-level cache holds a few rows,
+all rows of a block are worked on at once. Where it does not, they are one after the other, and their numbers floats:
+what a step writes is still in the cache when the next one reads it, and no step is about a few numbers alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
+import ctypes
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.block import (
+    HIGHEST,
     IMPOSSIBLE,
+    LOWEST,
     Rows,
     Seen,
     Settings,
@@ -26,23 +34,54 @@ from selectkd.block import (
     pair_at,
     widened,
 )  # fmt: skip
-from selectkd.divergences.gradient import Block
+from selectkd.divergences.gradient import Block, Column, dot, total
 from selectkd.divergences.kl import forward_value
+from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.rows import LiveChunk, Scratch
+from selectkd.verifiers import STATISTICS, RowStatistics
+
+LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+BUFFERS = 5
+"""Tensors that a closed form works on: zp, zq, p, q, spare."""
+FEW_ROWS = 4
+"""Below so many rows in the cache one row is worked on at a time."""
+ROWS_AT_ONCE = 8
+"""Rows of a block whose rows are worked on one after the other: they share the verifier's call."""
+
+
+@cache
+def level_two_bytes() -> int:
+    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
+    told = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
+    kibibytes = re.match(r"(\d+)K", told)
+    return int(kibibytes[1]) << 10 if kibibytes else 1 << 20
+
+
+def cached_rows(width: int, dtype: torch.dtype) -> int:
+    """How many rows of every tensor of a closed form the second-level cache holds."""
+    return level_two_bytes() // (BUFFERS * width * dtype.itemsize)
+
+
+def block_rows(width: int, dtype: torch.dtype) -> int:
+    """Rows of a block."""
+    held = cached_rows(width, dtype)
+    return held if held >= FEW_ROWS else ROWS_AT_ONCE
 
 
 @torch.no_grad()
 def judge_dense(
     raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
-    closed_form: Callable[[Block], Tensor], verified: TokenPair | None,
+    closed_form: Callable[[Block], Column], verified: TokenPair | None,
 ) -> Seen:  # fmt: skip
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
     temperature where that differs."""
-    head, temperature, target = settings.head, settings.temperature, raw[block]
+    head, objective, temperature, target = settings.head, settings.objective, settings.temperature, raw[block]
     kl: Tensor | int = 0
     if settings.also_kl and temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
+    if verified is None and rows.acceptance is None and not objective.reads_statistics:
+        verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, settings)
     zq = widened(head, target, "zq", scratch)  # [b, v]
     zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
     capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
@@ -51,110 +90,131 @@ def judge_dense(
             z.div_(temperature)
         if teacher.unshared is not None:
             z.masked_fill_(teacher.unshared, IMPOSSIBLE)
-    b, v = zq.shape
-    p, q, spare = (scratch.of(name, b, v, zq)[:b] for name in ("p", "q", "spare"))
-    norms, finite = softmax_pair(zq, zp, q, p)
-    seen = Block(zp=zp, zq=zq, norms=norms, p=p, q=q, out=zq, spare=spare)
-    weight, acceptance, overlap = _weigh(seen, rows, settings, finite, verified)
-    if settings.also_kl and temperature == 1.0:
-        kl = forward_value(seen).clamp_(min=0.0).sum()
-    divergence = closed_form(seen)
+
+    by_statistics = verified is None and rows.acceptance is None
+    reads = getattr(objective.verifier, "reads", STATISTICS) if by_statistics else ()
+    columns: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
+    top = None
+    if "rank" in reads or "student_top" in reads:
+        top = argmax(zq) if rows.top is None else rows.top
+    factor = 1.0
+    for at, part, finite in parts(zq, zp, scratch):
+        columns["finite"].append(finite)
+        for name in dict.fromkeys(("overlap", *reads)):
+            columns[name].append(statistic(name, part, at, top, rows.label))
+        if settings.also_kl and temperature == 1.0:
+            columns["kl"].append(forward_value(part))
+        columns["divergence"].append(closed_form(part))
+        factor = part.factor
+
+    told = {name: joined(values, zq) for name, values in columns.items()}
+    overlap = told["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
+    finite = None if all(x is True for x in columns["finite"]) else told["finite"].bool()
+    if columns["kl"]:
+        kl = told["kl"].clamp_(min=0.0).sum()
+    if by_statistics:
+        statistics = RowStatistics(zq.shape[1], **{name: told[name] for name in ("overlap", *reads)})
+        acceptance = objective.verifier.from_statistics(statistics, rows.uniform).to(zq.dtype)
+        weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
+    elif verified is not None:
+        weight, acceptance = objective.weigh(verified, rows.uniform, acceptance=rows.acceptance)
+    else:
+        assert rows.acceptance is not None
+        acceptance = rows.acceptance.to(zq.dtype)
+        weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
     if settings.wants_gradient:
-        finish_gradient(zq, rows.scale * weight, capped, settings)
+        finish_gradient(zq, rows.scale * weight * factor, capped, settings)
         if zq is not target:
             target.copy_(zq)
-    return Seen(divergence.clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
+    return Seen(told["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
 
 
-def softmax_pair(
-    zq: Float[Tensor, "b v"], zp: Float[Tensor, "b v"], q: Float[Tensor, "b v"], p: Float[Tensor, "b v"]
-) -> tuple[Float[Tensor, "2 b"], Bool[Tensor, " b"] | None]:
-    """Fills q and p with the softmaxes; returns the log-sum-exps of both in fp64, true to what q and p sum to.
-
-    Rows whose log-sum-exp is out of the ordinary are shifted by their maximum, in zq and zp, too. A teacher's row that
-    is not finite becomes the student's, and is False in the second value; None means that all are finite.
+def parts(zq: Tensor, zp: Tensor, scratch: Scratch) -> Iterator[tuple[slice | int, Block, Tensor | bool]]:
+    """The rows of a block as closed forms see them, all at once or one by one; with where they are, and which of them
+    have a finite teacher (True: all). A row whose teacher is not finite gets the student for a teacher.
     """
-    inverse, norms, ordinary = exponentials((zq, zp), (q, p))
-    finite = None
-    if not ordinary:
-        finite = torch.isfinite(norms[1])
-        for ours, theirs in ((zp, zq), (p, q), (inverse[1], inverse[0]), (norms[1], norms[0])):
-            ours[~finite] = theirs[~finite]
-    q.mul_(inverse[0])
-    p.mul_(inverse[1])
-    return norms, finite
+    b, v = zq.shape
+    single = zq.device.type == "cpu" and cached_rows(v, zq.dtype) < FEW_ROWS
+    p, q, spare = (
+        scratch.of(name, 1 if single else b, v, zq)[: 1 if single else b] for name in ("p", "q", "spare")
+    )
+    if not single:
+        inverse, norms, ordinary = exponentials((zq, zp), (q, p))
+        finite: Tensor | bool = True
+        if not ordinary:
+            finite = torch.isfinite(norms[1])
+            for ours, theirs in ((zp, zq), (p, q), (inverse[1], inverse[0]), (norms[1], norms[0])):
+                ours[~finite] = theirs[~finite]
+        q.mul_(inverse[0])
+        p.mul_(inverse[1])
+        norm_q, norm_p = norms[:, :, None]
+        yield slice(0, b), Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
+        return
+    p, q, spare = p[0], q[0], spare[0]
+    for i, (ours, theirs) in enumerate(zip(zq.unbind(), zp.unbind(), strict=True)):
+        norm_q, norm_p, good = softmax_row(ours, q), softmax_row(theirs, p), True
+        if not math.isfinite(norm_p):
+            theirs.copy_(ours)
+            p.copy_(q)
+            norm_p, good = norm_q, False
+        yield i, Block(theirs, ours, norm_q, norm_p, p, q, out=ours, spare=spare), good
 
 
-def _weigh(
-    block: Block, rows: Rows, settings: Settings, finite: Tensor | None, verified: TokenPair | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, acceptance, overlap) of the rows: from their statistics where the verifier asks no more, else from a
-    pair."""
-    objective = settings.objective
-    statistics = BlockStatistics(block, rows)
-    if verified is None and (rows.acceptance is not None or objective.reads_statistics):
-        acceptance = rows.acceptance
-        if acceptance is None:
-            acceptance = objective.verifier.from_statistics(statistics, rows.uniform)
-        weighed = objective.weight_of(
-            acceptance.to(block.q.dtype), rows.uniform, label=rows.label, finite=finite
-        )
-        return *weighed, statistics.overlap
-    pair = verified
-    if pair is None:
-        pair = TokenPair(
-            logp=torch.log_softmax(block.zp, -1), logq=torch.log_softmax(block.zq, -1),
-            student_top=statistics.student_top, finite=finite,
-        )  # fmt: skip
-    pair = replace(pair, label=rows.label, sequence=rows.sequence)
-    return *objective.weigh(pair, rows.uniform, acceptance=rows.acceptance), pair.overlap
+def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:
+    """The softmax of a row in ``out``; returns the log-sum-exp, true to what ``out`` sums to.
+
+    A row whose log-sum-exp is out of the ordinary is shifted by its maximum, in place; nan if it is not finite."""
+    mass = torch.exp(z, out=out).sum().item()
+    if not math.exp(LOWEST) < mass < math.exp(HIGHEST):  # nan is not
+        z.sub_(z.max())
+        mass = torch.exp(z, out=out).sum().item()
+        if not mass > 0.0 or math.isinf(mass):
+            return math.nan
+    inverse = 1.0 / mass if z.dtype == torch.float64 else ctypes.c_float(1.0 / mass).value
+    out.mul_(inverse)
+    return -math.log(inverse)
 
 
-class BlockStatistics:
-    """The ``RowStatistics`` of a block, each computed when it is asked for; until the closed form has run."""
-
-    def __init__(self, block: Block, rows: Rows) -> None:
-        self.block, self.rows = block, rows
-        self.width = block.q.shape[-1]
-
-    @cached_property
-    def student_top(self) -> Int[Tensor, " b"]:
-        return argmax(self.block.zq) if self.rows.top is None else self.rows.top
-
-    @cached_property
-    def rank(self) -> Float[Tensor, " b"]:
-        return self._rank_of(self.student_top)
-
-    @cached_property
-    def label_rank(self) -> Float[Tensor, " b"]:
-        label = self.rows.label
+def statistic(name: str, block: Block, at: slice | int, top: Tensor | None, label: Tensor | None) -> Column:
+    """One of ``STATISTICS`` of the rows ``at`` of a block; until the closed form has run."""
+    width = block.q.shape[-1]
+    if name == "overlap":
+        return total(torch.minimum(block.p, block.q, out=block.spare))
+    if name == "student_top":
+        return top[at] if top is not None else 0
+    if name == "rank":
+        assert top is not None
+        return rank(block, top[at])
+    if name == "label_rank":
         if label is None:
-            return torch.full_like(self.overlap, self.width)
-        known = (label >= 0) & (label < self.width)
-        return torch.where(known, self._rank_of(label.clamp(0, self.width - 1)), self.width)
+            return rank(block, torch.zeros_like(block.zp[..., 0], dtype=torch.long))
+        known = (label[at] >= 0) & (label[at] < width)
+        return torch.where(
+            known, torch.as_tensor(rank(block, label[at].clamp(0, width - 1))).flatten(), width
+        )
+    if name == "affinity":
+        return total(torch.mul(block.p, block.q, out=block.spare).sqrt_())
+    if name == "teacher_entropy":
+        return block.norm_p - dot(block.p, block.zp, block.spare)
+    if name == "student_entropy":
+        return block.norm_q - dot(block.q, block.zq, block.spare)
+    raise ConfigError(f"a verifier reads {name!r}; the statistics of a row are {', '.join(STATISTICS)}.")
 
-    def _rank_of(self, column: Tensor) -> Tensor:
-        chosen = self.block.zp.gather(-1, column[:, None])  # [b, 1]
-        # counted in floats: five times as fast as in booleans
-        better = torch.gt(self.block.zp, chosen, out=self.block.spare).sum(-1)
-        return better.masked_fill_(chosen[:, 0] <= IMPOSSIBLE, self.width)
 
-    @cached_property
-    def overlap(self) -> Float[Tensor, " b"]:
-        return torch.minimum(self.block.p, self.block.q, out=self.block.spare).sum(-1).clamp_(max=1.0)
+def rank(block: Block, token: Int[Tensor, "*b"]) -> Column:
+    """How many tokens the teacher prefers to ``token`` of each row; the whole vocabulary where it is impossible."""
+    width = block.zp.shape[-1]
+    # counted in floats: five times as fast as in booleans
+    if block.zp.ndim == 1:
+        chosen = block.zp[token].item()
+        return float(width) if chosen <= IMPOSSIBLE else total(torch.gt(block.zp, chosen, out=block.spare))
+    chosen = block.zp.gather(-1, token[:, None])  # [b, 1]
+    better = torch.gt(block.zp, chosen, out=block.spare).sum(-1, keepdim=True)
+    return better.masked_fill_(chosen <= IMPOSSIBLE, width)
 
-    @cached_property
-    def teacher_entropy(self) -> Float[Tensor, " b"]:
-        return self._entropy(self.block.p, self.block.zp, self.block.norm_p)
 
-    @cached_property
-    def student_entropy(self) -> Float[Tensor, " b"]:
-        return self._entropy(self.block.q, self.block.zq, self.block.norm_q)
-
-    def _entropy(self, probability: Tensor, logits: Tensor, norm: Tensor) -> Tensor:
-        mean = torch.mul(probability, logits, out=self.block.spare).sum(-1)
-        return (norm - mean).to(probability.dtype).clamp_(min=0.0)
-
-    @cached_property
-    def affinity(self) -> Float[Tensor, " b"]:
-        return torch.mul(self.block.p, self.block.q, out=self.block.spare).sqrt_().sum(-1)
+def joined(values: list[Any], like: Tensor) -> Tensor:
+    """The columns of a block's parts as one tensor [b] in the dtype of ``like``."""
+    if len(values) == 1 and isinstance(values[0], Tensor):
+        return values[0].flatten().to(like.dtype)
+    return torch.tensor([float(x) for x in values], dtype=like.dtype, device=like.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selectkd.block import IMPOSSIBLE, Rows, Seen, Settings
 from selectkd.rows import LiveChunk
-from selectkd.verifiers import RowStatistics, StatisticsTable
+from selectkd.verifiers import RowStatistics
 
 TILE = 4096
 """Columns a program holds at a time: 32 KiB of fp32 for the two models."""
@@ -315,7 +315,7 @@ class _Launch:
             self.raw.stride(0), self.teacher.raw.stride(0), c, self.width, *self._heads(), 1.0 / temperature,
             self.a, self.b, terms=self.terms, IMPOSSIBLE=IMPOSSIBLE, TILE=TILE,
         )  # fmt: skip
-        table = StatisticsTable(
+        table = RowStatistics(
             student_top=ints[0].long(), rank=ints[1], label_rank=ints[2], overlap=floats[2].clamp(max=1.0),
             teacher_entropy=floats[5], student_entropy=floats[6], affinity=floats[7], width=self.width,
         )  # fmt: skip

@@ -5,6 +5,7 @@ Each raises AssertionError, naming the property that fails and the input that sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, closed_form_of
+from selectkd.divergences.gradient import Block, Column, closed_form_of
 from selectkd.pair import dense_pair
 from selectkd.verifiers import Verifier
 
@@ -112,19 +113,33 @@ def _check_closed_form(divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
     (expected,) = torch.autograd.grad(value.sum(), logits)
     zq = logits.detach().clone()
     norm_p, norm_q = torch.linspace(-2.0, 2.0, 16, dtype=torch.float64), zq.logsumexp(-1)
-    norms = torch.stack([norm_q, norm_p])
-    block = Block(
-        zp=p + norm_p[:, None], zq=zq, norms=norms, p=p.exp(), q=torch.softmax(zq, -1), out=zq,
+    many = _block(p + norm_p[:, None], zq.clone(), norm_q[:, None], norm_p[:, None])
+    assert closed_form is not None  # the caller looked
+    stated = closed_form(many)
+    _must(
+        bool(torch.allclose(stated[:, 0], value.detach(), rtol=1e-9, atol=1e-11)),
+        "the closed form's value differs",
+    )
+    _must(
+        bool(torch.allclose(many.out * many.factor, expected, rtol=1e-8, atol=1e-11)),
+        "the closed form's gradient differs",
+    )
+    one = _block(p[3] + norm_p[3], zq[3].clone(), norm_q[3].item(), norm_p[3].item())
+    _must(
+        math.isclose(float(closed_form(one)), value[3].item(), rel_tol=1e-9),
+        "its value of a single row differs",
+    )
+    _must(
+        bool(torch.allclose(one.out * one.factor, expected[3], rtol=1e-8, atol=1e-11)),
+        "its gradient of a single row differs",
+    )
+
+
+def _block(zp: Tensor, zq: Tensor, norm_q: Column, norm_p: Column) -> Block:
+    return Block(
+        zp=zp, zq=zq, norm_q=norm_q, norm_p=norm_p, p=(zp - norm_p).exp(), q=(zq - norm_q).exp(), out=zq,
         spare=torch.empty_like(zq),
     )  # fmt: skip
-    assert closed_form is not None  # the caller looked
-    stated = closed_form(block)
-    _must(
-        bool(torch.allclose(stated, value.detach(), rtol=1e-9, atol=1e-11)), "the closed form's value differs"
-    )
-    _must(
-        bool(torch.allclose(block.out, expected, rtol=1e-8, atol=1e-11)), "the closed form's gradient differs"
-    )
 
 
 def _merge(log_dist: Float[Tensor, "n s"]) -> Float[Tensor, "n merged"]:

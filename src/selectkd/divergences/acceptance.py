@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, centre, with_gradient
+from selectkd.divergences.gradient import Block, Column, centre, total, with_gradient
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, on_top_k
 from selectkd.errors import ConfigError
 
 
-def _total_variation(block: Block) -> Tensor:
+def _total_variation(block: Block) -> Column:
     """f = sign(q - p) / 2."""
     gap = torch.sub(block.q, block.p, out=block.spare)
-    value = 0.5 * torch.abs(gap, out=block.zp).sum(-1)
+    value = 0.5 * total(torch.abs(gap, out=block.zp))
     centre(block, gap.sign_().mul_(0.5))
     return value
 
@@ -38,13 +38,13 @@ def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> F
     return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
 
 
-def _neg_log_acceptance(block: Block) -> Tensor:
+def _neg_log_acceptance(block: Block) -> Column:
     """f = -[q < p] / sum min(p, q); half of it where q = p, as autograd divides a minimum."""
-    shared = torch.minimum(block.p, block.q, out=block.spare).sum(-1)
+    shared = torch.as_tensor(total(torch.minimum(block.p, block.q, out=block.spare)), dtype=block.q.dtype)
     floor = math.exp(LOG_FLOOR)
     scale = torch.where((shared > floor) & (shared < 1.0), -0.5 / shared.clamp(min=floor), 0.0)
     # sign(p - q) is 2 [q < p] - 1, and f - E_q f does without the constant
-    centre(block, torch.sub(block.p, block.q, out=block.spare).sign_().mul_(scale[:, None]))
+    centre(block, torch.sub(block.p, block.q, out=block.spare).sign_().mul_(scale))
     return -shared.clamp(min=floor, max=1.0).log()
 
 

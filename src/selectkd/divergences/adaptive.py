@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, dot, project, with_gradient
+from selectkd.divergences.gradient import Block, Column, dot, project, with_gradient
 from selectkd.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
 
@@ -24,13 +24,17 @@ def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> F
     return torch.where(in_all > 0, in_head / in_all.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)
 
 
-def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Tensor:
+def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Column:
     """g = share (q - p) + (1 - share) q (f - E_q f), f = log q - log p."""
-    share = head_share(block.p, block.q, share_of("mu", mu))
+    share: Column = head_share(torch.atleast_2d(block.p), torch.atleast_2d(block.q), share_of("mu", mu))[
+        :, None
+    ]
+    if block.p.ndim == 1:
+        share = share.item()
     gap = block.log_ratio()
     forward, reverse = -dot(block.p, gap, block.zp), dot(block.q, gap, block.zp)
-    gap.sub_(reverse[:, None]).mul_((1.0 - share)[:, None]).add_(share[:, None])
-    torch.mul(gap, block.q, out=block.out).addcmul_(block.p, share[:, None], value=-1.0)
+    gap.sub_(reverse).mul_(1.0 - share).add_(share)
+    torch.mul(gap, block.q, out=block.out).sub_(block.p * share)
     return share * forward + (1.0 - share) * reverse + (2.0 * share - 1.0) * block.excess(block.spare)
 
 
@@ -54,7 +58,7 @@ def adaptive_kl(
     return share * forward_kl(logp, logq) + (1.0 - share) * reverse_kl(logp, logq)
 
 
-def _todi(block: Block) -> Tensor:
+def _todi(block: Block) -> Column:
     """h = (1 - w) q (log q - log p + 1) - w p, w = p / (p + q) without gradient."""
     gap = block.log_ratio()
     value = dot(block.q, gap, block.zp) - dot(block.p, gap, block.zp)

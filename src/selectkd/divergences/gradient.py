@@ -3,14 +3,17 @@
 The gradient of a row's divergence D to the student's logits is g = h - q sum(h), where h_v = dD / d log q_v with log q
 taken as free; with h = q f it is g = q (f - E_q f). A closed form computes D and g together from what the loss has at
 hand, without autograd.
+
+It sees many rows at once, [n, s], or a single one, [s]. A number of each row is a ``Column``: [n, 1] for many rows, a
+float for one, so that either can be added to and multiplied with the rows.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,68 +22,74 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of rows as the closed forms see it, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
+Column = Any
+"""A number of each row: a tensor [n, 1], or a float."""
 
-    zp, zq [n, s]: logits; p, q [n, s]: their softmaxes, read only; norms [2, n]: the log-sum-exps of zq and zp in fp64,
-    true to the sums that q and p have (1 but for rounding). zp, zq and spare may be overwritten. out receives the
-    gradient; it may be the memory of zq, so it is written last.
+
+@dataclass
+class Block:
+    """Rows as the closed forms see them, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
+
+    zp, zq [n, s] or [s]: logits; p, q: their softmaxes, read only; norm_q, norm_p: the log-sum-exps of zq and zp in
+    fp64, true to the sums that q and p have (1 but for rounding). zp, zq and spare may be overwritten. out receives the
+    gradient, which is still to be multiplied by ``factor``; it may be the memory of zq, so it is written last.
     """
 
-    zp: Float[Tensor, "n s"]
-    zq: Float[Tensor, "n s"]
-    norms: Float[Tensor, "2 n"]
-    p: Float[Tensor, "n s"]
-    q: Float[Tensor, "n s"]
-    out: Float[Tensor, "n s"]
-    spare: Float[Tensor, "n s"]
+    zp: Float[Tensor, "*n s"]
+    zq: Float[Tensor, "*n s"]
+    norm_q: Column
+    norm_p: Column
+    p: Float[Tensor, "*n s"]
+    q: Float[Tensor, "*n s"]
+    out: Float[Tensor, "*n s"]
+    spare: Float[Tensor, "*n s"]
+    factor: float = 1.0
 
-    @property
-    def norm_q(self) -> Float[Tensor, " n"]:
-        return self.norms[0]
-
-    @property
-    def norm_p(self) -> Float[Tensor, " n"]:
-        return self.norms[1]
-
-    def log_ratio(self) -> Float[Tensor, "n s"]:
+    def log_ratio(self) -> Float[Tensor, "*n s"]:
         """log q - log p, in ``spare``."""
-        shift = (self.norms[0] - self.norms[1]).to(self.zq.dtype)
-        return torch.sub(self.zq, self.zp, out=self.spare).sub_(shift[:, None])
+        return torch.sub(self.zq, self.zp, out=self.spare).sub_(narrow(self.norm_q - self.norm_p, self.zq))
 
-    def excess(self, out: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    def excess(self, out: Float[Tensor, "*n s"]) -> Column:
         """sum (q - p), with q - p left in ``out``.
 
         0 but for rounding; with it a relative entropy sum p log(p / q) becomes sum p log(p / q) - p + q, whose error is
         of second order in p - q as the value is.
         """
-        return torch.sub(self.q, self.p, out=out).sum(-1)
+        return total(torch.sub(self.q, self.p, out=out))
 
-    def take_logp(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
+    def take_logp(self) -> tuple[Float[Tensor, "*n s"], Column]:
         """log p in the memory of zp, once, and what rounding norm_p added to all entries of a row alike."""
-        norms, lost = self._rounded
-        return self.zp.sub_(norms[1]), lost[1]
+        return _minus(self.zp, self.norm_p)
 
-    def take_logq(self) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
+    def take_logq(self) -> tuple[Float[Tensor, "*n s"], Column]:
         """log q in the memory of zq, once, and what rounding norm_q added to all entries of a row alike."""
-        norms, lost = self._rounded
-        return self.zq.sub_(norms[0]), lost[0]
+        return _minus(self.zq, self.norm_q)
 
-    @cached_property
-    def _rounded(self) -> tuple[Float[Tensor, "2 n 1"], Float[Tensor, "2 n"]]:
-        """The norms in the dtype of the logits, and what that took from them."""
-        rounded = self.norms.to(self.zq.dtype)
-        return rounded[:, :, None], (self.norms - rounded).to(self.zq.dtype)
+
+def total(x: Float[Tensor, "*n s"]) -> Column:
+    """The sum of each row."""
+    return x.sum().item() if x.ndim == 1 else x.sum(-1, keepdim=True)
+
+
+def narrow(column: Column, like: Tensor) -> Column:
+    """A column as the dtype of ``like`` rounds it."""
+    if isinstance(column, Tensor):
+        return column.to(like.dtype)
+    return column if like.dtype == torch.float64 else ctypes.c_float(column).value
+
+
+def _minus(logits: Tensor, norm: Column) -> tuple[Tensor, Column]:
+    rounded = narrow(norm, logits)
+    return logits.sub_(rounded), narrow(norm - rounded, logits)
 
 
 class ClosedForm(Protocol):
-    """(block, **params) -> D [n]; the gradient to the student's logits is left in block.out."""
+    """(block, **params) -> D; the gradient to the student's logits over block.factor is left in block.out."""
 
-    def __call__(self, block: Block, **params: float) -> Float[Tensor, " n"]: ...
+    def __call__(self, block: Block, **params: float) -> Column: ...
 
 
-def with_gradient(closed_form: Callable[..., Tensor]) -> Callable[[F], F]:
+def with_gradient(closed_form: Callable[..., Column]) -> Callable[[F], F]:
     """Declares ``closed_form`` as value and gradient of the divergence it decorates; both take the same parameters.
 
     The contract suite holds the two equal in fp64.
@@ -93,7 +102,7 @@ def with_gradient(closed_form: Callable[..., Tensor]) -> Callable[[F], F]:
     return declare
 
 
-def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Tensor] | None:
+def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Column] | None:
     """The closed form a divergence declares, with the parameters bound to the divergence; None where it has none."""
     function = getattr(divergence, "func", divergence)
     closed_form = getattr(function, "closed_form", None)
@@ -101,28 +110,32 @@ def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Tenso
         return None
     params = getattr(divergence, "keywords", {})
 
-    def bound(block: Block) -> Tensor:
+    def bound(block: Block) -> Column:
         return closed_form(block, **params)
 
     return bound
 
 
-def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"], out: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """sum_v a b, [n]; the products are left in ``out``, which may be a or b."""
-    return torch.mul(a, b, out=out).sum(-1)
+def dot(a: Float[Tensor, "*n s"], b: Float[Tensor, "*n s"], out: Float[Tensor, "*n s"]) -> Column:
+    """sum_v a b; the products are left in ``out``, which may be a or b."""
+    return total(torch.mul(a, b, out=out))
 
 
-def centre(block: Block, f: Float[Tensor, "n s"], factor: float = 1.0) -> Float[Tensor, " n"]:
-    """Leaves g = factor * q (f - E_q f) in ``block.out``, overwriting f, and zp or zq beside it; returns E_q f [n].
+def centre(block: Block, f: Float[Tensor, "*n s"], factor: float = 1.0) -> Column:
+    """Leaves g = factor * q (f - E_q f) in ``block.out``, overwriting f, and zp or zq beside it; returns E_q f.
 
     Subtracted before it is multiplied: where f is nearly constant, q f - q E_q f would lose its digits.
     """
     mean = dot(block.q, f, block.out if f is block.zp else block.zp)
-    torch.add(mean[:, None] * -factor, f, alpha=factor, out=f)
-    torch.mul(f, block.q, out=block.out)
+    torch.mul(f.sub_(mean), block.q, out=block.out)
+    block.factor = factor
     return mean
 
 
-def project(block: Block, h: Float[Tensor, "n s"]) -> None:
+def project(block: Block, h: Float[Tensor, "*n s"]) -> None:
     """Leaves g = h - q sum(h) in ``block.out``."""
-    torch.addcmul(h, block.q, h.sum(-1, keepdim=True), value=-1.0, out=block.out)
+    sum_h = total(h)
+    if isinstance(sum_h, Tensor):
+        torch.addcmul(h, block.q, sum_h, value=-1.0, out=block.out)
+    else:
+        torch.sub(h, block.q, alpha=sum_h, out=block.out)

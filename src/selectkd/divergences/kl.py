@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, centre, dot, with_gradient
+from selectkd.divergences.gradient import Block, Column, centre, dot, total, with_gradient
 from selectkd.divergences.top_k import MERGED, REVERSE, on_top_k
 from selectkd.errors import ConfigError
 
@@ -64,19 +64,19 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
-def mixture(block: Block, share: float) -> Float[Tensor, "n s"]:
+def mixture(block: Block, share: float) -> Float[Tensor, "*n s"]:
     """share p + (1 - share) q in ``block.spare``; what underflows counts as the smallest normal number."""
     mixed = torch.lerp(block.q, block.p, share, out=block.spare)
     return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
 
-def forward_value(block: Block) -> Float[Tensor, " n"]:
+def forward_value(block: Block) -> Column:
     """KL(p || q), with q - p left in ``block.spare``."""
     forward = dot(block.p, block.log_ratio(), block.spare)
     return block.excess(block.spare) - forward
 
 
-def _forward_kl(block: Block) -> Tensor:
+def _forward_kl(block: Block) -> Column:
     """g = q - p."""
     forward = dot(block.p, block.log_ratio(), block.spare)
     return block.excess(block.out) - forward
@@ -98,7 +98,7 @@ def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logp, logq)
 
 
-def _reverse_kl(block: Block) -> Tensor:
+def _reverse_kl(block: Block) -> Column:
     """f = log q - log p."""
     mean = centre(block, block.log_ratio())
     return mean - block.excess(block.spare)
@@ -120,12 +120,12 @@ def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[
     return relative_entropy(logq, logp)
 
 
-def _jeffreys(block: Block, *, weight: float = 0.5) -> Tensor:
+def _jeffreys(block: Block, *, weight: float = 0.5) -> Column:
     """g = (1 - weight) (q - p) + weight q (f - E_q f), f = log q - log p."""
     w = share_of("weight", weight)
     gap = block.log_ratio()
     forward, reverse = -dot(block.p, gap, block.zp), dot(block.q, gap, block.zp)
-    gap.sub_(reverse[:, None]).mul_(w).add_(1.0 - w)
+    gap.sub_(reverse).mul_(w).add_(1.0 - w)
     torch.mul(gap, block.q, out=block.out).add_(block.p, alpha=w - 1.0)
     return (1.0 - w) * forward + w * reverse + (1.0 - 2.0 * w) * block.excess(block.spare)
 
@@ -149,7 +149,7 @@ def jeffreys(
     return (1.0 - w) * relative_entropy(logp, logq) + w * relative_entropy(logq, logp)
 
 
-def _skew_kl(block: Block, *, alpha: float = 0.1) -> Tensor:
+def _skew_kl(block: Block, *, alpha: float = 0.1) -> Column:
     """f = (1 - alpha)^2 (q - p) / m, m = alpha p + (1 - alpha) q.
 
     The derivative -(1 - alpha) p / m plus the constant 1 - alpha, which f - E_q f does without: the difference is taken
@@ -182,13 +182,13 @@ def skew_kl(
     return relative_entropy(logp, log_mixture(logp, logq, share_of("alpha", alpha)))
 
 
-def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool = False) -> Column:
     """f = log(q / m) - alpha q / m, m = (1 - alpha) p + alpha q; without the last term if m is detached."""
     mixed = mixture(block, 1.0 - share_of("alpha", alpha))
     logq, lost = block.take_logq()
     gap = logq.sub_(torch.log(mixed, out=block.zp))  # log(q / m)
     value = dot(block.q, gap, block.zp) - lost
-    value += torch.sub(mixed, block.q, out=block.zp).sum(-1)  # of m as it was rounded
+    value += total(torch.sub(mixed, block.q, out=block.zp))  # of m as it was rounded
     centre(block, gap if detach_mixture else gap.addcdiv_(block.q, mixed, value=-alpha))
     return value
 
@@ -217,7 +217,7 @@ def skew_reverse_kl(
     return relative_entropy(logq, log_mixture(inner, logp, share_of("alpha", alpha)))
 
 
-def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Tensor:
+def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Column:
     """f = (1 - beta) log(q / m), m = beta p + (1 - beta) q."""
     b = share_of("beta", beta)
     log_mixed = mixture(block, b).log_()

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, project, with_gradient
+from selectkd.divergences.gradient import Block, Column, project, with_gradient
 from selectkd.divergences.kl import floored, reverse_kl
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, Exactness, on_top_k
 from selectkd.errors import ConfigError
@@ -28,12 +28,12 @@ def _of_alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Exactness:
     return MERGED if abs(alpha + beta - 1.0) < 1e-9 else NO_DIRECTION
 
 
-def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Column:
     """h = (q^(alpha + beta) - p^alpha q^beta) / alpha; q^beta (log q - log p) at alpha = 0, its limit."""
     logp, logq = (
-        (z - norm[:, None]).to(z.dtype) for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q))
+        (z.double() - norm).to(z.dtype) for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q))
     )
-    value = alpha_beta(logp, logq, alpha=alpha, beta=beta)
+    value = alpha_beta(torch.atleast_2d(logp), torch.atleast_2d(logq), alpha=alpha, beta=beta)[:, None]
     student = torch.mul(logq, beta, out=block.spare).exp_()  # q^beta
     logs = logp, logq
     a, b = logs if alpha == 0.0 else (x.mul_(alpha).exp_().div_(alpha) for x in logs)

@@ -3,8 +3,9 @@
 A verifier is a frozen dataclass with ``uniforms_per_token`` (columns of uniform numbers it reads), ``teacher_tokens``
 (how many of the teacher's best tokens it needs; None: exact only with the whole vocabulary, a bound otherwise) and
 ``__call__(pair, uniform [n, r]) -> acceptance [n] in [0, 1]``. One that can judge by sums over the vocabulary also has
-``from_statistics(statistics, uniform)``, which the kernels for accelerators ask. One that needs whole sequences or the
-whole batch also has ``score`` and ``keep``, as a selector does.
+``from_statistics(statistics, uniform)``, which the fused loss and the kernels for accelerators ask; ``reads`` names the
+statistics it looks at beside the overlap, which is always there (all of them, where it does not say). One that needs
+whole sequences or the whole batch also has ``score`` and ``keep``, as a selector does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from selectkd.pair import TokenPair
 from selectkd.verifiers.controls import always, matched_random, matched_shuffle
 from selectkd.verifiers.gates import hellinger, label_top_k, prefix_gate, student_entropy, teacher_entropy
 from selectkd.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
-from selectkd.verifiers.statistics import RowStatistics, StatisticsTable
+from selectkd.verifiers.statistics import STATISTICS, RowStatistics
 
 
 @runtime_checkable
@@ -59,9 +60,9 @@ VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
 )
 
 __all__ = [
+    "STATISTICS",
     "VERIFIERS",
     "RowStatistics",
-    "StatisticsTable",
     "Verifier",
     "always",
     "expected_spec_k",

@@ -26,6 +26,7 @@ class always:
     """
 
     uniforms_per_token = 0
+    reads = ()
     teacher_tokens = 0
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
@@ -46,6 +47,7 @@ class matched_random:
 
     rate: float = 0.5
     uniforms_per_token = 1
+    reads = ()
     teacher_tokens = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class matched_shuffle:
         return torch.stack([verdict, uniform[:, 0].to(verdict.dtype)], -1)  # [n, 2]
 
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        scores = scores.nan_to_num(nan=0.0)  # a row without a teacher has been rejected
         return scores[torch.argsort(scores[:, 1], stable=True), 0]
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:

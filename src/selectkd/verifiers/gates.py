@@ -31,6 +31,7 @@ class hellinger:
     Source: SelecTKD (arXiv 2510.24021), ablation of the weighting.
     """
 
+    reads = ("affinity",)
     uniforms_per_token = 0
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers H
@@ -49,6 +50,7 @@ class teacher_entropy:
     """a = 1 where the teacher's entropy is at most ``max`` nats: learn where the teacher is sure. Default 1 nat."""
 
     max: float = 1.0
+    reads = ("teacher_entropy",)
     uniforms_per_token = 0
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers an entropy
@@ -71,6 +73,7 @@ class student_entropy:
     """a = 1 where the student's entropy is at least ``min`` nats: learn where the student is unsure. Default 1 nat."""
 
     min: float = 1.0
+    reads = ("student_entropy",)
     uniforms_per_token = 0
     teacher_tokens = None
     from_top_k = "lower bound"  # merging outcomes only lowers an entropy
@@ -93,6 +96,7 @@ class label_top_k:
     """a = 1 where the token of the text, y_t, is among the teacher's k best: verifies the label, not the proposal."""
 
     k: int = 5
+    reads = ("label_rank",)
     uniforms_per_token = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +136,7 @@ class prefix_gate:
         return greedy_topk(self.k)(pair, uniform)[:, None]  # [n, 1]
 
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        rejected = 1.0 - scores[:, 0]
+        rejected = 1.0 - scores[:, 0].nan_to_num(nan=0.0)  # a row without a teacher is a rejection
         order = torch.argsort(sequence, stable=True)
         count = rejected[order].cumsum(0)
         first = torch.ones_like(order, dtype=torch.bool)

@@ -58,6 +58,7 @@ class greedy_topk:
 
     k: int = 5
     uniforms_per_token = 0
+    reads = ("rank",)
     proposal_alone = True  # of the student it asks its argmax, which may be translated
 
     def __post_init__(self) -> None:
@@ -93,6 +94,7 @@ class spec_k:
 
     k: int = 5
     uniforms_per_token = 1
+    reads = ("overlap",)
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 
@@ -125,6 +127,7 @@ class expected_spec_k:
 
     k: int = 5
     uniforms_per_token = 0
+    reads = ("overlap",)
     teacher_tokens = None
     from_top_k = "upper bound"  # merging outcomes only lowers TV
 

@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from selectkd.errors import ConfigError
 
-@runtime_checkable
-class RowStatistics(Protocol):
+STATISTICS = (
+    "student_top",
+    "rank",
+    "label_rank",
+    "overlap",
+    "teacher_entropy",
+    "student_entropy",
+    "affinity",
+)
+"""What a verifier may name in ``reads``."""
+
+
+class RowStatistics:
     """Sums over the vocabulary of each row at the verification temperature; p = teacher, q = student.
 
     student_top: the student's argmax. rank, label_rank: how many tokens the teacher prefers to it, and to the label
     (``width`` where the token is impossible; label_rank means nothing without labels). overlap: sum min(p, q).
     Entropies in nats. affinity: sum sqrt(p q), 1 minus the squared Hellinger distance. width: ids of the vocabulary.
+    Only what was asked for is there; to look at another is a ConfigError.
     """
 
-    @property
-    def student_top(self) -> Int[Tensor, " n"]: ...
-
-    @property
-    def rank(self) -> Tensor: ...  # [n], whole numbers
-
-    @property
-    def label_rank(self) -> Tensor: ...  # [n], whole numbers
-
-    @property
-    def overlap(self) -> Float[Tensor, " n"]: ...
-
-    @property
-    def teacher_entropy(self) -> Float[Tensor, " n"]: ...
-
-    @property
-    def student_entropy(self) -> Float[Tensor, " n"]: ...
-
-    @property
-    def affinity(self) -> Float[Tensor, " n"]: ...
-
-    @property
-    def width(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class StatisticsTable:
-    """All the ``RowStatistics`` of some rows, computed already."""
-
     student_top: Int[Tensor, " n"]
-    rank: Int[Tensor, " n"]
-    label_rank: Int[Tensor, " n"]
+    rank: Real[Tensor, " n"]
+    label_rank: Real[Tensor, " n"]
     overlap: Float[Tensor, " n"]
     teacher_entropy: Float[Tensor, " n"]
     student_entropy: Float[Tensor, " n"]
     affinity: Float[Tensor, " n"]
     width: int
+
+    def __init__(self, width: int, **columns: Tensor) -> None:
+        self.width = width
+        self.__dict__.update(columns)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in STATISTICS:
+            raise ConfigError(f"a verifier looks at {name}, which its ``reads`` does not name.")
+        raise AttributeError(name)
