@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--part", action="append", choices=list(PARTS), help="default all")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
+    parser.add_argument("--record", action="store_true", help="append each part's rows to results.csv")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -83,18 +83,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as where:
         world = World(given.text, given.samples, Path(where))
         for part in given.part or PARTS:
+            begun = len(rows)
             for row in PARTS[part](world):
                 rows.append(row)
                 if not given.json:
                     print(f"{row[0]:<14}{row[1]:<26}{row[2]:<44}{row[3]:>12.5g}", flush=True)
+            if given.record:
+                record(rows[begun:])
     if given.json:
         print(
             json.dumps(
                 [dict(zip(("case", "implementation", "metric", "value"), row, strict=True)) for row in rows]
             )
         )
-    if given.record:
-        record(rows)
 
 
 class World:
