@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from selectkd.cli.app import main
 from selectkd.config.expand import parts_of
 from selectkd.config.methods import METHODS
 from selectkd.errors import ConfigError
@@ -95,3 +96,18 @@ def test_the_parts_of_a_method_are_a_recipe_that_gives_the_same_run(recipe: Call
 def test_what_a_method_cannot_do_is_said_in_words(said: Any, told: str, recipe: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=told):
         train(recipe(**said))
+
+
+def test_every_number_of_a_preset_says_where_it_is_from_and_the_docs_say_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["show", "methods", "--json"]) == 0
+    rows = []
+    for method in json.loads(capsys.readouterr().out):
+        for one in method["defaults"]:
+            if isinstance(one["value"], bool | int | float) or one["key"] == "objective.reduction":
+                source = METHODS[method["name"]].cites[one["key"]]
+                assert source == one["source"]
+                rows.append(f"| {method['name']} | `{one['key']}` | {json.dumps(one['value'])} | {source} |")
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text("utf-8")
+    assert [line for line in page.splitlines() if line.startswith("| ")][1:] == rows

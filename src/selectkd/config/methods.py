@@ -44,6 +44,8 @@ def _loss(divergence: str, /, *, within: Mapping[str, Any] | None = None, **para
 
 
 SELECTKD = "SelecTKD (arXiv 2510.24021)"
+OURS = "default of ours"
+"""Where no paper's value is known to us, or the paper leaves it open."""
 
 
 def _selectkd(variant: str, verifier: str, /) -> Method:
@@ -73,7 +75,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Cross-entropy on text that the teacher wrote, once for each prompt.",
             {"data": {"policy": {"name": "teacher", "temperature": 0.0}}, **_loss("cross_entropy")},
             "Kim and Rush 2016 (arXiv 1606.07947); the teacher's best text, here greedy.",
-            {"data.policy.temperature": "the paper's beam search, with a beam of one"},
+            {"data.policy.temperature": f"{OURS}: greedy, for the paper's beam search"},
             {
                 "stored": Option(
                     "The source holds the teacher's text already (`selectkd generate`).",
@@ -88,7 +90,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 **_loss("forward_kl"),
             },
             "ImitKD (arXiv 2009.07253), as compared with in DistiLLM (arXiv 2402.03898).",
-            {"data.policy.probability": "DistiLLM, baselines", "data.policy.replay": "DistiLLM"},
+            {"data.policy.probability": "DistiLLM: its baselines", "data.policy.replay": "DistiLLM's buffer"},
             {
                 "fresh": Option(
                     "Every text of the student is trained on once, when it is new.",
@@ -105,8 +107,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "GKD (arXiv 2306.13649).",
             {
                 "data.policy.probability": "GKD: lambda",
-                "data.policy.temperature": "TRL's GKDTrainer",
-                "objective.divergence.beta": "GKD, equation 3",
+                "data.policy.temperature": "GKD's defaults in TRL",
+                "objective.divergence.beta": "GKD",
             },
             {
                 "on_policy": Option(
@@ -135,8 +137,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "MiniLLM (arXiv 2306.08543); its language-modelling text is a pre-training corpus, here the source's own.",
             {
                 "data.policy.share": "MiniLLM: alpha",
-                "objective.extras.clip": "MiniLLM",
-                "objective.language_model": "MiniLLM",
+                "data.policy.with_source": f"{OURS}: the paper has a pre-training corpus",
+                "objective.extras.share": "MiniLLM: alpha",
+                "objective.extras.clip": f"{OURS}; the paper clips rewards",
+                "objective.language_model": f"{OURS}; the paper adds the loss",
+                "objective.by_writer.dataset.weight": f"{OURS}: the source's text is for language modelling alone",
             },
             {
                 "plain": Option(
@@ -166,8 +171,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "training.evaluate_every.",
             {
                 "objective.divergence.alpha": "DistiLLM",
-                "data.policy": "DistiLLM",
-                "objective.language_model": "DistiLLM; ours on the source's own text",
+                "data.policy.start": "DistiLLM: phi",
+                "data.policy.increase": "DistiLLM",
+                "data.policy.margin": "DistiLLM",
+                "data.policy.capacity": "DistiLLM",
+                "objective.language_model": f"{OURS}; the paper adds the loss, here on the source's own text",
             },
             {
                 "reverse": Option(
@@ -202,9 +210,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "DistiLLM-2 (arXiv 2503.07067); the mean over both halves is the paper's 1 / (2 |D|).",
             {
                 "data.policy.temperature": "DistiLLM-2",
-                "data.policy.top_p": "the same",
+                "data.policy.top_p": "DistiLLM-2",
                 "objective.by_writer.teacher.divergence.alpha": "DistiLLM-2: alpha_0",
-                "objective.by_writer.student.divergence.detach_mixture": "its released code",
+                "objective.by_writer.student.divergence.alpha": "DistiLLM-2: alpha_0",
+                "objective.by_writer.student.divergence.detach_mixture": "DistiLLM-2's released code",
+                "objective.by_writer.teacher.weight": "DistiLLM-2: 2 - beta at beta = 1, as released",
+                "objective.by_writer.student.weight": "DistiLLM-2: beta = 1, as released",
             },
             {
                 "gradual": Option(
@@ -255,6 +266,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 **_loss("sampled_reverse_kl", within={"reduction": "token_mean"}),
             },
             "On-policy distillation by the sampled token: stop-gradient advantage, coefficient 1, discount 0.",
+            cites={
+                "data.policy.probability": "on-policy by its name",
+                "objective.reduction": OURS,
+            },
             options={
                 "whole_vocabulary": Option(
                     "The exact reverse KL of each position instead of its estimate.",
@@ -266,7 +281,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "alpha-beta divergence on the data set.",
             _loss("alpha_beta", alpha=0.2, beta=0.7),
             "ABKD (arXiv 2505.04560).",
-            {"objective.divergence.alpha": "ABKD, experiments", "objective.divergence.beta": "the same"},
+            {"objective.divergence.alpha": "ABKD", "objective.divergence.beta": "ABKD"},
         ),
         "akl": Method(
             "Adaptive KL: forward and reverse KL weighed by where the two models differ.",
@@ -295,7 +310,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 }
             },
             "AdaSPEC (arXiv 2510.19779); the reference is a student distilled by forward KL before (method: kd).",
-            {"objective.selector.share": "AdaSPEC"},
+            {
+                "objective.selector.share": "AdaSPEC",
+                "objective.beta": "AdaSPEC: the other tokens are left out",
+                "objective.reduction": "AdaSPEC: the mean over the kept tokens",
+            },
             needs=("reference",),
         ),
         "atkd": Method(
@@ -308,17 +327,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 }
             },
             "ATKD (arXiv 2402.11890).",
-            {"objective.extras.easy": "ATKD: .2 easy, .8 hard, half of the tokens each"},
+            {
+                "objective.extras.easy": "ATKD: .2 easy, .8 hard, half of the tokens each",
+                "objective.reduction": OURS,
+            },
         ),
         "tip": Method(
             "Forward KL on the half of the tokens with the highest entropy or divergence.",
             {"objective": {"divergence": {"name": "forward_kl"}, "selector": {"name": "tip"}, "beta": 0.0}},
             "TIP; its own share and score are the selector's defaults.",
+            {"objective.beta": "TIP: the other tokens are left out"},
         ),
         "se_kd": Method(
             "Forward KL on the fifth of the tokens where the student is least certain.",
             {"objective": {"divergence": {"name": "forward_kl"}, "selector": {"name": "se_kd"}, "beta": 0.0}},
             "SE-KD; its own share is the selector's default.",
+            {"objective.beta": "SE-KD: the other tokens are left out"},
         ),
     }
 )

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from selectkd.config.section import Count, Section, Share, refuse
+from selectkd.config.section import Count, Section, Share, Text, refuse
+from selectkd.config.teachers import Url, Variable
 from selectkd.registry import did_you_mean
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -23,6 +24,29 @@ class Sampling(Section):
     max_new_tokens: Count | None = None
 
 
+class Served(Section):
+    """A server that writes the student's text, and takes its weights from ``folder`` every ``refresh_every`` steps.
+
+    folder: seen under this path by both; a vllm server is started on it (with VLLM_SERVER_DEV_MODE=1), an sglang
+    server on any model of the student's shape. model: its name there. Texts are up to refresh_every - 1 steps stale,
+    and ``written.staleness`` in the metrics says how many.
+    """
+
+    url: Url
+    kind: Literal["vllm", "sglang"]
+    model: Text
+    folder: Text
+    refresh_every: Count = 1
+    api_key_env: Variable | None = None
+    wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
+
+
+class OwnText(Sampling):
+    """The student's own text. served: a server writes it in the student's place."""
+
+    served: Served | None = None
+
+
 class DatasetPolicy(Section):
     """The text as it stands in the source."""
 
@@ -35,7 +59,7 @@ class TeacherPolicy(Sampling):
     name: Literal["teacher"]
 
 
-class StudentPolicy(Sampling):
+class StudentPolicy(OwnText):
     """With probability ``probability`` a sequence's answer is the student's own, written at that step (GKD).
 
     replay: a student's text goes into a buffer of that many, and what is trained on is drawn from it (ImitKD).
@@ -46,7 +70,7 @@ class StudentPolicy(Sampling):
     replay: Count | None = None
 
 
-class AdaptivePolicy(Sampling):
+class AdaptivePolicy(OwnText):
     """DistiLLM's scheduler: fresh student text, text from the replay buffer or the source's own, by one draw a step.
 
     phi starts at ``start`` and rises by ``increase`` at each evaluation whose loss is at least ``margin`` above the
@@ -63,7 +87,7 @@ class AdaptivePolicy(Sampling):
     fill_first: bool = False
 
 
-class PairsPolicy(Sampling):
+class PairsPolicy(OwnText):
     """Two texts for each prompt: the teacher's, written once, and the student's, written at that step (DistiLLM-2).
 
     teacher_text: source takes the source's own answers for the teacher's, for files of `selectkd generate`.

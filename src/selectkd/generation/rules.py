@@ -50,7 +50,7 @@ class Interleaved:
     """The first model proposes a draw; where it is not among the second's ``window`` best, the second draws instead.
 
     The window is of the second model's own order, whatever the sampling; ties at its edge are inside. Default 25 as in
-    the paper. Source: SKD (arXiv 2410.11325), Algorithm 1.
+    the paper. Source: SKD (arXiv 2410.11325).
     """
 
     sampling: Sampling = ANYTHING
@@ -76,7 +76,7 @@ class Interleaved:
 class Mixed:
     """A draw from share * second + (1 - share) * first. Default .2 as in the paper.
 
-    Source: MiniLLM (arXiv 2306.08543), section 2.2, teacher-mixed sampling.
+    Source: MiniLLM (arXiv 2306.08543), teacher-mixed sampling.
     """
 
     sampling: Sampling = ANYTHING

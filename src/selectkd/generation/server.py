@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from selectkd.generation.engine import Completion, Request, prompt_key
 from selectkd.generation.sampling import Sampling
 from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object, of_length, token_id
 from selectkd.teachers.remote.connection import Connection, Question, Reply
+
+T = TypeVar("T")
 
 PATH = "/v1/completions"
 BYTES = 256
@@ -47,9 +49,13 @@ class CompletionServer:
 
         end: the id that ends a text, None where the tokenizer has none.
         """
+        return self.asked([self._question(one, sampling, tokenizer, end, seed) for one in requests])
+
+    def asked(self, questions: Sequence[Question[T]]) -> list[T]:
+        """The answers to any questions, in their order; TeacherError where one has none."""
         connection = Connection(self.url.rstrip("/"), self.key, wait=self.wait)
         try:
-            return connection.ask([self._question(one, sampling, tokenizer, end, seed) for one in requests])
+            return connection.ask(questions)
         finally:
             connection.close()
 

@@ -13,7 +13,7 @@ class AdaptiveScheduler:
     """phi, the probability of the student's text; it rises by ``increase`` at each evaluation whose loss is at least
     ``margin`` above the loss of its last rise (at first: of the first evaluation), and never beyond 1.
 
-    Source: DistiLLM (arXiv 2402.03898), section 3.2, Algorithm 1. fill_first as in the released code: below phi the
+    Source: DistiLLM (arXiv 2402.03898). fill_first as in the released code: below phi the
     student writes until the buffer is full.
 
     >>> scheduler = AdaptiveScheduler()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from selectkd.data.render import pad_id_of
+from selectkd.errors import ConfigError
 from selectkd.generation import ends_of
+from selectkd.generation.served import ServedStudent
+from selectkd.generation.server import CompletionServer
 from selectkd.policies.streams import Stream
 from selectkd.policies.writer import Writer
 from selectkd.teachers.protocol import TeacherPlan
@@ -37,4 +41,19 @@ def writer_for(
         max_length=recipe.training.max_length,
         max_new_tokens=recipe.data.max_new_tokens,
         seed=recipe.training.seed,
+        served={
+            number: _served(policy.served, student, tokenizer)
+            for number, policy in enumerate(policies)
+            if getattr(policy, "served", None) is not None
+        },
     )
+
+
+def _served(said: Any, student: nn.Module, tokenizer: Any) -> ServedStudent:
+    if said.api_key_env is not None and said.api_key_env not in os.environ:
+        raise ConfigError(
+            f"data.policy.served.api_key_env = {said.api_key_env}: there is no such variable in the environment."
+        )
+    key = None if said.api_key_env is None else os.environ[said.api_key_env]
+    server = CompletionServer(said.url, said.model, key, said.wait)
+    return ServedStudent(server, said.kind, said.folder, student, tokenizer, said.refresh_every)

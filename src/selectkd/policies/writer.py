@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from selectkd.data.render import Example
 from selectkd.data.rewrite import Written, examples_of, last_turns, rebuilt
 from selectkd.errors import ConfigError
 from selectkd.generation import Draw, Interleaved, Mixed, Request, Rule, Sampling, generate, prompt_key
+from selectkd.generation.served import ServedStudent
 from selectkd.policies.adaptive import AdaptiveScheduler
 from selectkd.policies.replay import ReplayBuffer
 from selectkd.policies.streams import Stream
@@ -35,9 +36,10 @@ class Writer:
 
     student, teacher: the models that write (teacher None where no policy needs one). streams: of the run; the first
     ones are the sources'. ends, width: as ``generate`` takes them. steps: optimizer steps of the run, for the
-    adaptive scheduler. Whatever is drawn is a function of (seed, step, the prompt), so a run that is taken up again
-    with ``state_dict`` writes what it would have written; the teacher's text of a prompt is the same at every step. A
-    prompt that leaves no room for an answer keeps the text it has.
+    adaptive scheduler. served: servers that write a source's student text in the student's place. Whatever is drawn
+    is a function of (seed, step, the prompt), so a run that is taken up again with ``state_dict`` writes what it would
+    have written; the teacher's text of a prompt is the same at every step. A prompt that leaves no room for an answer
+    keeps the text it has.
     """
 
     policies: Sequence[Any]
@@ -51,6 +53,7 @@ class Writer:
     max_new_tokens: int | None = None
     seed: int = 42
     steps: int = 1
+    served: Mapping[int, ServedStudent] = field(default_factory=dict)
     buffers: dict[int, ReplayBuffer] = field(default_factory=dict, init=False)
     schedulers: dict[int, AdaptiveScheduler] = field(default_factory=dict, init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
@@ -106,14 +109,14 @@ class Writer:
                 else as_it_is
             )
             by_student = self._answered(
-                as_it_is, self._fresh(policy, turns, step), source, "student", drop=True
+                as_it_is, self._fresh(source, turns, step), source, "student", drop=True
             )
             return [[*one, *other] for one, other in zip(by_teacher, by_student, strict=True)]
         if name == "student":
             keys = torch.tensor([prompt_key(turn.prompt) for turn in turns], dtype=torch.int64)
             number = uniforms(len(turns), 1, seed=self.seed, step=step, rank=CHOICE, counter=keys)[:, 0]
             chosen = [i for i, one in enumerate(number.tolist()) if one < policy.probability]
-            texts = self._fresh(policy, [turns[i] for i in chosen], step)
+            texts = self._fresh(source, [turns[i] for i in chosen], step)
             if policy.replay is not None:
                 texts = self._through_buffer(source, [turns[i] for i in chosen], texts, step)
             result = list(as_it_is)
@@ -144,7 +147,7 @@ class Writer:
         if chosen == "dataset":
             return as_it_is
         if chosen == "fresh":
-            texts = self._fresh(policy, turns, step)
+            texts = self._fresh(source, turns, step)
             for text in texts:
                 if text is not None:
                     buffer.add(text)
@@ -166,8 +169,11 @@ class Writer:
         keys = torch.tensor([prompt_key(turn.prompt) for turn in turns], dtype=torch.int64)
         return uniforms(len(turns), 1, seed=self.seed, step=step, rank=REPLAY, counter=keys)[:, 0].tolist()
 
-    def _fresh(self, policy: Any, turns: Sequence[Written], step: int) -> list[Text]:
-        return self._generated([self.student], policy, turns, Draw(_sampling(policy)), step)
+    def _fresh(self, source: int, turns: Sequence[Written], step: int) -> list[Text]:
+        policy = self.policies[source]
+        return self._generated(
+            [self.student], policy, turns, Draw(_sampling(policy)), step, self.served.get(source)
+        )
 
     def _by_teacher(self, policy: Any, turns: Sequence[Written]) -> list[Text]:
         """The teacher's text of each prompt, written once."""
@@ -189,22 +195,22 @@ class Writer:
         ]
 
     def _generated(
-        self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int
-    ) -> list[Text]:
+        self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int,
+        served: ServedStudent | None = None,
+    ) -> list[Text]:  # fmt: skip
         """Each turn with a new completion, None where the prompt leaves no room."""
         most = policy.max_new_tokens or self.max_new_tokens or self.max_length
         room = [min(most, self.max_length - len(turn.prompt)) for turn in turns]
         able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
-        texts = generate(
-            models,
-            [Request(turns[i].prompt, room[i]) for i in able],
-            rule,
-            ends=self.ends,
-            width=self.width,
-            pad_id=self.pad_id,
-            seed=self.seed,
-            step=step,
-        )
+        requests = [Request(turns[i].prompt, room[i]) for i in able]
+        if served is not None:
+            end = min(self.ends, default=None)
+            texts = served.complete(requests, _sampling(policy), end=end, seed=self.seed, step=step)
+        else:
+            texts = generate(
+                models, requests, rule, ends=self.ends, width=self.width, pad_id=self.pad_id, seed=self.seed,
+                step=step,
+            )  # fmt: skip
         result: list[Text] = [None] * len(turns)
         for i, text in zip(able, texts, strict=True):
             result[i] = replace(turns[i], completion=text.ids)
@@ -239,8 +245,8 @@ class Writer:
 
     def told(self) -> dict[str, Any]:
         """What was written since the last call, for a log line: ``written`` (texts but the teacher's own, tokens, the
-        share that came to an end, the share of tokens a second model put in, the buffers, phi) and
-        ``writing_seconds``.
+        share that came to an end, the share of tokens a second model put in, steps since a server had the student's
+        weights, the buffers, phi) and ``writing_seconds``.
         """
         counts, seconds = self.counts, self.seconds
         self.counts, self.seconds = Counter(), 0.0
@@ -252,6 +258,8 @@ class Writer:
             "replaced": counts["replaced"] / tokens if tokens else None,
         }
         written |= {name: counts[name] for name in ("fresh", "replay", "dataset", "no_room") if counts[name]}
+        if self.served:
+            written["staleness"] = max(one.staleness for one in self.served.values())
         if self.buffers:
             written["stored"] = sum(map(len, self.buffers.values()))
         if self.schedulers:

@@ -25,7 +25,7 @@ class adaptive_alpha:
     the sequence under teacher and student. M is the mean gap over the first ``window`` optimizer steps, in which alpha
     is ``start``; over all ranks. A smaller gap than M would ask for a smaller alpha: a gap that is not positive gives
     ``floor``. Defaults start .1 and floor .01 as in the paper.
-    Source: DistiLLM-2 (arXiv 2503.07067), section 3.3; the first-order rule of its appendix.
+    Source: DistiLLM-2 (arXiv 2503.07067). window 10 is ours: the paper's is the first one that was logged.
     """
 
     start: float = 0.1

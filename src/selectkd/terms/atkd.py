@@ -14,7 +14,7 @@ class atkd:
 
     A row is easy where u = 1 - p(label) lies below the median of its micro-batch. The mean over a half is written as a
     scale n / n_half on the mean over all, so that it goes with ``token_mean``; the objective's own divergence is not
-    used. Default .2 as in the paper. Source: ATKD (arXiv 2402.11890), section 3.
+    used. Default .2 as in the paper. Source: ATKD (arXiv 2402.11890).
     """
 
     easy: float = 0.2

@@ -20,7 +20,7 @@ class policy_gradient:
     and length normalisation of the paper); 0 at the last token. w = q(y) / (share p(y) + (1 - share) q(y)) corrects
     for text drawn from the mixture, at most 1 / (1 - share); share must be the policy's. w and R carry no gradient.
     The first part is the term's own divergence (reverse_kl), weighed by its verifier; the second is weighed alike.
-    Source: MiniLLM (arXiv 2306.08543), section 2.2, equations 4-7. The paper divides the later sum by T - t - 1 for
+    Source: MiniLLM (arXiv 2306.08543). The paper divides the later sum by T - t - 1 for
     its T - t terms; here it is their mean. Its clip is the released code's 10.
     """
 
