@@ -49,8 +49,8 @@ def uld(logp: Float[Tensor, "n a"], logq: Float[Tensor, "n b"]) -> Float[Tensor,
 
     In [0, 2], 0 at p = q and wherever the two have the same probabilities in another order: it sees how sure the
     teacher is and not of what. The two may have different numbers of outcomes; the shorter side is filled up with
-    zeros. No unit. It is the 1-Wasserstein distance of the paper in closed form; the paper adds the cross-entropy of
-    the text.
+    zeros. No unit. It is the 1-Wasserstein distance of the paper in closed form. The paper adds the cross-entropy of
+    the text (``objective.language_model``): alone it made a cut student worse (docs/log.md).
     Source: Boizard et al. 2024 (arXiv 2402.12030), equations 3 to 6.
 
     >>> import torch
