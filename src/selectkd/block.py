@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selectkd.divergences.gradient import Block, closed_form_of
-from selectkd.divergences.kl import forward_kl, forward_value
+from selectkd.divergences.kl import LOG_FLOOR, forward_kl, forward_value
 from selectkd.divergences.sorted import is_unpaired, sorted_distance
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair, support_pair
@@ -141,6 +141,9 @@ def _closed(
             finite = torch.isfinite(norm_p)
             for ours, theirs in ((zp, zq), (p, q), (norm_p, norm_q)):
                 ours[~finite] = theirs[~finite]
+        if head.bias is not None or teacher.head.bias is not None:  # what a bias of -inf forbids
+            for z, norm in ((zp, norm_p), (zq, norm_q)):
+                z.copy_(torch.where(torch.isneginf(z), (norm[:, None] + LOG_FLOOR).to(z.dtype), z))
         shared = torch.minimum(p, q, out=spare).sum(-1).clamp_(max=1.0)
         pair = verified
         if pair is None:
