@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint bench chaos clean
+.PHONY: setup demo test lint bench chaos fuzz clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ $(BENCH_STAMP): pyproject.toml constraints/cpu.txt
 KILLS ?= 200
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/chaos.py --kills $(KILLS)
+
+# Recipes, overrides, caches and servers' answers at random: a clear error or the right thing. A small form is in `make test`.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --recipes 10000 --bytes 100000
 
 bench: $(BENCH_STAMP)
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/loss.py --quick

@@ -241,6 +241,10 @@ def claims(settings: Settings, teacher: Any) -> bool:
         return False
     if name == "alpha_beta" and min(_of_alpha_beta(params)) <= 0.0:
         return False  # a limit of the family: the closed form in block.py has it
+    if any(
+        head.bias is not None and bool(head.bias.isneginf().any()) for head in (settings.head, teacher.head)
+    ):
+        return False  # what a bias forbids counts as e^-87, which block.py knows
     return hasattr(settings.objective.verifier, "from_statistics")
 
 

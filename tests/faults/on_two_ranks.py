@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def run_on_two_ranks(script: Path, *arguments: str) -> None:
-    """Both processes end with 0, or the test fails with what they said."""
+def run_on_two_ranks(script: Path, *arguments: str) -> str:
+    """What rank 0 printed. Both processes end with 0, or the test fails with what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -25,13 +25,16 @@ def run_on_two_ranks(script: Path, *arguments: str) -> None:
         }
         room = {**os.environ, **said, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, str(script), *arguments]
-        both.append(subprocess.Popen(command, env=room, stderr=subprocess.PIPE, text=True))
+        both.append(
+            subprocess.Popen(command, env=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
     told = []
     try:
         for one in both:
-            told.append(one.communicate(timeout=600)[1])
-        assert [one.returncode for one in both] == [0, 0], "\n".join(text[-3000:] for text in told)
+            told.append(one.communicate(timeout=600))
+        assert [one.returncode for one in both] == [0, 0], "\n".join(text[-3000:] for _, text in told)
     finally:
         for one in both:
             one.kill()
             one.wait()
+    return told[0][0]

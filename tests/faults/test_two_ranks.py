@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from faults.number_runs import ROWS
 from faults.on_two_ranks import run_on_two_ranks
 from faults.tiny_run import left
 
@@ -17,3 +18,11 @@ def test_two_ranks_skip_the_same_step_stop_together_and_go_on_to_the_same_bytes(
         assert left(tmp_path / engine / "stops") == left(tmp_path / engine / "whole")
         bad = {path.name for path in (tmp_path / engine / "whole" / "bad_batches").iterdir()}
         assert bad == {"step-000002-rank-0.json", "step-000002-rank-1.json"}
+
+
+def test_no_number_that_fails_reaches_a_parameter_on_either_engine_and_both_ranks_decide_alike(
+    pair: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("number_runs.py")
+    told = run_on_two_ranks(script, str(tmp_path), str(pair)).splitlines()
+    assert sum(line.endswith("finite, both ranks alike") for line in told) == 2 * len(ROWS)

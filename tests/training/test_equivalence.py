@@ -40,7 +40,7 @@ def step_of(
         loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
         loss.backward()
         ledger.add(portion, loss, sums)
-    total = ledger.settle(student.parameters())
+    total = float(ledger.settle(student.parameters()))
     return total, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
 

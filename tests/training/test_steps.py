@@ -188,9 +188,20 @@ def test_an_unknown_reduction_is_refused() -> None:
 
 
 def test_weight_mean_of_nothing_accepted_is_zero() -> None:
-    assert correction(Counts(2, 10), "weight_mean", 0.0) == 0.0
-    assert correction(Counts(2, 10), "weight_mean", 5.0) == 2.0
-    assert correction(Counts(2, 10), "token_mean", 5.0) == 1.0
+    assert correction(Counts(2, 10), torch.tensor(0.0)) == 0.0
+    assert correction(Counts(2, 10), torch.tensor(5.0)) == 2.0
+
+
+def test_finishing_a_gradient_waits_for_no_device() -> None:
+    """On the meta device every read of a number raises: sums and norm are read once, by ``accept``."""
+    parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
+    parameter.grad = torch.ones(3, device="meta")
+    ledger = Ledger(Objective("forward_kl", GREEDY), "weight_mean", device="meta")
+    loss = ledger.settle([parameter])
+    norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    assert loss.device.type == norm.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        ledger.accept(norm)
 
 
 def test_row_scales_of_a_step_sum_to_the_number_of_ranks() -> None:

@@ -9,7 +9,6 @@ import gc
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +46,7 @@ def one_step(rank: int, folder: Path, reduction: str) -> None:
         ledger.add(portion, loss, sums)
     total = ledger.settle(student.parameters())
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    save_file({**gradients, "loss": torch.tensor(total)}, folder / f"{reduction}-{rank}.safetensors")
+    save_file({**gradients, "loss": total.float()}, folder / f"{reduction}-{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class Supervised:
 
     def __len__(self) -> int:
         return self.position.shape[0]
+
+    def to(self, device: torch.device | str) -> Supervised:
+        """The same on another device."""
+        names = ("position", "labels", "sequence", "stream", "offset")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def supervised(batch: Batch) -> Supervised:

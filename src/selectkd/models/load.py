@@ -129,6 +129,13 @@ def packaged_teacher() -> Path:
     return files[0]
 
 
+def check_local(spec: str | os.PathLike[str]) -> None:
+    """``check_folder`` of the model behind ``spec`` where it is a local folder; no weight is read."""
+    path = _local(spec)
+    if path is not None and path.is_dir():
+        check_folder(path)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that would run code or unpickle, and damaged safetensors headers; reads no weight."""
     config = _check_configuration(folder)

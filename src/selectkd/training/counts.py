@@ -57,13 +57,7 @@ class Counts:
 
 def count(micro: Sequence[Any]) -> Counts:
     """The counts of a step from what is supervised in this rank's micro-batches; a collective call."""
-    device = micro[0].position.device if micro else None
-    here = torch.tensor(
-        [sum(int(m.sequences) for m in micro), sum(m.position.shape[0] for m in micro)],
-        device=device,
-        dtype=torch.int64,
-    )
-    sequences, tokens = summed(here).tolist()
+    sequences, tokens = total([sum(m.sequences for m in micro), sum(len(m) for m in micro)])
     return Counts(sequences, tokens, ranks())
 
 
@@ -80,17 +74,15 @@ def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
     return counts.ranks / (_lengths(sequence)[sequence] * max(counts.sequences, 1))
 
 
-def correction(counts: Counts, reduction: str, weight: float) -> float:
-    """The factor a step's loss and gradient still need, ``weight`` being its sum of weights over all ranks.
+def correction(counts: Counts, weight: Tensor) -> Tensor:
+    """The factor the loss and gradient of weight_mean still need, tokens / weight, ``weight`` being the step's sum of
+    weights over all ranks; a tensor like it, so that nothing waits for the device.
 
-    1 but for weight_mean, tokens / weight there: the weights carry no gradient, so dividing the finished
-    gradient is exact, needs no first pass over the models, and sees the very weights (dropout included) that
-    made the gradient. It costs one pass over the gradients. A step that accepted nothing at beta = 0 has no
-    gradient, and the factor is 0.
+    The weights carry no gradient, so dividing the finished gradient is exact, needs no first pass over the models, and
+    sees the very weights (dropout included) that made the gradient. It costs one pass over the gradients. A step that
+    accepted nothing at beta = 0 has no gradient, and the factor is 0.
     """
-    if reduction != "weight_mean":
-        return 1.0
-    return counts.tokens / weight if weight != 0 else 0.0
+    return torch.where(weight != 0, counts.tokens / weight, torch.zeros_like(weight))
 
 
 def sequence_means(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:

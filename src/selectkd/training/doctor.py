@@ -20,6 +20,7 @@ from selectkd.data import inspect
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.models.head import backbone, head_of
+from selectkd.models.load import check_local
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.training.checkpoint.folder import all_in
@@ -67,9 +68,10 @@ def doctor(recipe: Any, *, device: torch.device | str = "cpu") -> Iterator[Findi
 
 
 def without_weights(recipe: Any) -> Iterator[Finding]:
-    """Folder, loggers, tokenizers, objective, text and masks, memory and disk."""
+    """Folder, loggers, weights by their headers, tokenizers, objective, text and masks, memory and disk."""
     yield tried("output_dir", lambda: _folder(recipe))
     yield tried("loggers", lambda: _loggers(recipe))
+    yield tried("weights", lambda: _weights(recipe))
     plan: Plan | None = None
     try:
         plan = prepare(recipe)
@@ -123,6 +125,16 @@ def _folder(recipe: Any) -> str:
     check_same(stored, wanted, (), where=f"training.output_dir = {folder}")
     saved = all_in(folder / CHECKPOINTS)
     return f"{folder} holds this run; it would go on from {saved[0].name if saved else 'the beginning'}"
+
+
+def _weights(recipe: Any) -> str:
+    """Local model folders are whole by their headers, and hold nothing that would run."""
+    teachers = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
+    named = [getattr(one, "model", None) for one in (recipe.student, *teachers)]
+    specs = [one for one in named if isinstance(one, str)]
+    for spec in specs:
+        check_local(spec)
+    return f"{', '.join(specs)}: no pickles, no code, headers whole" if specs else "no model is named"
 
 
 def _loggers(recipe: Any) -> str:

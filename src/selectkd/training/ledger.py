@@ -35,6 +35,7 @@ FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
     "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
 )  # fmt: skip
+LOSS, WEIGHT = FIELDS.index("loss"), FIELDS.index("weight")
 STREAM_FIELDS = ("tar", "sequences", "divergence", "n")
 BAD_IN_A_ROW = 3
 BAD_SHARE = 0.01
@@ -84,6 +85,7 @@ class Ledger:
     left_out: list[int] = field(default_factory=list, init=False)  # steps without finite numbers
     tokens: int = field(default=0, init=False)
     tar: float = field(default=0.0, init=False)  # of the last step
+    grad_norm: float = field(default=0.0, init=False)  # of the last step, before clipping
     last: dict[str, float] = field(default_factory=dict, init=False)  # sums of the last step
 
     def __post_init__(self) -> None:
@@ -140,9 +142,10 @@ class Ledger:
         """
         if self.write is not None:
             micro = [self.write(batch, self.step) for batch in micro]
-        micro = [batch.to(self.device) for batch in micro]
-        seen = [supervised(batch) for batch in micro]
+        seen = [supervised(batch) for batch in micro]  # counted where the batches are made
         self._counts = count(seen)
+        micro = [batch.to(self.device) for batch in micro]
+        seen = [rows.to(self.device) for rows in seen]
         assert self.beta is not None  # __post_init__ saw to it
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
@@ -170,40 +173,37 @@ class Ledger:
         self._sums += step_sums(portion, loss, sums, streams=len(self.streams))
 
     @torch.no_grad()
-    def settle(self, parameters: Iterable[torch.nn.Parameter]) -> float:
-        """Reduces the step's sums over ranks, finishes the gradient (see ``correction``) and returns the
-        step's loss.
+    def settle(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+        """Reduces the step's sums over ranks, finishes the gradient (see ``correction``) and returns the step's loss, a
+        number on the device: nothing is read before ``accept``.
         """
         total = summed(self._sums)
-        sums = named(total)
-        factor = correction(self._counts, self.reduction, sums["weight"])
-        if factor != 1.0:
+        loss = total[LOSS] / self._counts.ranks
+        if self.reduction == "weight_mean":
+            factor = correction(self._counts, total[WEIGHT])
+            loss = loss * factor
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        loss = sums["loss"] / self._counts.ranks * factor
-        total[0] = loss
-        self._sums, self.last = total, sums | {"loss": loss}
-        rows = sums["n"]
-        if rows and sums["teacher_nonfinite"] >= TEACHER_BAD_SHARE * rows and sums["teacher_nonfinite"] > 1:
-            raise NumericsError(
-                f"step {self.step + 1}: {int(sums['teacher_nonfinite'])} of {int(rows)} rows of the "
-                "teacher are not finite. Load the teacher in float32 or bfloat16, or check its weights; "
-                "the student is untouched by this step."
-            )
+        total[LOSS] = loss
+        self._sums = total
         return loss
 
-    def accept(self, grad_norm: float) -> bool:
+    def accept(self, grad_norm: float | Tensor) -> bool:
         """Closes the step; False where its loss or gradient norm is not finite, and the optimizer must not
-        step.
+        step. The one place of a step where the host waits for the device: sums and norm are read together.
 
-        Raises NumericsError when that happens more often than a run may bear.
+        Raises NumericsError when that happens more often than a run may bear, and where the teacher's rows are bad.
         """
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self._sums.device).reshape(1)
+        *read, self.grad_norm = torch.cat([self._sums[: len(FIELDS)], norm]).tolist()
+        self.last = dict(zip(FIELDS, read, strict=True))
+        self._check_teacher()
         self.step += 1
-        good = math.isfinite(self.last["loss"]) and math.isfinite(grad_norm)
+        good = math.isfinite(self.last["loss"]) and math.isfinite(self.grad_norm)
         if good:
             self._in_a_row = 0
-            self.spikes.see(self.step, grad_norm)
+            self.spikes.see(self.step, self.grad_norm)
             self._window.append(self._sums)
             self.tokens += int(self.last["n"])
             if self.taid is not None:
@@ -218,12 +218,21 @@ class Ledger:
             BAD_IN_A_ROW, BAD_SHARE * (self.total_steps or math.inf)
         ):
             raise NumericsError(
-                f"step {self.step}: loss {self.last['loss']} and gradient norm {grad_norm}; "
+                f"step {self.step}: loss {self.last['loss']} and gradient norm {self.grad_norm}; "
                 f"{self._in_a_row} steps in a row and {self.skipped} in all were left out because their "
                 f"numbers are not finite.{where} "
                 "Lower training.learning_rate or train in float32."
             )
         return False
+
+    def _check_teacher(self) -> None:
+        rows, bad = self.last["n"], self.last["teacher_nonfinite"]
+        if rows and bad >= TEACHER_BAD_SHARE * rows and bad > 1:
+            raise NumericsError(
+                f"step {self.step + 1}: {int(bad)} of {int(rows)} rows of the "
+                "teacher are not finite. Load the teacher in float32 or bfloat16, or check its weights; "
+                "the student is untouched by this step."
+            )
 
     def line(self) -> dict[str, Any]:
         """What the steps since the last line amount to, for the log; drains the window."""

@@ -86,13 +86,13 @@ def train_loop(
         ledger.settle(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
         rate = optimizer.param_groups[0]["lr"]
-        if ledger.accept(float(norm)):
+        if ledger.accept(norm):
             optimizer.step()
         lr.step()
         optimizer.zero_grad(set_to_none=True)
 
         if on_line is not None and (ledger.step % log_every == 0 or ledger.step == steps):
-            on_line(ledger.line() | {"lr": rate, "grad_norm": float(norm)})
+            on_line(ledger.line() | {"lr": rate, "grad_norm": ledger.grad_norm})
         over = ledger.step >= steps
         if after_step is not None:
             over = after_step(ledger.step) or over

@@ -106,7 +106,7 @@ class DistillTrainer(Trainer):
         self.distillation, self.checkpoints = model, checkpoints
         if checkpoints is not None:
             checkpoints.register("ledger", self.ledger)
-        self._rate, self._norm, self._asked_at, self._begun = 0.0, 0.0, 0, False
+        self._rate, self._asked_at, self._begun = 0.0, 0, False
         self.add_callback(_Steps(self))
 
     @property
@@ -151,8 +151,7 @@ class DistillTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._norm = float(norm)  # type: ignore[arg-type]
-        if not self.ledger.accept(self._norm):
+        if not self.ledger.accept(norm):  # type: ignore[arg-type]
             model.zero_grad(
                 set_to_none=True
             )  # AdamW leaves a parameter without a gradient, and its state, alone
@@ -165,7 +164,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log line with ours in it; the loss is the ledger's."""
         if "loss" in logs and "learning_rate" in logs:
-            line = self.ledger.line() | {"lr": self._rate, "grad_norm": self._norm}
+            line = self.ledger.line() | {"lr": self._rate, "grad_norm": self.ledger.grad_norm}
             if self.on_line is not None and self.is_world_process_zero():
                 self.on_line(line)
             logs.update({k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
