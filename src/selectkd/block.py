@@ -10,13 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-<<<<<<< HEAD
 from selectkd.divergences.kl import forward_kl
-=======
-from selectkd.divergences.gradient import Block, closed_form_of
-from selectkd.divergences.kl import LOG_FLOOR, forward_kl, forward_value
-from selectkd.divergences.sorted import is_unpaired, sorted_distance
->>>>>>> i67
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
 from selectkd.rows import Head, Scratch, TeacherChunk
@@ -84,66 +78,6 @@ def kl_of(pair: TokenPair) -> Tensor:
     return forward_kl(pair.logp, pair.logq).sum()
 
 
-<<<<<<< HEAD
-=======
-def _closed(
-    raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
-    closed_form: Callable[[Block], Tensor], verified: TokenPair | None,
-) -> Seen:  # fmt: skip
-    """A dense teacher and a divergence with a closed form: no autograd, memory reused from block to block."""
-    head, temperature, target = settings.head, settings.temperature, raw[block]
-    with torch.no_grad():
-        kl: Tensor | int = 0
-        if settings.also_kl and temperature != 1.0:
-            kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
-        zq = widened(head, target, "zq", scratch)  # [b, v]
-        zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
-        capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
-        if teacher.unshared is not None:
-            zq.masked_fill_(teacher.unshared, IMPOSSIBLE)
-            zp.masked_fill_(teacher.unshared, IMPOSSIBLE)
-        if temperature != 1.0:
-            zq.div_(temperature)
-            zp.div_(temperature)
-        b, v = zq.shape
-        p, q, spare = (scratch.of(name, b, v, zq)[:b] for name in ("p", "q", "spare"))
-        top = argmax(zq)  # [b]
-        at = top[:, None]
-        torch.softmax(zq, -1, out=q)
-        torch.softmax(zp, -1, out=p)
-        # the log-sum-exp for free: a logit minus the logarithm of its probability, exact where that is not small
-        norm_q = (zq.gather(-1, at).double() - q.gather(-1, at).double().log_())[:, 0]
-        norm_p = zp.amax(-1).double() - p.amax(-1).double().log_()
-        finite = None
-        if not math.isfinite(float(norm_p.sum())):
-            finite = torch.isfinite(norm_p)
-            for ours, theirs in ((zp, zq), (p, q), (norm_p, norm_q)):
-                ours[~finite] = theirs[~finite]
-        if head.bias is not None or teacher.head.bias is not None:  # what a bias of -inf forbids
-            for z, norm in ((zp, norm_p), (zq, norm_q)):
-                z.copy_(torch.where(torch.isneginf(z), (norm[:, None] + LOG_FLOOR).to(z.dtype), z))
-        shared = torch.minimum(p, q, out=spare).sum(-1).clamp_(max=1.0)
-        pair = verified
-        if pair is None:
-            free = rows.acceptance is not None or settings.objective.shift_free
-            logp, logq = (zp, zq) if free else (torch.log_softmax(z, -1) for z in (zp, zq))
-            pair = TokenPair(
-                logp=logp, logq=logq, student_top=top, label=rows.label, sequence=rows.sequence, finite=finite,
-                shared_mass=shared,
-            )  # fmt: skip
-        weight, acceptance = settings.objective.weigh(pair, rows.uniform, acceptance=rows.acceptance)
-        seen = Block(zp=zp, zq=zq, norm_p=norm_p, norm_q=norm_q, p=p, q=q, out=zq, spare=spare)
-        if settings.also_kl and temperature == 1.0:
-            kl = forward_value(seen).clamp_(min=0.0).sum()
-        divergence = closed_form(seen)
-        if settings.wants_gradient:
-            finish_gradient(zq, rows.scale * weight, capped, settings)
-            if zq is not target:
-                target.copy_(zq)
-    return Seen(divergence.clamp_(min=0.0), weight, acceptance, pair.overlap, bad_rows(finite), kl)
-
-
->>>>>>> i67
 def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:
     """The logits in fp32 or wider, ours to overwrite: ``raw`` itself where it is them, else memory of ``name``."""
     if not head.is_plain:

@@ -34,8 +34,8 @@ from selectkd.block import (
     pair_at,
     widened,
 )  # fmt: skip
-from selectkd.divergences.gradient import Block, Column, dot, total
-from selectkd.divergences.kl import forward_value
+from selectkd.divergences.gradient import Block, Column, dot, narrow, total
+from selectkd.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.rows import LiveChunk, Scratch
@@ -98,7 +98,10 @@ def judge_dense(
     if "rank" in reads or "student_top" in reads:
         top = argmax(zq) if rows.top is None else rows.top
     factor = 1.0
+    forbids = head.bias is not None or teacher.head.bias is not None
     for at, part, finite in parts(zq, zp, scratch):
+        if forbids:
+            floor(part)
         columns["finite"].append(finite)
         for name in dict.fromkeys(("overlap", *reads)):
             columns[name].append(statistic(name, part, at, top, rows.label))
@@ -158,6 +161,12 @@ def parts(zq: Tensor, zp: Tensor, scratch: Scratch) -> Iterator[tuple[slice | in
             p.copy_(q)
             norm_p, good = norm_q, False
         yield i, Block(theirs, ours, norm_q, norm_p, p, q, out=ours, spare=spare), good
+
+
+def floor(block: Block) -> None:
+    """Gives what a bias of -inf forbids the logarithm ``LOG_FLOOR``; its probability stays 0."""
+    for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q)):
+        z.copy_(torch.where(torch.isneginf(z), narrow(norm + LOG_FLOOR, z), z))
 
 
 def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:

@@ -240,11 +240,11 @@ def claims(settings: Settings, teacher: Any) -> bool:
     if not isinstance(teacher, LiveChunk) or name not in TERMS or teacher.raw.dtype == torch.float64:
         return False
     if name == "alpha_beta" and min(_of_alpha_beta(params)) <= 0.0:
-        return False  # a limit of the family: the closed form in block.py has it
+        return False  # a limit of the family: the closed form in dense.py has it
     if any(
         head.bias is not None and bool(head.bias.isneginf().any()) for head in (settings.head, teacher.head)
     ):
-        return False  # what a bias forbids counts as e^-87, which block.py knows
+        return False  # what a bias forbids counts as e^-87, which dense.py knows
     return hasattr(settings.objective.verifier, "from_statistics")
 
 
