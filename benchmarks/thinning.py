@@ -6,10 +6,10 @@ SmolLM2-135M-Instruct and its layers 0-9 and 20-29 on instructions, forward_kl, 
 a rejected row is kept with probability beta at weight 1: the mean is the exact loss, and rows that are dropped cost no
 gradient product.
 
-deviation: ||dW - exact|| / ||exact||, the root of its mean square over the draws, dW the head's gradient. bias: the same of
-the mean of the draws, which falls as deviation / sqrt(draws). masked: ||dW of beta 0 - exact|| / ||exact||, what dropping
-all rejected rows costs for certain. kept: share of the rows with a gradient. time: process CPU time over the exact loss's,
-in turn, the median of the draws. Needs what `make demo` fetches.
+deviation: ||dW - exact|| / ||exact||, dW the head's gradient, the root of its mean square over the draws. bias: the
+same of the mean of the draws, which falls as deviation / sqrt(draws). masked: ||dW of beta 0 - exact|| / ||exact||,
+what dropping all rejected rows costs for certain. kept: share of the rows with a gradient. time: process CPU time over
+the exact loss's, in turn, the median of the draws. Needs what `make demo` fetches.
 """
 
 from __future__ import annotations
