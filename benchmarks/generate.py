@@ -12,18 +12,14 @@ of x W^T and of (W x^T)^T in fp32 by the number of rows, which is what `selectkd
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
+from record import record
 from torch.nn import functional
 
 from selectkd.data import dataset_source
@@ -33,7 +29,6 @@ from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 
 DATA = ".cache/demo/alpaca_en_demo.json"
-RESULTS = Path(__file__).with_name("results.csv")
 SHAPES = ((49152, 576), (1536, 576), (576, 576))
 ROWS = (4, 8, 12, 16, 24, 64)
 
@@ -105,7 +100,8 @@ def main() -> None:
         case = f"{asked.layers} layers, {len(prompts)} prompts, {asked.new} new, greedy"
         names = {"ours": "selectkd", "theirs": "transformers"}
         rows = [(case, names[name], "tokens per second", tokens / seconds) for name, seconds in best.items()]
-        record([*rows, (case, "selectkd", "texts alike, share", same / len(prompts))], asked.rounds)
+        rows.append((case, "selectkd", "texts alike, share", same / len(prompts)))
+        record("generate", [(*row, "", asked.rounds) for row in rows])
 
 
 def clock_of() -> Callable[[], float]:
@@ -127,7 +123,7 @@ def products(recorded: bool) -> None:
                 found.append((f"product {o} x {d}, {rows} rows", name, "milliseconds", milliseconds))
             print(f"{o} x {d}, {rows} rows: {found[-2][3]:.3f} {found[-1][3]:.3f}", flush=True)
     if recorded:
-        record(found, 3)
+        record("generate", [(*row, "", 3) for row in found])
 
 
 def best_of(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
@@ -140,26 +136,6 @@ def best_of(call: Callable[[], object], times: int, clock: Callable[[], float]) 
             call()
         seconds.append((clock() - started) / times)
     return 1e3 * min(seconds)
-
-
-def record(rows: list[tuple[str, str, str, float]], rounds: int) -> None:
-    """(case, implementation, metric, value) behind those of results.csv; each the best of ``rounds``."""
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
-    said = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    shared = {
-        "benchmark": "generate", "spread": "", "seeds": rounds, "commit": said.stdout.strip(),
-        "date": date.today().isoformat(),
-        "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": f"torch {torch.__version__} transformers {transformers.__version__}",
-    }  # fmt: skip
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        for case, implementation, metric, value in rows:
-            own = {"case": case, "implementation": implementation, "metric": metric}
-            writer.writerow({**shared, **own, "value": f"{value:.5g}"})
 
 
 if __name__ == "__main__":

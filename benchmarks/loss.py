@@ -23,34 +23,30 @@ is three. --real: SmolLM2 and its layers 0-9 and 20-29 on instructions (needs wh
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import PEERS, TOP_K_PEERS, Loss, Peer
+from record import Row, record
 from torch import Tensor
 
 from selectkd import DIVERGENCES, CachedRows, LiveRows, Objective, distillation_loss
 from selectkd.chunked import chunk_rows
 from selectkd.pair import TokenPair, dense_pair, topk_pair
 from selectkd.rows import TeacherRows
-from selectkd.training.manifest import device_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"
 SHAPES = {"smollm2": (576, 576, 49152), "qwen2.5": (896, 1536, 151936)}  # d, e, v
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,10 +57,6 @@ ENTROPY = 2.0
 SAME = {"float32": 1e-3, "bfloat16": 0.25, "filtered": 0.25}
 """The relative error of the gradient up to which an implementation computes the same thing: ten times what the worst
 correct one shows, far below the 1 of a wrong divergence."""
-COMMIT = subprocess.run(
-    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-).stdout.strip()
-"""Of the code this process has loaded, which may be older than the last one when its rows are written."""
 FIGURES = ("ratio_to_limit", "peak_u", "error_ratio")
 
 
@@ -457,7 +449,7 @@ def main() -> None:
                         rows.append(row)
                         show(row, figures, said)
                         if wanted.record:
-                            record(row, figures["spread"], x.peer)
+                            keep(row, figures["spread"], x.peer)
                     not_offered = [p.name for p in present if divergence not in p.offers]
                     if not_offered:
                         print(f"{divergence} is not offered by:", ", ".join(not_offered), flush=True)
@@ -478,33 +470,17 @@ def show(row: dict[str, Any], figures: dict[str, float | None], said: Sequence[s
     print(line, *(f"({x})" for x in said), flush=True)
 
 
-def record(row: dict[str, Any], spread: float | None, peer: Peer | None) -> None:
+def keep(row: dict[str, Any], spread: float | None, peer: Peer | None) -> None:
     """One row of results.csv for every figure."""
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file))
-    stack = f"torch {versions()['torch']}" + (f" {peer.package} {peer.version}" if peer else "")
     case = ", ".join(
         (row["shape"], f"n {row['n']}", row["dtype"], row["divergence"], f"verifier {row['verifier']}")
     )
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        for metric in FIGURES:
-            if row[metric] is not None:
-                writer.writerow(
-                    {
-                        "benchmark": "loss",
-                        "case": case,
-                        "implementation": row["implementation"],
-                        "metric": metric,
-                        "value": f"{row[metric]:.5g}",
-                        "spread": f"{spread:.3g}" if metric == "ratio_to_limit" else "",
-                        "seeds": 1,
-                        "device": device_name("cpu"),
-                        "versions": stack,
-                        "commit": COMMIT,
-                        "date": date.today().isoformat(),
-                    }
-                )
+    rows: list[Row] = []
+    for metric in FIGURES:
+        if row[metric] is not None:
+            about = spread if metric == "ratio_to_limit" and spread is not None else ""
+            rows.append((case, row["implementation"], metric, row[metric], about, 1))
+    record("loss", rows, beside=f"{peer.package} {peer.version}" if peer else "")
 
 
 if __name__ == "__main__":

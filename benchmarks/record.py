@@ -13,21 +13,22 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).with_name("results.csv")
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+).stdout.strip()
+"""Of the code this process has loaded, which may be older than the last one when its rows are written."""
+Row = tuple[str, str, str, float, float | str, int]
+"""case, implementation, metric, value, spread or interval ("": neither), seeds or repeats."""
 
 
-def record(benchmark: str, rows: Iterable[tuple[str, str, str, float | str, float | str, int | str]]) -> None:
-    """Appends rows (case, implementation, metric, value, spread, seeds) of a benchmark."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+def record(benchmark: str, rows: Iterable[Row], *, beside: str = "") -> None:
+    """Appends rows of a benchmark; ``beside`` names the version of another package that was measured."""
     device = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-    versions = f"torch {torch.__version__} transformers {transformers.__version__}"
+    versions = f"torch {torch.__version__} transformers {transformers.__version__} {beside}".rstrip()
+    today = datetime.date.today().isoformat()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         for case, implementation, metric, value, spread, seeds in rows:
-            shown = f"{value:.5g}" if isinstance(value, float) else value
-            about = f"{spread:.3g}" if isinstance(spread, float) else spread
-            writer.writerow(
-                [benchmark, case, implementation, metric, shown, about, seeds, device, versions, commit,
-                 datetime.date.today().isoformat()]
-            )  # fmt: skip
+            about = spread if isinstance(spread, str) else f"{spread:.3g}"
+            row = [benchmark, case, implementation, metric, f"{value:.5g}", about, seeds, device, versions]
+            writer.writerow([*row, COMMIT, today])

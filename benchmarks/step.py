@@ -18,24 +18,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib
 import io
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss import RESULTS, ROOT, TEXT, peak_bytes
+from loss import TEXT, peak_bytes
+from record import Row, record
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,7 +42,6 @@ from selectkd.data import Batch, Example, collate
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher
-from selectkd.training.manifest import device_name, versions
 from selectkd.training.trainer import DistillTrainer
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "generalized_jsd": 0.5}
@@ -235,33 +232,18 @@ def show(row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def record(row: dict[str, Any]) -> None:
+def keep(row: dict[str, Any]) -> None:
     """The rows of results.csv of one measured implementation."""
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     case = f"smollm2 into 10 layers, {row['tokens']} tokens, {row['trained']} trained, "
     case += f"{row['dtype']}, {row['divergence']}"
     figures = {name: row[name] for name in ("tokens_per_second", "ratio", "peak_bytes")}
     figures |= {f"share of {kind}": share for kind, share in row.get("shares", {}).items()}
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        for metric, value in figures.items():
-            if value is not None:
-                spread = f"{row['spread']:.3g}" if metric == "tokens_per_second" else ""
-                given = [
-                    "step",
-                    case,
-                    row["implementation"],
-                    metric,
-                    f"{value:.5g}",
-                    spread,
-                    1,
-                    device_name("cpu"),
-                ]
-                given += [f"torch {versions()['torch']}", commit, date.today().isoformat()]
-                csv.DictWriter(file, columns).writerow(dict(zip(columns, given, strict=True)))
+    rows: list[Row] = []
+    for metric, value in figures.items():
+        if value is not None:
+            spread = row["spread"] if metric == "tokens_per_second" else ""
+            rows.append((case, row["implementation"], metric, value, spread, 1))
+    record("step", rows)
 
 
 def main() -> None:
@@ -287,7 +269,7 @@ def main() -> None:
             show(row)
             rows.append(row)
             if wanted.record and row["tokens_per_second"] is not None:
-                record(row)
+                keep(row)
     if wanted.json is not None:
         wanted.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

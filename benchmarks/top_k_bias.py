@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import json
-import subprocess
 from pathlib import Path
 
 import torch
+from record import Row, record
 
 from selectkd.divergences import DIVERGENCES
 from selectkd.models.load import load_model
 from selectkd.pair import topk_pair
-
-RESULTS = Path(__file__).with_name("results.csv")
 
 
 def logits_of(model, tokenizer, texts: list[str], rows: int) -> torch.Tensor:
@@ -65,39 +61,31 @@ def main() -> None:
     teacher_logits = logits_of(loaded.model, loaded.tokenizer, texts, given.rows)
     logp = torch.log_softmax(teacher_logits, -1)
     logits = logits_of(student, loaded.tokenizer, texts, given.rows)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     case = f"smollm2 without {len(given.removed)} layers, {given.rows} rows"
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        out = csv.writer(file, lineterminator="\n")
+    rows: list[Row] = []
 
-        def note(implementation: str, metric: str, value: float) -> None:
-            out.writerow(
-                [
-                    "top_k_bias", case, implementation, metric, f"{value:.4g}", "", 1, "cpu (x86_64, 1 threads)",
-                    f"torch {torch.__version__}", commit, datetime.date.today().isoformat(),
-                ]
-            )  # fmt: skip
+    def note(implementation: str, metric: str, value: float) -> None:
+        rows.append((case, implementation, metric, value, "", 1))
 
-        for name, divergence in DIVERGENCES.items():
-            value, gradient = measured(divergence, logp, logits, None)
-            size = gradient.norm(dim=-1)
-            told = []
-            for k in (8, 32, 128):
-                best = logp.topk(k, -1)
-                short, approximate = measured(divergence, logp, logits, (best.indices, best.values))
-                ratio = short.sum() / value.sum()
-                error = (gradient - approximate).norm() / gradient.norm()
-                worst = ((gradient - approximate).norm(dim=-1) / size.clamp(min=1e-12)).median()
-                above = float((short > value + 1e-9).double().mean())
-                told.append(f"K {k}: {ratio:.3f} grad {error:.3f} median {worst:.3f} above {above:.2f}")
-                note(f"{name} K {k}", "value ratio", ratio)
-                note(f"{name} K {k}", "gradient error", error)
-                note(f"{name} K {k}", "rows above the live value", above)
-            print(f"{name:20s}", " | ".join(told), flush=True)
+    for name, divergence in DIVERGENCES.items():
+        value, gradient = measured(divergence, logp, logits, None)
+        size = gradient.norm(dim=-1)
+        told = []
         for k in (8, 32, 128):
-            note(f"K {k}", "tail mass", float(1 - logp.topk(k, -1).values.exp().sum(-1).mean()))
+            best = logp.topk(k, -1)
+            short, approximate = measured(divergence, logp, logits, (best.indices, best.values))
+            ratio = short.sum() / value.sum()
+            error = (gradient - approximate).norm() / gradient.norm()
+            worst = ((gradient - approximate).norm(dim=-1) / size.clamp(min=1e-12)).median()
+            above = float((short > value + 1e-9).double().mean())
+            told.append(f"K {k}: {ratio:.3f} grad {error:.3f} median {worst:.3f} above {above:.2f}")
+            note(f"{name} K {k}", "value ratio", ratio)
+            note(f"{name} K {k}", "gradient error", error)
+            note(f"{name} K {k}", "rows above the live value", above)
+        print(f"{name:20s}", " | ".join(told), flush=True)
+    for k in (8, 32, 128):
+        note(f"K {k}", "tail mass", float(1 - logp.topk(k, -1).values.exp().sum(-1).mean()))
+    record("top_k_bias", rows)
 
 
 if __name__ == "__main__":
