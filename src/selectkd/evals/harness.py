@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -41,9 +42,10 @@ class Harness:
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError("--suite harness needs lm-eval. Install it: pip install 'selectkd[harness]'.")
         from datasets.exceptions import DatasetsError
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-        manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
+        manager = _module("lm_eval.tasks").TaskManager(
+            include_path=None if self.folder is None else str(self.folder)
+        )
         for task in self.tasks:
             if task not in manager.all_tasks:
                 raise ConfigError(
@@ -64,12 +66,10 @@ class Harness:
         """Each metric of each task. A value is the harness's own; its interval is ours where the value is the mean of
         the problems' scores or a rate a word or byte, else 1.96 of the harness's standard errors, nan without those.
         """
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-
+        lm_eval = _module("lm_eval")
         if heard is not None:
             heard(f"{name}: {', '.join(self.tasks)} by lm-eval {lm_eval.__version__}")
-        model = HFLM(
+        model = _module("lm_eval.models.huggingface").HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=self.batch_size
         )
         found = lm_eval.simple_evaluate(
@@ -85,6 +85,11 @@ class Harness:
             for task in found["samples"]
             for one in _metrics(name, task, found, {**settings, **_of_task(task, found)})
         ]
+
+
+def _module(name: str) -> Any:
+    """A module of the harness, without its types: they are there only where the extra is installed."""
+    return importlib.import_module(name)
 
 
 def _of_task(task: str, found: dict[str, Any]) -> dict[str, Any]:
