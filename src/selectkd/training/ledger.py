@@ -195,6 +195,8 @@ class Ledger:
 
         Raises NumericsError when that happens more often than a run may bear, and where the teacher's rows are bad.
         """
+        if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each rank has a part of it
+            grad_norm = grad_norm.full_tensor()  # type: ignore[union-attr]
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self._sums.device).reshape(1)
         *read, self.grad_norm = torch.cat([self._sums[: len(FIELDS)], norm]).tolist()
         self.last = dict(zip(FIELDS, read, strict=True))
