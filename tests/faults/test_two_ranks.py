@@ -30,5 +30,5 @@ def test_no_number_that_fails_reaches_a_parameter_on_either_engine_and_both_rank
 
 def test_a_sharded_student_goes_on_to_the_same_bits_and_trains_as_a_replicated_one(tmp_path: Path) -> None:
     """FSDP2 over two processors: the checkpoint is gathered, and taken apart again where the run goes on."""
-    told = on_two_ranks("sharded_runs.py", str(tmp_path))
+    told = run_on_two_ranks(Path(__file__).with_name("sharded_runs.py"), str(tmp_path))
     assert "the same to the bit after resuming" in told and "as by DDP" in told
