@@ -93,6 +93,8 @@ def judge_dense(
 
     by_statistics = verified is None and rows.acceptance is None
     reads = getattr(objective.verifier, "reads", STATISTICS) if by_statistics else ()
+    if rows.label is None:
+        reads = tuple(name for name in reads if name != "label_rank")
     columns: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
     top = None
     if "rank" in reads or "student_top" in reads:
@@ -190,13 +192,13 @@ def statistic(name: str, block: Block, at: slice | int, top: Tensor | None, labe
     if name == "overlap":
         return total(torch.minimum(block.p, block.q, out=block.spare))
     if name == "student_top":
-        return top[at] if top is not None else 0
+        assert top is not None
+        return top[at]
     if name == "rank":
         assert top is not None
         return rank(block, top[at])
     if name == "label_rank":
-        if label is None:
-            return rank(block, torch.zeros_like(block.zp[..., 0], dtype=torch.long))
+        assert label is not None
         known = (label[at] >= 0) & (label[at] < width)
         return torch.where(
             known, torch.as_tensor(rank(block, label[at].clamp(0, width - 1))).flatten(), width

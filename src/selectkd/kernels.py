@@ -291,7 +291,7 @@ class _Launch:
     """The arguments of one chunk's launches."""
 
     def __init__(self, raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> None:
-        self.raw, self.teacher, self.settings = raw, teacher, settings
+        self.raw, self.teacher, self.rows, self.settings = raw, teacher, rows, settings
         self.name, params = _named(settings.objective.divergence)
         self.terms, numbers = TERMS[self.name]
         self.a, self.b = numbers(params)
@@ -319,8 +319,9 @@ class _Launch:
             self.raw.stride(0), self.teacher.raw.stride(0), c, self.width, *self._heads(), 1.0 / temperature,
             self.a, self.b, terms=self.terms, IMPOSSIBLE=IMPOSSIBLE, TILE=TILE,
         )  # fmt: skip
+        labelled = {} if self.rows.label is None else {"label_rank": ints[2]}
         table = RowStatistics(
-            student_top=ints[0].long(), rank=ints[1], label_rank=ints[2], overlap=floats[2].clamp(max=1.0),
+            student_top=ints[0].long(), rank=ints[1], **labelled, overlap=floats[2].clamp(max=1.0),
             teacher_entropy=floats[5], student_entropy=floats[6], affinity=floats[7], width=self.width,
         )  # fmt: skip
         return table, floats

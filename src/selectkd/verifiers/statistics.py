@@ -25,7 +25,7 @@ class RowStatistics:
     """Sums over the vocabulary of each row at the verification temperature; p = teacher, q = student.
 
     student_top: the student's argmax. rank, label_rank: how many tokens the teacher prefers to it, and to the label
-    (``width`` where the token is impossible; label_rank means nothing without labels). overlap: sum min(p, q).
+    (``width`` where the token is impossible; without labels there is no label_rank). overlap: sum min(p, q).
     Entropies in nats. affinity: sum sqrt(p q), 1 minus the squared Hellinger distance. width: ids of the vocabulary.
     Only what was asked for is there; to look at another is a ConfigError.
     """
@@ -44,6 +44,10 @@ class RowStatistics:
         self.__dict__.update(columns)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "label_rank":
+            raise ConfigError(
+                "a verifier looks at the tokens of the text; pass labels=[n] to distillation_loss."
+            )
         if name in STATISTICS:
             raise ConfigError(f"a verifier looks at {name}, which its ``reads`` does not name.")
         raise AttributeError(name)
