@@ -117,16 +117,16 @@ def judge_dense(
     finite = None if all(x is True for x in columns["finite"]) else told["finite"].bool()
     if columns["kl"]:
         kl = told["kl"].clamp_(min=0.0).sum()
-    if by_statistics:
-        statistics = RowStatistics(zq.shape[1], **{name: told[name] for name in ("overlap", *reads)})
-        acceptance = objective.verifier.from_statistics(statistics, rows.uniform).to(zq.dtype)
-        weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
-    elif verified is not None:
-        weight, acceptance = objective.weigh(verified, rows.uniform, acceptance=rows.acceptance)
+    if verified is not None:
+        weight, acceptance = objective.weigh(verified, rows.uniform)
     else:
-        assert rows.acceptance is not None
-        acceptance = rows.acceptance.to(zq.dtype)
-        weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
+        acceptance = rows.acceptance
+        if acceptance is None:
+            statistics = RowStatistics(zq.shape[1], **{name: told[name] for name in ("overlap", *reads)})
+            acceptance = objective.verifier.from_statistics(statistics, rows.uniform)
+        weight, acceptance = objective.weight_of(
+            acceptance.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
+        )
     if settings.wants_gradient:
         finish_gradient(zq, rows.scale * weight * factor, capped, settings)
         if zq is not target:
