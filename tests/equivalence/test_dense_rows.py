@@ -86,3 +86,16 @@ def test_a_verifier_of_labels_without_labels_is_refused():
             Objective("forward_kl", "label_top_k"),
             torch.empty(4, 0),
         )
+
+
+def test_the_rank_of_a_single_row_is_that_of_many_and_counts_ties_as_no_better():
+    zp = torch.tensor([[3.0, 2.0, 2.0, 5.0, 1.0], [0.0, 1.0, 1.0, 1.0, 4.0]])
+    expected = [[1, 2, 2, 0, 4], [4, 1, 1, 1, 0]]
+
+    def block(rows):
+        return dense.Block(rows, rows.clone(), 0.0, 0.0, rows, rows, rows, torch.empty_like(rows))
+
+    for token in range(5):
+        many = dense.rank(block(zp), torch.full((2,), token))
+        assert many.flatten().tolist() == [expected[0][token], expected[1][token]]
+        assert [dense.rank(block(row), torch.tensor(token)) for row in zp] == many.flatten().tolist()
