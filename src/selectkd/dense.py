@@ -28,17 +28,17 @@ from selectkd.block import (
     Settings,
     argmax,
     bad_rows,
+    exp_into,
     exponentials,
     finish_gradient,
     kl_of,
     pair_at,
-    widened,
 )  # fmt: skip
 from selectkd.divergences.gradient import Block, Column, dot, narrow, total
 from selectkd.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
-from selectkd.rows import LiveChunk, Scratch
+from selectkd.rows import Head, LiveChunk, Scratch
 from selectkd.verifiers import STATISTICS, RowStatistics
 
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
@@ -76,93 +76,132 @@ def judge_dense(
 ) -> Seen:  # fmt: skip
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
     temperature where that differs."""
-    head, objective, temperature, target = settings.head, settings.objective, settings.temperature, raw[block]
+    objective, temperature = settings.objective, settings.temperature
     kl: Tensor | int = 0
     if settings.also_kl and temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     if verified is None and rows.acceptance is None and not objective.reads_statistics:
         verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, settings)
-    zq = widened(head, target, "zq", scratch)  # [b, v]
-    zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
-    capped = zq.clone() if head.softcap is not None and settings.wants_gradient else None
-    for z in (zq, zp):
-        if temperature != 1.0:
-            z.div_(temperature)
-        if teacher.unshared is not None:
-            z.masked_fill_(teacher.unshared, IMPOSSIBLE)
-
-    by_statistics = verified is None and rows.acceptance is None
-    reads = getattr(objective.verifier, "reads", STATISTICS) if by_statistics else ()
+    reads = ()
+    if verified is None and rows.acceptance is None:
+        reads = getattr(objective.verifier, "reads", STATISTICS)
     if rows.label is None:
         reads = tuple(name for name in reads if name != "label_rank")
-    columns: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
-    top = None
-    if "rank" in reads or "student_top" in reads:
-        top = argmax(zq) if rows.top is None else rows.top
+    ranks = "rank" in reads or "student_top" in reads
+
+    zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
+    capped = None
+    if settings.head.softcap is not None and settings.wants_gradient:
+        capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
+    told: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
     factor = 1.0
-    forbids = head.bias is not None or teacher.head.bias is not None
-    for at, part, finite in parts(zq, zp, scratch):
-        if forbids:
-            floor(part)
-        columns["finite"].append(finite)
+    for at, part, finite in parts(zq, raw[block], teacher.raw[block], capped, teacher, settings, scratch):
+        top = None
+        if ranks:
+            top = top_of(part) if rows.top is None else rows.top[at]
+        told["finite"].append(finite)
         for name in dict.fromkeys(("overlap", *reads)):
-            columns[name].append(statistic(name, part, at, top, rows.label))
+            told[name].append(statistic(name, part, top, None if rows.label is None else rows.label[at]))
         if settings.also_kl and temperature == 1.0:
-            columns["kl"].append(forward_value(part))
-        columns["divergence"].append(closed_form(part))
+            told["kl"].append(forward_value(part))
+        told["divergence"].append(closed_form(part))
         factor = part.factor
 
-    told = {name: joined(values, zq) for name, values in columns.items()}
-    overlap = told["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
-    finite = None if all(x is True for x in columns["finite"]) else told["finite"].bool()
-    if columns["kl"]:
-        kl = told["kl"].clamp_(min=0.0).sum()
+    finite = None if all(x is True for x in told["finite"]) else joined(told["finite"], zq).bool()
+    columns = {name: joined(told[name], zq) for name in ("divergence", "overlap", *reads)}
+    overlap = columns["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
+    if told["kl"]:
+        kl = joined(told["kl"], zq).clamp_(min=0.0).sum()
     if verified is not None:
         weight, acceptance = objective.weigh(verified, rows.uniform)
     else:
         acceptance = rows.acceptance
         if acceptance is None:
-            statistics = RowStatistics(zq.shape[1], **{name: told[name] for name in ("overlap", *reads)})
+            statistics = RowStatistics(zq.shape[1], **{name: columns[name] for name in ("overlap", *reads)})
             acceptance = objective.verifier.from_statistics(statistics, rows.uniform)
         weight, acceptance = objective.weight_of(
             acceptance.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
         )
     if settings.wants_gradient:
         finish_gradient(zq, rows.scale * weight * factor, capped, settings)
-        if zq is not target:
-            target.copy_(zq)
-    return Seen(told["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
+        if zq.data_ptr() != raw[block].data_ptr():
+            raw[block].copy_(zq)
+    return Seen(columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
 
 
-def parts(zq: Tensor, zp: Tensor, scratch: Scratch) -> Iterator[tuple[slice | int, Block, Tensor | bool]]:
+def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
+    """Where the logits of ``raw`` are worked on: ``raw`` itself where it is them, else fp32 memory of ``name``."""
+    if head.is_plain and raw.dtype in (torch.float32, torch.float64):
+        return raw
+    dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
+    return scratch.of(name, raw.shape[0], raw.shape[1], raw, dtype)[: len(raw)]
+
+
+def parts(
+    zq: Tensor, raw_q: Tensor, raw_p: Tensor, capped: Tensor | None, teacher: LiveChunk, settings: Settings,
+    scratch: Scratch,
+) -> Iterator[tuple[slice | int, Block, Tensor | bool]]:  # fmt: skip
     """The rows of a block as closed forms see them, all at once or one by one; with where they are, and which of them
     have a finite teacher (True: all). A row whose teacher is not finite gets the student for a teacher.
+
+    zq [b, v] receives the student's logits, and capped [b, v] what the soft-cap made of them.
     """
     b, v = zq.shape
     single = zq.device.type == "cpu" and cached_rows(v, zq.dtype) < FEW_ROWS
-    p, q, spare = (
-        scratch.of(name, 1 if single else b, v, zq)[: 1 if single else b] for name in ("p", "q", "spare")
-    )
-    if not single:
-        inverse, norms, ordinary = exponentials((zq, zp), (q, p))
-        finite: Tensor | bool = True
-        if not ordinary:
-            finite = torch.isfinite(norms[1])
-            for ours, theirs in ((zp, zq), (p, q), (inverse[1], inverse[0]), (norms[1], norms[0])):
-                ours[~finite] = theirs[~finite]
-        q.mul_(inverse[0])
-        p.mul_(inverse[1])
-        norm_q, norm_p = norms[:, :, None]
-        yield slice(0, b), Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
-        return
-    p, q, spare = p[0], q[0], spare[0]
-    for i, (ours, theirs) in enumerate(zip(zq.unbind(), zp.unbind(), strict=True)):
-        norm_q, norm_p, good = softmax_row(ours, q), softmax_row(theirs, p), True
-        if not math.isfinite(norm_p):
-            theirs.copy_(ours)
-            p.copy_(q)
-            norm_p, good = norm_q, False
-        yield i, Block(theirs, ours, norm_q, norm_p, p, q, out=ours, spare=spare), good
+    step = 1 if single else b
+    p, q, spare = (scratch.of(name, step, v, zq)[:step] for name in ("p", "q", "spare"))
+    forbids = settings.head.bias is not None or teacher.head.bias is not None
+    for start in range(0, b, step):
+        at = slice(start, start + step)
+        ours = finished(settings.head, raw_q[at], zq[at])
+        zp = widening(teacher.head, raw_p[at], "zp", scratch)
+        theirs = finished(teacher.head, raw_p[at], zp)
+        if capped is not None:
+            capped[at] = ours
+        for z in (ours, theirs):
+            if settings.temperature != 1.0:
+                z.div_(settings.temperature)
+            if teacher.unshared is not None:
+                z.masked_fill_(teacher.unshared, IMPOSSIBLE)
+        if single:
+            part, finite = one_row(ours[0], theirs[0], p[0], q[0], spare[0])
+        else:
+            part, finite = many_rows(ours, theirs, p, q, spare)
+        if forbids:
+            floor(part)
+        yield (start if single else at), part, finite
+
+
+def finished(head: Head, raw: Tensor, out: Tensor) -> Tensor:
+    """The logits of ``raw`` in ``out``, which may be its memory."""
+    if not head.is_plain:
+        return out.copy_(head.finish(raw))
+    return out if out.data_ptr() == raw.data_ptr() else out.copy_(raw)
+
+
+def many_rows(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tuple[Block, Tensor | bool]:
+    """Rows that are worked on at once, [b, v] each, and which of them have a finite teacher."""
+    inverse, norms, ordinary = exponentials((zq, zp), (q, p))
+    finite: Tensor | bool = True
+    if not ordinary:
+        finite = torch.isfinite(norms[1])
+        for ours, theirs in ((zp, zq), (p, q), (inverse[1], inverse[0]), (norms[1], norms[0])):
+            ours[~finite] = theirs[~finite]
+    q.mul_(inverse[0])
+    p.mul_(inverse[1])
+    norm_q, norm_p = norms[:, :, None]
+    return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
+
+
+def one_row(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tuple[Block, bool]:
+    """A row on its own, [v] each, and whether its teacher is finite."""
+    norm_q, norm_p = softmax_row(zq, q), softmax_row(zp, p)
+    finite = math.isfinite(norm_p)
+    if not finite:
+        zp.copy_(zq)
+        p.copy_(q)
+        norm_p = norm_q
+    return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
 
 
 def floor(block: Block) -> None:
@@ -175,10 +214,10 @@ def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:
     """The softmax of a row in ``out``; returns the log-sum-exp, true to what ``out`` sums to.
 
     A row whose log-sum-exp is out of the ordinary is shifted by its maximum, in place; nan if it is not finite."""
-    mass = torch.exp(z, out=out).sum().item()
+    mass = exp_into(z, out).sum().item()
     if not math.exp(LOWEST) < mass < math.exp(HIGHEST):  # nan is not
         z.sub_(z.max())
-        mass = torch.exp(z, out=out).sum().item()
+        mass = exp_into(z, out).sum().item()
         if not mass > 0.0 or math.isinf(mass):
             return math.nan
     inverse = 1.0 / mass if z.dtype == torch.float64 else ctypes.c_float(1.0 / mass).value
@@ -186,23 +225,21 @@ def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:
     return -math.log(inverse)
 
 
-def statistic(name: str, block: Block, at: slice | int, top: Tensor | None, label: Tensor | None) -> Column:
-    """One of ``STATISTICS`` of the rows ``at`` of a block; until the closed form has run."""
+def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None) -> Column:
+    """One of ``STATISTICS`` of the rows of a block with their ``top`` and ``label``; until the closed form has run."""
     width = block.q.shape[-1]
     if name == "overlap":
         return total(torch.minimum(block.p, block.q, out=block.spare))
     if name == "student_top":
         assert top is not None
-        return top[at]
+        return top
     if name == "rank":
         assert top is not None
-        return rank(block, top[at])
+        return rank(block, top)
     if name == "label_rank":
         assert label is not None
-        known = (label[at] >= 0) & (label[at] < width)
-        return torch.where(
-            known, torch.as_tensor(rank(block, label[at].clamp(0, width - 1))).flatten(), width
-        )
+        known = (label >= 0) & (label < width)
+        return torch.where(known, torch.as_tensor(rank(block, label.clamp(0, width - 1))).flatten(), width)
     if name == "affinity":
         return total(torch.mul(block.p, block.q, out=block.spare).sqrt_())
     if name == "teacher_entropy":
@@ -210,6 +247,11 @@ def statistic(name: str, block: Block, at: slice | int, top: Tensor | None, labe
     if name == "student_entropy":
         return block.norm_q - dot(block.q, block.zq, block.spare)
     raise ConfigError(f"a verifier reads {name!r}; the statistics of a row are {', '.join(STATISTICS)}.")
+
+
+def top_of(block: Block) -> Int[Tensor, "*b"]:
+    """The student's own proposal in each row."""
+    return argmax(block.zq) if block.zq.ndim == 2 else argmax(block.zq[None])[0]
 
 
 def rank(block: Block, token: Int[Tensor, "*b"]) -> Column:
