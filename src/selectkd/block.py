@@ -114,7 +114,7 @@ def exp_into(z: Float[Tensor, "*b v"], out: Float[Tensor, "*b v"]) -> Float[Tens
     """e^z in ``out``.
 
     In fp32 on a processor of AMD as 2^(z log2 e): there torch's exp, which is Intel's library, takes
-    twice as long. Its relative error is z times 2^-24 more.
+    twice as long. Its relative error is up to |z| 1e-7 more.
     """
     if z.dtype == torch.float32 and z.device.type == "cpu" and exp2_is_faster():
         return torch.mul(z, LOG2_E, out=out).exp2_()
