@@ -16,10 +16,18 @@ from selectkd.errors import DataError
 from selectkd.evals.code import exercise, pass_at_k, program
 from selectkd.evals.judging import Protocol
 from selectkd.evals.judging.instruct import answered, judged, read_requests
+from selectkd.evals.memory import Memory
 from selectkd.evals.run_suite import Scores, compared, interval_of
 from selectkd.evals.sandbox import level
 from selectkd.evals.suites import arithmetic
 from selectkd.models.load import load_model
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test keeps its answers in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
 
 CONTRACT = {"task", "metric", "value", "low", "high", "n", "settings"}
 
@@ -196,6 +204,8 @@ def test_instruct_is_judged_in_both_orders_by_whoever_judges(tiny_run: Path, tmp
                 mark = text.split("with the mark ")[1][:20]
                 heard(index, f"{mark} verdict: 1")
 
-    rows, seen = judged("m", "alpaca_eval", pairs, Always(), rules, memory=memory, seed=0, settings={})
+    rows, seen = judged(
+        "m", "alpaca_eval", pairs, Always(), rules, memory=Memory.opened(memory), seed=0, settings={}
+    )
     assert seen.ties == 2 and [row["metric"] for row in rows] == ["win_rate", "length_controlled_win_rate"]
     assert rows[0]["value"] == 0.5 and rows[0]["settings"]["judge"] == "always the first"
