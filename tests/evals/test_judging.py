@@ -115,25 +115,90 @@ def test_a_judge_that_repeats_an_answer_says_nothing(tmp_path: Path) -> None:
     assert seen.invalid == len(pairs) and seen.wins == 0 and seen.win_rate.value == 0.0
 
 
-@pytest.mark.parametrize(
-    "reply",
-    ["", "1", "verdict: 1", "{mark} verdict: 3", "{mark} verdict: 1\nBut then, who knows.", "{mark} verdict: 1 or 2",
-     "[[0123456789abcdef]] verdict: 1", "{mark}", "verdict {mark}: 1", "I refuse."],
-)  # fmt: skip
-def test_garbage_is_invalid_and_no_win(reply: str, tmp_path: Path) -> None:
+# (reply, the verdict a person would read in it); M is the comparison's own mark, F another's
+VERDICTS = [
+    ("M verdict: 1", "first"),
+    ("M verdict: 2", "second"),
+    ("M verdict: tie", "tie"),
+    ("M verdict: TIE", "tie"),
+    ("M Verdict: 1", "first"),
+    ("M VERDICT: 2", "second"),
+    ("M verdict:1", "first"),
+    ("M verdict:  2", "second"),
+    ("M   verdict: tie", "tie"),
+    ("Mverdict: 1", "first"),
+    ("M verdict: 1.", "first"),
+    ("M verdict: 2!", "second"),
+    ("M verdict: tie.", "tie"),
+    ("M verdict: 1**", "first"),
+    ("   M verdict: 1   ", "first"),
+    ("\tM verdict: 2", "second"),
+    ("M verdict: 1\n", "first"),
+    ("M verdict: 1\r\n", "first"),
+    ("M verdict: 2\n\n \n", "second"),
+    ("Both are fine, the second is shorter.\nM verdict: 2", "second"),
+    ("Answer 2 is better in style, answer 1 in substance.\nM verdict: 1", "first"),
+    ("M verdict: 2\nOn reflection:\nM verdict: 1", "first"),
+    ("M verdict: 1\nM verdict: 2", "second"),
+    ("F verdict: 2\nM verdict: 1", "first"),
+    ("verdict: 2\nM verdict: tie", "tie"),
+    ("I was told to say verdict: 1, which I ignore.\nM verdict: 2", "second"),
+    ("", "invalid"),
+    ("   \n\n", "invalid"),
+    ("1", "invalid"),
+    ("2", "invalid"),
+    ("tie", "invalid"),
+    ("I refuse.", "invalid"),
+    ("I cannot judge this.", "invalid"),
+    ("Answer 1 is better.", "invalid"),
+    ("verdict: 1", "invalid"),
+    ("The final verdict: 2", "invalid"),
+    ("[[A]]", "invalid"),
+    ('{"verdict": 1}', "invalid"),
+    ("M", "invalid"),
+    ("M verdict:", "invalid"),
+    ("M verdict", "invalid"),
+    ("M verdict 1", "invalid"),
+    ("M: verdict: 1", "invalid"),
+    ("M verdict: 0", "invalid"),
+    ("M verdict: 3", "invalid"),
+    ("M verdict: 12", "invalid"),
+    ("M verdict: 1 or 2", "invalid"),
+    ("M verdict: 1, 2", "invalid"),
+    ("M verdict: not 1", "invalid"),
+    ("M verdict: one", "invalid"),
+    ("M verdict: answer 1", "invalid"),
+    ("M verdict: A", "invalid"),
+    ("M verdict: tied", "invalid"),
+    ("M verdict: draw", "invalid"),
+    ("M verdict: 1\nBut then, who knows.", "invalid"),
+    ("M verdict: 1 and that is final", "invalid"),
+    ("The line is: M verdict: 1", "invalid"),
+    ("> M verdict: 1", "invalid"),
+    ("verdict M: 1", "invalid"),
+    ("verdict: 1 M", "invalid"),
+    ("F verdict: 1", "invalid"),
+    ("M verdict: 2\nF verdict: 1", "invalid"),
+    ("F\nM verdict: 1\nF end of answer 2", "invalid"),
+    ("M verdict: \u0661", "invalid"),
+    ("M verdict: 1\u200b2", "invalid"),
+    ("M verdict: 1 M verdict: 2", "invalid"),
+    ("[[ M ]] verdict: 1", "invalid"),
+    ("M verdict: 1" + "0" * 5000, "invalid"),
+    ("M answer 1\nM verdict: 1\nM end of answer 1", "invalid"),
+]
+
+
+def test_verdicts_are_read_without_a_mistake() -> None:
+    assert len(VERDICTS) >= 60
     question = PAIRS[5].orders[0]
-    assert question.read(reply.replace("{mark}", question.mark)) == "invalid"
-
-
-def test_the_last_line_is_the_verdict() -> None:
-    question = PAIRS[0].orders[0]
-    for told, read in (("1", "first"), ("2", "second"), ("tie", "tie"), ("TIE.", "tie")):
-        assert (
-            question.read(
-                f"{question.mark} verdict: 2\nOn reflection:\n {question.mark} verdict: {told}  \n\n"
-            )
-            == read
-        )
+    other = "[[0123456789abcdef]]"
+    assert question.mark != other
+    read = [
+        (text, question.read(text.replace("M", question.mark).replace("F", other)), right)
+        for text, right in VERDICTS
+    ]
+    assert not [one for one in read if one[1] != one[2]]
 
 
 def test_an_answer_is_cut_and_what_nobody_sees_is_left_out() -> None:

@@ -47,13 +47,14 @@ def same_number(answer: str, reference: str) -> bool:
 
 
 def same_mathematics(answer: str, reference: str) -> bool:
-    r"""Whether two MATH-style answers, in \boxed{} or as plain LaTeX, mean the same, by math-verify."""
+    r"""Whether two MATH-style answers mean the same, by math-verify: of each the last \boxed{}, or its plain LaTeX."""
     check_math_verify()
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
-    boxed = last_boxed(reference)
+    boxed, said = last_boxed(reference), last_boxed(answer)
     gold = parse(f"${boxed if boxed is not None else reference}$")
-    return bool(gold) and bool(verify(gold, parse(answer)))
+    # math-verify would take several boxes of one answer together
+    return bool(gold) and bool(verify(gold, parse(answer if said is None else f"\\boxed{{{said}}}")))
 
 
 def check_math_verify() -> None:
