@@ -74,6 +74,20 @@ NUMBERS = [
     ("9" * 5000, "#### 42", False),
     ("\x00\u200b", "#### 42", False),
     ("The answer is 42 or 43, #### 43", "#### 42", False),
+    ("#### 4. Round it\n- 8.1 is 8\n\n#### 5. The final answer\n- It is 42.", "#### 42", True),
+    ("#### 42. Give the final answer\n- It is 8.", "#### 42", False),
+    ("#### Step 42: add\nThe answer is 8.", "#### 42", False),
+    ("#### Final answer\n\\boxed{42}", "#### 42", True),
+    ("#### 42\n\n#### 1. Check\nIt holds.", "#### 42", True),
+    ("#### $42$", "#### 42", True),
+    ("#### **42**", "#### 42", True),
+    ("#### \\(42\\)", "#### 42", True),
+    ("####42", "#### 42", True),
+    ("#### 42.", "#### 42", True),
+    ("#### 42.\nDone, in 3 steps.", "#### 42", True),
+    ("#### 42 apples", "#### 42", True),
+    ("#### -42", "#### 42", False),
+    ("#### .42", "#### 42", False),
 ]
 
 MATHEMATICS = [
