@@ -118,6 +118,7 @@ def evaluate(
 ) -> None:
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
     check_answer(json_file)
+    check_answer(answers, flag="--answers")
     if k > samples:
         raise ConfigError(f"--k {k} needs --samples {k} or more; it is {samples}.")
     if suite in ("perplexity", "instruct") and data is None:
@@ -280,7 +281,7 @@ def _instruct(
     memory: Memory,
     budget: Any,
 ) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.judging import PROTOCOLS, cost
+    from selectkd.evals.judging import PROTOCOLS, cost, unasked
     from selectkd.evals.judging.instruct import answered, judged, read_requests
     from selectkd.evals.runs import load_student
     from selectkd.evals.statistics import paired_bootstrap
@@ -297,14 +298,16 @@ def _instruct(
             loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, memory=memory, heard=heard
         )
     price_in, price_out, most = budget
-    questions = [one.text for of_model in pairs.values() for pair in of_model for one in pair.orders]
+    judge, rows, contests = voice(), [], {}
+    todo = unasked([pair for of_model in pairs.values() for pair in of_model], judge.name, memory)
+    questions = [one.text for one in todo.values()]
     into, out, dollars = cost(questions, price_in=price_in, price_out=price_out)
     told(
-        f"{len(questions)} verdicts: about {into:,} tokens to read and at most {out:,} to write, ${dollars:.2f}"
+        f"{len(questions)} verdicts to ask for: about {into:,} tokens to read and at most {out:,} to write, "
+        f"${dollars:.2f}"
     )
     if most is not None and dollars > most:
         raise ConfigError(f"${dollars:.2f} is above --max-cost {most:g}. Judge fewer requests with --limit.")
-    judge, rows, contests = voice(), [], {}
     settings = {"data": str(asked.data), "protocol": protocol, "dtype": dtype}
     for name, of_model in pairs.items():
         made, contests[name] = judged(

@@ -58,11 +58,8 @@ class Contest:
 
 def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 0) -> Contest:
     """Judges every pair in both orders. What is in ``memory`` is not asked again, whatever ended the run that asked."""
-    questions = [one for pair in pairs for one in pair.orders]
-    name = judge.name
-    keys = [key_of(name, one.text) for one in questions]
-    todo = {key: one for key, one in zip(keys, questions, strict=True) if key not in memory.known}
-    lock = threading.Lock()
+    name, lock = judge.name, threading.Lock()
+    todo = unasked(pairs, name, memory)
     wanted = list(todo)
 
     def heard(index: int, reply: str) -> None:
@@ -72,7 +69,7 @@ def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 
 
     if wanted:
         judge.ask([todo[key].text for key in wanted], heard)
-    verdicts: list[Choice] = [memory.known[key] for key in keys]
+    verdicts: list[Choice] = [memory.known[key_of(name, one.text)] for pair in pairs for one in pair.orders]
     scored = [score(one, two) for one, two in zip(verdicts[::2], verdicts[1::2], strict=True)]
     scores = [0.0 if one is None else one for one in scored]
     apart = [len(pair.answer) - len(pair.reference) for pair in pairs]
@@ -86,6 +83,12 @@ def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 
         invalid=scored.count(None),
         asked=len(wanted),
     )
+
+
+def unasked(pairs: Sequence[Pair], judge: str, memory: Memory) -> dict[str, Comparison]:
+    """The comparisons that ``memory`` holds no verdict of the judge on, by their keys; one that stands twice, once."""
+    every = {key_of(judge, one.text): one for pair in pairs for one in pair.orders}
+    return {key: one for key, one in every.items() if key not in memory.known}
 
 
 def score(answer_first: Choice, answer_second: Choice) -> float | None:
