@@ -147,7 +147,8 @@ def evaluate(
         rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
     elif suite == "harness":
         chosen = tuple(one.strip() for one in str(tasks).split(","))
-        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat)
+        kept = Memory.opened(memory)
+        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat, kept)
     else:
         rows, comparisons = _problems(names, asked, dtype, answers, Memory.opened(memory))
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
@@ -174,7 +175,7 @@ def _problems(
 
 def _harness(
     names: list[str], asked: Asked, dtype: str, answers: Path | None, tasks: tuple[str, ...], folder: Path | None,
-    shots: int | None, chat: bool,
+    shots: int | None, chat: bool, memory: Memory,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     from selectkd.evals.harness import Harness
     from selectkd.evals.runs import load_student
@@ -183,7 +184,7 @@ def _harness(
     manager = harness.prepared()
     scored: dict[str, list[Any]] = {}
     for name in names:
-        for one in harness.run(name, load_student(name, dtype=dtype), manager, heard=told):
+        for one in harness.run(name, load_student(name, dtype=dtype), manager, memory=memory, heard=told):
             scored.setdefault(f"{one.task} {one.metric}", []).append(one)
     return _kept_and_compared(scored, answers)
 
