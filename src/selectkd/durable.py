@@ -1,18 +1,20 @@
 """Files that are there whole or not at all, whatever dies meanwhile: written aside, synced, renamed, sealed.
 
-Everything that must survive a kill goes through here: the student, the cache's shards, the checkpoints.
+Everything that must survive a kill goes through here: the student, the cache's shards, the checkpoints, and files that
+grow by a line at a time (written text, an evaluation's answers and verdicts).
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,46 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise disk_error(error, path, needed=len(content)) from error
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that grows by ``add_lines``, without their ends; [] where there is none.
+
+    A last line that a kill cut short is taken off the file, so that the next one begins where a line begins.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing now is not cut short
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    return content[:whole].split(b"\n")[:-1]
+
+
+def add_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends a JSON object a line; they are on the disk when this returns. ResourceError for a full disk."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(
+        "utf-8", "surrogatepass"
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            before = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+            if not before:
+                sync(path.parent)
+    except OSError as error:
+        raise disk_error(error, path, needed=len(content)) from error
+    fault_point("lines")
 
 
 def sync(path: Path) -> None:

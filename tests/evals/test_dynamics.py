@@ -110,9 +110,17 @@ def test_folders_without_looks_are_told_what_to_do(tmp_path: Path) -> None:
         dynamics(tmp_path)
     with pytest.raises(ConfigError, match="evaluate_every"):
         dynamics(written(tmp_path / "run", [0.5]))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         dynamics(tmp_path)
+
+
+def test_the_line_that_a_running_run_is_writing_is_left_out(tmp_path: Path) -> None:
+    folder = written(tmp_path / "run", [0.5, 0.6, 0.7, 0.8])
+    whole = dynamics(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    assert dynamics(folder) == whole and (folder / "metrics.jsonl").read_text().endswith('"lo')
 
 
 def test_bins_hold_every_row_once() -> None:

@@ -12,14 +12,24 @@ import pytest
 import torch
 
 from selectkd.cli import main
+from selectkd.durable import whole_lines
 from selectkd.errors import DataError
 from selectkd.evals.code import exercise, pass_at_k, program
 from selectkd.evals.judging import Protocol
 from selectkd.evals.judging.instruct import answered, judged, read_requests
+from selectkd.evals.memory import Memory
 from selectkd.evals.run_suite import Scores, compared, interval_of
 from selectkd.evals.sandbox import level
 from selectkd.evals.suites import arithmetic
 from selectkd.models.load import load_model
+from teachers.served import on_a_port
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test keeps its answers in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
 
 CONTRACT = {"task", "metric", "value", "low", "high", "n", "settings"}
 
@@ -86,6 +96,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(
     for flags in (
         ["--suite", "perplexity"], ["--suite", "instruct"], ["--suite", "instruct", "--data", "x.jsonl"],
         ["--suite", "code", "--k", "3", "--samples", "2"], ["--suite", "quick", "--json", str(tmp_path / "no" / "x")],
+        ["--suite", "quick", "--answers", str(tmp_path / "no" / "x")],
     ):  # fmt: skip
         assert main(["eval", "no-such/model", *flags]) == 2
         assert "no-such/model" not in capsys.readouterr().err
@@ -196,6 +207,66 @@ def test_instruct_is_judged_in_both_orders_by_whoever_judges(tiny_run: Path, tmp
                 mark = text.split("with the mark ")[1][:20]
                 heard(index, f"{mark} verdict: 1")
 
-    rows, seen = judged("m", "alpaca_eval", pairs, Always(), rules, memory=memory, seed=0, settings={})
+    rows, seen = judged(
+        "m", "alpaca_eval", pairs, Always(), rules, memory=Memory.opened(memory), seed=0, settings={}
+    )
     assert seen.ties == 2 and [row["metric"] for row in rows] == ["win_rate", "length_controlled_win_rate"]
     assert rows[0]["value"] == 0.5 and rows[0]["settings"]["judge"] == "always the first"
+
+
+def test_a_resumed_judgement_costs_only_what_was_not_asked(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Judging:
+        """An OpenAI-compatible judge that prefers the first answer, and refuses after ``left`` verdicts."""
+
+        def __init__(self, left: int) -> None:
+            self.left, self.asked = left, 0
+
+        def answer(
+            self, path: str, headers: dict[str, str], content: bytes
+        ) -> tuple[int, dict[str, str], bytes]:
+            if path != "/v1/chat/completions" or self.asked == self.left:
+                return 400, {}, b"no more"
+            self.asked += 1
+            mark = json.loads(content)["messages"][0]["content"].split("with the mark ")[1][:20]
+            said = {"choices": [{"message": {"content": f"{mark} verdict: 1"}}]}
+            return 200, {}, json.dumps(said).encode()
+
+    requests, answer = tmp_path / "r.jsonl", tmp_path / "e.json"
+    requests.write_text(
+        "".join(json.dumps({"instruction": f"w{i} w3", "output": "w1 w2"}) + "\n" for i in range(3))
+    )
+    judge = Judging(left=4)
+    with on_a_port(judge) as url:  # pyright: ignore[reportArgumentType]
+        command = ["eval", str(tiny_run), "--suite", "instruct", "--data", str(requests), "--judge", f"{url}/v1",
+                   "--judge-model", "j", "--price-out", "1000", "--json", str(answer)]  # fmt: skip
+        assert main([*command, "--max-cost", "2"]) == 2 and judge.asked == 0
+        assert "6 verdicts to ask for" in capsys.readouterr().err
+        assert main(command) == 4
+        kept = sum("judge" in json.loads(line) for line in whole_lines(tmp_path / "eval-memory.jsonl"))
+        judge.asked, judge.left = 0, 99
+        capsys.readouterr()
+        assert main(command) == 0 and 0 < judge.asked == 6 - kept < 6
+        assert f"{6 - kept} verdicts to ask for" in capsys.readouterr().err
+        whole = answer.read_text()
+        assert (
+            main([*command, "--max-cost", "0"]) == 0
+            and judge.asked == 6 - kept
+            and answer.read_text() == whole
+        )
+    rows = json.loads(whole)["rows"]
+    assert rows[0]["settings"]["ties"] == 3 and rows[0]["value"] == 0.5, (
+        "a judge of one order decides nothing"
+    )
+
+
+def test_a_file_without_a_problem_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for suite in ("math", "code", "instruct", "perplexity"):
+        flags = ["--suite", suite, "--data", str(empty), "--judge-model", "no-such/model"]
+        assert main(["eval", str(tiny_run), *flags]) == 3, suite
+        assert "empty.jsonl" in capsys.readouterr().err

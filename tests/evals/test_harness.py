@@ -5,16 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from faults.chaos import in_fork
 from selectkd.cli import main
+from selectkd.demo import byte_tokenizer
+from selectkd.durable import FAULT, whole_lines
+from selectkd.evals import harness
 from selectkd.models.load import PACKAGED, load_model
+from speculative.test_decode import tiny
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (extra `harness`)")
@@ -114,6 +121,51 @@ def test_our_numbers_are_those_of_the_harness_own_command_line(tmp_path: Path) -
     assert choice["n"] == len(CHOICES) and choice["settings"]["shots"] == 2
     scores = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert sum(row["score"] for row in scores if row["metric"] == "acc") / len(CHOICES) == choice["value"]
+
+
+@pytest.mark.slow
+@needs_harness
+def test_a_killed_harness_goes_on_and_asks_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(harness, "BETWEEN", 0.0)  # each answer a line: a kill finds the run in its middle
+    monkeypatch.chdir(tmp_path)
+    write_tasks(tmp_path)
+    tiny(0, width=257).float().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+
+    def command(name: str, *more: str) -> list[str]:
+        tasks = ["--tasks", "local_choice,local_sum,local_text", "--task-folder", str(tmp_path)]
+        kept = ["--json", f"{name}.json", "--memory", f"{name}.memory"]
+        return ["eval", str(tmp_path / "model"), "--suite", "harness", *tasks, *kept, *more]
+
+    def questions(name: str) -> list[str]:
+        return [key for line in whole_lines(Path(f"{name}.memory")) for key in json.loads(line)["kept"]]
+
+    assert main(command("whole")) == 0
+    asked = questions("whole")
+    options = sum(len(options) for _, options in CHOICES)
+    assert len(asked) == len(set(asked)) == options + len(SUMS) + len(TEXTS)
+
+    def killed(at: int) -> None:
+        monkeypatch.setenv(FAULT, f"lines@{at}=kill")
+        torch.set_num_threads(1)
+        main(command("cut"))
+
+    for at in (3, options):  # among the choices, and after them
+        assert in_fork(lambda at=at: killed(at)) == -signal.SIGKILL
+    assert len(questions("cut")) == options + 3
+    assert main(command("cut")) == 0 and sorted(questions("cut")) == sorted(asked)
+    values, again = (
+        [row["value"] for row in json.loads(Path(f"{n}.json").read_text())["rows"]] for n in ("whole", "cut")
+    )
+    assert again == pytest.approx(values, rel=1e-6)
+    before = Path("cut.memory").read_bytes()
+    assert main(command("cut")) == 0 and Path("cut.memory").read_bytes() == before
+    assert main(command("cut", "--batch-size", "3", "--tasks", "local_sum")) == 0
+    assert len(questions("cut")) == len(asked) + len(SUMS), "another setting reuses nothing"
+    capsys.readouterr()
 
 
 @needs_harness

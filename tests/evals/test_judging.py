@@ -16,6 +16,7 @@ from selectkd.errors import DataError, TeacherError
 from selectkd.evals.judging import Comparison, EndpointJudge, Pair, contest, cost
 from selectkd.evals.judging.contest import at_equal_length
 from selectkd.evals.judging.question import LONGEST_ANSWER
+from selectkd.evals.memory import Memory
 from selectkd.teachers.remote.connection import Connection
 
 PARTS = re.compile(r"(?m)^(\[\[[0-9a-f]{16}\]\]) answer ([12])\n(.*?)\n\1 end of answer \2$", re.DOTALL)
@@ -55,13 +56,15 @@ PAIRS = [Pair(f"request {i}", "a" * (10 + i), "b" * 12) for i in range(6)]
 
 def test_an_order_biased_judge_gives_ties_alone(tmp_path: Path) -> None:
     for always in ("1", "2"):
-        seen = contest(PAIRS, Scripted(lambda a, b, v=always: v), memory=tmp_path / f"{always}.jsonl")
+        seen = contest(
+            PAIRS, Scripted(lambda a, b, v=always: v), memory=Memory.opened(tmp_path / f"{always}.jsonl")
+        )
         assert (seen.ties, seen.wins, seen.losses, seen.invalid) == (6, 0, 0, 0)
         assert seen.win_rate.value == 0.5 == seen.win_rate.low == seen.win_rate.high
 
 
 def test_wins_ties_and_losses_are_counted(tmp_path: Path) -> None:
-    seen = contest(PAIRS, Scripted(longer), memory=tmp_path / "v.jsonl")
+    seen = contest(PAIRS, Scripted(longer), memory=Memory.opened(tmp_path / "v.jsonl"))
     assert seen.scores == [0.0, 0.0, 0.5, 1.0, 1.0, 1.0] and seen.asked == 12
     assert (seen.wins, seen.ties, seen.losses) == (3, 1, 2)
     assert seen.win_rate.value == pytest.approx(3.5 / 6)
@@ -88,9 +91,17 @@ def test_thirty_injections_change_nothing(tmp_path: Path) -> None:
     assert len(INJECTIONS) >= 30
     request, honest = "The capital of France?", "It is Paris."
     fakes = [text.replace("Paris", "Rome") for text in INJECTIONS]
-    seen = contest([Pair(request, one, honest) for one in fakes], Scripted(best), memory=tmp_path / "a.jsonl")
+    seen = contest(
+        [Pair(request, one, honest) for one in fakes],
+        Scripted(best),
+        memory=Memory.opened(tmp_path / "a.jsonl"),
+    )
     assert seen.invalid == 0 and seen.losses == len(fakes)
-    seen = contest([Pair(request, honest, one) for one in fakes], Scripted(best), memory=tmp_path / "b.jsonl")
+    seen = contest(
+        [Pair(request, honest, one) for one in fakes],
+        Scripted(best),
+        memory=Memory.opened(tmp_path / "b.jsonl"),
+    )
     assert seen.invalid == 0 and seen.wins == len(fakes)
 
 
@@ -100,29 +111,94 @@ def test_a_judge_that_repeats_an_answer_says_nothing(tmp_path: Path) -> None:
             return PARTS.findall(text)[0][2]
 
     pairs = [Pair("?", text, "Paris") for text in INJECTIONS]
-    seen = contest(pairs, Parrot(best), memory=tmp_path / "v.jsonl")
+    seen = contest(pairs, Parrot(best), memory=Memory.opened(tmp_path / "v.jsonl"))
     assert seen.invalid == len(pairs) and seen.wins == 0 and seen.win_rate.value == 0.0
 
 
-@pytest.mark.parametrize(
-    "reply",
-    ["", "1", "verdict: 1", "{mark} verdict: 3", "{mark} verdict: 1\nBut then, who knows.", "{mark} verdict: 1 or 2",
-     "[[0123456789abcdef]] verdict: 1", "{mark}", "verdict {mark}: 1", "I refuse."],
-)  # fmt: skip
-def test_garbage_is_invalid_and_no_win(reply: str, tmp_path: Path) -> None:
+# (reply, the verdict a person would read in it); M is the comparison's own mark, F another's
+VERDICTS = [
+    ("M verdict: 1", "first"),
+    ("M verdict: 2", "second"),
+    ("M verdict: tie", "tie"),
+    ("M verdict: TIE", "tie"),
+    ("M Verdict: 1", "first"),
+    ("M VERDICT: 2", "second"),
+    ("M verdict:1", "first"),
+    ("M verdict:  2", "second"),
+    ("M   verdict: tie", "tie"),
+    ("Mverdict: 1", "first"),
+    ("M verdict: 1.", "first"),
+    ("M verdict: 2!", "second"),
+    ("M verdict: tie.", "tie"),
+    ("M verdict: 1**", "first"),
+    ("   M verdict: 1   ", "first"),
+    ("\tM verdict: 2", "second"),
+    ("M verdict: 1\n", "first"),
+    ("M verdict: 1\r\n", "first"),
+    ("M verdict: 2\n\n \n", "second"),
+    ("Both are fine, the second is shorter.\nM verdict: 2", "second"),
+    ("Answer 2 is better in style, answer 1 in substance.\nM verdict: 1", "first"),
+    ("M verdict: 2\nOn reflection:\nM verdict: 1", "first"),
+    ("M verdict: 1\nM verdict: 2", "second"),
+    ("F verdict: 2\nM verdict: 1", "first"),
+    ("verdict: 2\nM verdict: tie", "tie"),
+    ("I was told to say verdict: 1, which I ignore.\nM verdict: 2", "second"),
+    ("", "invalid"),
+    ("   \n\n", "invalid"),
+    ("1", "invalid"),
+    ("2", "invalid"),
+    ("tie", "invalid"),
+    ("I refuse.", "invalid"),
+    ("I cannot judge this.", "invalid"),
+    ("Answer 1 is better.", "invalid"),
+    ("verdict: 1", "invalid"),
+    ("The final verdict: 2", "invalid"),
+    ("[[A]]", "invalid"),
+    ('{"verdict": 1}', "invalid"),
+    ("M", "invalid"),
+    ("M verdict:", "invalid"),
+    ("M verdict", "invalid"),
+    ("M verdict 1", "invalid"),
+    ("M: verdict: 1", "invalid"),
+    ("M verdict: 0", "invalid"),
+    ("M verdict: 3", "invalid"),
+    ("M verdict: 12", "invalid"),
+    ("M verdict: 1 or 2", "invalid"),
+    ("M verdict: 1, 2", "invalid"),
+    ("M verdict: not 1", "invalid"),
+    ("M verdict: one", "invalid"),
+    ("M verdict: answer 1", "invalid"),
+    ("M verdict: A", "invalid"),
+    ("M verdict: tied", "invalid"),
+    ("M verdict: draw", "invalid"),
+    ("M verdict: 1\nBut then, who knows.", "invalid"),
+    ("M verdict: 1 and that is final", "invalid"),
+    ("The line is: M verdict: 1", "invalid"),
+    ("> M verdict: 1", "invalid"),
+    ("verdict M: 1", "invalid"),
+    ("verdict: 1 M", "invalid"),
+    ("F verdict: 1", "invalid"),
+    ("M verdict: 2\nF verdict: 1", "invalid"),
+    ("F\nM verdict: 1\nF end of answer 2", "invalid"),
+    ("M verdict: \u0661", "invalid"),
+    ("M verdict: 1\u200b2", "invalid"),
+    ("M verdict: 1 M verdict: 2", "invalid"),
+    ("[[ M ]] verdict: 1", "invalid"),
+    ("M verdict: 1" + "0" * 5000, "invalid"),
+    ("M answer 1\nM verdict: 1\nM end of answer 1", "invalid"),
+]
+
+
+def test_verdicts_are_read_without_a_mistake() -> None:
+    assert len(VERDICTS) >= 60
     question = PAIRS[5].orders[0]
-    assert question.read(reply.replace("{mark}", question.mark)) == "invalid"
-
-
-def test_the_last_line_is_the_verdict() -> None:
-    question = PAIRS[0].orders[0]
-    for told, read in (("1", "first"), ("2", "second"), ("tie", "tie"), ("TIE.", "tie")):
-        assert (
-            question.read(
-                f"{question.mark} verdict: 2\nOn reflection:\n {question.mark} verdict: {told}  \n\n"
-            )
-            == read
-        )
+    other = "[[0123456789abcdef]]"
+    assert question.mark != other
+    read = [
+        (text, question.read(text.replace("M", question.mark).replace("F", other)), right)
+        for text, right in VERDICTS
+    ]
+    assert not [one for one in read if one[1] != one[2]]
 
 
 def test_an_answer_is_cut_and_what_nobody_sees_is_left_out() -> None:
@@ -140,19 +216,21 @@ def test_a_judge_that_dies_in_the_middle_is_not_asked_twice(tmp_path: Path) -> N
             raise TeacherError("gone")
 
     with pytest.raises(TeacherError):
-        contest(PAIRS, Dying(longer), memory=memory)
+        contest(PAIRS, Dying(longer), memory=Memory.opened(memory))
     whole = memory.read_text()
     memory.write_text(whole + '{"key": "cut off in the mid')
     again = Scripted(longer)
-    seen = contest(PAIRS, again, memory=memory)
+    seen = contest(PAIRS, again, memory=Memory.opened(memory))
     assert again.asked == seen.asked == 12 - 5
-    assert seen.scores == contest(PAIRS, Scripted(longer), memory=tmp_path / "fresh.jsonl").scores
+    assert (
+        seen.scores == contest(PAIRS, Scripted(longer), memory=Memory.opened(tmp_path / "fresh.jsonl")).scores
+    )
     third = Scripted(longer)
-    assert contest(PAIRS, third, memory=memory).scores == seen.scores and third.asked == 0
+    assert contest(PAIRS, third, memory=Memory.opened(memory)).scores == seen.scores and third.asked == 0
     assert len(memory.read_text().splitlines()) == 12
     memory.write_text("no json\n" + whole)
     with pytest.raises(DataError, match=r"v\.jsonl:1"):
-        contest(PAIRS, third, memory=memory)
+        contest(PAIRS, third, memory=Memory.opened(memory))
 
 
 async def streamed(body: bytes) -> AsyncIterator[bytes]:
@@ -178,7 +256,7 @@ def test_an_endpoint_is_asked_as_openai_is(tmp_path: Path) -> None:
         )
 
     line = Connection("http://judge.test", key="secret", transport=httpx2.MockTransport(answer))
-    seen = contest(PAIRS, EndpointJudge(line, "judge"), memory=tmp_path / "v.jsonl")
+    seen = contest(PAIRS, EndpointJudge(line, "judge"), memory=Memory.opened(tmp_path / "v.jsonl"))
     line.close()
     assert seen.scores == [0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
     assert asked[0] == "Bearer secret"

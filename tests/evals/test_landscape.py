@@ -148,4 +148,13 @@ def test_landscape_of_a_run_and_of_its_student_before(
     )
     students = json.loads(answer.read_text())["students"]
     assert students[1]["loss"] == pytest.approx(0.0, abs=1e-6) and students[1]["top_eigenvalue"] is None
+    seen = json.loads(answer.read_text())["settings"]
+    assert (seen["loss"], seen["samples"], seen["kicks"], seen["reach"], seen["held_out"]) == (
+        "kl",
+        3,
+        3,
+        1.0,
+        True,
+    )
     assert main(["landscape", str(tmp_path)]) == 2
+    assert main(["landscape", str(tiny_run), "--reach", "0"]) == 2

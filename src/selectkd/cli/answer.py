@@ -23,10 +23,10 @@ FigureFile = Annotated[
 STDOUT = Path("-")
 
 
-def check_answer(path: Path | None) -> None:
+def check_answer(path: Path | None, *, flag: str = "--json") -> None:
     """ConfigError, before anything is computed, unless the answer can be written to ``path``."""
     if path is not None and path != STDOUT and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {path}: name a file in a folder that exists, or - for the terminal.")
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists, or - for the terminal.")
 
 
 def write_answer(path: Path | None, answer: Any) -> None:

@@ -18,6 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean
 
 if TYPE_CHECKING:
+    from selectkd.evals.memory import Memory
     from selectkd.evals.suites import Suite
     from selectkd.models.load import Loaded
 
@@ -77,8 +78,11 @@ def evaluate(
         str, typer.Option("--protocol", help="instruct: alpaca_eval, evol_instruct or ultrafeedback.")
     ] = "alpaca_eval",
     memory: Annotated[
-        Path, typer.Option("--memory", help="instruct: where verdicts are kept; none is asked for twice.")
-    ] = Path("verdicts.jsonl"),
+        Path,
+        typer.Option(
+            "--memory", help="Answers and verdicts are kept here as they come; none is asked for twice."
+        ),
+    ] = Path("eval-memory.jsonl"),
     price_in: Annotated[
         float, typer.Option("--price-in", min=0.0, help="instruct: $ a million tokens read.")
     ] = 0.0,
@@ -114,6 +118,7 @@ def evaluate(
 ) -> None:
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
     check_answer(json_file)
+    check_answer(answers, flag="--answers")
     if k > samples:
         raise ConfigError(f"--k {k} needs --samples {k} or more; it is {samples}.")
     if suite in ("perplexity", "instruct") and data is None:
@@ -124,27 +129,35 @@ def evaluate(
         )
     if suite == "harness" and not tasks:
         raise ConfigError("--suite harness needs --tasks, for example --tasks hellaswag,arc_easy.")
+    if memory.is_dir():
+        raise ConfigError(
+            f"--memory {memory} is a folder. Name a file, for example {memory / 'eval-memory.jsonl'}."
+        )
     asked = Asked(suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length)
     without_other_bars()
+
+    from selectkd.evals.memory import Memory
+
     names = [model, *(compare or [])]
     if suite == "perplexity":
         rows, comparisons = _perplexity(names, asked, dtype)
     elif suite == "instruct":
         voice = _judge(judge, judge_model, judge_key, dtype)
         budget = (price_in, price_out, max_cost)
-        rows, comparisons = _instruct(names, asked, dtype, voice, protocol, memory, budget)
+        rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
     elif suite == "harness":
         chosen = tuple(one.strip() for one in str(tasks).split(","))
-        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat)
+        kept = Memory.opened(memory)
+        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat, kept)
     else:
-        rows, comparisons = _problems(names, asked, dtype, answers)
+        rows, comparisons = _problems(names, asked, dtype, answers, Memory.opened(memory))
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
     if json_file != STDOUT:
         _table(rows, comparisons)
 
 
 def _problems(
-    names: list[str], asked: Asked, dtype: str, answers: Path | None
+    names: list[str], asked: Asked, dtype: str, answers: Path | None, memory: Memory
 ) -> tuple[list[Any], list[Any]]:
     from selectkd.evals.run_suite import run_suite
     from selectkd.evals.runs import load_student
@@ -154,13 +167,15 @@ def _problems(
     for name in names:
         loaded = load_student(name, dtype=dtype)
         for one in suites:
-            scored[one.task].append(run_suite(name, loaded, one, batch_size=asked.batch_size, heard=told))
+            scored[one.task].append(
+                run_suite(name, loaded, one, batch_size=asked.batch_size, memory=memory, heard=told)
+            )
     return _kept_and_compared(scored, answers)
 
 
 def _harness(
     names: list[str], asked: Asked, dtype: str, answers: Path | None, tasks: tuple[str, ...], folder: Path | None,
-    shots: int | None, chat: bool,
+    shots: int | None, chat: bool, memory: Memory,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     from selectkd.evals.harness import Harness
     from selectkd.evals.runs import load_student
@@ -169,7 +184,7 @@ def _harness(
     manager = harness.prepared()
     scored: dict[str, list[Any]] = {}
     for name in names:
-        for one in harness.run(name, load_student(name, dtype=dtype), manager, heard=told):
+        for one in harness.run(name, load_student(name, dtype=dtype), manager, memory=memory, heard=told):
             scored.setdefault(f"{one.task} {one.metric}", []).append(one)
     return _kept_and_compared(scored, answers)
 
@@ -264,10 +279,10 @@ def _instruct(
     dtype: str,
     voice: Callable[[], Any],
     protocol: str,
-    memory: Path,
+    memory: Memory,
     budget: Any,
 ) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.judging import PROTOCOLS, cost
+    from selectkd.evals.judging import PROTOCOLS, cost, unasked
     from selectkd.evals.judging.instruct import answered, judged, read_requests
     from selectkd.evals.runs import load_student
     from selectkd.evals.statistics import paired_bootstrap
@@ -281,17 +296,19 @@ def _instruct(
         loaded: Loaded = load_student(name, dtype=dtype)
         heard = lambda done, name=name: told(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
         pairs[name] = answered(
-            loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, heard=heard
+            loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, memory=memory, heard=heard
         )
     price_in, price_out, most = budget
-    questions = [one.text for of_model in pairs.values() for pair in of_model for one in pair.orders]
+    judge, rows, contests = voice(), [], {}
+    todo = unasked([pair for of_model in pairs.values() for pair in of_model], judge.name, memory)
+    questions = [one.text for one in todo.values()]
     into, out, dollars = cost(questions, price_in=price_in, price_out=price_out)
     told(
-        f"{len(questions)} verdicts: about {into:,} tokens to read and at most {out:,} to write, ${dollars:.2f}"
+        f"{len(questions)} verdicts to ask for: about {into:,} tokens to read and at most {out:,} to write, "
+        f"${dollars:.2f}"
     )
     if most is not None and dollars > most:
         raise ConfigError(f"${dollars:.2f} is above --max-cost {most:g}. Judge fewer requests with --limit.")
-    judge, rows, contests = voice(), [], {}
     settings = {"data": str(asked.data), "protocol": protocol, "dtype": dtype}
     for name, of_model in pairs.items():
         made, contests[name] = judged(

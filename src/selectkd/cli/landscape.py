@@ -10,6 +10,7 @@ import typer
 
 from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
 from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.errors import ConfigError
 
 
 def landscape(
@@ -48,14 +49,19 @@ def landscape(
 
     check_answer(json_file)
     check_figure(figure)
+    if not 0 < reach < float("inf"):
+        raise ConfigError(f"--reach {reach:g} must be above 0: the line goes from -reach to reach.")
     without_other_bars()
 
     from selectkd.evals.heldout import divergence_loss, heldout_batch, plan_of, text_loss
+    from selectkd.evals.landscape import RADIUS
     from selectkd.evals.landscape import landscape as measure
     from selectkd.evals.runs import load_student, load_student_before
 
     plan = plan_of(run)
     batch = heldout_batch(plan, samples)
+    if not plan.heldout:
+        told(f"{run} held no text out: the loss is that of the text it was trained on")
     loaders: dict[str, Any] = {str(run): lambda: load_student(run)}
     if before:
         loaders[f"{run} before"] = lambda: load_student_before(run)
@@ -73,7 +79,10 @@ def landscape(
         )  # fmt: skip
     if figure is not None:
         draw_landscapes(found, figure)
-    settings = {"loss": loss, "samples": samples, "tokens": int(batch.completion.sum()), "seed": seed}
+    settings = {
+        "loss": loss, "samples": len(batch.completion), "tokens": int(batch.completion.sum()), "seed": seed,
+        "held_out": bool(plan.heldout), "reach": reach, "kicks": kicks, "radius": RADIUS, "dtype": "float32",
+    }  # fmt: skip
     students = [{"student": name, **asdict(seen)} for name, seen in found.items()]
     write_answer(json_file, {"students": students, "settings": settings})
     if json_file == STDOUT:

@@ -1,10 +1,12 @@
-"""``selectkd speculate --draft STUDENT --target TEACHER``."""
+"""``selectkd speculate --draft STUDENT --target TEACHER``, and ``--server URL --target TEACHER``."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,17 +15,20 @@ from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from selectkd.generation.server import CompletionServer
+    from selectkd.models.load import Loaded
     from selectkd.speculative.measure import Speculation
+    from selectkd.speculative.served import Served
 
 
 def speculate(
-    draft: Annotated[
-        list[str],
-        typer.Option("--draft", help="The student: a run folder or a model. May stand several times."),
-    ],
     target: Annotated[
         str, typer.Option("--target", help="The teacher: a folder, a .gguf file or a hub name.")
     ],
+    draft: Annotated[
+        list[str] | None,
+        typer.Option("--draft", help="The student: a run folder or a model. May stand several times."),
+    ] = None,
     before: Annotated[
         bool, typer.Option("--before", help="Also the student a run folder began with, for each --draft.")
     ] = False,
@@ -44,46 +49,121 @@ def speculate(
         bool,
         typer.Option("--transformers/--no-transformers", help="Time transformers' assisted generation too."),
     ] = True,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server", metavar="URL", help="A server that speculates; of --target the tokenizer is used."
+        ),
+    ] = None,
+    plain_server: Annotated[
+        str | None,
+        typer.Option(
+            "--plain-server", metavar="URL", help="The same model served without a draft, to compare with."
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None,
+        typer.Option("--server-model", help="The target's name on the servers; sglang needs none."),
+    ] = None,
+    server_kind: Annotated[
+        Literal["vllm", "sglang", "openai"],
+        typer.Option(
+            "--server-kind", help="What publishes the counts: vLLM's /metrics, SGLang's answers, nothing."
+        ),
+    ] = "vllm",
+    server_key: Annotated[
+        str | None,
+        typer.Option("--server-key-env", help="The environment variable that holds the servers' key."),
+    ] = None,
+    at_once: Annotated[
+        int, typer.Option("--concurrency", min=1, help="Prompts under way at once on a server.")
+    ] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """How much faster the teacher writes with the student as its draft, and that it writes the same."""
     chosen = _lengths(lengths)
     check_answer(json_file)
+    if not draft and server is None:
+        raise ConfigError("name a student with --draft, or a server that speculates with --server URL.")
+    if plain_server is not None and server is None:
+        raise ConfigError(f"--plain-server {plain_server} is what --server is compared with. Name that too.")
+    if server is not None and server_model is None and server_kind != "sglang":
+        raise ConfigError(f"--server {server} needs --server-model, the target's name there.")
+    if server_key is not None and not os.environ.get(server_key):
+        raise ConfigError(f"--server-key-env {server_key}: the variable is empty or not set.")
     without_other_bars()
 
     import torch
 
-    from selectkd.data import align
     from selectkd.demo import PROMPTS
     from selectkd.evals.prompts import prompt_ids, read_prompts
-    from selectkd.evals.runs import load_student, load_student_before
     from selectkd.generation import ends_of
-    from selectkd.models.load import load_model
-    from selectkd.speculative.measure import assisted, speculation, timed_alone
+    from selectkd.generation.server import CompletionServer
+    from selectkd.models.load import load_model, load_tokenizer
 
-    teacher = load_model(target, dtype=dtype)
-    students = []
-    for name in draft:
-        if before:
-            students.append((f"{name} before", load_student_before(name, dtype=dtype)))
-        students.append((name, load_student(name, dtype=dtype)))
-    for _, student in students:
-        align(teacher.tokenizer, student.tokenizer)
-    tokenizer = teacher.tokenizer
+    teacher = load_model(target, dtype=dtype) if draft else None
+    tokenizer = load_tokenizer(target) if teacher is None else teacher.tokenizer
     texts = (
         [prompt_ids(one, tokenizer) for one in PROMPTS]
         if prompts is None
         else read_prompts(prompts, tokenizer, limit=limit)
     )
-    ids = [torch.tensor(one) for one in texts]
-    eos = ends_of(tokenizer, teacher.model)
+    eos = ends_of(tokenizer) if teacher is None else ends_of(tokenizer, teacher.model)
+    heats = (0.0, temperature) if temperature else (0.0,)
     rows: list[dict[str, Any]] = []
-    for heat in (0.0, temperature) if temperature else (0.0,):
+    if teacher is not None:
+        rows += _here(
+            teacher, target, draft or [], before, texts, chosen, heats, tokens, seed, eos, dtype, beside
+        )
+    if server is not None:
+        key = os.environ.get(server_key) if server_key else None
+        servers = [
+            CompletionServer(
+                url.rstrip("/").removesuffix("/v1"), server_model or "", key, concurrency=at_once
+            )
+            for url in (server, plain_server)
+            if url is not None
+        ]
+        rows += _there(servers, server_kind, target, texts, tokenizer, heats, tokens, seed, eos)
+    settings = {
+        "prompts": "built in" if prompts is None else str(prompts), "prompt_count": len(texts), "tokens": tokens,
+        "dtype": dtype, "seed": seed, "threads": torch.get_num_threads(),
+        "target_revision": None if teacher is None else teacher.revision, "server_kind": server and server_kind,
+        "concurrency": server and at_once,
+    }  # fmt: skip
+    last = [row for row in rows if row["draft"] == rows[-1]["draft"] and row["temperature"] == 0]
+    best = max(last, key=lambda row: row["speedup_measured"] or 0.0)
+    write_answer(json_file, {**best, "rows": rows, "settings": settings})
+    if json_file != STDOUT:
+        _table([row for row in rows if row["server"] is None])
+        _served_table([row for row in rows if row["server"] is not None])
+
+
+def _here(
+    teacher: Loaded, target: str, drafts: list[str], before: bool, texts: list[list[int]], lengths: list[int],
+    heats: tuple[float, ...], tokens: int, seed: int, eos: Collection[int], dtype: str, beside: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each temperature, student and draft length, with the models in memory."""
+    import torch
+
+    from selectkd.data import align
+    from selectkd.evals.runs import load_student, load_student_before
+    from selectkd.speculative.measure import assisted, speculation, timed_alone
+
+    students = []
+    for name in drafts:
+        if before:
+            students.append((f"{name} before", load_student_before(name, dtype=dtype)))
+        students.append((name, load_student(name, dtype=dtype)))
+    for _, student in students:
+        align(teacher.tokenizer, student.tokenizer)
+    ids, rows = [torch.tensor(one) for one in texts], []
+    for heat in heats:
         options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": heat, "eos": eos}
         told(f"the target alone, temperature {heat:g}, {len(ids)} prompts")
         alone = timed_alone(teacher.model, ids, seed=seed, **options)
         for name, student in students:
-            for g in chosen:
+            for g in lengths:
                 told(f"{name}, draft length {g}, temperature {heat:g}")
                 seen = speculation(
                     teacher.model, student.model, ids, draft_length=g, seed=seed, alone=alone, **options
@@ -94,16 +174,35 @@ def speculate(
                     else None
                 )
                 rows.append(_row(name, target, seen, theirs))
-    settings = {
-        "prompts": "built in" if prompts is None else str(prompts), "prompt_count": len(ids), "tokens": tokens,
-        "dtype": dtype, "seed": seed, "threads": torch.get_num_threads(), "target_revision": teacher.revision,
-    }  # fmt: skip
-    last = [row for row in rows if row["draft"] == students[-1][0] and row["temperature"] == 0]
-    write_answer(
-        json_file, {**max(last, key=lambda row: row["speedup_measured"]), "rows": rows, "settings": settings}
-    )
-    if json_file != STDOUT:
-        _table(rows)
+    return rows
+
+
+def _there(
+    servers: list[CompletionServer], kind: Any, target: str, texts: list[list[int]], tokenizer: Any,
+    heats: tuple[float, ...], tokens: int, seed: int, eos: Collection[int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each temperature, with the models that the first server holds; the second, if any, has no draft."""
+    from selectkd.generation import Request
+    from selectkd.speculative.served import served
+
+    requests, rows = [Request(one, tokens) for one in texts], []
+    for heat in heats:
+        found = []
+        for one in servers:
+            told(f"{one.url}, temperature {heat:g}, {len(requests)} prompts")
+            found.append(
+                served(
+                    one,
+                    kind,
+                    requests,
+                    tokenizer=tokenizer,
+                    end=min(eos, default=None),
+                    temperature=heat,
+                    seed=seed,
+                )
+            )
+        rows.append(_served_row([one.url for one in servers], target, heat, *found))
+    return rows
 
 
 def _lengths(text: str) -> list[int]:
@@ -117,6 +216,7 @@ def _row(draft: str, target: str, seen: Speculation, theirs: float | None) -> di
     return {
         "draft": draft,
         "target": target,
+        "server": None,
         "temperature": seen.temperature,
         "draft_length": seen.draft_length,
         "acceptance": seen.acceptance.value,
@@ -135,7 +235,66 @@ def _row(draft: str, target: str, seen: Speculation, theirs: float | None) -> di
     }
 
 
+def _served_row(
+    urls: list[str], target: str, heat: float, seen: Served, plain: Served | None = None
+) -> dict[str, Any]:
+    counts = seen.counts
+    return {
+        "draft": "the server's",
+        "target": target,
+        "server": urls[0],
+        "plain_server": urls[1] if urls[1:] else None,
+        "temperature": heat,
+        "acceptance": counts and counts.acceptance,
+        "acceptance_by_position": counts and counts.by_position,
+        "accepted_of_drafted": counts and counts.of_drafted,
+        "mean_accepted_length": counts and counts.mean_accepted_length,
+        "not_published": seen.untold,
+        "tokens_per_second": seen.pace,
+        "plain_tokens_per_second": plain and plain.pace,
+        "speedup_measured": plain and seen.pace / plain.pace,
+        "speedup_expected": None,
+        "new_tokens": seen.tokens,
+        "exact": None if plain is None or heat else seen.texts == plain.texts,
+    }
+
+
+def _served_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+
+    def shown(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    say(
+        f"{'server':<32}{'T':>5}{'accepted':>10}{'of drafted':>12}{'a pass':>8}{'tokens/s':>10}{'plain':>9}"
+        f"{'measured':>10}  same tokens"
+    )
+    for row in rows:
+        same = (
+            "-" if row["plain_server"] is None else {True: "yes", False: "NO", None: "by law"}[row["exact"]]
+        )
+        say(
+            f"{row['server'][-31:]:<32}{row['temperature']:>5g}{shown(row['acceptance'], 3):>10}"
+            f"{shown(row['accepted_of_drafted'], 3):>12}{shown(row['mean_accepted_length'], 2):>8}"
+            f"{row['tokens_per_second']:>10.1f}{shown(row['plain_tokens_per_second'], 1):>9}"
+            f"{shown(row['speedup_measured'], 2):>10}  {same}"
+        )
+    for reason in dict.fromkeys(row["not_published"] for row in rows if row["not_published"]):
+        say(f"no acceptance from {rows[0]['server']}: {reason}")
+    if rows[0]["plain_server"] is None:
+        say(
+            "no speed-up and no comparison of texts without --plain-server URL, the same model served without a draft"
+        )
+    if any(row["exact"] is False for row in rows):
+        say(
+            "NO: the two servers' greedy texts differ. They round differently, or do not serve the same model."
+        )
+
+
 def _table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
     say(
         f"{'draft':<32}{'T':>5}{'g':>4}{'accepted':>10}{'[95%':>7}{']':>6}{'a pass':>8}{'expected':>10}"
         f"{'by costs':>10}{'measured':>10}{'transformers':>14}  same tokens"

@@ -11,20 +11,23 @@ from selectkd.errors import ConfigError
 NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|-?\$?\s?\.\d+")
 LONGEST_NUMBER = 300
 """Characters: more digits are no answer, and Python refuses to read a few thousand."""
+MARKED = re.compile(r"####[ \t]*(?![^\S\n]*\d+\.[ \t]+\S)(?=[-*$£€\\(\[ \t]*[\d.])")
+"""GSM8K's mark before a number; a heading of Markdown, ``#### 3. Add them`` or ``#### Step 3``, is none."""
 SAID = re.compile(r"(?:final answer|answer)(?:\s+is|\s*[:=])\s*:?\s*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?;](?:\s|$)")
 
 
 def final_number(text: str) -> Fraction | None:
-    r"""The number a text ends on, as GSM8K's answers are read: after ``####``, in the last \boxed{}, after the last
-    "answer is", else the last number of all; None where there is none. Thousands' commas, a currency sign, a percent
-    sign and a final full stop do not matter; 1/2 and 0.5 are the same number.
+    r"""The number a text ends on, as GSM8K's answers are read: after the last ``####`` that a number follows, in the
+    last \boxed{}, after the last "answer is", else the last number of all; None where there is none. Thousands' commas,
+    a currency sign, a percent sign and a final full stop do not matter; 1/2 and 0.5 are the same number.
 
     >>> final_number("She pays 3 x $400. #### $1,200."), final_number("2, so the answer is -1/2"), final_number("no")
     (Fraction(1200, 1), Fraction(-1, 2), None)
     """
-    if "####" in text:
-        return _number(text.rsplit("####", 1)[1], first=True)
+    marked = list(MARKED.finditer(text))
+    if marked:
+        return _number(text[marked[-1].end() :], first=True)
     boxed = last_boxed(text)
     if boxed is not None:
         return _number(boxed.replace("\\frac", "").replace("}{", "/").strip("{}"), first=False)
@@ -47,13 +50,14 @@ def same_number(answer: str, reference: str) -> bool:
 
 
 def same_mathematics(answer: str, reference: str) -> bool:
-    r"""Whether two MATH-style answers, in \boxed{} or as plain LaTeX, mean the same, by math-verify."""
+    r"""Whether two MATH-style answers mean the same, by math-verify: of each the last \boxed{}, or its plain LaTeX."""
     check_math_verify()
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
-    boxed = last_boxed(reference)
+    boxed, said = last_boxed(reference), last_boxed(answer)
     gold = parse(f"${boxed if boxed is not None else reference}$")
-    return bool(gold) and bool(verify(gold, parse(answer)))
+    # math-verify would take several boxes of one answer together
+    return bool(gold) and bool(verify(gold, parse(answer if said is None else f"\\boxed{{{said}}}")))
 
 
 def check_math_verify() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from selectkd import __version__
 from selectkd.data import pad_id_of
+from selectkd.evals.memory import Memory, key_of
 from selectkd.generation import Draw, Request, Sampling, ends_of, generate
 from selectkd.models.load import Loaded
+from selectkd.teachers.cache.origin import weights_checksum
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,15 @@ def complete(
     decoding: Decoding,
     *,
     batch_size: int = 8,
+    memory: Memory | None = None,
     heard: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The answer to each prompt (token ids), in order. ``heard`` is told how many are done.
 
     A prompt that stands several times has as many texts, each a draw of its own. A text is a function of (seed, prompt,
-    which of its texts): batches change it by rounding alone.
+    which of its texts): batches change it by rounding alone. ``memory``: answers that are in it are not written again,
+    and the others are in it, a batch at a time, as soon as they are there. It knows an answer by the weights, every
+    setting, the batch size and the prompt; the batches of a run that goes on are those of a run that was never cut.
     """
     tokenizer, met = loaded.tokenizer, Counter[tuple[int, ...]]()
     requests = []
@@ -41,20 +48,41 @@ def complete(
         requests.append(Request(prompt, decoding.max_new_tokens, copy=met[prompt]))
         met[prompt] += 1
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-    ends, answers = ends_of(tokenizer, loaded.model), [""] * len(requests)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    ends, written = ends_of(tokenizer, loaded.model), dict[int, list[int]]()
+    keys: list[str] = []
+    if memory is not None:
+        about = [__version__, identity(loaded), asdict(decoding), batch_size, sorted(ends), len(tokenizer)]
+        keys = [key_of(*about, list(one.prompt), one.copy) for one in requests]
+        written = {i: memory.known[key] for i, key in enumerate(keys) if key in memory.known}
+        if written and heard is not None:
+            heard(len(written))
+    todo = [i for i in order if i not in written]
+    for start in range(0, len(todo), batch_size):
+        chosen = todo[start : start + batch_size]
         texts = generate(
             [loaded.model], [requests[i] for i in chosen], Draw(Sampling(decoding.temperature, decoding.top_p)),
             ends=ends, width=len(tokenizer), pad_id=pad_id_of(tokenizer), seed=decoding.seed, stops=decoding.stop,
             decode=tokenizer.decode,
         )  # fmt: skip
-        for i, text in zip(chosen, texts, strict=True):
-            ids = [token for token in text.ids if token not in ends]
-            answers[i] = until(tokenizer.decode(ids, skip_special_tokens=True), decoding.stop)
+        written.update((i, text.ids) for i, text in zip(chosen, texts, strict=True))
+        if (
+            memory is not None
+        ):  # one line a batch: a cut line costs the whole of it, and its rounding stays its own
+            memory.keep({keys[i]: written[i] for i in chosen}, model=loaded.source)
         if heard is not None:
-            heard(start + len(chosen))
-    return answers
+            heard(len(written))
+    return [_text(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
+
+
+def identity(loaded: Loaded) -> list[str]:
+    """What a model's answers rest on besides the question: its revision, or its weights' checksum, and its dtype."""
+    dtype = str(next(loaded.model.parameters()).dtype)
+    return [loaded.revision or weights_checksum(loaded.model), dtype]
+
+
+def _text(ids: Sequence[int], tokenizer: Any, ends: Collection[int], stop: Sequence[str]) -> str:
+    plain = [token for token in ids if token not in ends]
+    return until(tokenizer.decode(plain, skip_special_tokens=True), stop)
 
 
 def until(text: str, stop: Sequence[str]) -> str:

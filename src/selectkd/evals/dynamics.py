@@ -195,10 +195,14 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"{folder} has no metrics.jsonl, so it is no run folder. Name a run's output_dir.")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    content = path.read_text(encoding="utf-8")
+    texts = content.splitlines()
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except ValueError as error:
+            if number == len(texts) and not content.endswith("\n"):
+                break  # a run that is under way is writing it
             raise DataError(
                 f"{path}:{number} is not JSON: {error}. A run writes one object a line."
             ) from error

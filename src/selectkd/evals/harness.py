@@ -5,19 +5,30 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selectkd import __version__
+from selectkd.data import tokenizer_fingerprint
 from selectkd.errors import ConfigError, DataError
+from selectkd.evals.asking import identity
+from selectkd.evals.memory import Memory, key_of
 from selectkd.evals.run_suite import Scores, described, interval_of
 from selectkd.evals.statistics import Interval, bootstrap_ratio
+from selectkd.generation import ends_of
 from selectkd.models.load import Loaded
 from selectkd.registry import did_you_mean
 
 NORMAL_95 = 1.959964
 """Standard errors on either side of a value that hold 95% of a normal distribution."""
+
+ANSWERS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+"""What the harness asks a model for."""
+BETWEEN = 1.0
+"""Seconds of work that a kill can cost: a score takes milliseconds, and a line on the disk as long again."""
 
 PER_UNIT = (lambda ratio: math.exp(-ratio), lambda ratio: -ratio / math.log(2))
 """Perplexity a word or a byte, and bits a byte, of the mean log-probability; both fall as it rises."""
@@ -61,10 +72,13 @@ class Harness:
         return manager
 
     def run(
-        self, name: str, loaded: Loaded, manager: Any, *, heard: Callable[[str], None] | None = None
-    ) -> list[Scores]:
+        self, name: str, loaded: Loaded, manager: Any, *, memory: Memory | None = None,
+        heard: Callable[[str], None] | None = None,
+    ) -> list[Scores]:  # fmt: skip
         """Each metric of each task. A value is the harness's own; its interval is ours where the value is the mean of
         the problems' scores or a rate a word or byte, else 1.96 of the harness's standard errors, nan without those.
+        ``memory``: answers that are in it are not asked for again. After a cut the harness puts what is left into
+        other batches, so that such numbers are those of a whole run but for rounding.
         """
         lm_eval = _module("lm_eval")
         if heard is not None:
@@ -72,6 +86,15 @@ class Harness:
         model = _module("lm_eval.models.huggingface").HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=self.batch_size
         )
+        if memory is not None:
+            about = [
+                __version__,
+                lm_eval.__version__,
+                *identity(loaded),
+                tokenizer_fingerprint(loaded.tokenizer),
+            ]
+            ends = sorted(ends_of(loaded.tokenizer, loaded.model))
+            _Remembered(model, memory, key_of(*about, ends, self.batch_size), loaded.source).put_between()
         found = lm_eval.simple_evaluate(
             model, tasks=list(self.tasks), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
             apply_chat_template=self.chat, log_samples=True,
@@ -85,6 +108,67 @@ class Harness:
             for task in found["samples"]
             for one in _metrics(name, task, found, {**settings, **_of_task(task, found)})
         ]
+
+
+@dataclass
+class _Remembered:
+    """Stands between the harness and its model: asks it only for what ``memory`` lacks, and keeps what comes.
+
+    To the model it is a cache hook of the harness, which is told of each answer as it comes. about: the key of all that
+    answers rest on besides the question.
+    """
+
+    model: Any
+    memory: Memory
+    about: str
+    source: str
+    _fresh: dict[str, Any] = field(default_factory=dict)
+    _kept_at: float = field(default_factory=time.monotonic)
+
+    def put_between(self) -> None:
+        self.model.set_cache_hook(self)
+        for method in ANSWERS:
+            setattr(self.model, method, self._asking(method, getattr(self.model, method)))
+
+    def add_partial(self, method: str, question: Any, answer: Any) -> None:
+        """What the model calls with each answer."""
+        self._fresh[self._key(method, question)] = answer
+        if time.monotonic() - self._kept_at > BETWEEN:
+            self._keep()
+
+    def _asking(self, method: str, ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def answered(requests: list[Any], **options: Any) -> list[Any]:
+            keys = [None if _drawn(one) else self._key(method, one.args) for one in requests]
+            left = [i for i, key in enumerate(keys) if key is None or key not in self.memory.known]
+            try:
+                fresh = ask([requests[i] for i in left], **options) if left else []
+            finally:
+                self._keep()
+            found = dict(zip(left, fresh, strict=True))
+            return [
+                found[i] if i in found else _as_given(self.memory.known[str(key)])
+                for i, key in enumerate(keys)
+            ]
+
+        return answered
+
+    def _key(self, method: str, question: Any) -> str:
+        return key_of(self.about, method, list(question))
+
+    def _keep(self) -> None:
+        if self._fresh:
+            self.memory.keep(self._fresh, model=self.source)
+        self._fresh, self._kept_at = {}, time.monotonic()
+
+
+def _drawn(request: Any) -> bool:
+    """Whether an answer is a draw: the next time it would be another one."""
+    return any(isinstance(one, dict) and one.get("do_sample") for one in request.args)
+
+
+def _as_given(answer: Any) -> Any:
+    """A pair of log-probability and greediness is a tuple to the harness, and a list in a file."""
+    return tuple(answer) if isinstance(answer, list) else answer
 
 
 def _module(name: str) -> Any:

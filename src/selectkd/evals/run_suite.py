@@ -9,6 +9,7 @@ from typing import Any
 from selectkd.data.alignment import template_fingerprint
 from selectkd.evals.asking import complete
 from selectkd.evals.code import STOP
+from selectkd.evals.memory import Memory
 from selectkd.evals.prompts import prompt_ids
 from selectkd.evals.statistics import Interval, bootstrap_mean, mcnemar, paired_bootstrap, wilson
 from selectkd.evals.suites import Suite
@@ -62,9 +63,12 @@ def run_suite(
     suite: Suite,
     *,
     batch_size: int = 8,
+    memory: Memory | None = None,
     heard: Callable[[str], None] | None = None,
 ) -> Scores:
-    """Asks every problem, ``samples`` times where the suite wants several, and scores the answers."""
+    """Asks every problem, ``samples`` times where the suite wants several, and scores the answers; those
+    that are in ``memory`` are not asked again (see ``complete``).
+    """
     tokenizer = loaded.tokenizer
     decoding = suite.decoding
     if suite.prefilled is not None and not tokenizer.chat_template:
@@ -75,7 +79,7 @@ def run_suite(
     every = [ids for ids in prompts for _ in range(suite.samples)]
     total = len(every)
     said = complete(
-        loaded, every, decoding, batch_size=batch_size,
+        loaded, every, decoding, batch_size=batch_size, memory=memory,
         heard=None if heard is None else lambda done: heard(f"{name}, {suite.task}: {done} of {total} answers"),
     )  # fmt: skip
     answers = [said[i : i + suite.samples] for i in range(0, total, suite.samples)]

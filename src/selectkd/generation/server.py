@@ -28,13 +28,15 @@ class CompletionServer:
     A prompt goes out as token ids, so its template and tokens are ours. The answer is taken as ids where the server
     gives them (vLLM does), else its text is tokenised here, and the end token added where the server says it stopped
     by itself. Its draws are seeded by prompt; whether the same seed gives the same text is the server's affair.
-    Deadlines, patience and limits are a remote teacher's (``Connection``); ``wait`` seconds for a server that is away.
+    Deadlines, patience and limits are a remote teacher's (``Connection``); ``wait`` seconds for a server that is away,
+    ``concurrency`` questions under way at once.
     """
 
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
     wait: float = 60.0
+    concurrency: int = 8
 
     def complete(
         self,
@@ -49,19 +51,20 @@ class CompletionServer:
 
         end: the id that ends a text, None where the tokenizer has none.
         """
-        return self.asked([self._question(one, sampling, tokenizer, end, seed) for one in requests])
+        return self.asked([self.question(one, sampling, tokenizer, end, seed) for one in requests])
 
     def asked(self, questions: Sequence[Question[T]]) -> list[T]:
         """The answers to any questions, in their order; TeacherError where one has none."""
-        connection = Connection(self.url.rstrip("/"), self.key, wait=self.wait)
+        connection = Connection(self.url.rstrip("/"), self.key, wait=self.wait, concurrency=self.concurrency)
         try:
             return connection.ask(questions)
         finally:
             connection.close()
 
-    def _question(
+    def question(
         self, request: Request, sampling: Sampling, tokenizer: Any, end: int | None, seed: int
     ) -> Question[Completion]:
+        """What is sent for one request."""
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(request.prompt),

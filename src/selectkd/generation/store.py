@@ -7,12 +7,12 @@ written_by, model, revision, sampling, seed, copy, ended, and ``shown``, the sam
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selectkd.durable import add_lines, whole_lines
 from selectkd.errors import DataError
 from selectkd.generation.engine import prompt_key
 
@@ -32,18 +32,8 @@ class TextStore:
     def opened(cls, path: Path) -> TextStore:
         """The store of a file, which need not exist; DataError naming the line that is no record."""
         store = cls(path)
-        if not path.exists():
-            return store
-        whole = 0
-        content = path.read_bytes()
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break  # cut short while it was written
+        for number, line in enumerate(whole_lines(path), start=1):
             store._take(line, number)
-            whole += len(line)
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
         return store
 
     def _take(self, line: bytes, number: int) -> None:
@@ -78,10 +68,8 @@ class TextStore:
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Appends records; they are on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                ids, mask = record["input_ids"], record["completion_mask"]
-                self.known.add((record["written_by"], prompt_key(ids[: mask.index(1)], record["copy"])))
-            file.flush()
-            os.fsync(file.fileno())
+        added = list(records)
+        add_lines(self.path, added)
+        for record in added:
+            ids, mask = record["input_ids"], record["completion_mask"]
+            self.known.add((record["written_by"], prompt_key(ids[: mask.index(1)], record["copy"])))

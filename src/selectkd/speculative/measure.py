@@ -76,6 +76,9 @@ def speculation(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "eos": eos,
     }  # fmt: skip
     plain, plain_pace = alone or timed_alone(target, prompts, seed=seed, **options)
+    decode(
+        target, draft, prompts[0], draft_length=draft_length, max_new_tokens=2
+    )  # what the first call alone costs
     started = time.perf_counter()
     seen = [
         decode(target, draft, prompt, draft_length=draft_length, seed=seed + i, **options)
@@ -112,6 +115,7 @@ def timed_alone(
     eos: Collection[int] = (),
 ) -> tuple[list[Decoded], float]:
     """The target's own texts, and its seconds a token."""
+    decode_alone(target, prompts[0], max_new_tokens=2)  # what the first call alone costs
     started = time.perf_counter()
     seen = [
         decode_alone(
@@ -176,7 +180,9 @@ def assisted(
     try:
         settings.update(**wanted)
         for helper in (None, draft):
+            first, warm = prompts[0][None], {**options, "max_new_tokens": 2}
             with torch.random.fork_rng():
+                target.generate(first, attention_mask=torch.ones_like(first), assistant_model=helper, **warm)
                 torch.manual_seed(seed)
                 started, made = time.perf_counter(), 0
                 for prompt in prompts:

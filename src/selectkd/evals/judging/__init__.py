@@ -1,6 +1,6 @@
 """Which of two answers is better, by a model that judges: asked in both orders, fenced, remembered, counted."""
 
-from selectkd.evals.judging.contest import Contest, Pair, contest
+from selectkd.evals.judging.contest import Contest, Pair, contest, unasked
 from selectkd.evals.judging.judges import EndpointJudge, ModelJudge, cost
 from selectkd.evals.judging.protocols import PROTOCOLS, Protocol
 from selectkd.evals.judging.question import Comparison
@@ -15,4 +15,5 @@ __all__ = [
     "Protocol",
     "contest",
     "cost",
+    "unasked",
 ]

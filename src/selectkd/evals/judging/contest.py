@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
-from selectkd.errors import DataError
 from selectkd.evals.judging.judges import Judge
 from selectkd.evals.judging.question import Choice, Comparison
+from selectkd.evals.memory import Memory, key_of
 from selectkd.evals.statistics import Interval, bootstrap_mean
 
 LENGTH_RESAMPLES = 500
@@ -59,29 +56,20 @@ class Contest:
     asked: int
 
 
-def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Path, seed: int = 0) -> Contest:
-    """Judges every pair in both orders. ``memory``: a file of verdicts, one JSON object a line; what is in it is not
-    asked again, whatever ended the run that asked.
-    """
-    questions = [one for pair in pairs for one in pair.orders]
-    known = _remembered(memory)
-    keys = [key_of(judge.name, one) for one in questions]
-    todo = {key: one for key, one in zip(keys, questions, strict=True) if key not in known}
-    lock = threading.Lock()
+def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 0) -> Contest:
+    """Judges every pair in both orders. What is in ``memory`` is not asked again, whatever ended the run that asked."""
+    name, lock = judge.name, threading.Lock()
+    todo = unasked(pairs, name, memory)
     wanted = list(todo)
 
     def heard(index: int, reply: str) -> None:
         key = wanted[index]
-        choice = todo[key].read(reply)
-        line = json.dumps({"key": key, "judge": judge.name, "choice": choice, "reply": reply})
-        with lock, memory.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            known[key] = choice
+        with lock:
+            memory.keep({key: todo[key].read(reply)}, judge=name, reply=reply)
 
     if wanted:
-        memory.parent.mkdir(parents=True, exist_ok=True)
         judge.ask([todo[key].text for key in wanted], heard)
-    verdicts: list[Choice] = [known[key] for key in keys]
+    verdicts: list[Choice] = [memory.known[key_of(name, one.text)] for pair in pairs for one in pair.orders]
     scored = [score(one, two) for one, two in zip(verdicts[::2], verdicts[1::2], strict=True)]
     scores = [0.0 if one is None else one for one in scored]
     apart = [len(pair.answer) - len(pair.reference) for pair in pairs]
@@ -95,6 +83,12 @@ def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Path, seed: int = 0)
         invalid=scored.count(None),
         asked=len(wanted),
     )
+
+
+def unasked(pairs: Sequence[Pair], judge: str, memory: Memory) -> dict[str, Comparison]:
+    """The comparisons that ``memory`` holds no verdict of the judge on, by their keys; one that stands twice, once."""
+    every = {key_of(judge, one.text): one for pair in pairs for one in pair.orders}
+    return {key: one for key, one in every.items() if key not in memory.known}
 
 
 def score(answer_first: Choice, answer_second: Choice) -> float | None:
@@ -129,12 +123,6 @@ def at_equal_length(scores: Sequence[float], apart: Sequence[int], *, seed: int 
     return Interval(value, float(min(low, value)), float(max(high, value)), n)
 
 
-def key_of(judge: str, question: Comparison) -> str:
-    """What a verdict is remembered by: the judge and the whole question."""
-    told = f"{judge}\0{question.text}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(told, digest_size=16).hexdigest()
-
-
 def _at_zero(won: Any, longer: Any, counts: Any) -> Any:
     """sigma(a) of the fits won ~ sigma(a + b longer), each pair counted counts[r, i] times: [r], by Newton's method.
 
@@ -151,23 +139,3 @@ def _at_zero(won: Any, longer: Any, counts: Any) -> Any:
         a = a - np.clip((bb * slope_a - ab * slope_b) / whole, -2, 2)
         b = b - np.clip((aa * slope_b - ab * slope_a) / whole, -2, 2)
     return expit(a)
-
-
-def _remembered(memory: Path) -> dict[str, Choice]:
-    """The verdicts of a file; a last line cut off in the middle is as if it were not there."""
-    if not memory.is_file():
-        return {}
-    found: dict[str, Choice] = {}
-    lines = memory.read_text(encoding="utf-8").split("\n")
-    whole = "\n".join(lines[:-1]) + ("\n" if lines[:-1] else "")
-    if lines[-1]:  # what a killed run left
-        memory.write_text(whole, encoding="utf-8")
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            row = json.loads(line)
-            found[row["key"]] = row["choice"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{memory}:{number} is no verdict. Name another file with --memory, or delete it."
-            ) from error
-    return found

@@ -13,6 +13,7 @@ from selectkd.evals.asking import Decoding, complete
 from selectkd.evals.judging.contest import Contest, Pair, contest
 from selectkd.evals.judging.judges import Judge
 from selectkd.evals.judging.protocols import Protocol
+from selectkd.evals.memory import Memory
 from selectkd.evals.prompts import prompt_ids
 from selectkd.models.load import Loaded
 
@@ -50,11 +51,14 @@ def answered(
     *,
     seed: int,
     batch_size: int,
+    memory: Memory | None = None,
     heard: Callable[[int], None] | None = None,
 ) -> list[Pair]:
     """The model's answers beside the reference's, sampled as the protocol says."""
     prompts = [prompt_ids(one.text, loaded.tokenizer) for one in requests]
-    said = complete(loaded, prompts, _decoding(protocol, seed), batch_size=batch_size, heard=heard)
+    said = complete(
+        loaded, prompts, _decoding(protocol, seed), batch_size=batch_size, memory=memory, heard=heard
+    )
     return [Pair(one.text, text.strip(), one.reference) for one, text in zip(requests, said, strict=True)]
 
 
@@ -65,7 +69,7 @@ def judged(
     judge: Judge,
     protocol: Protocol,
     *,
-    memory: Path,
+    memory: Memory,
     seed: int,
     settings: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], Contest]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from selectkd.evals.asking import Decoding, complete
+from selectkd.evals.asking import Decoding, complete, identity
 from selectkd.evals.prompts import prompt_ids
 from selectkd.models.load import Loaded
 from selectkd.teachers.remote.answers import WrongAnswer
@@ -62,7 +62,7 @@ class ModelJudge:
 
     @property
     def name(self) -> str:
-        return f"{self.loaded.source} {self.loaded.revision or ''}".strip()
+        return " ".join((self.loaded.source, *identity(self.loaded)))
 
     def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None:
         for index, text in enumerate(questions):
