@@ -82,11 +82,9 @@ def judge_dense(
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     if verified is None and rows.acceptance is None and not objective.reads_statistics:
         verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, settings)
-    reads = ()
+    reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
-        reads = getattr(objective.verifier, "reads", STATISTICS)
-    if rows.label is None:
-        reads = tuple(name for name in reads if name != "label_rank")
+        reads = statistics_of(objective.verifier, rows)
     ranks = "rank" in reads or "student_top" in reads
 
     zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
@@ -115,18 +113,24 @@ def judge_dense(
     if verified is not None:
         weight, acceptance = objective.weigh(verified, rows.uniform)
     else:
-        acceptance = rows.acceptance
-        if acceptance is None:
+        judged = rows.acceptance
+        if judged is None:
             statistics = RowStatistics(zq.shape[1], **{name: columns[name] for name in ("overlap", *reads)})
-            acceptance = objective.verifier.from_statistics(statistics, rows.uniform)
+            judged = objective.verifier.from_statistics(statistics, rows.uniform)
         weight, acceptance = objective.weight_of(
-            acceptance.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
+            judged.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
         )
     if settings.wants_gradient:
         finish_gradient(zq, rows.scale * weight * factor, capped, settings)
         if zq.data_ptr() != raw[block].data_ptr():
             raw[block].copy_(zq)
     return Seen(columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
+
+
+def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
+    """The statistics a verifier reads, without those that need labels where there are none."""
+    reads = getattr(verifier, "reads", STATISTICS)
+    return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
 
 
 def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
