@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,14 +152,18 @@ def parts(
     """
     b, v = zq.shape
     single = zq.device.type == "cpu" and cached_rows(v, zq.dtype) < FEW_ROWS
-    step = 1 if single else b
-    p, q, spare = (scratch.of(name, step, v, zq)[:step] for name in ("p", "q", "spare"))
+    at_once = 1 if single else b
+    zp = widening(teacher.head, raw_p[:at_once], "zp", scratch)  # memory of these rows, or raw_p itself
+    in_place_q, in_place_p = (x.data_ptr() == y.data_ptr() for x, y in ((zq, raw_q), (zp, raw_p)))
+    memory = [scratch.of(name, at_once, v, zq)[:at_once] for name in ("p", "q", "spare")]
+    if single:
+        zp, memory = zp[0], [x[0] for x in memory]
+    where: Iterable[slice | int] = range(b) if single else (slice(0, b),)
+    together = one_row if single else many_rows
     forbids = settings.head.bias is not None or teacher.head.bias is not None
-    for start in range(0, b, step):
-        at = slice(start, start + step)
-        ours = finished(settings.head, raw_q[at], zq[at])
-        zp = widening(teacher.head, raw_p[at], "zp", scratch)
-        theirs = finished(teacher.head, raw_p[at], zp)
+    for at in where:
+        ours = zq[at] if in_place_q else finished(settings.head, raw_q[at], zq[at])
+        theirs = raw_p[at] if in_place_p else finished(teacher.head, raw_p[at], zp)
         if capped is not None:
             capped[at] = ours
         for z in (ours, theirs):
@@ -167,20 +171,15 @@ def parts(
                 z.div_(settings.temperature)
             if teacher.unshared is not None:
                 z.masked_fill_(teacher.unshared, IMPOSSIBLE)
-        if single:
-            part, finite = one_row(ours[0], theirs[0], p[0], q[0], spare[0])
-        else:
-            part, finite = many_rows(ours, theirs, p, q, spare)
+        part, finite = together(ours, theirs, *memory)
         if forbids:
             floor(part)
-        yield (start if single else at), part, finite
+        yield at, part, finite
 
 
 def finished(head: Head, raw: Tensor, out: Tensor) -> Tensor:
-    """The logits of ``raw`` in ``out``, which may be its memory."""
-    if not head.is_plain:
-        return out.copy_(head.finish(raw))
-    return out if out.data_ptr() == raw.data_ptr() else out.copy_(raw)
+    """The logits of ``raw`` in ``out``."""
+    return out.copy_(raw if head.is_plain else head.finish(raw))
 
 
 def many_rows(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tuple[Block, Tensor | bool]:
