@@ -201,9 +201,9 @@ def check_distribution(deepspeed: Any = None) -> None:
     """
     if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            "DeepSpeed takes its optimizer step within the backward pass, before the guard has seen the step, and ZeRO-3 "
-            "takes apart the head that the loss multiplies by. Start the run with torchrun (DDP), with training.lora "
-            "where memory is short."
+            "DeepSpeed takes its optimizer step within the backward pass, before the guard has seen the step, and "
+            "ZeRO-3 takes apart the head that the loss multiplies by. Start the run with torchrun (DDP), with "
+            "training.lora where memory is short."
         )
 
 
