@@ -27,6 +27,7 @@ from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
+from selectkd.teachers.adapters_off import AdaptersOffPlan
 from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
@@ -38,6 +39,13 @@ from selectkd.terms import Extra, StreamSpec
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
+
+
+ITS_OWN_TEACHER = (
+    "the student begins as its own teacher (adapters_off), where every divergence is 0 and so is its gradient: nothing "
+    "will move it. Give it something to learn, objective.language_model: 1.0 for the text's own tokens, or a second "
+    "teacher."
+)
 
 
 @dataclass
@@ -114,7 +122,6 @@ def assemble(
     if recipe.training.lora is not None:
         student = add_lora(student, **_given(recipe.training.lora))
 
-    student_width = head_of(student).width
     reference = None
     if recipe.reference is not None:
         say("loading the reference student")
@@ -124,13 +131,17 @@ def assemble(
             revision=recipe.reference.revision,
         )
         width = head_of(own.model).width
-        shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=student_width)
+        beside = head_of(student).width
+        shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=beside)
         reference = LiveTeacher(own.model.to(device), shared=shared)
     if plan.teacher.payload not in ("live", "aligned"):
         say("opening the teacher")
+    elif isinstance(plan.teacher, AdaptersOffPlan):
+        if not recipe.objective.language_model:
+            told.append(ITS_OWN_TEACHER)
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
-    teacher = plan.teacher.open(plan.tokenizer, student_width=student_width, reference=reference)
+    teacher = plan.teacher.open(plan.tokenizer, student=student, reference=reference)
     names = tuple(stream.name for stream in plan.streams)
     writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer)
     training = recipe.training

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from torch import distributed as dist
 from faults.tiny_run import recipe_for
 from faults.two_rank_runs import Poison
 from selectkd.config import recipe_from
-from selectkd.errors import NumericsError
+from selectkd.errors import SelectKDError
 from selectkd.training import step as loss_step
 from selectkd.training.run import train
 from training.tiny import VOCABULARY
@@ -81,36 +82,77 @@ def no_room(made: Any, rank: int) -> None:
     loss_step.weighted_sum = short
 
 
+def never_any_room(made: Any, rank: int) -> None:
+    """Every allocation of the loss fails, on both ranks, whatever the chunk is."""
+
+    def short(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory (injected)")
+
+    loss_step.weighted_sum = short
+
+
+def nothing_to_train(all_but: int) -> Fault:
+    """No token of the training text is supervised, in all samples but the first few."""
+
+    def fault(made: Any, rank: int) -> None:
+        (source,) = made.sources
+        for example in source.examples[all_but:]:
+            example.completion[:] = [False] * len(example.completion)
+
+    return fault
+
+
 @dataclass(frozen=True)
 class Row:
-    """A fault, what the recipe changes, how many steps are left out, and whether the run ends with exit code 6."""
+    """A fault, what the recipe changes, how many steps are left out, and the exit code the run ends with.
+
+    tar, loss: of every step, where they are forced. text: completions in place of the pair's.
+    """
 
     fault: Fault = nothing
     objective: dict[str, Any] | None = None
     left_out: int = 0
-    ends: bool = False
+    exit_code: int = 0
     steps: int = 3
+    tar: float | None = None
+    loss: float | None = None
+    text: str | None = None
 
 
 def objective(verifier: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"verifier": verifier, **more}
 
 
+def forced(share: float) -> dict[str, Any]:
+    """A verifier that accepts this share whatever the models say: 0 none, 1 all."""
+    return {"name": "matched_random", "rate": share}
+
+
 GREEDY = {"name": "greedy_topk", "k": 20}
 ROWS: dict[str, Row] = {
     **{f"N1 one row {value}": Row(teacher_hidden(value, 8)) for value in (math.nan, math.inf, -math.inf)},
-    "N1 every row": Row(teacher_hidden(math.nan, slice(None), everywhere=True), ends=True),
+    "N1 every row": Row(teacher_hidden(math.nan, slice(None), everywhere=True), exit_code=6),
     **{
         f"N2 {name}": Row(forbidden, objective(GREEDY, beta=0.5, divergence={"name": name}))
         for name in ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "generalized_jsd")
     },
     "N3 one micro-batch of rank 1": Row(student_at(3), left_out=1),
-    "N4 four steps in a row": Row(student_at(*range(3, 12)), left_out=4, ends=True, steps=6),
+    "N4 four steps in a row": Row(student_at(*range(3, 12)), left_out=4, exit_code=6, steps=6),
     "N6 beta 0": Row(objective=objective(GREEDY, beta=0.0)),
     "N6 beta 1": Row(objective=objective(GREEDY, beta=1.0)),
     "N6 k 1": Row(objective=objective({"name": "greedy_topk", "k": 1}, beta=0.0)),
-    "N6 k = V, everything accepted": Row(objective=objective({"name": "greedy_topk", "k": VOCABULARY}, beta=0.0)),
+    "N5 some batches without a token": Row(nothing_to_train(3)),
+    "N5 no batch with a token": Row(nothing_to_train(0), loss=0.0),
+    "N5 no token in the whole data set": Row(text="", exit_code=3),
+    "N6 k = V, everything accepted": Row(
+        objective=objective({"name": "greedy_topk", "k": VOCABULARY}, beta=0.0), tar=1.0
+    ),
+    "N6 k = V + 1": Row(objective=objective({"name": "greedy_topk", "k": VOCABULARY + 1}), exit_code=2),
+    "N6 TAR 0, beta 0": Row(objective=objective(forced(0.0), beta=0.0), tar=0.0, loss=0.0),
+    "N6 TAR 0, the paper's beta": Row(objective=objective(forced(0.0), beta=0.01), tar=0.0),
+    "N6 TAR 1, beta 0": Row(objective=objective(forced(1.0), beta=0.0), tar=1.0),
     "N8 one allocation": Row(no_room),
+    "N8 every allocation": Row(never_any_room, exit_code=7),
 }  # fmt: skip
 
 
@@ -125,27 +167,37 @@ def digest(student: Any) -> str:
 
 def run(name: str, row: Row, folder: Path, pair: Path, engine: str, rank: int) -> None:
     recipe = recipe_for(pair, folder, engine=engine, accumulation=2, save_every=None, max_steps=row.steps)
+    values = recipe.model_dump(mode="json", exclude_none=True)
     if row.objective is not None:
-        values = recipe.model_dump(mode="json", exclude_none=True)
         recipe = recipe_from({**values, "objective": row.objective})
+    if row.text is not None:
+        file = folder.with_suffix(f".{rank}.jsonl")
+        file.write_text('{"prompt": "w1 w2", "completion": "' + row.text + '"}\n' * 24, "utf-8")
+        recipe = recipe_from({**values, "data": {**values["data"], "sources": [{"path": str(file)}]}})
     seen: dict[str, Any] = {}
 
     def assembled(made: Any) -> None:
         seen["made"] = made
         row.fault(made, rank)
 
-    plain, ended = loss_step.weighted_sum, False
+    plain, code = loss_step.weighted_sum, 0
     try:
         train(recipe, on_assembled=assembled)
-    except NumericsError:
-        ended = True
+    except SelectKDError as error:
+        code = error.exit_code
     finally:
         loss_step.weighted_sum = plain
     mine = sorted(path.name[:11] for path in (folder / "bad_batches").glob(f"*-rank-{rank}.json"))
     told: list[Any] = [None, None]
-    dist.all_gather_object(told, (ended, mine, digest(seen["made"].student)))
+    dist.all_gather_object(told, (code, mine, digest(seen["made"].student) if seen else None))
     assert told[0] == told[1], f"{name}: the ranks differ: {told}"
-    assert ended == row.ends and len(mine) == row.left_out, f"{name}: ended {ended}, left out {mine}"
+    assert code == row.exit_code and len(mine) == row.left_out, f"{name}: exit code {code}, left out {mine}"
+    if code == 0:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        assert len(steps) == row.steps - row.left_out or row.left_out, f"{name}: {len(steps)} lines"
+        for key, wanted in (("tar", row.tar), ("loss", row.loss)):
+            assert wanted is None or {line[key] for line in steps} == {wanted}, f"{name}: {key} in {steps}"
 
 
 def main(root: Path, pair: Path) -> None:

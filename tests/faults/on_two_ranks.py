@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def run_on_two_ranks(script: Path, *arguments: str) -> str:
-    """What rank 0 printed. Both processes end with 0, or the test fails with what they said."""
+def run_on_two_ranks(script: Path, *arguments: str, codes: tuple[int, int] = (0, 0)) -> str:
+    """What rank 0 printed. The processes end with ``codes``, or the test fails with what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -32,7 +32,8 @@ def run_on_two_ranks(script: Path, *arguments: str) -> str:
     try:
         for one in both:
             told.append(one.communicate(timeout=600))
-        assert [one.returncode for one in both] == [0, 0], "\n".join(text[-3000:] for _, text in told)
+        ended = [one.returncode for one in both]
+        assert ended == list(codes), "\n".join([str(ended), *(text[-3000:] for _, text in told)])
     finally:
         for one in both:
             one.kill()

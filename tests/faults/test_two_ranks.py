@@ -7,6 +7,7 @@ from pathlib import Path
 from faults.number_runs import ROWS
 from faults.on_two_ranks import run_on_two_ranks
 from faults.tiny_run import left
+from selectkd.training.checkpoint.folder import all_in
 
 
 def test_two_ranks_skip_the_same_step_stop_together_and_go_on_to_the_same_bytes(
@@ -26,6 +27,19 @@ def test_no_number_that_fails_reaches_a_parameter_on_either_engine_and_both_rank
     script = Path(__file__).with_name("number_runs.py")
     told = run_on_two_ranks(script, str(tmp_path), str(pair)).splitlines()
     assert sum(line.endswith("finite, both ranks alike") for line in told) == 2 * len(ROWS)
+
+
+def test_a_rank_without_memory_ends_with_7_no_rank_waits_for_it_and_the_run_goes_on(
+    pair: Path, tmp_path: Path
+) -> None:
+    """N8 on one rank alone: what was saved is whole, and the same command goes on to the bytes of a whole run."""
+    script, run = Path(__file__).with_name("one_rank_fails.py"), tmp_path / "run"
+    told = run_on_two_ranks(script, str(tmp_path), str(pair), "fails", codes=(0, 7))
+    assert "rank 0 heard of it" in told
+    saved = [found.name for found in all_in(run / "checkpoints")]
+    assert saved == ["step-00000002"]
+    run_on_two_ranks(script, str(tmp_path), str(pair), "whole")
+    assert left(run) == left(tmp_path / "whole")
 
 
 def test_a_sharded_student_goes_on_to_the_same_bits_and_trains_as_a_replicated_one(tmp_path: Path) -> None:

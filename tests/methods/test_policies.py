@@ -136,7 +136,7 @@ def test_mixed_text_can_stand_beside_the_sources_own(student: Any, teacher: Any)
 
 def test_a_policy_that_needs_the_teacher_as_a_model_says_so(student: Any) -> None:
     for policy in (TeacherPolicy(name="teacher"), InterleavedPolicy(name="interleaved")):
-        with pytest.raises(ConfigError, match="one model in memory"):
+        with pytest.raises(ConfigError, match="one whole model in memory"):
             writer(policy, student, None)
 
 

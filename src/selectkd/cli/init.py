@@ -16,6 +16,7 @@ STARTER = """\
 
 teacher:
   model: Qwen/Qwen2-7B-Instruct      # a hub id, a folder, or a .gguf file
+  # placement: offloaded             # its layers in main memory, where the device has no room for them
 
 student:
   model: Qwen/Qwen2-1.5B             # must share the teacher's tokenizer

@@ -15,9 +15,10 @@ from selectkd.config.schema import (
     Student,
     Training,
 )
-from selectkd.config.teachers import CacheTeacher, ModelTeacher, RemoteTeacher, Teacher
+from selectkd.config.teachers import AdaptersOffTeacher, CacheTeacher, ModelTeacher, RemoteTeacher, Teacher
 
 __all__ = [
+    "AdaptersOffTeacher",
     "BetaChange",
     "CacheTeacher",
     "Data",

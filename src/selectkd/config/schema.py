@@ -16,7 +16,7 @@ from selectkd.config.migration import VERSION
 from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
 from selectkd.config.several import Several
-from selectkd.config.teachers import Teacher
+from selectkd.config.teachers import AdaptersOffTeacher, ModelTeacher, Teacher
 
 
 class Reference(Section):
@@ -322,6 +322,41 @@ class Recipe(Section):
     @classmethod
     def _short_words(cls, value: Any) -> Any:
         return expanded(value) if isinstance(value, dict) else value
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teacher, or each of several."""
+        return (
+            [member.teacher for member in self.teacher] if isinstance(self.teacher, list) else [self.teacher]
+        )
+
+    @model_validator(mode="after")
+    def _adapters_can_be_off(self) -> Self:
+        if not any(isinstance(teacher, AdaptersOffTeacher) for teacher in self.teachers):
+            return self
+        if self.training.lora is None:
+            raise refuse(
+                "teacher.adapters_off needs a student with adapters, and all weights of this one are trained; set "
+                "training.lora, or name the teacher: {model: ...}"
+            )
+        if self.student.model is None:
+            raise refuse(
+                "teacher.adapters_off is the student's own base, and student.from_teacher has it cut from a teacher; "
+                "name the student: {model: ...}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_to_cut_is_whole(self) -> Self:
+        apart = [
+            t.placement for t in self.teachers if isinstance(t, ModelTeacher) and t.placement != "device"
+        ]
+        if apart and self.student.from_teacher is not None:
+            raise refuse(
+                f"student.from_teacher cuts the teacher, which must be whole on the device for that, and "
+                f"teacher.placement = {apart[0]!r}; set it to device, or name the student: {{model: ...}}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _held_out_text_has_a_teacher(self) -> Self:

@@ -48,6 +48,12 @@ def _one_way(members: list[Member]) -> list[Member]:
             "several teachers are averaged or routed, all the same way: give each a weight, or each its streams, or "
             "each the records it answers for (when: {field: value})"
         )
+    split = [m.teacher.model for m in members if getattr(m.teacher, "placement", "device") == "sharded"]  # type: ignore[union-attr]
+    if split and "weight" not in ways[0]:
+        raise refuse(
+            f"{split[0]} is sharded over the ranks, which must all ask it at once, and a routed teacher is not; "
+            "average it by weight, or set its placement to device or offloaded"
+        )
     named = [stream for member in members for stream in member.streams or ()]
     twice = sorted({stream for stream in named if named.count(stream) > 1})
     if twice:

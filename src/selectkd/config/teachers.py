@@ -54,7 +54,9 @@ class CrossTokenizer(Section):
 class ModelTeacher(Section):
     """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file.
 
-    cross_tokenizer: for a teacher whose tokenizer is not the student's.
+    cross_tokenizer: for a teacher whose tokenizer is not the student's. placement: where the weights of its layers are;
+    embeddings and head are whole on the device that trains. ``device``: there too. ``offloaded``: in main memory, one
+    layer at a time on the device. ``sharded``: each rank has its part, one layer at a time whole.
     """
 
     model: Text
@@ -62,6 +64,26 @@ class ModelTeacher(Section):
     dtype: Dtype | None = None
     quantization: Text | None = None
     cross_tokenizer: CrossTokenizer | None = None
+    placement: Literal["device", "offloaded", "sharded"] = "device"
+
+    @model_validator(mode="after")
+    def _quantised_where_it_trains(self) -> Self:
+        if self.quantization is not None and self.placement != "device":
+            raise refuse(
+                f"quantization = {self.quantization!r} keeps its weights on the device that trains, where placement = "
+                f"{self.placement!r} would move them; leave one of the two out"
+            )
+        return self
+
+
+class AdaptersOffTeacher(Section):
+    """The model that the student's adapters sit on, without them: {adapters_off: true}. No second copy of weights.
+
+    For a student trained with ``training.lora``, whose divergence then says how far its text has moved from where it
+    began: a bound on fine-tuning (``objective.language_model``), or one of several teachers.
+    """
+
+    adapters_off: Literal[True]
 
 
 class RemoteTeacher(Section):
@@ -121,13 +143,15 @@ class CacheTeacher(Section):
 def _kind(value: Any) -> str:
     """The tag of the kind that is meant; a mapping without any kind's own key is read as a model."""
     keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "a cache" if "cache" in keys else "a server" if "url" in keys else "a model"
+    own = {"cache": "a cache", "url": "a server", "adapters_off": "the student's base"}
+    return next((kind for key, kind in own.items() if key in keys), "a model")
 
 
 # A tag with a space is no key, so that `problems` tells the two apart.
 Teacher = Annotated[
     Annotated[ModelTeacher, Tag("a model")]
     | Annotated[CacheTeacher, Tag("a cache")]
-    | Annotated[RemoteTeacher, Tag("a server")],
+    | Annotated[RemoteTeacher, Tag("a server")]
+    | Annotated[AdaptersOffTeacher, Tag("the student's base")],
     Discriminator(_kind),
 ]

@@ -4,8 +4,9 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,59 @@ def add_lora(
         # peft asks for a name that transformers has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """While it lasts the model is its base, W in place of W + (alpha / r) B A, in evaluation mode.
+
+    Afterwards, however it ends, each module has its mode, adapters are on and each parameter asks for its gradient
+    as before. No random number is drawn.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(p, p.requires_grad) for p in model.parameters()]  # peft turns all of an adapter on
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)
+
+
+def check_base(model: Any) -> None:
+    """ConfigError unless switching off the adapters of a model gives what it was before training.
+
+    That is so where the adapters alone are trained: not with a trained bias, head or embedding (``modules_to_save``),
+    nor with adapters that are merged into the weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(model, "disable_adapter"):
+        raise ConfigError(
+            f"{type(model).__name__} has no adapters to switch off: training changes the weights themselves. Train it "
+            "with LoRA (training.lora), or name a teacher of its own: teacher: {model: ...}."
+        )
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    merged = [name for name, layer in layers if layer.merged]
+    if merged:
+        raise ConfigError(
+            f"the adapter of {merged[0]} is merged into its weight, so it cannot be switched off. Unmerge it first."
+        )
+    own = {
+        id(parameter)
+        for _, layer in layers
+        for part in layer.adapter_layer_names
+        for parameter in getattr(layer, part).parameters()
+    }
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise ConfigError(
+            f"{others[0]} is trained beside the adapters, so without them the model is no longer what it was. Train "
+            "the adapters alone (no modules_to_save, bias: none), or name a teacher of its own: teacher: {model: ...}."
+        )
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -15,21 +15,21 @@ from selectkd.generation.served import ServedStudent
 from selectkd.generation.server import CompletionServer
 from selectkd.policies.streams import Stream
 from selectkd.policies.writer import Writer
+from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
-from selectkd.teachers.several import SeveralPlan
 
 
 def writer_for(
     recipe: Any, streams: Sequence[Stream], student: nn.Module, teacher: TeacherPlan, tokenizer: Any
 ) -> Writer | None:
     """What writes the text of a step, None where all of it is the data set's. The teacher writes where it is one
-    model in memory; ConfigError where a policy wants it to and it is not.
+    whole model in memory; ConfigError where a policy wants it to and it is not.
     """
     policies = recipe.data.policies
     if all(policy.name == "dataset" for policy in policies):
         return None
-    in_memory = teacher.payload == "live" and not isinstance(teacher, SeveralPlan)
-    model = teacher.loaded().model if in_memory else None
+    whole = isinstance(teacher, ModelPlan) and teacher.placement != "sharded"
+    model = teacher.loaded().model if whole else None
     return Writer(
         policies,
         streams,

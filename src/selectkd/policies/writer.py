@@ -64,8 +64,8 @@ class Writer:
         for number, policy in enumerate(self.policies):
             if policy.name in NEEDS_TEACHER and self.teacher is None and not _has_text(policy):
                 raise ConfigError(
-                    f"the policy {policy.name} has the teacher write, for which it must be one model in memory. Use "
-                    "teacher: {model: ...}, or write its text beforehand with `selectkd generate`."
+                    f"the policy {policy.name} has the teacher write, for which it must be one whole model in memory. "
+                    "Use teacher: {model: ...}, or write its text beforehand with `selectkd generate`."
                 )
             if policy.name == "adaptive":
                 self.buffers[number] = ReplayBuffer(policy.capacity)

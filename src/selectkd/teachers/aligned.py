@@ -25,6 +25,7 @@ from selectkd.registry import name_of
 from selectkd.rows import LiveRows
 from selectkd.spans import AlignedRows, Side, Vocabularies
 from selectkd.teachers.model import ModelPlan
+from selectkd.teachers.placement import Placement, check_placement, place_on
 from selectkd.teachers.protocol import Payload, Teacher
 
 Pairing = Literal["spans", "index"]
@@ -42,8 +43,9 @@ class AlignedTeacher:
     """The rows of a model of another tokenizer, beside the student's spans of text; no gradient.
 
     The model is frozen and put into eval mode, and is no ``nn.Module`` of a trained module, as a LiveTeacher is.
-    matched_weight, unverified_weight: as AlignedRows has them. pairing: ``index`` puts its i-th completion token beside
-    the student's i-th for divergences that need nothing in common; the others see spans all the same.
+    matched_weight, unverified_weight: as AlignedRows has them. placement: as of ``place_on``. pairing: ``index`` puts
+    its i-th completion token beside the student's i-th for divergences that need nothing in common; the others see
+    spans all the same.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class AlignedTeacher:
         crossing: Crossing,
         *,
         student_width: int,
+        placement: Placement = "device",
         pairing: Pairing = "spans",
         matched_weight: float | None = None,
         unverified_weight: float | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = head_of(model)
+        self.placement: Placement = placement
+        self.on = self.head.weight.device if placement == "device" else None
         self.crossing, self.pairing = crossing, pairing
         self.matched_weight, self.unverified_weight = matched_weight, unverified_weight
         self.vocabularies = vocabularies(crossing, student_width, self.head.width)
@@ -66,9 +71,9 @@ class AlignedTeacher:
     def __call__(self, batch: Any, position: Tensor) -> AlignedRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
-        if self.head.weight.device != device:
-            self.model.to(device)
-            self.head = head_of(self.model)
+        if self.on != device:
+            place_on(self.model, device, self.placement)
+            self.head, self.on = head_of(self.model), device
             self.vocabularies = self.vocabularies.to(device)
         samples = [ids.tolist() for ids in batch.samples()]
         readings = [self.crossing.read(ids) for ids in samples]
@@ -284,7 +289,8 @@ class AlignedPlan:
     def loaded(self) -> Loaded:
         return self.own.loaded()
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> AlignedTeacher:
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> AlignedTeacher:
+        check_placement(self.own.placement)
         if reference is not None:
             raise ConfigError(
                 "a reference student has no place beside a teacher of another tokenizer. "
@@ -293,7 +299,8 @@ class AlignedPlan:
         return AlignedTeacher(
             self.own.loaded().model,
             self._cross(tokenizer),
-            student_width=student_width,
+            student_width=head_of(student).width,
+            placement=self.own.placement,
             pairing=self.pairing,
             matched_weight=self.matched_weight,
             unverified_weight=self.unverified_weight,

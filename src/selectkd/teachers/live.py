@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selectkd.models.head import backbone, head_of
 from selectkd.rows import LiveRows
+from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Teacher
 
 
@@ -18,15 +19,23 @@ class LiveTeacher:
 
     The model is frozen and put into eval mode here, once. It is no ``nn.Module`` on purpose: held by a
     trained module, it is neither trained, wrapped, saved nor moved along; it moves itself to the device of
-    the batch. shared: which rows of its head [v] stand for a token of both vocabularies; None where all do.
-    reference: a reference student, held the same way, whose rows go along with the teacher's.
+    the batch, or its layers elsewhere (``placement``, see ``place_on``). shared: which rows of its head [v]
+    stand for a token of both vocabularies; None where all do. reference: a reference student, held the same
+    way, whose rows go along with the teacher's.
     """
 
     def __init__(
-        self, model: nn.Module, *, shared: Tensor | None = None, reference: Teacher | None = None
+        self,
+        model: nn.Module,
+        *,
+        shared: Tensor | None = None,
+        reference: Teacher | None = None,
+        placement: Placement = "device",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = head_of(model)
+        self.placement: Placement = placement
+        self.on = self.head.weight.device if placement == "device" else None
         self.shared = shared
         self.reference = reference
 
@@ -34,9 +43,9 @@ class LiveTeacher:
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
-        if self.head.weight.device != device:
-            self.model.to(device)
-            self.head = head_of(self.model)
+        if self.on != device:
+            place_on(self.model, device, self.placement)
+            self.head, self.on = head_of(self.model), device
         hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)

@@ -6,23 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selectkd.data.alignment import align
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_model, load_tokenizer
 from selectkd.teachers.live import LiveTeacher
+from selectkd.teachers.placement import Placement, check_placement
 from selectkd.teachers.protocol import Payload, Teacher
 
 
 @dataclass
 class ModelPlan:
-    """The plan of ``teacher: {model: ...}``; exact for every divergence and verifier."""
+    """The plan of ``teacher: {model: ...}``; exact for every divergence and verifier. placement: as of ``place_on``."""
 
     model: str
     dtype: str = "float32"
     quantization: str | None = None
     wanted_revision: str | None = None
+    placement: Placement = "device"
     payload: Payload = "live"
     k: int | None = None
     _loaded: Loaded | None = field(default=None, repr=False)
@@ -55,15 +57,16 @@ class ModelPlan:
             )
         return self._loaded
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> LiveTeacher:
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> LiveTeacher:
+        check_placement(self.placement)
         loaded = self.loaded()
         shared = shared_rows(
             loaded.tokenizer,
             tokenizer,
             teacher_width=head_of(loaded.model).width,
-            student_width=student_width,
+            student_width=head_of(student).width,
         )
-        return LiveTeacher(loaded.model, shared=shared, reference=reference)
+        return LiveTeacher(loaded.model, shared=shared, reference=reference, placement=self.placement)
 
 
 def shared_rows(teacher: Any, student: Any, *, teacher_width: int, student_width: int) -> Tensor | None:

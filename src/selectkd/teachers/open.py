@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
+from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher, RemoteTeacher
 from selectkd.config import Teacher as Section
 from selectkd.config.several import Member
 from selectkd.errors import ConfigError
+from selectkd.teachers.adapters_off import AdaptersOffPlan
 from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
@@ -32,11 +33,14 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
             dtype=spec.dtype or dtype,
             quantization=spec.quantization,
             wanted_revision=spec.revision,
+            placement=spec.placement,
         )
         if spec.cross_tokenizer is None:
             return own
         across = spec.cross_tokenizer
         return AlignedPlan(own, across.pairing, across.matched_weight, across.unverified_weight)
+    if isinstance(spec, AdaptersOffTeacher):
+        return AdaptersOffPlan()
     if isinstance(spec, CacheTeacher):
         return CachePlan(Path(spec.cache).expanduser(), wanted_of(spec))
     if isinstance(spec, RemoteTeacher):

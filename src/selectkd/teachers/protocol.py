@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selectkd.models.load import Loaded
 from selectkd.rows import TeacherRows
@@ -68,6 +68,6 @@ class TeacherPlan(Protocol):
         """The model itself, loaded once; ConfigError where ``model`` is None."""
         ...
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> Teacher:
-        """The teacher for a student of this tokenizer and head width, with a reference student beside it."""
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> Teacher:
+        """The teacher for a student with this tokenizer, with a reference student beside it."""
         ...

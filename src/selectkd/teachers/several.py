@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.load import Loaded
@@ -286,8 +286,8 @@ class SeveralPlan:
             "several teachers are no one model to cut a student from. Name the student: student: {model: ...}."
         )
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> SeveralTeacher:
-        members = [plan.open(tokenizer, student_width=student_width) for plan in self.plans]
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> SeveralTeacher:
+        members = [plan.open(tokenizer, student=student) for plan in self.plans]
         return SeveralTeacher(members, self.weights, self._of_stream, reference)
 
 

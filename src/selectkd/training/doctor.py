@@ -99,7 +99,8 @@ def with_weights(recipe: Any, device: torch.device | str) -> Iterator[Finding]:
         yield Finding("models", False, str(error), error.exit_code)
     if made is None:
         return
-    yield Finding("models", True, f"teacher {made.teacher_plan.source}, student {made.student_source}")
+    named = f"teacher {made.teacher_plan.source}, student {made.student_source}"
+    yield Finding("models", True, ". ".join([named, *made.told]))
     yield tried("teacher", lambda: _teacher(made))
     yield tried("tar", lambda: _tar(made, recipe))
     yield tried("calibration", lambda: _calibration(made))

@@ -6,6 +6,7 @@ b samples of a micro-batch, t tokens of one, c rows of a chunk of the loss, v vo
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transformers import AttentionInterface
 
 from selectkd.assembly import checkpoint_activations
 from selectkd.chunked import chunk_rows
-from selectkd.config import CacheTeacher, ModelTeacher, RemoteTeacher
+from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
@@ -35,7 +36,8 @@ class Memory:
     """Bytes of each part of a run at its peak, on the device that trains; process: what Python and torch take.
 
     merging: what saving a student with adapters takes beyond training, a copy of it being merged when activations are
-    gone. saved: what one checkpoint takes on disk. total: their sum, not all of which need be there at once.
+    gone. saved: what one checkpoint takes on disk. offloaded: the layers of teachers in main memory beside an
+    accelerator. total: the sum of the other parts, not all of which need be there at once.
     """
 
     process: int
@@ -48,11 +50,12 @@ class Memory:
     best_student: int
     merging: int
     saved: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """All of memory: every part but ``saved``."""
-        return sum(value for name, value in vars(self).items() if name != "saved")
+        """All of the device's memory: every part but ``saved`` and ``offloaded``."""
+        return sum(value for name, value in vars(self).items() if name not in ("saved", "offloaded"))
 
     def as_dict(self) -> dict[str, int]:
         return {**vars(self), "total": self.total}
@@ -67,7 +70,8 @@ def estimate(recipe: Any, *, length: int | None = None) -> Memory:
     """
     training = recipe.training
     b, t = training.batch_size, length or training.max_length
-    teacher = _teacher_shapes(recipe.teacher, training.dtype)
+    shapes = _teacher_shapes(recipe, training.dtype)
+    teacher = [model for model, _ in shapes]
     student = _student_shape(recipe, teacher[0] if teacher else None)
     weights = _bytes(student.parameters()) + _bytes(student.buffers())
     head = head_of(student)
@@ -80,9 +84,11 @@ def estimate(recipe: Any, *, length: int | None = None) -> Memory:
     c = chunk_rows(b * t, v, training.chunk)
     head_trained = head.weight.requires_grad and training.lora is None
     loss = c * v * FP32 + b * t * d * FP32 + (v * d * FP32 if head_trained else 0)
-    taught = sum(_bytes(model.parameters()) + _bytes(model.buffers()) for model in teacher)
-    if teacher:
-        widest = max(model.config.get_text_config().intermediate_size for model in teacher)
+    held = [_held(model, placement) for model, placement in shapes]
+    taught, offloaded = (sum(each) for each in zip(*held, strict=True)) if held else (0, 0)
+    forward = [*teacher, *(student for spec in recipe.teachers if isinstance(spec, AdaptersOffTeacher))]
+    if forward:
+        widest = max(model.config.get_text_config().intermediate_size for model in forward)
         loss += c * v * FP32 + b * t * widest * 3 * FP32  # its logits, and one layer of its forward pass
     elif isinstance(recipe.teacher, CacheTeacher):
         index = read_index(Path(recipe.teacher.cache).expanduser() / "index.json")
@@ -102,6 +108,7 @@ def estimate(recipe: Any, *, length: int | None = None) -> Memory:
         merging=max(0, weights - kept - loss - _bytes(trained)) if adapters else 0,
         best_student=_bytes(trained) if training.early_stopping is not None else 0,
         saved=_bytes(trained) + moments,
+        offloaded=offloaded,
     )
 
 
@@ -175,14 +182,30 @@ def resident() -> int:
     return int(row.split()[1]) * 1024
 
 
-def _teacher_shapes(spec: Any, dtype: str) -> list[Any]:
-    """The models a teacher holds in memory; none for one on disk or behind a server."""
-    if isinstance(spec, list):
-        return [shape for member in spec for shape in _teacher_shapes(member.teacher, dtype)]
-    if isinstance(spec, ModelTeacher):
-        return [load_shape(spec.model, dtype=spec.dtype or dtype, revision=spec.revision)]
-    assert isinstance(spec, CacheTeacher | RemoteTeacher)
-    return []
+def _teacher_shapes(recipe: Any, dtype: str) -> list[tuple[Any, str]]:
+    """The models that teachers hold in memory, and their placements; none for one on disk, behind a server, or without
+    weights of its own.
+    """
+    return [
+        (load_shape(spec.model, dtype=spec.dtype or dtype, revision=spec.revision), spec.placement)
+        for spec in recipe.teachers
+        if isinstance(spec, ModelTeacher)
+    ]
+
+
+def _held(model: Any, placement: str) -> tuple[int, int]:
+    """(bytes on the device that trains, bytes in main memory beside it) of a teacher.
+
+    Where main memory is that device, an offloaded layer is not copied.
+    """
+    whole = _bytes(model.parameters()) + _bytes(model.buffers())
+    if placement == "device" or (placement == "offloaded" and not torch.cuda.is_available()):
+        return whole, 0
+    layers = [_bytes(layer.parameters()) for layer in model.get_decoder().layers]
+    if placement == "offloaded":
+        return whole - sum(layers) + max(layers), sum(layers)
+    over = int(os.environ.get("WORLD_SIZE", "1"))
+    return whole - sum(layers) + sum(layers) // over + max(layers), 0
 
 
 def _student_shape(recipe: Any, teacher: Any) -> Any:

@@ -33,7 +33,7 @@ from selectkd.training.result import Origin, RunResult, card_of, cut_of, finishe
 from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import DistillTrainer, check_distribution
 from selectkd.training.watch import Watch
 
 COLD_TAR = 0.2
@@ -68,6 +68,7 @@ def train(
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
+    check_distribution()
     started = time.perf_counter()
     run_dir = Path(recipe.training.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

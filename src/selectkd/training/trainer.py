@@ -1,9 +1,8 @@
-"""DistillTrainer: the same numbers on transformers.Trainer, for DDP, FSDP and whatever else accelerate can
-drive.
-"""
+"""DistillTrainer: the same numbers on transformers.Trainer, for DDP and FSDP."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class DistillTrainer(Trainer):
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
     student as a plain Hugging Face folder.
 
-    Raises ConfigError for arguments that would change the loss behind our back.
+    Raises ConfigError for arguments that would change the loss behind our back, and for DeepSpeed.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step; dividing again would be wrong
@@ -68,6 +67,7 @@ class DistillTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        check_distribution(args.deepspeed)
         if args.label_smoothing_factor != 0 or args.n_gpu > 1:
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
@@ -191,6 +191,20 @@ class DistillTrainer(Trainer):
         student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+
+def check_distribution(deepspeed: Any = None) -> None:
+    """ConfigError where DeepSpeed would drive the run: by the arguments' ``deepspeed`` or accelerate's environment.
+
+    It takes the optimizer step within the backward pass, before the guard has seen the step, and ZeRO-3 takes apart the
+    head, which the loss multiplies by.
+    """
+    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed takes its optimizer step within the backward pass, before the guard has seen the step, and "
+            "ZeRO-3 takes apart the head that the loss multiplies by. Start the run with torchrun (DDP), with "
+            "training.lora where memory is short."
+        )
 
 
 class _Steps(TrainerCallback):

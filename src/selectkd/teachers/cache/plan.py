@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
 from selectkd.errors import CacheError, ConfigError
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.cache.build import differences
 from selectkd.teachers.cache.index import read_index, records_of
@@ -84,13 +86,14 @@ class CachePlan:
             )
         return self._model.loaded()
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> CachedTeacher:
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> CachedTeacher:
         self._model = None  # a teacher that was loaded for a cut goes
         reader = CacheReader(self.folder, self.index)
         width = self.index["head"]["vocabulary"]
         shared = None
         if self.payload == "hidden":
-            shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=student_width)
+            own = head_of(student).width
+            shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=own)
         elif reference is not None:
             raise ConfigError(
                 f"a reference student has no place beside the {self.payload} rows of {self.folder}. "

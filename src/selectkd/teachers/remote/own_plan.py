@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from selectkd.config import RemoteTeacher as Section
 from selectkd.data.alignment import align, tokenizer_fingerprint
 from selectkd.errors import ConfigError, DataError, TeacherError
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
@@ -88,7 +91,7 @@ class OwnPlan:
         )
 
     def open(
-        self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None
+        self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None
     ) -> RemoteTeacher | RemoteHiddenTeacher:
         server = self.server()
         if self.spec.k is not None:
@@ -100,5 +103,5 @@ class OwnPlan:
             return RemoteTeacher(server, self.spec.k)
         own = self.tokenizer() or tokenizer
         width = server.about["vocabulary"]
-        shared = shared_rows(own, tokenizer, teacher_width=width, student_width=student_width)
+        shared = shared_rows(own, tokenizer, teacher_width=width, student_width=head_of(student).width)
         return RemoteHiddenTeacher(server, shared=shared, reference=reference)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from torch import nn
+
 from selectkd.config import RemoteTeacher as Section
 from selectkd.data.alignment import align
 from selectkd.errors import ConfigError, DataError, TeacherError
@@ -91,7 +93,7 @@ class RemotePlan:
         named = self.spec.model if self.findings is None else self.findings.model
         return TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named)
 
-    def open(self, tokenizer: Any, *, student_width: int, reference: Teacher | None = None) -> RemoteTeacher:
+    def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> RemoteTeacher:
         if reference is not None:
             raise ConfigError(
                 "a reference student has no place beside a server's best tokens. Use a teacher with hidden states, or "

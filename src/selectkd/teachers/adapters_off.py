@@ -1,0 +1,73 @@
+"""The model that a LoRA student was made from as its teacher: the student's own weights, its adapters off.
+
+n supervised rows, v vocabulary, d student width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectkd.errors import ConfigError
+from selectkd.models.head import backbone, head_of
+from selectkd.models.load import Loaded
+from selectkd.models.lora import adapters_off, check_base
+from selectkd.rows import LiveRows
+from selectkd.teachers.protocol import Payload, Teacher
+
+
+class AdaptersOffTeacher:
+    """The rows of a student's base at the supervised positions of a batch; no second copy of any weight, no gradient.
+
+    student: a model with LoRA adapters that alone are trained, so that the rest is what it was at the beginning.
+    reference: a reference student whose rows go along. ConfigError for a student whose base would not stay what it is.
+    """
+
+    def __init__(self, student: nn.Module, *, reference: Teacher | None = None) -> None:
+        check_base(student)
+        self.student, self.reference = student, reference
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, position: Tensor) -> LiveRows:
+        """The rows at ``position`` [n], flat indices into the batch's b * t hidden states, and the student's head."""
+        head = head_of(self.student)
+        with adapters_off(self.student):
+            hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+        rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, d]
+        reference = None if self.reference is None else self.reference(batch, position)
+        return LiveRows(rows, head, reference=reference)
+
+
+@dataclass
+class AdaptersOffPlan:
+    """The plan of ``teacher: {adapters_off: true}``; exact for every divergence and verifier, as a live teacher is."""
+
+    payload: Payload = "live"
+    k: int | None = None
+    source: str = "the student with its adapters off"
+    revision: str | None = None
+    model: str | None = None
+
+    def tokenizer(self) -> None:
+        """The student's is used."""
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Nothing to check: it is the student's own."""
+
+    def check_text(self, examples: Sequence[Any]) -> None:
+        """Nothing to check: a model answers for any text."""
+
+    def loaded(self) -> Loaded:
+        raise ConfigError(
+            "teacher.adapters_off has no model of its own to load. Name one: teacher: {model: ...}, which may be the "
+            "student's."
+        )
+
+    def open(
+        self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None
+    ) -> AdaptersOffTeacher:
+        return AdaptersOffTeacher(student, reference=reference)

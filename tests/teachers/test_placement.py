@@ -1,0 +1,175 @@
+"""Where a teacher's layers are: on the device, in main memory one at a time, or over the ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from faults.on_two_ranks import run_on_two_ranks
+from faults.tiny_run import left, recipe_for, write_dropping_pair
+from selectkd.config import recipe_from
+from selectkd.data.crossing import cross
+from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError
+from selectkd.teachers.aligned import AlignedTeacher
+from selectkd.teachers.live import LiveTeacher
+from selectkd.teachers.placement import place_on
+from selectkd.training.estimate import estimate
+from selectkd.training.run import train
+from teachers.tokens import TEXT, byte_level, model_for
+from training.tiny import padded, texts, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dropping_pair(tmp_path_factory.mktemp("placed"))
+
+
+def recipe(pair: Path, run: Path, placement: str, **sections: Any) -> Any:
+    content = recipe_for(pair, run).model_dump(mode="json", exclude_none=True)
+    return recipe_from({**content, "teacher": {**content["teacher"], "placement": placement}, **sections})
+
+
+def layers_on_meta(model: Any) -> list[bool]:
+    return [p.device.type == "meta" for p in model.get_decoder().layers.parameters()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_offloaded_layers_leave_no_weight_behind_and_give_the_same_rows(tied: bool) -> None:
+    """Between two passes the layers hold nothing; the head, which the loss multiplies by, is there all the time."""
+    batch = padded(texts(3), 3)[0]
+    position = supervised(batch).position
+    model = tiny_llama(1)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+    wanted = LiveTeacher(model)(batch, position)
+    hidden, logits = wanted.hidden, wanted.head.logits(wanted.hidden)
+    teacher = LiveTeacher(model, placement="offloaded")
+    assert not any(layers_on_meta(model))  # nothing is moved before the device is known
+    at_work = []
+    model.get_decoder().layers[1].mlp.register_forward_pre_hook(
+        lambda *_: at_work.append([all(layers_on_meta_of(layer)) for layer in model.get_decoder().layers])
+    )
+    for _ in range(2):
+        rows = teacher(batch, position)
+        assert torch.equal(rows.hidden, hidden) and torch.equal(rows.head.logits(rows.hidden), logits)
+        assert all(layers_on_meta(model)) and rows.head.weight.device == CPU
+    assert at_work == [[True, False]] * 2  # one layer at a time
+
+
+def layers_on_meta_of(layer: Any) -> list[bool]:
+    return [p.device.type == "meta" for p in layer.parameters()]
+
+
+def test_a_teacher_of_another_tokenizer_can_be_offloaded() -> None:
+    tokenizer, other = byte_level(300, text=TEXT[1:]), byte_level(330)
+    (batch,) = padded(texts(2), 2)
+    found = []
+    for placement in ("device", "offloaded"):
+        model = model_for(other, 2)
+        teacher = AlignedTeacher(model, cross(tokenizer, other), student_width=300, placement=placement)
+        found.append(teacher(batch, supervised(batch).position).teacher.hidden)
+        assert all(layers_on_meta(model)) == (placement == "offloaded")
+    assert torch.equal(*found)
+
+
+def test_a_run_with_an_offloaded_teacher_leaves_the_bytes_of_one_without(pair: Path, tmp_path: Path) -> None:
+    for placement in ("device", "offloaded"):
+        train(recipe(pair, tmp_path / placement, placement))
+    assert left(tmp_path / "device") == left(tmp_path / "offloaded")
+
+
+def test_a_teacher_sharded_over_two_ranks_leaves_the_bytes_of_a_whole_one(pair: Path, tmp_path: Path) -> None:
+    """Both engines; each rank holds half of each layer, the head is whole on both."""
+    run_on_two_ranks(Path(__file__).with_name("two_rank_teachers.py"), "sharded", str(tmp_path), str(pair))
+    for engine in ("loop", "trainer"):
+        assert left(tmp_path / engine / "device") == left(tmp_path / engine / "sharded")
+
+
+def test_a_teacher_cannot_be_sharded_over_one_process(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'sharded' needs several ranks.*torchrun"):
+        train(recipe(pair, tmp_path / "run", "sharded"))
+
+
+def test_a_model_without_a_list_of_layers_is_refused_by_name() -> None:
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    with pytest.raises(ConfigError, match="GPT2Model has no list of layers"):
+        place_on(GPT2LMHeadModel(config), CPU, "offloaded")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "told"),
+    [
+        (
+            {"placement": "disk"},
+            None,
+            "teacher.placement = 'disk' must be 'device', 'offloaded' or 'sharded'",
+        ),
+        (
+            {"placement": "offloaded", "quantization": "bitsandbytes-4bit"},
+            None,
+            "keeps its weights on the device.*placement = 'offloaded'",
+        ),
+        (
+            {"placement": "offloaded"},
+            {"from_teacher": {"layers": 1}},
+            "must be whole on the device for that.*placement = 'offloaded'",
+        ),
+    ],
+)
+def test_a_placement_that_cannot_work_is_refused_by_key(
+    teacher: dict[str, Any], student: Any, told: str, pair: Path, tmp_path: Path
+) -> None:
+    content = recipe_for(pair, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+    content["teacher"].update(teacher)
+    with pytest.raises(ConfigError, match=told):
+        recipe_from(content if student is None else {**content, "student": student})
+
+
+def test_a_sharded_teacher_can_be_averaged_and_not_routed(pair: Path, tmp_path: Path) -> None:
+    content = recipe_for(pair, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+    one, other = {"model": "a", "placement": "sharded"}, {"model": "b"}
+    recipe_from({**content, "teacher": [{**one, "weight": 1.0}, {**other, "weight": 1.0}]})
+    with pytest.raises(ConfigError, match=r"a is sharded over the ranks.*average it by weight"):
+        recipe_from({**content, "teacher": [{**one, "streams": ["made"]}, {**other, "streams": ["more"]}]})
+
+
+def test_a_sharded_teacher_does_not_write_text(pair: Path, tmp_path: Path) -> None:
+    """Two ranks write texts of different length, and would wait for each other for ever."""
+    told = run_on_two_ranks(
+        Path(__file__).with_name("two_rank_teachers.py"), "writes", str(tmp_path), str(pair)
+    )
+    assert "the policy teacher has the teacher write, for which it must be one whole model" in told
+
+
+def test_the_estimate_counts_one_layer_of_an_offloaded_teacher_on_an_accelerator(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of main memory alone the layers take what they take anyway."""
+    on_cpu = [estimate(recipe(pair, tmp_path / "run", where)) for where in ("device", "offloaded")]
+    assert on_cpu[0].teacher == on_cpu[1].teacher and on_cpu[1].offloaded == 0
+    layers = list(tiny_llama(1, layers=3).get_decoder().layers)
+    tiny_llama(1, layers=3).save_pretrained(tmp_path / "deep")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "deep" / name).write_bytes((pair / "teacher" / name).read_bytes())
+    one = sum(p.numel() * 4 for p in layers[0].parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    deep = {"model": str(tmp_path / "deep")}
+    content = json.loads(recipe(pair, tmp_path / "run", "device").model_dump_json(exclude_none=True))
+    whole = estimate(recipe_from({**content, "teacher": deep}))
+    apart = estimate(recipe_from({**content, "teacher": {**deep, "placement": "offloaded"}}))
+    assert apart.teacher == whole.teacher - 2 * one and apart.offloaded == 3 * one
+    assert apart.total == sum(v for k, v in vars(apart).items() if k not in ("saved", "offloaded"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    sharded = estimate(recipe_from({**content, "teacher": {**deep, "placement": "sharded"}}))
+    assert (
+        sharded.teacher == whole.teacher - one and sharded.offloaded == 0
+    )  # a third of three, and one whole
