@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from selectkd.compiled import check_compiled
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
@@ -236,6 +237,9 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         exactness.check(
             own, teacher.payload, k=teacher.k, temperature=recipe.objective.temperature, source=teacher.source
         )
+        if recipe.training.compile_loss:
+            whole = teacher.payload in ("live", "hidden") and not isinstance(teacher, SeveralPlan)
+            check_compiled(own.divergence, whole=whole)
         if getattr(own.verifier, "needs_reference", False) and recipe.reference is None:
             raise ConfigError(
                 f"objective.selector = {type(own.verifier).__name__} compares with a reference student. "

@@ -37,6 +37,7 @@ class Settings:
     temperature: float
     wants_gradient: bool
     also_kl: bool = False
+    compiled: bool = False
 
 
 class Rows(NamedTuple):

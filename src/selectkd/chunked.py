@@ -49,6 +49,7 @@ class Work:
     sequence: Tensor | None  # [n]
     also_kl: bool = False
     gradient_filter: float = 0.0
+    compiled: bool = False
     acceptance: Tensor | None = None  # [n], from the first pass
     later: Tensor | None = None  # [n], of the tokens after each span's first
 
@@ -132,7 +133,7 @@ class ChunkedLoss(torch.autograd.Function):
         if later is not None:
             work = replace(work, later=later.detach())
 
-        settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl)
+        settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl, work.compiled)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]

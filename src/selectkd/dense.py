@@ -41,6 +41,10 @@ from selectkd.pair import TokenPair
 from selectkd.rows import Head, LiveChunk, Scratch
 from selectkd.verifiers import STATISTICS, RowStatistics
 
+Told = dict[str, list[Any]]
+"""The columns of a block by name, each in as many parts as the block was worked on in."""
+CompiledBlock = Callable[[Tensor, LiveChunk, slice, tuple[str, ...], Rows, Tensor], Told]
+"""(raw, teacher, block, reads, rows, out) -> what ``tell`` tells of raw [b, v], the gradient left in out [b, v]."""
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 BUFFERS = 5
 """Tensors that a closed form works on: zp, zq, p, q, spare."""
@@ -72,10 +76,10 @@ def block_rows(width: int, dtype: torch.dtype) -> int:
 @torch.no_grad()
 def judge_dense(
     raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
-    closed_form: Callable[[Block], Column], verified: TokenPair | None,
+    closed_form: Callable[[Block], Column], verified: TokenPair | None, compiled: CompiledBlock | None = None,
 ) -> Seen:  # fmt: skip
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
-    temperature where that differs."""
+    temperature where that differs. compiled: does the same work on whole blocks of ``block_rows``."""
     objective, temperature = settings.objective, settings.temperature
     kl: Tensor | int = 0
     if settings.also_kl and temperature != 1.0:
@@ -85,25 +89,19 @@ def judge_dense(
     reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
         reads = statistics_of(objective.verifier, rows)
-    ranks = "rank" in reads or "student_top" in reads
-
-    zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
-    capped = None
-    if settings.head.softcap is not None and settings.wants_gradient:
-        capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
-    told: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
-    factor = 1.0
-    for at, part, finite in parts(zq, raw[block], teacher.raw[block], capped, teacher, settings, scratch):
-        top = None
-        if ranks:
-            top = top_of(part) if rows.top is None else rows.top[at]
-        told["finite"].append(finite)
-        for name in dict.fromkeys(("overlap", *reads)):
-            told[name].append(statistic(name, part, top, None if rows.label is None else rows.label[at]))
-        if settings.also_kl and temperature == 1.0:
-            told["kl"].append(forward_value(part))
-        told["divergence"].append(closed_form(part))
-        factor = part.factor
+    whole = compiled is not None and len(raw[block]) == block_rows(raw.shape[1], wide(raw.dtype))
+    if compiled is not None and whole:
+        zq = scratch.of("zq", len(raw[block]), raw.shape[1], raw, wide(raw.dtype))[: len(raw[block])]
+        capped, factor = None, 1.0
+        told = compiled(raw[block], teacher, block, reads, rows, zq)
+    else:
+        zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
+        capped = None
+        if settings.head.softcap is not None and settings.wants_gradient:
+            capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
+        told, factor = tell(
+            zq, raw[block], teacher, block, capped, reads, rows, settings, scratch, closed_form
+        )
 
     finite = None if all(x is True for x in told["finite"]) else joined(told["finite"], zq).bool()
     columns = {name: joined(told[name], zq) for name in ("divergence", "overlap", *reads)}
@@ -127,18 +125,43 @@ def judge_dense(
     return Seen(columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
 
 
+def tell(
+    zq: Tensor, raw: Tensor, teacher: LiveChunk, block: slice, capped: Tensor | None, reads: tuple[str, ...],
+    rows: Rows, settings: Settings, scratch: Scratch, closed_form: Callable[[Block], Column],
+) -> tuple[Told, float]:  # fmt: skip
+    """What the parts of a block are told to be, and the gradient's factor; the gradient [b, v] is left in ``zq``."""
+    told: Told = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
+    factor, ranks = 1.0, "rank" in reads or "student_top" in reads
+    for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, settings, scratch):
+        top = None
+        if ranks:
+            top = top_of(part) if rows.top is None else rows.top[at]
+        told["finite"].append(finite)
+        for name in dict.fromkeys(("overlap", *reads)):
+            told[name].append(statistic(name, part, top, None if rows.label is None else rows.label[at]))
+        if settings.also_kl and settings.temperature == 1.0:
+            told["kl"].append(forward_value(part))
+        told["divergence"].append(closed_form(part))
+        factor = part.factor
+    return told, factor
+
+
 def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
     """The statistics a verifier reads, without those that need labels where there are none."""
     reads = getattr(verifier, "reads", STATISTICS)
     return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or wider where the logits are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
     """Where the logits of ``raw`` are worked on: ``raw`` itself where it is them, else fp32 memory of ``name``."""
     if head.is_plain and raw.dtype in (torch.float32, torch.float64):
         return raw
-    dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
-    return scratch.of(name, raw.shape[0], raw.shape[1], raw, dtype)[: len(raw)]
+    return scratch.of(name, raw.shape[0], raw.shape[1], raw, wide(raw.dtype))[: len(raw)]
 
 
 def parts(

@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass
+from selectkd.compiled import check_compiled
 from selectkd.divergences.sorted import is_unpaired
 from selectkd.errors import ConfigError
 from selectkd.log_probs import token_log_probs
 from selectkd.objective import Objective
-from selectkd.rows import CachedRows, Head, TeacherRows
+from selectkd.rows import CachedRows, Head, LiveRows, TeacherRows
 from selectkd.spans import AlignedRows
 from selectkd.verifiers import reads_proposal_alone
 
@@ -32,6 +33,7 @@ def distillation_loss(
     sequence: Int[Tensor, " n"] | None = None,
     also_kl: bool = False,
     gradient_filter: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
 
@@ -46,6 +48,8 @@ def distillation_loss(
     gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
     take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
     states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens.
+    compiled: the elementwise work of a live teacher's rows by torch.compile, which takes a C++ compiler and seconds at
+    the first call; for divergences with a closed form. An accelerator's kernels do without.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
@@ -77,6 +81,8 @@ def distillation_loss(
         raise ConfigError(
             f"gradient_filter = {gradient_filter} must lie in [0, 1); 0 is exact, 2^-14 = 6.1e-5."
         )
+    if compiled:
+        check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
     for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
@@ -97,6 +103,7 @@ def distillation_loss(
         sequence=sequence,
         also_kl=also_kl,
         gradient_filter=gradient_filter,
+        compiled=compiled,
     )
     if isinstance(teacher, AlignedRows):
         loss, bad, kl, seen = _by_spans(hidden, student, teacher, work)

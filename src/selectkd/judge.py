@@ -25,6 +25,7 @@ from selectkd.block import (
     pair_at,
     widened,
 )
+from selectkd.compiled import compiled_block
 from selectkd.dense import judge_dense
 from selectkd.divergences.gradient import closed_form_of
 from selectkd.divergences.kl import forward_kl
@@ -46,7 +47,8 @@ def judge(
     if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
         verified = pair_at(settings.objective.verify_temperature, raw, block, teacher, rows, settings)
     if isinstance(teacher, LiveChunk) and closed_form is not None:
-        return judge_dense(raw, block, teacher, rows, settings, scratch, closed_form, verified)
+        compiled = compiled_block(settings) if settings.compiled else None
+        return judge_dense(raw, block, teacher, rows, settings, scratch, closed_form, verified, compiled)
     if isinstance(teacher, CachedChunk):
         return _top_k(raw, block, teacher, rows, settings, scratch, verified)
     return _autograd(raw, block, teacher, rows, settings, verified)

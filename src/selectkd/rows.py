@@ -67,18 +67,25 @@ class Head:
 
     def finish(self, raw: Float[Tensor, "*c w"]) -> Float[Tensor, "*c w"]:
         """fp32 (or wider), bias, scale and soft-cap on top of ``raw``: elementwise and differentiable."""
-        logits = raw if raw.dtype == torch.float64 else raw.float()
-        if self.bias is not None:
-            logits = logits + self.bias[: raw.shape[-1]].to(logits.dtype)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return finish_logits(raw, self.bias, self.scale, self.softcap)
 
     def logits(self, hidden: Float[Tensor, "*c d"], width: int | None = None) -> Float[Tensor, "*c w"]:
         """The logits the model itself would give, in fp32 or wider: [c, v]."""
         return self.finish(self.raw(hidden, width))
+
+
+def finish_logits(
+    raw: Float[Tensor, "*c w"], bias: Float[Tensor, " v"] | None, scale: float, softcap: float | None
+) -> Float[Tensor, "*c w"]:
+    """``Head.finish`` of a head with these."""
+    logits = raw if raw.dtype == torch.float64 else raw.float()
+    if bias is not None:
+        logits = logits + bias[: raw.shape[-1]].to(logits.dtype)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
 
 
 class Scratch:

@@ -268,6 +268,7 @@ class Training(Section):
     early_stopping: EarlyStopping | None = None
     chunk: Count | None = None
     gradient_filter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    compile_loss: bool = False
     log_every: Count = 1
     probe_samples: Annotated[Whole, Field(ge=0)] = 16
     engine: Literal["trainer", "loop"] = "trainer"

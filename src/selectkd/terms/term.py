@@ -44,6 +44,7 @@ class Forward:
     chunk: int | None = None
     also_kl: bool = False
     gradient_filter: float = 0.0
+    compiled: bool = False
 
     @torch.no_grad()
     def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
@@ -137,6 +138,7 @@ def weighted_sum(
                 sequence=term.of(forward.sequence),
                 also_kl=forward.also_kl and not term.beside,
                 gradient_filter=forward.gradient_filter,
+                compiled=forward.compiled,
             )
         if term.weighs:
             losses.append(loss)

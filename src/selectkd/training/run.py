@@ -218,7 +218,7 @@ def _run(
         )  # fmt: skip
         model = DistillationModel(
             made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
-            gradient_filter=training.gradient_filter,
+            gradient_filter=training.gradient_filter, compile_loss=training.compile_loss,
         )  # fmt: skip
         train_loop(
             model,
@@ -269,6 +269,7 @@ def _run(
         streams=made.streams,
         also_kl=also_kl,
         gradient_filter=training.gradient_filter,
+        compile_loss=training.compile_loss,
         bad_batches=bad,
         on_line=on_line,
         losses=made.losses,

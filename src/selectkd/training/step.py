@@ -27,7 +27,7 @@ class DistillationModel(nn.Module):
     The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
     measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
     another one; from the same logits. Otherwise ``sums["kl"]`` is the divergence.
-    gradient_filter: as in ``distillation_loss``.
+    gradient_filter: as in ``distillation_loss``; compile_loss: its ``compiled``.
     """
 
     accepts_loss_kwargs = False
@@ -41,11 +41,12 @@ class DistillationModel(nn.Module):
         chunk: int | None = None,
         also_kl: bool = False,
         gradient_filter: float = 0.0,
+        compile_loss: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
-        self.gradient_filter = gradient_filter
+        self.gradient_filter, self.compile_loss = gradient_filter, compile_loss
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
     @property
@@ -71,6 +72,7 @@ class DistillationModel(nn.Module):
         here = Forward(
             rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
             also_kl=self.also_kl, gradient_filter=self.gradient_filter,
+            compiled=self.compile_loss,
         )  # fmt: skip
         loss, sums = self._loss(plan, here, row_scale)
         return loss, {"kl": sums["divergence"]} | sums

@@ -29,8 +29,8 @@ class DistillTrainer(Trainer):
 
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
     micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
-    objective, reduction, temperature, chunk, gradient_filter: as in a recipe; beta: a schedule, default the
-    objective's constant.
+    objective, reduction, temperature, chunk, gradient_filter, compile_loss: as in a recipe; beta: a schedule, default
+    the objective's constant.
     losses, extras, write: as of ``Ledger``. Loss scaling, counts over accumulation and ranks, and the skipping of
     steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
@@ -57,6 +57,7 @@ class DistillTrainer(Trainer):
         streams: tuple[str, ...] = ("data",),
         also_kl: bool = False,
         gradient_filter: float = 0.0,
+        compile_loss: bool = False,
         bad_batches: Path | None = None,
         losses: Sequence[StreamSpec] = (),
         extras: Sequence[Extra] = (),
@@ -83,6 +84,7 @@ class DistillTrainer(Trainer):
             chunk=chunk,
             also_kl=also_kl,
             gradient_filter=gradient_filter,
+            compile_loss=compile_loss,
         )
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)

@@ -1,0 +1,78 @@
+"""The compiled way through a block of rows gives what the plain one gives."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from selectkd import LiveRows, Objective
+from selectkd.compiled import PROGRAMS, plan_of, program
+from selectkd.distill import distillation_loss
+from selectkd.errors import ConfigError
+from selectkd.rows import CachedRows, Head
+
+CASES = Path(__file__).with_name("compiled_cases.py")
+N, V = 6, 40
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_equals_plain(tmp_path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(CASES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal:") == 5
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_without_a_compiler_the_error_names_the_key(tmp_path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/no/such/compiler"}
+    done = subprocess.run(
+        [sys.executable, str(CASES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode != 0 and "ConfigError: training.compile_loss = true, but" in done.stderr, (
+        done.stderr[-3000:]
+    )
+
+
+def test_equal_divergences_share_a_program_and_others_do_not():
+    head = Head(torch.zeros(V, 8))
+
+    def plan(alpha, reads=("rank",)):
+        divergence = Objective({"name": "skew_kl", "alpha": alpha}).divergence
+        return plan_of(divergence, head, head, 1.0, reads, kl=False)
+
+    assert plan(0.1) == plan(0.1) and hash(plan(0.1)) == hash(plan(0.1))
+    assert plan(0.1) != plan(0.2) and plan(0.1) != plan(0.1, ("overlap",))
+    assert program.cache_info().maxsize == PROGRAMS
+
+
+@pytest.mark.parametrize(
+    ("divergence", "teacher", "why"),
+    [
+        ("kl_tv_hybrid", "live", "this divergence has none"),
+        ("forward_kl", "cached", "this teacher gives another"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(divergence, teacher, why):
+    hidden, head = torch.randn(N, 8), torch.randn(V, 8)
+    rows = LiveRows(torch.randn(N, 12), torch.randn(V, 12))
+    if teacher == "cached":
+        rows = CachedRows(torch.arange(3).expand(N, 3), torch.full((N, 3), -2.0))
+    with pytest.raises(ConfigError, match=f"compile_loss.*{why}"):
+        distillation_loss(hidden, head, rows, Objective(divergence, "always"), compiled=True)
