@@ -15,31 +15,32 @@ N, V = 2 * dense.ROWS_AT_ONCE + 3, 40
 CASES = [
     ("forward_kl", "greedy_topk", torch.float32, {}, {}),
     ("forward_kl", "spec_k", torch.bfloat16, {}, {"also_kl": True}),
-    ("generalized_jsd", "greedy_topk", torch.float32, {"narrower": 5, "broken": True}, {"also_kl": True}),
+    ("generalized_jsd", "greedy_topk", torch.float32, {"unshared": 5, "broken": True}, {"also_kl": True}),
     ("skew_reverse_kl", "label_top_k", torch.float32, {"bias": True, "softcap": 5.0}, {"temperature": 2.0}),
     ("total_variation", "teacher_entropy", torch.float64, {}, {}),
 ]
 
 
-def case(dtype, *, softcap=None, bias=False, narrower=0, broken=False):
+def case(dtype, *, softcap=None, bias=False, unshared=0, broken=False):
     seed = torch.Generator().manual_seed(1)
-    states = [torch.randn(*shape, generator=seed) for shape in ((N, 8), (V, 8), (N, 12), (V - narrower, 12))]
+    states = [torch.randn(*shape, generator=seed) for shape in ((N, 8), (V, 8), (N, 12), (V, 12))]
     hidden, head, teacher, teacher_head = (x.to(dtype) for x in states)
     if broken:
         teacher[3] = torch.nan
     of = torch.randn(V, generator=seed).to(dtype) if bias else None
-    return hidden, head, of, teacher, Head(teacher_head), softcap
+    shared = torch.arange(V) >= unshared if unshared else None
+    return hidden, head, of, LiveRows(teacher, teacher_head, shared=shared), softcap
 
 
 def outcome(parts, divergence, verifier, *, compiled, **settings):
-    hidden, head, bias, teacher, teacher_head, softcap = parts
+    hidden, head, bias, teacher, softcap = parts
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     bias = None if bias is None else bias.clone().requires_grad_()
     objective = Objective(divergence, verifier, beta=0.3)
     uniform = torch.rand(N, objective.uniforms_per_token, generator=torch.Generator().manual_seed(2))
     student = Head(head, bias, 1.0 if bias is None else 1.5, softcap)
     loss, sums = distillation_loss(
-        hidden, student, LiveRows(teacher, teacher_head), objective, uniform,
+        hidden, student, teacher, objective, uniform,
         labels=torch.arange(N) % V, compiled=compiled, **settings,
     )  # fmt: skip
     loss.backward()
