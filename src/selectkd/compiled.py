@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from selectkd.block import IMPOSSIBLE, Rows, Settings, argmax
+from selectkd.block import IMPOSSIBLE, LANES, Rows, Settings, argmax
 from selectkd.dense import CompiledBlock, Told, floor, statistic
 from selectkd.divergences.gradient import Block, closed_form_of
 from selectkd.divergences.kl import forward_value
@@ -51,13 +51,13 @@ class Plan:
         zp = finish_logits(raw_p, bias_p, scale_p, cap_p) / self.temperature
         if unshared is not None:
             zq, zp = zq.masked_fill(unshared, IMPOSSIBLE), zp.masked_fill(unshared, IMPOSSIBLE)
-        norm_q, norm_p = (z.logsumexp(-1, keepdim=True) for z in (zq, zp))
+        _, inverse_p, norm_p = exponential(zp)
         finite = torch.isfinite(norm_p)
-        zp, norm_p = torch.where(finite, zp, zq), torch.where(finite, norm_p, norm_q)
-        p, q = (zp - norm_p).exp(), (zq - norm_q).exp()
-        block = Block(
-            zp.clone(), zq.clone(), norm_q.double(), norm_p.double(), p, q, torch.empty_like(q), torch.empty_like(q)
-        )  # fmt: skip
+        zp = torch.where(finite, zp, zq)
+        e_q, inverse_q, norm_q = exponential(zq)
+        e_p, inverse_p, norm_p = exponential(zp)
+        p, q = e_p * inverse_p, e_q * inverse_q
+        block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
         if self.forbids:
             floor(block)
         if top is None and {"rank", "student_top"} & {*self.reads}:
@@ -71,6 +71,22 @@ class Plan:
             gradient = gradient * (1.0 - (logits / cap_q).square())
         out.copy_(gradient)
         return told | {"finite": finite.flatten()}
+
+
+def exponential(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(z - max z) [b, v], one over its sums [b, 1], and the log-sum-exps of z as those inverses are rounded, fp64."""
+    top = z.amax(-1, keepdim=True)
+    e = (z - top).exp()
+    inverse = sums(e).reciprocal()
+    return e, inverse, top.double() - inverse.double().log()
+
+
+def sums(x: Tensor) -> Tensor:
+    """The sums of rows [b, v] as [b, 1], by way of those of LANES columns: a compiled sum adds one after the other, and
+    over a whole vocabulary that is off by some 4e-6."""
+    b, v = x.shape
+    whole = v - v % LANES
+    return x[:, :whole].view(b, -1, LANES).sum(-1).sum(-1, keepdim=True) + x[:, whole:].sum(-1, keepdim=True)
 
 
 @lru_cache(maxsize=PROGRAMS)
