@@ -5,6 +5,10 @@ and once with each filter, from the same start, on the same batches; held-out KL
 is the difference to the dense run of the same seed, beside what another seed changes.
 
     python benchmarks/filtering.py [--seeds 5] [--steps 12] [--dtype float32] [--filters 0.000977] [--record]
+    python benchmarks/filtering.py --errors [--filters 6.1e-5 0.000977] [--record]
+
+--errors: no runs; the relative errors of dX and dW on the real states of benchmarks/loss.py, filtered in fp32 and in bf16,
+beside the plain program's in bf16, each against fp64 on the same rounded states.
 
 Needs what `make demo` fetches.
 """
@@ -17,7 +21,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import torch
 from first_comparison import ROOT, STUDENTS
+from loss import States, differentiated, plain, real_states, selectkd
 from record import Row, record
 
 from selectkd.config import recipe_from
@@ -64,6 +70,34 @@ def curve(gradient_filter: float, *, seed: int, steps: int, dtype: str) -> dict[
     return {look["step"]: look["evaluation"]["kl"] for look in looks}
 
 
+def errors(filters: list[float]) -> list[Row]:
+    """Rows of the relative errors of dX and dW."""
+    rows: list[Row] = []
+    master = real_states(256)
+    for dtype in (torch.bfloat16, torch.float32):
+        states = master.to(dtype)
+        truth = differentiated(plain(States, "forward_kl"))(states.to(torch.float64))[1:]
+        ways = {"plain": plain(States, "forward_kl")} if dtype == torch.bfloat16 else {}
+        for share in (0.0, *filters):
+            ways[f"gradient_filter {share:.3g}"] = selectkd(States, "forward_kl", "greedy_topk", share)
+        for name, way in ways.items():
+            found = differentiated(way)(states)[1:]
+            for metric, ours, exact in zip(("dX", "dW"), found, truth, strict=True):
+                error = ((ours.double() - exact).norm() / exact.norm()).item()
+                rows.append(
+                    (
+                        f"smollm2, real, n 256, {dtype}".replace("torch.", ""),
+                        name,
+                        f"error of {metric}",
+                        error,
+                        "",
+                        1,
+                    )
+                )
+                print(*rows[-1][:4], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,14 +107,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--filters", type=float, nargs="+", default=[2**-10])
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
+    parser.add_argument("--errors", action="store_true", help="errors of the gradients on real states")
     wanted = parser.parse_args()
+    if wanted.errors:
+        torch.set_num_threads(1)
+        rows = errors(wanted.filters)
+        if wanted.record:
+            record("filtering", rows)
+        return
     seen: dict[float, list[dict[int, float]]] = {x: [] for x in (0.0, *wanted.filters)}
     for i in range(wanted.seeds):
         for gradient_filter, curves in seen.items():
             curves.append(curve(gradient_filter, seed=42 + i, steps=wanted.steps, dtype=wanted.dtype))
             shown = {step: round(kl, 5) for step, kl in curves[-1].items()}
             print(f"seed {42 + i}, filter {gradient_filter:g}: {shown}", flush=True)
-    rows: list[Row] = []
+    rows = []
     for gradient_filter in wanted.filters:
         for step in seen[0.0][0]:
             dense = [one[step] for one in seen[0.0]]
