@@ -7,7 +7,7 @@ is the difference to the dense run of the same seed, beside what another seed ch
     python benchmarks/filtering.py [--seeds 5] [--steps 12] [--dtype float32] [--filters 0.000977] [--record]
     python benchmarks/filtering.py --errors [--filters 6.1e-5 0.000977] [--record]
 
---errors: no runs; the relative errors of dX and dW on the real states of benchmarks/loss.py, filtered, in fp32 and bf16,
+--errors: no runs; relative errors of dX and dW on the real states of benchmarks/loss.py, filtered, in fp32 and bf16,
 beside the plain program in bf16, each against fp64 on the same rounded states.
 
 Needs what `make demo` fetches.
