@@ -73,6 +73,7 @@ class Engine:
         }
 
     def step(self) -> None:
+        self.calls.append(("step", True))
         flat = {i: torch.cat(group) for i, group in self.averaged_gradients.items()}
         self.overflow = not all(bool(each.isfinite().all()) for each in flat.values())
         self.averaged_gradients = dict.fromkeys(flat)
