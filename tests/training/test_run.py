@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selectkd import Objective
 from selectkd.config import load_recipe
 from selectkd.errors import ConfigError
-from selectkd.teachers.live import LiveTeacher
 from selectkd.training.card import model_card
 from selectkd.training.metrics import REQUIRED
 from selectkd.training.run import train
-from selectkd.training.trainer import DistillTrainer
 from training.tiny import VOCABULARY, WORDS, tiny_llama, tiny_tokenizer, write_pair
 
 PLAIN_KD = {"divergence": "forward_kl", "verifier": "always", "beta": 1.0}
@@ -279,17 +276,3 @@ def test_taid_follows_its_schedule_to_forward_kl(recipe: Callable[..., Any]) -> 
 def test_a_logger_that_is_not_installed_is_refused_before_weights(recipe: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="clearml"):
         train(recipe(training={"report_to": ["clearml"]}))
-
-
-def test_deepspeed_is_refused_before_weights_by_its_environment_and_by_its_arguments(
-    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It steps within the backward pass, before the guard has seen whether a step may be taken."""
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
-    args.deepspeed = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(ConfigError, match="DeepSpeed takes its optimizer step within the backward pass"):
-        DistillTrainer(tiny_llama(2), LiveTeacher(tiny_llama(1)), Objective(), lambda epoch: [], args)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="Start the run with torchrun"):
-        train(recipe())
-    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selectkd.data.supervised import supervised
 from selectkd.distill import distillation_loss
 from selectkd.log_probs import token_log_probs
+from selectkd.models.gathered import gathered, head_parameters
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import Head, LiveRows
@@ -79,13 +80,21 @@ def evaluate(
             hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
             rows = teacher(batch, seen.position)
             uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-            loss, sums = distillation_loss(
-                hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
-            )
+            with gathered(head_parameters(head)):
+                loss, sums = distillation_loss(
+                    hidden,
+                    head,
+                    rows,
+                    measured,
+                    uniform,
+                    chunk=chunk,
+                    labels=seen.labels,
+                    sequence=seen.sequence,
+                )
+                surprise[0] += label_surprise(hidden, head, seen.labels, chunk=chunk)
             sums["kl"] = sums["divergence"]
             portion = Portion(batch, seen, torch.empty(0), uniform, last=True)
             total += step_sums(portion, loss, sums, streams=len(streams)).cpu()
-            surprise[0] += label_surprise(hidden, head, seen.labels, chunk=chunk)
             if isinstance(rows, LiveRows):
                 surprise[1] += label_surprise(rows.hidden, rows.head, seen.labels, chunk=chunk)
             else:
@@ -135,16 +144,18 @@ def probe(
         hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
         hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
         uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-        sums = distillation_loss(
-            hidden,
-            head,
-            teacher(batch, seen.position),
-            objective,
-            uniform,
-            chunk=chunk,
-            labels=seen.labels,
-            sequence=seen.sequence,
-        )[1]
+        rows = teacher(batch, seen.position)
+        with gathered(head_parameters(head)):
+            sums = distillation_loss(
+                hidden,
+                head,
+                rows,
+                objective,
+                uniform,
+                chunk=chunk,
+                labels=seen.labels,
+                sequence=seen.sequence,
+            )[1]
     finally:
         student.train(was_training)
     return sums["row_acceptance"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from selectkd.training.checkpoint import Checkpoints
+from selectkd.training.checkpoint import Checkpoints, Stateful
 from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks
 from selectkd.training.feed import Feed
@@ -103,11 +103,23 @@ def train_loop(
 
 
 def register_engine(
-    checkpoints: Checkpoints, model: DistillationModel, feed: Feed, optimizer: Any, scheduler: Any
+    checkpoints: Checkpoints,
+    model: DistillationModel,
+    feed: Feed,
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    parts: Stateful | None = None,
 ) -> None:
-    """What any engine adds to a run's checkpoints; where the run goes on, all of it has its state afterwards."""
+    """What any engine adds to a run's checkpoints; where the run goes on, all of it has its state afterwards.
+
+    parts: this rank's part of the optimizer, where each rank has another one.
+    """
     checkpoints.register("student", Weights(model.student), heavy=True)
-    checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
+    if parts is None:
+        checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
+    else:
+        checkpoints.register("optimizer", parts, own=True)
     checkpoints.register("scheduler", scheduler, heavy=True)
     checkpoints.register("feed", feed)
     checkpoints.register("loss", Named(model, "chunk"))

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from selectkd.assembly import Assembly, assemble
 from selectkd.errors import ResourceError, TeacherError
+from selectkd.models.gathered import gathered
 from selectkd.models.save import save_student
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
@@ -33,8 +34,9 @@ from selectkd.training.result import Origin, RunResult, card_of, cut_of, finishe
 from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
-from selectkd.training.trainer import DistillTrainer, check_distribution
+from selectkd.training.trainer import DistillTrainer
 from selectkd.training.watch import Watch
+from selectkd.training.zero import asked_for, check_recipe, configured
 
 COLD_TAR = 0.2
 """Below this TAR at step 0 the gate leaves a student almost no signal (measured, see docs/log.md)."""
@@ -68,12 +70,12 @@ def train(
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
-    check_distribution()
+    check_recipe(recipe)
     started = time.perf_counter()
     run_dir = Path(recipe.training.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(
-            cpu=not torch.cuda.is_available()
+            cpu=not torch.cuda.is_available() and not asked_for()
         )  # the ranks meet now, so that one alone claims the folder
     with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
         finished = finished_run(run_dir, recipe, claim)
@@ -162,10 +164,11 @@ def _train(
         warnings=list(origin.told),
         resumed_from=None if claim.opened is None else claim.opened.step,
     )
-    if rank() == 0:
-        card = card_of(recipe, made, watch.before, after, ledger)
-        save_student(made.student, made.tokenizer, run_dir / "student", card)
-        write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
+    with gathered(made.student.parameters()):
+        if rank() == 0:
+            card = card_of(recipe, made, watch.before, after, ledger)
+            save_student(made.student, made.tokenizer, run_dir / "student", card)
+            write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     return result
@@ -237,24 +240,26 @@ def _run(
             checkpoints=checkpoints,
         )
         return ledger
-    args = TrainingArguments(
-        output_dir=str(training.output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=SCHEDULES[training.schedule],
-        warmup_steps=warmup,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        logging_steps=training.log_every,
-        optim="adamw_torch",
-        seed=training.seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",
-        report_to=list(training.report_to) or "none",
-        disable_tqdm=True,
-    )
+    with configured(training) as deepspeed:
+        args = TrainingArguments(
+            deepspeed=deepspeed,
+            output_dir=str(training.output_dir),
+            max_steps=steps,
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=SCHEDULES[training.schedule],
+            warmup_steps=warmup,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            logging_steps=training.log_every,
+            optim="adamw_torch",
+            seed=training.seed,
+            use_cpu=device.type == "cpu" and deepspeed is None,
+            save_strategy="no",
+            report_to=list(training.report_to) or "none",
+            disable_tqdm=True,
+        )
     trainer = DistillTrainer(
         made.student,
         made.teacher,

@@ -1,8 +1,7 @@
-"""DistillTrainer: the same numbers on transformers.Trainer, for DDP and FSDP."""
+"""DistillTrainer: the same numbers on transformers.Trainer, for DDP, FSDP and DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.errors import ConfigError
+from selectkd.models.gathered import gathered
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
 from selectkd.teachers.protocol import ReadsAhead
 from selectkd.terms import Extra, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
+from selectkd.training.counts import rank
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger, Portion
 from selectkd.training.loop import AfterStep, OnLine, decaying, register_engine
 from selectkd.training.step import DistillationModel, Teacher
+from selectkd.training.zero import HeldStep, PartsOfRank, check_models, check_settings, hold_step
 
 
 class DistillTrainer(Trainer):
@@ -36,7 +38,7 @@ class DistillTrainer(Trainer):
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
     student as a plain Hugging Face folder.
 
-    Raises ConfigError for arguments that would change the loss behind our back, and for DeepSpeed.
+    Raises ConfigError for arguments that would change the loss behind our back, and for what DeepSpeed cannot do here.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step; dividing again would be wrong
@@ -68,7 +70,6 @@ class DistillTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_distribution(args.deepspeed)
         if args.label_smoothing_factor != 0 or args.n_gpu > 1:
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
@@ -88,6 +89,11 @@ class DistillTrainer(Trainer):
         )
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        if self.is_deepspeed_enabled:
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            check_settings(plugin.deepspeed_config)
+            check_models(student, teacher)
+        self.held: HeldStep | None = None  # the step that DeepSpeed would take within the backward pass
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
             model.config.use_cache = caches
         self.ledger = Ledger(
@@ -148,12 +154,15 @@ class DistillTrainer(Trainer):
         """Forward and backward of one micro-batch; after the last one the gradient is finished."""
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         if inputs.last:
-            self.ledger.settle(model.parameters())
+            self.ledger.settle(model.parameters() if self.held is None else self.held.pieces())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.ledger.accept(norm):  # type: ignore[arg-type]
+        good = self.ledger.accept(norm)  # type: ignore[arg-type]
+        if self.held is not None:
+            self.held.take() if good else self.held.leave_out()
+        elif not good:
             model.zero_grad(
                 set_to_none=True
             )  # AdamW leaves a parameter without a gradient, and its state, alone
@@ -167,7 +176,7 @@ class DistillTrainer(Trainer):
         """The Trainer's log line with ours in it; the loss is the ledger's."""
         if "loss" in logs and "learning_rate" in logs:
             line = self.ledger.line() | {"lr": self._rate, "grad_norm": self.ledger.grad_norm}
-            if self.on_line is not None and self.is_world_process_zero():
+            if self.on_line is not None and rank() == 0:
                 self.on_line(line)
             logs.update({k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         super().log(logs, start_time)
@@ -183,6 +192,16 @@ class DistillTrainer(Trainer):
             if self.checkpoints is not None:
                 self.checkpoints.after(step, last=self.control.should_training_stop)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student as a plain Hugging Face folder, put together first where DeepSpeed has it in parts."""
+        if self.held is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with gathered(self.student.parameters()):
+            if rank() == 0:
+                self._save(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -195,20 +214,6 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
 
-def check_distribution(deepspeed: Any = None) -> None:
-    """ConfigError where DeepSpeed would drive the run: by the arguments' ``deepspeed`` or accelerate's environment.
-
-    It takes the optimizer step within the backward pass, before the guard has seen the step, and ZeRO-3 takes apart the
-    head, which the loss multiplies by.
-    """
-    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed takes its optimizer step within the backward pass, before the guard has seen the step, and "
-            "ZeRO-3 takes apart the head that the loss multiplies by. Start the run with torchrun (DDP), with "
-            "training.lora where memory is short."
-        )
-
-
 class _Steps(TrainerCallback):
     """Takes up a saved run where training begins; notes the learning rate a step is taken with."""
 
@@ -217,6 +222,8 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            trainer.held = hold_step(trainer)
         if trainer.checkpoints is not None:
             register_engine(
                 trainer.checkpoints,
@@ -224,6 +231,7 @@ class _Steps(TrainerCallback):
                 trainer.feed,
                 trainer.optimizer,
                 trainer.lr_scheduler,
+                parts=None if trainer.held is None else PartsOfRank(trainer.held.engine.optimizer),
             )
             state.global_step = trainer._asked_at = trainer.ledger.step
 

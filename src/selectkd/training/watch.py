@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from selectkd.data.supervised import supervised
+from selectkd.models.gathered import gathered
 from selectkd.training.breakdown import Breakdown, breakdown
+from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.counts import rank, sequence_means
 from selectkd.training.evaluation import Evaluation, evaluate, probe
 from selectkd.training.metrics import MetricsLog
@@ -107,7 +109,7 @@ class Watch:
             self.best_seen, self.best_step, self.worse = seen, step, 0
             if self.patience is not None:
                 trained = {n: p for n, p in self.made.student.named_parameters() if p.requires_grad}
-                self.best = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+                self.best = {name: whole(p).clone() for name, p in trained.items()}
         else:
             self.worse += 1
 
@@ -129,7 +131,8 @@ class Watch:
         if self.worse:
             for name, parameter in self.made.student.named_parameters():
                 if name in self.best:
-                    parameter.copy_(self.best[name])
+                    with gathered([parameter], changed=True):
+                        parameter.copy_(self.best[name])
         return self.best_seen
 
 

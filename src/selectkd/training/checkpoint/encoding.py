@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import IntegrityError
+from selectkd.models.gathered import gathered, in_parts
 
 MARK = "$"
 """First letter of the only key of a JSON object that stands for something JSON does not have."""
@@ -90,6 +91,9 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in this process's memory, contiguous; gathered where it is sharded, a collective call then."""
+    if in_parts(tensor):
+        with gathered([tensor]):
+            return tensor.detach().to("cpu", copy=True).contiguous()
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()  # type: ignore[operator]

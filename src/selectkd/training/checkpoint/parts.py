@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.errors import IntegrityError
+from selectkd.models.gathered import gathered
 
 
 class Weights:
@@ -36,12 +37,13 @@ class Weights:
             side = "the checkpoint lacks" if name in own else "the student has no"
             raise IntegrityError(f"{side} {name}: the checkpoint is of another student.")
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise IntegrityError(
-                    f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
-                    "of another student."
-                )
-            tensor.copy_(_like(state[name], tensor))
+            with gathered([tensor], changed=True):
+                if tensor.shape != state[name].shape:
+                    raise IntegrityError(
+                        f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
+                        "of another student."
+                    )
+                tensor.copy_(_like(state[name], tensor))
 
 
 class OptimizerState:
