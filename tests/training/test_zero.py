@@ -87,10 +87,11 @@ class Engine:
         return [each.detach().clone() for each in (*self.flats, *moments)]
 
 
-def test_a_backward_pass_takes_no_step() -> None:
+@pytest.mark.parametrize("last", [True, False])
+def test_a_backward_pass_takes_no_step_and_says_whether_it_is_the_last_of_one(last: bool) -> None:
     engine = Engine()
-    HeldStep(engine).backward(torch.ones(()), sync_gradients=True, scale_wrt_gas=False)
-    assert engine.calls == [("boundary", True), ("backward", False)]
+    HeldStep(engine).backward(torch.ones(()), sync_gradients=last, scale_wrt_gas=False)
+    assert engine.calls == [("boundary", last), ("backward", False)]
 
 
 def test_the_norm_is_of_all_parts_and_says_what_is_not_finite() -> None:
