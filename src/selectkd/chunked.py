@@ -20,7 +20,7 @@ from selectkd.dense import block_rows
 from selectkd.judge import has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk, TeacherRows
+from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk, TeacherRows, wide
 from selectkd.spans import AlignedChunk
 
 CHUNK_ROW_BYTES = 1024
@@ -115,7 +115,7 @@ class ChunkedLoss(torch.autograd.Function):
         weight = weight.detach()
         head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
         width = work.teacher.shared_width(head.width)
-        fp = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        fp = wide(weight.dtype)
         n = hidden.shape[0]
 
         loss = torch.zeros((), dtype=fp, device=hidden.device)
@@ -206,7 +206,7 @@ def judge_chunk(
     if isinstance(teacher, CachedChunk):
         size = TOP_K_ENTRIES // width
     elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
-        size = block_rows(width, torch.float64 if raw.dtype == torch.float64 else torch.float32)
+        size = block_rows(width, wide(raw.dtype))
     else:
         size = AUTOGRAD_ENTRIES // widest
     judged = [

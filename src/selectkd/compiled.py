@@ -51,12 +51,14 @@ class Plan:
         zp = finish_logits(raw_p, bias_p, scale_p, cap_p) / self.temperature
         if unshared is not None:
             zq, zp = zq.masked_fill(unshared, IMPOSSIBLE), zp.masked_fill(unshared, IMPOSSIBLE)
-        _, inverse_p, norm_p = exponential(zp)
-        finite = torch.isfinite(norm_p)
-        zp = torch.where(finite, zp, zq)
         e_q, inverse_q, norm_q = exponential(zq)
         e_p, inverse_p, norm_p = exponential(zp)
-        p, q = e_p * inverse_p, e_q * inverse_q
+        finite = torch.isfinite(norm_p)
+        q = e_q * inverse_q
+        zp, p, norm_p = (
+            torch.where(finite, own, students)
+            for own, students in ((zp, zq), (e_p * inverse_p, q), (norm_p, norm_q))
+        )
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
         if self.forbids:
             floor(block)

@@ -38,7 +38,7 @@ from selectkd.divergences.gradient import Block, Column, dot, narrow, total
 from selectkd.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
-from selectkd.rows import Head, LiveChunk, Scratch
+from selectkd.rows import Head, LiveChunk, Scratch, wide
 from selectkd.verifiers import STATISTICS, RowStatistics
 
 Told = dict[str, list[Any]]
@@ -150,11 +150,6 @@ def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
     """The statistics a verifier reads, without those that need labels where there are none."""
     reads = getattr(verifier, "reads", STATISTICS)
     return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or wider where the logits are."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:

@@ -31,7 +31,7 @@ from selectkd.divergences.gradient import closed_form_of
 from selectkd.divergences.kl import forward_kl
 from selectkd.divergences.sorted import is_unpaired, sorted_distance
 from selectkd.pair import TokenPair, support_pair
-from selectkd.rows import CachedChunk, LiveChunk, Scratch, TeacherChunk
+from selectkd.rows import CachedChunk, LiveChunk, Scratch, TeacherChunk, wide
 from selectkd.spans import AlignedChunk
 
 
@@ -108,7 +108,7 @@ def _autograd(
     verified: TokenPair | None,
 ) -> Seen:
     """Any divergence, any teacher: the objective as it stands, differentiated."""
-    fp = torch.float64 if raw.dtype == torch.float64 else torch.float32
+    fp = wide(raw.dtype)
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
     kl: Tensor | int = 0
     if settings.also_kl and settings.temperature != 1.0:
@@ -128,7 +128,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
     """A teacher of another vocabulary: the divergence on what both can say, m D + (1 - m) sum_i |p_(i) - q_(i)| with
     the sorted rest, or an unpaired divergence on everything. The verifier sees the teacher's own vocabulary.
     """
-    objective, fp = settings.objective, torch.float64 if raw.dtype == torch.float64 else torch.float32
+    objective, fp = settings.objective, wide(raw.dtype)
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
     assert rows.later is not None  # the loss of aligned rows gives it
     later = rows.later.detach().requires_grad_(settings.wants_gradient)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from selectkd.chunked import chunk_rows
 from selectkd.products import HeadGradient, cuts
-from selectkd.rows import Head, Scratch
+from selectkd.rows import Head, Scratch, wide
 
 
 def token_log_probs(
@@ -44,7 +44,7 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, token, dead)
         ctx.head, ctx.rows = head, chunk_rows(hidden.shape[0], head.width, chunk, weight.dtype)
-        fp = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        fp = wide(weight.dtype)
         out = torch.empty(hidden.shape[0], dtype=fp, device=hidden.device)
         scratch = Scratch()
         for rows in cuts(0, hidden.shape[0], ctx.rows):

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selectkd.rows import wide
+
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
 COMPENSATED_PIECE = 512
@@ -50,7 +52,7 @@ def strong_columns(gradient: Float[Tensor, "c v"], share: float) -> Strong | Non
     Source: the filtering of cut cross-entropy (arXiv 2411.09009), by columns instead of by blocks.
     """
     v = gradient.shape[1]
-    fp = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    fp = wide(gradient.dtype)
     largest, mass = (torch.zeros(v, dtype=fp, device=gradient.device) for _ in range(2))
     total = []
     for rows in cuts(0, gradient.shape[0], LOOK):

@@ -17,6 +17,11 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair, checked_ids, topk_pair
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or wider where the logits are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head: logits = cap(scale * (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).

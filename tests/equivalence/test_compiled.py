@@ -19,35 +19,32 @@ CASES = Path(__file__).with_name("compiled_cases.py")
 N, V = 6, 40
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_equals_plain(tmp_path):
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
+def run_cases(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The cases in a process of its own, nothing compiled before."""
+    return subprocess.run(
         [sys.executable, str(CASES)],
-        env=environment,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile makes C++ on a processor, and there is no compiler; the next test is for that case",
+)
+def test_compiled_equals_plain(tmp_path):
+    done = run_cases(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal:") == 5
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_without_a_compiler_the_error_names_the_key(tmp_path):
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/no/such/compiler"}
-    done = subprocess.run(
-        [sys.executable, str(CASES)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode != 0 and "ConfigError: training.compile_loss = true, but" in done.stderr, (
-        done.stderr[-3000:]
-    )
+    done = run_cases(tmp_path, CXX="/no/such/compiler")
+    assert done.returncode != 0, done.stdout
+    assert "ConfigError: training.compile_loss = true, but" in done.stderr, done.stderr[-3000:]
 
 
 def test_equal_divergences_share_a_program_and_others_do_not():

@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,26 @@ class StopsAt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def goes_on_after_a_stop(recipe: Any, poisoned: Callable[[Any], None], *, optimizer_steps: int = 2) -> int:
+    """A run that rank 1 is told to stop in its second step, gone on with; returns the step it went on from.
+
+    optimizer_steps: how often an optimizer is asked by then.
+    """
+    stopper = StopsAt(optimizer_steps if os.environ["RANK"] == "1" else -1)
+    hook = register_optimizer_step_post_hook(stopper)
+    try:
+        train(recipe, on_assembled=poisoned)
+        raise SystemExit("the stop was not heard")
+    except Preempted as stopped:
+        assert "the state of step" in str(stopped), stopped
+    hook.remove()
+    dist.barrier()
+    result = train(recipe)
+    assert result.skipped == 1 and result.resumed_from in (2, 3), result
+    dist.barrier()
+    return result.resumed_from
+
+
 def main(folder: Path, pair: Path, engine: str) -> None:
     rank = int(os.environ["RANK"])
     setting: dict[str, Any] = {"engine": engine, "accumulation": 2, "save_every": 2}
@@ -58,20 +79,7 @@ def main(folder: Path, pair: Path, engine: str) -> None:
     result = train(recipe_for(pair, folder / "whole", **setting), on_assembled=poisoned)
     assert result.skipped == 1 and result.steps == 6, result
 
-    stops = recipe_for(pair, folder / "stops", **setting)
-
-    stopper = StopsAt(2) if rank == 1 else StopsAt(-1)
-    hook = register_optimizer_step_post_hook(stopper)
-    try:
-        train(stops, on_assembled=poisoned)
-        raise SystemExit("the stop was not heard")
-    except Preempted as stopped:
-        assert "the state of step" in str(stopped), stopped
-    hook.remove()
-    dist.barrier()
-    result = train(stops)
-    assert result.skipped == 1 and result.resumed_from in (2, 3), result
-    dist.barrier()
+    goes_on_after_a_stop(recipe_for(pair, folder / "stops", **setting), poisoned)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from faults.tiny_run import recipe_for
-from faults.two_rank_runs import Poison, StopsAt
+from faults.two_rank_runs import Poison, goes_on_after_a_stop
 from selectkd.config import recipe_from
-from selectkd.errors import NumericsError, Preempted
+from selectkd.errors import NumericsError
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.run import train
 
@@ -90,23 +89,11 @@ def main(folder: Path, pair: Path, kind: str) -> None:
     for name, parameter in students[-1].named_parameters():
         assert torch.equal(whole(parameter), saved[name]), f"{name} moved in a step that was not to be taken"
 
+    asked = 1 if kind == "ddp" else 2  # DeepSpeed asks the optimizer once for each of its two groups
     stops = recipe_of(pair, folder / "stops", ROWS["plain"])
-    sub_steps = {"ddp": 1, "2": 2, "3": 2}[
-        kind
-    ]  # DeepSpeed asks the optimizer once for each of its two groups
-    hook = register_optimizer_step_post_hook(StopsAt(2 * sub_steps) if rank == 1 else StopsAt(-1))
-    try:
-        train(stops, on_assembled=poisoned)
-        raise SystemExit("the stop was not heard")
-    except Preempted as stopped:
-        assert "the state of step" in str(stopped), stopped
-    hook.remove()
-    dist.barrier()
-    result = train(stops)
-    assert result.skipped == 1 and result.resumed_from in (2, 3), result
-    dist.barrier()
+    resumed_from = goes_on_after_a_stop(stops, poisoned, optimizer_steps=2 * asked)
     if rank == 0:
-        print(f"{kind}: gone on from step {result.resumed_from}")
+        print(f"{kind}: gone on from step {resumed_from}")
 
 
 if __name__ == "__main__":
