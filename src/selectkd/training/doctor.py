@@ -23,6 +23,7 @@ from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.cache.origin import weights_checksum
+from selectkd.training import zero
 from selectkd.training.checkpoint.folder import all_in
 from selectkd.training.counts import ranks, total
 from selectkd.training.estimate import Memory, estimate
@@ -72,6 +73,8 @@ def without_weights(recipe: Any) -> Iterator[Finding]:
     yield tried("output_dir", lambda: _folder(recipe))
     yield tried("loggers", lambda: _loggers(recipe))
     yield tried("weights", lambda: _weights(recipe))
+    if zero.asked_for():
+        yield tried("deepspeed", lambda: _zero(recipe))
     plan: Plan | None = None
     try:
         plan = prepare(recipe)
@@ -141,6 +144,11 @@ def _weights(recipe: Any) -> str:
 def _loggers(recipe: Any) -> str:
     check_loggers(recipe.training.report_to)
     return ", ".join(["metrics.jsonl", *recipe.training.report_to])
+
+
+def _zero(recipe: Any) -> str:
+    zero.check_recipe(recipe)
+    return f"stage {zero.configuration(recipe.training)['zero_optimization']['stage']}"
 
 
 def _tokenizer(plan: Plan) -> str:
