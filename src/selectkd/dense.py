@@ -89,8 +89,7 @@ def judge_dense(
     reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
         reads = statistics_of(objective.verifier, rows)
-    whole = compiled is not None and len(raw[block]) == block_rows(raw.shape[1], wide(raw.dtype))
-    if compiled is not None and whole:
+    if compiled is not None and len(raw[block]) == block_rows(raw.shape[1], wide(raw.dtype)):
         zq = scratch.of("zq", len(raw[block]), raw.shape[1], raw, wide(raw.dtype))[: len(raw[block])]
         capped, factor = None, 1.0
         told = compiled(raw[block], teacher, block, reads, rows, zq)
