@@ -96,7 +96,10 @@ class Connection:
     _line: _Line | None = field(default=None, repr=False)
 
     def ask(self, questions: Sequence[Question[T]]) -> list[T]:
-        """The answers in order, ``concurrency`` questions under way at once; TeacherError where one has none."""
+        """The answers in order, ``concurrency`` questions under way at once; TeacherError where one has none.
+
+        Then no attempt begins any more, and those under way are read to their end: a question may keep what it read.
+        """
         return self._run(self._all(questions))
 
     def close(self) -> None:
@@ -128,48 +131,60 @@ class Connection:
         return self._line
 
     async def _all(self, questions: Sequence[Question[T]]) -> list[T]:
-        turn = asyncio.Semaphore(self.concurrency)
-        tasks = [asyncio.ensure_future(self._answer(question, turn)) for question in questions]
+        turn, failed = asyncio.Semaphore(self.concurrency), asyncio.Event()
+        tasks = [asyncio.ensure_future(self._in_turn(question, turn, failed)) for question in questions]
         try:
             return list(await asyncio.gather(*tasks))
+        except TeacherError:
+            await asyncio.wait(tasks)
+            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, question: Question[T], turn: asyncio.Semaphore) -> T:
+    async def _in_turn(self, question: Question[T], turn: asyncio.Semaphore, failed: asyncio.Event) -> T:
         async with turn:
-            wrong, pause, away_since = 0, FIRST_PAUSE, None
-            while True:
-                began = time.monotonic()
-                try:
-                    reply = await self._attempt(question)
-                    return question.read(reply)
-                except WrongAnswer as error:
-                    wrong, away_since = wrong + 1, None
-                    if wrong > self.retries:
-                        raise TeacherError(
-                            f"{self.url} gave {question.what} wrong {wrong} times, at last: {self._safe(str(error))}. "
-                            "Nothing was trained on it; `selectkd teacher doctor` says what is amiss."
-                        ) from error
-                except _Away as error:
-                    away_since = began if away_since is None else away_since
-                    left = away_since + self.wait - time.monotonic()
-                    next_in = pause if error.pause is None else error.pause
-                    if next_in > left:
-                        told = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
-                        raise TeacherError(
-                            f"{self.url} gave no answer for {time.monotonic() - away_since:.0f} s ({error}){told}. "
-                            f"Start it, or wait longer for it: teacher.wait, now {self.wait:g} s."
-                        ) from error
-                    if away_since == began:
-                        logging.getLogger("selectkd").warning(
-                            "%s is away (%s); waiting for it up to %g s", self.url, error, self.wait
-                        )
-                    await asyncio.sleep(next_in)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-                    continue
-                await asyncio.sleep(FIRST_PAUSE)
+            if failed.is_set():
+                raise asyncio.CancelledError
+            try:
+                return await self._answer(question, failed)
+            except TeacherError:
+                failed.set()
+                raise
+
+    async def _answer(self, question: Question[T], failed: asyncio.Event) -> T:
+        wrong, pause, away_since = 0, FIRST_PAUSE, None
+        while True:
+            began = time.monotonic()
+            try:
+                reply = await self._attempt(question)
+                return question.read(reply)
+            except WrongAnswer as error:
+                wrong, away_since = wrong + 1, None
+                if wrong > self.retries:
+                    raise TeacherError(
+                        f"{self.url} gave {question.what} wrong {wrong} times, at last: {self._safe(str(error))}. "
+                        "Nothing was trained on it; `selectkd teacher doctor` says what is amiss."
+                    ) from error
+            except _Away as error:
+                away_since = began if away_since is None else away_since
+                left = away_since + self.wait - time.monotonic()
+                next_in = pause if error.pause is None else error.pause
+                if next_in > left:
+                    told = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
+                    raise TeacherError(
+                        f"{self.url} gave no answer for {time.monotonic() - away_since:.0f} s ({error}){told}. "
+                        f"Start it, or wait longer for it: teacher.wait, now {self.wait:g} s."
+                    ) from error
+                if away_since == began:
+                    logging.getLogger("selectkd").warning(
+                        "%s is away (%s); waiting for it up to %g s", self.url, error, self.wait
+                    )
+                await _rest(next_in, failed)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            await _rest(FIRST_PAUSE, failed)
 
     async def _attempt(self, question: Question[Any]) -> Reply:
         try:
@@ -274,6 +289,13 @@ class _Line:
         self.client, self.loop = client, asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self.loop,), name="selectkd teacher", daemon=True)
         self.thread.start()
+
+
+async def _rest(seconds: float, failed: asyncio.Event) -> None:
+    """Sleeps between two attempts; ends the question where another one has failed meanwhile."""
+    with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+        await asyncio.wait_for(failed.wait(), seconds)
+        raise asyncio.CancelledError
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
