@@ -255,11 +255,7 @@ def test_a_resumed_judgement_costs_only_what_was_not_asked(
         assert main(command) == 0 and judge.asked == 2
         assert "2 verdicts to ask for" in capsys.readouterr().err
         whole = answer.read_text()
-        assert (
-            main([*command, "--max-cost", "0"]) == 0
-            and judge.asked == 2
-            and answer.read_text() == whole
-        )
+        assert main([*command, "--max-cost", "0"]) == 0 and judge.asked == 2 and answer.read_text() == whole
     rows = json.loads(whole)["rows"]
     assert rows[0]["settings"]["ties"] == 3 and rows[0]["value"] == 0.5, (
         "a judge of one order decides nothing"

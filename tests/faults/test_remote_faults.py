@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
@@ -17,6 +18,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 
@@ -25,7 +27,7 @@ from selectkd.cli import main
 from selectkd.config import load_recipe
 from selectkd.errors import TeacherError
 from selectkd.models.load import load_model
-from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.connection import Connection, Question, Reply
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.training.run import train
 from teachers.ours import own_server
@@ -261,6 +263,23 @@ def test_a_refusal_is_told_at_once_and_never_with_the_key(
     assert len(served.requests) == 1 and served.requests[0][1]["authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value) and KEY not in caplog.text and "\x1b" not in str(caught.value)
     assert KEY not in repr(server.connection)
+
+
+def test_after_a_refusal_nothing_new_is_asked_and_what_is_under_way_is_kept() -> None:
+    asked: list[str] = []
+    kept: list[Reply] = []
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.path)
+        refused = request.url.path == "/0"
+        await asyncio.sleep(0.02 if refused else 0.2)
+        return httpx2.Response(400 if refused else 200)
+
+    connection = Connection("http://teacher", transport=httpx2.MockTransport(answer), concurrency=3)
+    with pytest.raises(TeacherError, match="/0 refuses the question"):
+        connection.ask([Question(f"/{i}", None, 100, kept.append) for i in range(9)])
+    connection.close()
+    assert asked == ["/0", "/1", "/2"] and len(kept) == 2
 
 
 def test_a_limit_on_log_probs_names_the_flag(recipe: Callable[..., str], model: Any, capsys: Any) -> None:
