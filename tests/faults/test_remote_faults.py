@@ -273,7 +273,7 @@ def test_after_a_refusal_nothing_new_is_asked_and_what_is_under_way_is_kept() ->
         asked.append(request.url.path)
         refused = request.url.path == "/0"
         await asyncio.sleep(0.02 if refused else 0.2)
-        return httpx2.Response(400 if refused else 200)
+        return httpx2.Response(400 if refused else 200, stream=httpx2.ByteStream(b""))
 
     connection = Connection("http://teacher", transport=httpx2.MockTransport(answer), concurrency=3)
     with pytest.raises(TeacherError, match="/0 refuses the question"):
