@@ -42,8 +42,7 @@ class Settings:
 
 class Rows(NamedTuple):
     """What a block needs beside its logits, each [b] or [b, r]; acceptance is the result of a first pass, later the
-    log-probability of the tokens after the first of each span, top the student's argmax where it is known already.
-    """
+    log-probability of the tokens after the first of each span."""
 
     uniform: Tensor
     scale: Tensor
@@ -51,7 +50,6 @@ class Rows(NamedTuple):
     sequence: Tensor | None
     acceptance: Tensor | None
     later: Tensor | None = None
-    top: Tensor | None = None
 
 
 class Seen(NamedTuple):
@@ -135,17 +133,20 @@ def _sums(logits: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Tensor, Tens
 
 
 def finish_gradient(
-    gradient: Tensor, share: Tensor | None, capped: Tensor | None, settings: Settings
+    gradient: Tensor, share: Tensor | None, capped: Tensor | None, settings: Settings, *, out: Tensor
 ) -> None:
-    """Takes the gradient to the tempered logits back to the head's product in place, and times ``share`` [b]."""
+    """Takes the gradient to the tempered logits back to the head's product and times ``share`` [b], into ``out``, which
+    may be its own memory."""
     head = settings.head
     if capped is not None and head.softcap is not None:
         gradient.mul_(capped.div_(head.softcap).square_().neg_().add_(1.0))
     factor = head.scale / settings.temperature
-    if share is not None:
-        gradient.mul_((share * factor)[:, None])
-    elif factor != 1.0:
-        gradient.mul_(factor)
+    if out.dtype != gradient.dtype:  # a product that rounds is twice as slow as a product and a copy
+        out.copy_(gradient.mul_(factor if share is None else (share * factor)[:, None]))
+    elif share is not None:
+        torch.mul(gradient, (share * factor)[:, None], out=out)
+    elif factor != 1.0 or gradient.data_ptr() != out.data_ptr():
+        torch.mul(gradient, factor, out=out)
 
 
 def bad_rows(finite: Tensor | None) -> Tensor | int:

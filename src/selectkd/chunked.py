@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selectkd.block import Rows, Seen, Settings, argmax, pair_at
-from selectkd.dense import block_rows
+from selectkd.block import Rows, Seen, Settings, pair_at
+from selectkd.dense import block_rows, compiled_rows
 from selectkd.judge import has_closed_form, judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherChunk, TeacherRows, wide
+from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherRows, wide
 from selectkd.spans import AlignedChunk
 
 CHUNK_ROW_BYTES = 1024
@@ -53,13 +53,12 @@ class Work:
     acceptance: Tensor | None = None  # [n], from the first pass
     later: Tensor | None = None  # [n], of the tokens after each span's first
 
-    def rows(self, chunk: slice, block: slice, top: Tensor | None = None) -> Rows:
-        """What the rows of a block of a chunk need beside their logits; ``top`` is the chunk's [c]."""
+    def rows(self, chunk: slice, block: slice) -> Rows:
+        """What the rows of a block of a chunk need beside their logits."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
         columns = (self.labels, self.sequence, self.acceptance, self.later)
         beside = (None if x is None else x[here] for x in columns)
-        here_top = None if top is None else top[block]
-        return Rows(self.uniform[here], self.row_scale[here], *beside, top=here_top)
+        return Rows(self.uniform[here], self.row_scale[here], *beside)
 
 
 def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch.float32) -> int:
@@ -202,15 +201,14 @@ def judge_chunk(
     if kernels is not None:
         return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
     widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
-    top = argmax(raw) if wants_top(teacher, settings) else None
     if isinstance(teacher, CachedChunk):
         size = TOP_K_ENTRIES // width
     elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
-        size = block_rows(width, wide(raw.dtype))
+        size = compiled_rows(width) if settings.compiled else block_rows(width, wide(raw.dtype))
     else:
         size = AUTOGRAD_ENTRIES // widest
     judged = [
-        judge(raw, block, teacher, work.rows(rows, block, top), settings, scratch)
+        judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
         for block in cuts(0, raw.shape[0], max(1, size))
     ]
     columns = {
@@ -219,17 +217,6 @@ def judge_chunk(
         if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
     }
     return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
-
-
-def wants_top(teacher: TeacherChunk, settings: Settings) -> bool:
-    """Whether the student's argmax of a whole chunk is found at once: someone asks for it, and the product's own order
-    is that of the logits."""
-    if not settings.head.is_plain:
-        return False
-    if isinstance(teacher, LiveChunk):
-        asked = getattr(settings.objective.verifier, "proposal_alone", False)
-        return asked and teacher.unshared is None and has_closed_form(settings)
-    return isinstance(teacher, CachedChunk)
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:

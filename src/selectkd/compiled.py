@@ -6,6 +6,7 @@ processor, where bf16 gains most; an accelerator has kernels of its own. A block
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from selectkd.block import IMPOSSIBLE, LANES, Rows, Settings, argmax
+from selectkd.block import HIGHEST, IMPOSSIBLE, LANES, LOWEST, Rows, Settings, argmax
 from selectkd.dense import CompiledBlock, Told, floor, statistic
 from selectkd.divergences.gradient import Block, closed_form_of
 from selectkd.divergences.kl import forward_value
@@ -25,6 +26,8 @@ from selectkd.rows import Head, LiveChunk, finish_logits
 
 PROGRAMS = 32
 """Compiled programs that are kept, one for each plan."""
+FEW_LANES = 64
+"""Below such a width the pieces of a sum are too many."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,22 @@ class Plan:
 
     def __call__(
         self, raw_q: Tensor, raw_p: Tensor, bias_q: Tensor | None, bias_p: Tensor | None, unshared: Tensor | None,
-        top: Tensor | None, label: Tensor | None, out: Tensor,
+        label: Tensor | None, out: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The columns [b] of a block of raw logits [b, v]; the gradient to the student's logits goes to ``out``."""
+        """The columns [b] of a block of raw logits [b, v], ``ordinary`` among them: whether they hold. The gradient to
+        the student's logits goes to ``out``."""
         (scale_q, cap_q), (scale_p, cap_p) = self.heads
         logits = finish_logits(raw_q, bias_q, scale_q, cap_q)
         zq = logits / self.temperature
         zp = finish_logits(raw_p, bias_p, scale_p, cap_p) / self.temperature
         if unshared is not None:
             zq, zp = zq.masked_fill(unshared, IMPOSSIBLE), zp.masked_fill(unshared, IMPOSSIBLE)
-        e_q, inverse_q, norm_q = exponential(zq)
-        e_p, inverse_p, norm_p = exponential(zp)
-        finite = torch.isfinite(norm_p)
-        q = e_q * inverse_q
-        zp, p, norm_p = (
-            torch.where(finite, own, students)
-            for own, students in ((zp, zq), (e_p * inverse_p, q), (norm_p, norm_q))
-        )
+        q, norm_q = softmax(zq)
+        p, norm_p = softmax(zp)
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
         if self.forbids:
             floor(block)
-        if top is None and {"rank", "student_top"} & {*self.reads}:
-            top = argmax(zq)
+        top = argmax(zq) if {"rank", "student_top"} & {*self.reads} else None
         told = {name: statistic(name, block, top, label).flatten() for name in ("overlap", *self.reads)}
         if self.kl:
             told["kl"] = forward_value(block).flatten()
@@ -72,23 +69,28 @@ class Plan:
         if cap_q is not None:
             gradient = gradient * (1.0 - (logits / cap_q).square())
         out.copy_(gradient)
-        return told | {"finite": finite.flatten()}
+        ordinary = [(norm > LOWEST) & (norm < HIGHEST) for norm in (norm_q, norm_p)]  # nan is not
+        return told | {"ordinary": (ordinary[0] & ordinary[1]).flatten()}
 
 
-def exponential(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """e^(z - max z) [b, v], one over its sums [b, 1], and the log-sum-exps of z as those inverses are rounded, fp64."""
-    top = z.amax(-1, keepdim=True)
-    e = (z - top).exp()
-    inverse = sums(e).reciprocal()
-    return e, inverse, top.double() - inverse.double().log()
+def softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of rows [b, v] whose log-sum-exps are ordinary; and these, fp64 [b, 1], true to what it sums to.
 
-
-def sums(x: Tensor) -> Tensor:
-    """The sums of rows [b, v] as [b, 1], by way of those of LANES columns: a compiled sum adds one after the other, and
-    over a whole vocabulary its rounding shows in the gradient."""
-    b, v = x.shape
-    whole = v - v % LANES
-    return x[:, :whole].view(b, -1, LANES).sum(-1).sum(-1, keepdim=True) + x[:, whole:].sum(-1, keepdim=True)
+    Its sum goes by way of pieces: a compiled sum adds one after the other, and over a whole vocabulary its rounding
+    shows in the gradient. Pieces that divide the vocabulary share a pass with the exponentials.
+    """
+    b, v = z.shape
+    lanes = math.gcd(v, LANES)
+    if lanes >= FEW_LANES:
+        pieces = z.view(b, -1, lanes).exp()
+        mass, e = pieces.sum(-1).sum(-1, keepdim=True), pieces.view(b, v)
+    else:
+        whole = v - v % LANES
+        e = z.exp()
+        mass = e[:, :whole].view(b, -1, LANES).sum(-1).sum(-1, keepdim=True)
+        mass = mass + e[:, whole:].sum(-1, keepdim=True)
+    inverse = mass.reciprocal()
+    return e * inverse, -inverse.double().log()
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -140,7 +142,7 @@ def compiled_block(settings: Settings) -> CompiledBlock:
 
     def block_of(
         raw: Tensor, teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: Rows, out: Tensor
-    ) -> Told:
+    ) -> Told | None:
         kl = settings.also_kl and settings.temperature == 1.0
         student, divergence = settings.head, settings.objective.divergence
         plan = plan_of(divergence, student, teacher.head, settings.temperature, reads, kl=kl)
@@ -150,10 +152,11 @@ def compiled_block(settings: Settings) -> CompiledBlock:
             student.bias,
             teacher.head.bias,
             teacher.unshared,
-            rows.top,
             rows.label,
             out,
         )
-        return {"kl": [], **{name: [column] for name, column in columns.items()}}
+        if not columns.pop("ordinary").all():
+            return None
+        return {"kl": [], "finite": [True], **{name: [column] for name, column in columns.items()}}
 
     return block_of

@@ -43,8 +43,9 @@ from selectkd.verifiers import STATISTICS, RowStatistics
 
 Told = dict[str, list[Any]]
 """The columns of a block by name, each in as many parts as the block was worked on in."""
-CompiledBlock = Callable[[Tensor, LiveChunk, slice, tuple[str, ...], Rows, Tensor], Told]
-"""(raw, teacher, block, reads, rows, out) -> what ``tell`` tells of raw [b, v], the gradient left in out [b, v]."""
+CompiledBlock = Callable[[Tensor, LiveChunk, slice, tuple[str, ...], Rows, Tensor], Told | None]
+"""(raw, teacher, block, reads, rows, out) -> what ``tell`` tells of raw [b, v], the gradient left in out [b, v]; None
+where a row's log-sum-exp is out of the ordinary."""
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 BUFFERS = 5
 """Tensors that a closed form works on: zp, zq, p, q, spare."""
@@ -52,6 +53,8 @@ FEW_ROWS = 4
 """Below so many rows in the cache one row is worked on at a time."""
 ROWS_AT_ONCE = 8
 """Rows of a block whose rows are worked on one after the other: they share the verifier's call."""
+COMPILED_ENTRIES = 3 << 17
+"""Entries of a tensor of a compiled block: more leave the third-level cache, fewer are not worth the call."""
 
 
 @cache
@@ -73,13 +76,18 @@ def block_rows(width: int, dtype: torch.dtype) -> int:
     return held if held >= FEW_ROWS else ROWS_AT_ONCE
 
 
+def compiled_rows(width: int) -> int:
+    """Rows of a block that is compiled, a power of two: each of its tensors has COMPILED_ENTRIES at most."""
+    return 1 << max(0, (COMPILED_ENTRIES // width).bit_length() - 1)
+
+
 @torch.no_grad()
 def judge_dense(
     raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
     closed_form: Callable[[Block], Column], verified: TokenPair | None, compiled: CompiledBlock | None = None,
 ) -> Seen:  # fmt: skip
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
-    temperature where that differs. compiled: does the same work on whole blocks of ``block_rows``."""
+    temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
     objective, temperature = settings.objective, settings.temperature
     kl: Tensor | int = 0
     if settings.also_kl and temperature != 1.0:
@@ -89,13 +97,12 @@ def judge_dense(
     reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
         reads = statistics_of(objective.verifier, rows)
-    if compiled is not None and len(raw[block]) == block_rows(raw.shape[1], wide(raw.dtype)):
+    told, capped, factor = None, None, 1.0
+    if compiled is not None and len(raw[block]) == compiled_rows(raw.shape[1]):
         zq = scratch.of("zq", len(raw[block]), raw.shape[1], raw, wide(raw.dtype))[: len(raw[block])]
-        capped, factor = None, 1.0
         told = compiled(raw[block], teacher, block, reads, rows, zq)
-    else:
+    if told is None:
         zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
-        capped = None
         if settings.head.softcap is not None and settings.wants_gradient:
             capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
         told, factor = tell(
@@ -118,9 +125,7 @@ def judge_dense(
             judged.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
         )
     if settings.wants_gradient:
-        finish_gradient(zq, rows.scale * weight * factor, capped, settings)
-        if zq.data_ptr() != raw[block].data_ptr():
-            raw[block].copy_(zq)
+        finish_gradient(zq, rows.scale * weight * factor, capped, settings, out=raw[block])
     return Seen(columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
 
 
@@ -131,10 +136,13 @@ def tell(
     """What the parts of a block are told to be, and the gradient's factor; the gradient [b, v] is left in ``zq``."""
     told: Told = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
     factor, ranks = 1.0, "rank" in reads or "student_top" in reads
+    tops = None
+    if ranks and settings.head.is_plain and teacher.unshared is None:
+        tops = argmax(raw)  # of all rows at once, where the product's own order is that of the logits
     for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, settings, scratch):
         top = None
         if ranks:
-            top = top_of(part) if rows.top is None else rows.top[at]
+            top = top_of(part) if tops is None else tops[at]
         told["finite"].append(finite)
         for name in dict.fromkeys(("overlap", *reads)):
             told[name].append(statistic(name, part, top, None if rows.label is None else rows.label[at]))

@@ -75,7 +75,7 @@ def _top_k(
         logits = widened(head, target, "zq", scratch)
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
         q = scratch.of("q", logits.shape[0], logits.shape[1], logits)[: len(logits)]
-        top = argmax(logits) if rows.top is None else rows.top
+        top = argmax(logits)
         (inverse,), norms, _ = exponentials((logits,), (q,))
         chosen_log = (logits.gather(-1, ids) - norms[0][:, None]).to(q.dtype)  # [b, K]
         chosen = q.gather(-1, ids).mul_(inverse)  # [b, K]
@@ -93,9 +93,7 @@ def _top_k(
         tiny = torch.finfo(q.dtype).tiny
         gradient = torch.mul(q, (of_rest / rest.clamp(min=tiny) - sum_h) * inverse, out=logits)
         gradient.scatter_(-1, ids, of_tokens - chosen * sum_h)
-        finish_gradient(gradient, None, capped, settings)
-        if gradient is not target:
-            target.copy_(gradient)
+        finish_gradient(gradient, None, capped, settings, out=target)
     return seen._replace(kl=kl)
 
 

@@ -38,7 +38,7 @@ def run_cases(cache: Path, **environment: str) -> subprocess.CompletedProcess[st
 def test_compiled_equals_plain(tmp_path):
     done = run_cases(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal:") == 5
+    assert done.stdout.count("equal:") == 6
 
 
 def test_without_a_compiler_the_error_names_the_key(tmp_path):
