@@ -1,7 +1,7 @@
 """Time, peak memory and error of one distillation loss with its gradients: selectkd, its bare products, its peers.
 
     python benchmarks/loss.py [--quick] [--json FILE] [--shapes smollm2 qwen2.5] [--n 512 2048 4096]
-    [--filters 6.1e-5] [--compiled] [--top-k 64] [--record]
+    [--filters 6.1e-5] [--chunks 128] [--compiled] [--top-k 64] [--record]
 
 n rows, v vocabulary, d / e student / teacher width. ``limit`` is the four products that no dense loss can do without
 (student logits, teacher logits, dX, dW), in the chunks selectkd takes, through one reused buffer a model.
@@ -217,22 +217,14 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     return 0.0, grad_hidden, grad_head
 
 
-def selectkd(
-    kind: type[States],
-    divergence: str,
-    verifier: str,
-    gradient_filter: float = 0.0,
-    *,
-    compiled: bool = False,
-) -> Loss:
-    """Ours, with the verifier at its defaults and beta = 1."""
+def selectkd(kind: type[States], divergence: str, verifier: str, **settings: Any) -> Loss:
+    """Ours, with the verifier at its defaults and beta = 1; settings are those of ``distillation_loss``."""
     objective = Objective(divergence, verifier, beta=1.0)
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5)
-        rows = kind.rows(teacher, teacher_head)
         return distillation_loss(
-            hidden, head, rows, objective, uniform, gradient_filter=gradient_filter, compiled=compiled
+            hidden, head, kind.rows(teacher, teacher_head), objective, uniform, **settings
         )[0]
 
     return loss
@@ -366,26 +358,14 @@ def implementations_of(
     kind: type[States],
     divergence: str,
     verifiers: Sequence[str],
-    filters: Sequence[float],
+    ways: dict[str, dict[str, Any]],
     peers: Sequence[Peer],
-    *,
-    compiled: bool,
 ) -> list[Implementation]:
-    """The limit first, then ours with every verifier, then the peers that offer the divergence."""
+    """The limit first, then ours in every way with every verifier, then the peers that offer the divergence."""
     found = [Implementation("limit", "always", limit)]
-    found += [Implementation("selectkd", v, differentiated(selectkd(kind, divergence, v))) for v in verifiers]
-    if compiled:
-        found += [
-            Implementation(
-                "selectkd_compiled", v, differentiated(selectkd(kind, divergence, v, compiled=True))
-            )
-            for v in verifiers
-        ]
     found += [
-        Implementation(
-            f"selectkd, filter {share:.1e}", v, differentiated(selectkd(kind, divergence, v, share))
-        )
-        for share in filters
+        Implementation(name, v, differentiated(selectkd(kind, divergence, v, **settings)))
+        for name, settings in ways.items()
         for v in verifiers
     ]
     if peers:
@@ -415,6 +395,9 @@ def arguments() -> argparse.Namespace:
         "--peers", nargs="*", default=names, choices=names, help="all of those that offer the loss"
     )
     parser.add_argument("--filters", nargs="+", type=float, default=[], help="gradient_filter, beside 0")
+    parser.add_argument(
+        "--chunks", nargs="+", type=int, default=[], help="chunk, beside ours and the limit's"
+    )
     parser.add_argument("--compiled", action="store_true", help="ours with compile_loss as well")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--top-k", type=int, help="the teacher is cached: its so many best tokens a row")
@@ -443,6 +426,11 @@ def main() -> None:
         print(f"absent: {name}: {why}")
     if left_out:
         print("left out by --quick:", ", ".join(left_out))
+    ways: dict[str, dict[str, Any]] = {"selectkd": {}}
+    if wanted.compiled:
+        ways["selectkd_compiled"] = {"compiled": True}
+    ways |= {f"selectkd, filter {share:.1e}": {"gradient_filter": share} for share in wanted.filters}
+    ways |= {f"selectkd, chunk {rows}": {"chunk": rows} for rows in wanted.chunks}
     columns = ("shape", "n", "dtype", "divergence", "verifier", "implementation")
     print(
         f"{'cell':42}{'verifier':13}{'implementation':25}{'x limit':>8}{'CPU s':>8}{'peak U':>8}{'error x':>9}"
@@ -459,14 +447,7 @@ def main() -> None:
                     states = states.top_k(wanted.top_k)
                 for divergence in wanted.divergences:
                     cell = (label, n, dtype, divergence)
-                    todo = implementations_of(
-                        type(states),
-                        divergence,
-                        wanted.verifiers,
-                        wanted.filters,
-                        present,
-                        compiled=wanted.compiled,
-                    )
+                    todo = implementations_of(type(states), divergence, wanted.verifiers, ways, present)
                     for x, figures, said in measure(states, divergence, dtype, todo, wanted.rounds):
                         row = dict(zip(columns, (*cell, x.verifier, x.name), strict=True))
                         row |= {name: figures[name] for name in FIGURES}
