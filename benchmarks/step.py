@@ -21,6 +21,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +104,16 @@ def optimised(student: Any, gradients: Step) -> Step:
     return step
 
 
-def selectkd(student: Any, teacher: Any, tokenizer: Any, batch: Batch, divergence: str, folder: str) -> Step:
-    """Ours, on the Trainer, with greedy top-k verifying."""
+def selectkd(
+    student: Any, teacher: Any, tokenizer: Any, batch: Batch, divergence: str, folder: str, *, compiled: bool = False
+) -> Step:  # fmt: skip
+    """Ours, on the Trainer, with greedy top-k verifying; compiled: with ``compile_loss``."""
     from transformers import TrainingArguments
 
     trainer = DistillTrainer(
         student, LiveTeacher(teacher), Objective(divergence, "greedy_topk", beta=1.0), lambda _: [batch],
         arguments_for(TrainingArguments, folder), reduction="token_mean", also_kl=divergence != "forward_kl",
+        compile_loss=compiled,
     )  # fmt: skip
     model: Any = trainer.model
 
@@ -158,7 +163,12 @@ def trainer(student: Any, teacher: Any, tokenizer: Any, batch: Batch, divergence
     return optimised(student, lambda: made.training_step(student, dict(inputs), None))
 
 
-IMPLEMENTATIONS = {"selectkd": selectkd, "trl_gkd": trl_gkd, "trainer": trainer}
+IMPLEMENTATIONS = {
+    "selectkd": selectkd,
+    "selectkd_compiled": partial(selectkd, compiled=True),
+    "trl_gkd": trl_gkd,
+    "trainer": trainer,
+}
 
 
 def shares(step: Step) -> dict[str, float]:
@@ -262,6 +272,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers does not survive a fork
     print(f"{'':40} {'tokens/s':>10} {'x TRL':>10} {'peak MiB':>10}")
     rows = []
     for divergence in wanted.divergences:
