@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 
 from faults.tiny_run import left, recipe_for, write_dropping_pair
 from selectkd.training.run import train
@@ -192,6 +194,14 @@ def remains(run: Path, plain: bool) -> dict[str, bytes]:
     return {"model": (run / "final" / "model.safetensors").read_bytes()} if plain else left(run)
 
 
+def own_progress_bars() -> None:
+    """Gives this process's progress bars a lock of its own: tqdm's is a semaphore that all forks of a process share, and
+    a run that is killed while it holds it would hang every later one."""
+    lock = threading.RLock()
+    TqdmDefaultWriteLock.acquire = lambda _, *args, **keys: lock.acquire(*args, **keys)
+    TqdmDefaultWriteLock.release = lambda _: lock.release()
+
+
 def in_fork(work: Callable[[], None], *, kill_after: float | None = None) -> int:
     """Runs ``work`` in a fork of this process; its exit code, or minus the signal that ended it.
 
@@ -201,6 +211,7 @@ def in_fork(work: Callable[[], None], *, kill_after: float | None = None) -> int
     if child == 0:
         code = 1
         try:
+            own_progress_bars()
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             if not os.environ.get("CHAOS_ERRORS"):
