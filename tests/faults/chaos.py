@@ -195,8 +195,8 @@ def remains(run: Path, plain: bool) -> dict[str, bytes]:
 
 
 def own_progress_bars() -> None:
-    """Gives this process's progress bars a lock of its own: tqdm's is a semaphore that all forks of a process share, and
-    a run that is killed while it holds it would hang every later one."""
+    """Gives this process's progress bars a lock of its own: tqdm's is a semaphore that all forks share, and a run that
+    is killed while it holds it would hang every later one."""
     lock = threading.RLock()
     TqdmDefaultWriteLock.acquire = lambda _, *args, **keys: lock.acquire(*args, **keys)
     TqdmDefaultWriteLock.release = lambda _: lock.release()
