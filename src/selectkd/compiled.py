@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +33,8 @@ FEW_LANES = 64
 @dataclass(frozen=True)
 class Plan:
     """What a program is made for. divergence and params: whose closed form it is; heads: scale and soft-cap of student
-    and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias may be -inf."""
+    and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias may be -inf;
+    shifts: whether a row's maximum is subtracted first, without which its log-sum-exp has to be ordinary."""
 
     divergence: Callable[..., Tensor]
     params: tuple[tuple[str, Any], ...]
@@ -42,12 +43,13 @@ class Plan:
     reads: tuple[str, ...]
     kl: bool
     forbids: bool
+    shifts: bool = False
 
     def __call__(
         self, raw_q: Tensor, raw_p: Tensor, bias_q: Tensor | None, bias_p: Tensor | None, unshared: Tensor | None,
         label: Tensor | None, out: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The columns [b] of a block of raw logits [b, v], ``ordinary`` among them: whether they hold. The gradient to
+        """The columns [b] of a block of raw logits [b, v], ``holds`` among them: whether the others do. The gradient to
         the student's logits goes to ``out``."""
         (scale_q, cap_q), (scale_p, cap_p) = self.heads
         logits = finish_logits(raw_q, bias_q, scale_q, cap_q)
@@ -55,6 +57,8 @@ class Plan:
         zp = finish_logits(raw_p, bias_p, scale_p, cap_p) / self.temperature
         if unshared is not None:
             zq, zp = zq.masked_fill(unshared, IMPOSSIBLE), zp.masked_fill(unshared, IMPOSSIBLE)
+        if self.shifts:
+            zq, zp = zq - zq.amax(-1, keepdim=True), zp - zp.amax(-1, keepdim=True)
         q, norm_q = softmax(zq)
         p, norm_p = softmax(zp)
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
@@ -69,12 +73,13 @@ class Plan:
         if cap_q is not None:
             gradient = gradient * (1.0 - (logits / cap_q).square())
         out.copy_(gradient)
-        ordinary = [(norm > LOWEST) & (norm < HIGHEST) for norm in (norm_q, norm_p)]  # nan is not
-        return told | {"ordinary": (ordinary[0] & ordinary[1]).flatten()}
+        low, high = (-math.inf, math.inf) if self.shifts else (LOWEST, HIGHEST)
+        holds = [(norm > low) & (norm < high) for norm in (norm_q, norm_p)]  # of nan nothing does
+        return told | {"holds": (holds[0] & holds[1]).flatten()}
 
 
 def softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax of rows [b, v] whose log-sum-exps are ordinary; and these, fp64 [b, 1], true to what it sums to.
+    """The softmax of rows [b, v], and their log-sum-exps, fp64 [b, 1], true to what it sums to.
 
     Its sum goes by way of pieces: a compiled sum adds one after the other, and over a whole vocabulary its rounding
     shows in the gradient. Pieces that divide the vocabulary share a pass with the exponentials.
@@ -102,7 +107,8 @@ def program(plan: Plan) -> Callable[..., dict[str, Tensor]]:
 
     # torch allows a code object so many programs; each plan gets one of its own
     own: Any = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    # one piece of memory for all temporaries: a heap in pieces keeps several times as much resident
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options={"memory_planning": True})
 
     def call(*block: Any) -> dict[str, Tensor]:
         try:
@@ -146,17 +152,11 @@ def compiled_block(settings: Settings) -> CompiledBlock:
         kl = settings.also_kl and settings.temperature == 1.0
         student, divergence = settings.head, settings.objective.divergence
         plan = plan_of(divergence, student, teacher.head, settings.temperature, reads, kl=kl)
-        columns = program(plan)(
-            raw,
-            teacher.raw[block],
-            student.bias,
-            teacher.head.bias,
-            teacher.unshared,
-            rows.label,
-            out,
-        )
-        if not columns.pop("ordinary").all():
-            return None
-        return {"kl": [], "finite": [True], **{name: [column] for name, column in columns.items()}}
+        logits = raw, teacher.raw[block], student.bias, teacher.head.bias, teacher.unshared
+        for shifts in (False, True):  # not remembered: what a block gives depends on nothing before it
+            columns = program(replace(plan, shifts=shifts))(*logits, rows.label, out)
+            if columns.pop("holds").all():
+                return {"kl": [], "finite": [True], **{name: [column] for name, column in columns.items()}}
+        return None
 
     return block_of

@@ -45,7 +45,7 @@ Told = dict[str, list[Any]]
 """The columns of a block by name, each in as many parts as the block was worked on in."""
 CompiledBlock = Callable[[Tensor, LiveChunk, slice, tuple[str, ...], Rows, Tensor], Told | None]
 """(raw, teacher, block, reads, rows, out) -> what ``tell`` tells of raw [b, v], the gradient left in out [b, v]; None
-where a row's log-sum-exp is out of the ordinary."""
+where a row is not finite."""
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 BUFFERS = 5
 """Tensors that a closed form works on: zp, zq, p, q, spare."""

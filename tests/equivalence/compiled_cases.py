@@ -80,7 +80,8 @@ def main() -> None:
         plain = outcome(parts, divergence, verifier, compiled=False, **settings)
         assert not calls
         found = outcome(parts, divergence, verifier, compiled=True, **settings)
-        assert len(calls) == N // ROWS and len(set(calls)) == 1
+        again = len({"broken", "loud"} & {*shape})  # a block whose first program does not hold
+        assert len(calls) == N // ROWS + again and len(set(calls)) == 1 + again
         exact = {"rtol": 1e-5, "atol": 1e-6}
         tolerance = exact if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 1e-3}
         name = f"{divergence}, {verifier}"
