@@ -427,10 +427,13 @@ def main() -> None:
     if left_out:
         print("left out by --quick:", ", ".join(left_out))
     ways: dict[str, dict[str, Any]] = {"selectkd": {}}
-    if wanted.compiled:
-        ways["selectkd_compiled"] = {"compiled": True}
     ways |= {f"selectkd, filter {share:.1e}": {"gradient_filter": share} for share in wanted.filters}
     ways |= {f"selectkd, chunk {rows}": {"chunk": rows} for rows in wanted.chunks}
+    if wanted.compiled:
+        ways |= {
+            name.replace("selectkd", "selectkd_compiled", 1): {**settings, "compiled": True}
+            for name, settings in ways.items()
+        }
     columns = ("shape", "n", "dtype", "divergence", "verifier", "implementation")
     print(
         f"{'cell':42}{'verifier':13}{'implementation':25}{'x limit':>8}{'CPU s':>8}{'peak U':>8}{'error x':>9}"
