@@ -207,16 +207,19 @@ def judge_chunk(
         size = compiled_rows(width) if settings.compiled else block_rows(width, wide(raw.dtype))
     else:
         size = AUTOGRAD_ENTRIES // widest
-    judged = [
-        judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
-        for block in cuts(0, raw.shape[0], max(1, size))
-    ]
-    columns = {
-        name: None if values[0] is None else torch.cat(values)
-        for name in Seen._fields
-        if name not in ("bad", "kl") and (values := [getattr(one, name) for one in judged])
-    }
-    return Seen(bad=sum(one.bad for one in judged), kl=sum(one.kl for one in judged), **columns)  # type: ignore[arg-type]
+    columns: dict[str, Tensor] = {}
+    bad: Tensor | int = 0
+    kl: Tensor | int = 0
+    for block in cuts(0, raw.shape[0], max(1, size)):
+        judged = judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
+        bad, kl = bad + judged.bad, kl + judged.kl
+        # copied, not kept: small tensors that stay would lie where the next block's large ones have been
+        for name, values in judged._asdict().items():
+            if name not in ("bad", "kl") and values is not None:
+                if name not in columns:
+                    columns[name] = torch.empty(raw.shape[0], dtype=values.dtype, device=values.device)
+                columns[name][block] = values
+    return Seen(bad=bad, kl=kl, **columns)
 
 
 def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
