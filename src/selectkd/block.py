@@ -141,12 +141,11 @@ def finish_gradient(
     if capped is not None and head.softcap is not None:
         gradient.mul_(capped.div_(head.softcap).square_().neg_().add_(1.0))
     factor = head.scale / settings.temperature
-    if out.dtype != gradient.dtype:  # a product that rounds is twice as slow as a product and a copy
-        out.copy_(gradient.mul_(factor if share is None else (share * factor)[:, None]))
-    elif share is not None:
-        torch.mul(gradient, (share * factor)[:, None], out=out)
-    elif factor != 1.0 or gradient.data_ptr() != out.data_ptr():
-        torch.mul(gradient, factor, out=out)
+    scale = factor if share is None else (share * factor)[:, None]
+    if out.dtype != gradient.dtype:  # one product that also rounds is slower than a product and a copy
+        out.copy_(gradient.mul_(scale))
+    elif share is not None or factor != 1.0 or gradient.data_ptr() != out.data_ptr():
+        torch.mul(gradient, scale, out=out)
 
 
 def bad_rows(finite: Tensor | None) -> Tensor | int:
