@@ -52,6 +52,7 @@ class Work:
     compiled: bool = False
     acceptance: Tensor | None = None  # [n], from the first pass
     later: Tensor | None = None  # [n], of the tokens after each span's first
+    products: torch.dtype | None = None  # of the student's products; None: the head's own
 
     def rows(self, chunk: slice, block: slice) -> Rows:
         """What the rows of a block of a chunk need beside their logits."""
@@ -71,7 +72,18 @@ def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = _scores(hidden, head, work, width)
+    sequence = work.sequence
+    if sequence is None:
+        sequence = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    return work.objective.verifier.keep(scores, sequence)
+
+
+def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+    """The selector's scores of every row, [n, m]."""
     selector = work.objective.verifier
+    head = replace(head, weight=head.weight.to(work.products or head.weight.dtype))
     scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
     settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
@@ -88,10 +100,7 @@ def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
             if pair.finite is not None:
                 score = torch.where(pair.finite[:, None], score, torch.nan)
             scores.append(score)
-    sequence = work.sequence
-    if sequence is None:
-        sequence = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    return selector.keep(torch.cat(scores), sequence)
+    return torch.cat(scores)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -111,7 +120,8 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
-        weight = weight.detach()
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
+        weight = weight.detach().to(work.products or weight.dtype)
         head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
         width = work.teacher.shared_width(head.width)
         fp = wide(weight.dtype)
@@ -121,7 +131,8 @@ class ChunkedLoss(torch.autograd.Function):
         seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
         bad, kl = (torch.zeros((), dtype=fp, device=hidden.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        head_gradient = HeadGradient(weight, width, -(-n // work.chunk)) if wants_weight else None
+        chunks = -(-n // work.chunk)
+        head_gradient = HeadGradient(weight, width, chunks, ctx.dtypes[1]) if wants_weight else None
         grad_bias = (
             torch.zeros(bias.shape, dtype=fp, device=weight.device)
             if wants_bias and bias is not None
@@ -169,7 +180,6 @@ class ChunkedLoss(torch.autograd.Function):
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
         of_head = None if head_gradient is None else head_gradient.total
         ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         rows_out = [seen[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, kl, *rows_out)
         return (loss, bad, kl, *rows_out)

@@ -14,7 +14,7 @@ from selectkd.divergences.sorted import is_unpaired
 from selectkd.errors import ConfigError
 from selectkd.log_probs import token_log_probs
 from selectkd.objective import Objective
-from selectkd.rows import CachedRows, Head, LiveRows, TeacherRows
+from selectkd.rows import CachedRows, Head, LiveRows, TeacherRows, product_dtype
 from selectkd.spans import AlignedRows
 from selectkd.verifiers import reads_proposal_alone
 
@@ -57,6 +57,9 @@ def distillation_loss(
 
     With AlignedRows, a teacher of another tokenizer, a row is a span of text: it counts once, at its first token.
 
+    Under autocast to bf16 the products of an fp32 head are in bf16, its gradient is summed in fp32, and
+    all else stays in fp32. The product of the teacher is in its own dtype.
+
     Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap,
     unverified (rows that no verdict can be given on) and teacher_nonfinite (rows left out because the teacher's were
     nan or infinite), and row_acceptance, row_divergence, row_weight, row_overlap, row_unverified [n]. TAR is
@@ -92,28 +95,23 @@ def distillation_loss(
     if row_scale is None:
         row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
 
-    width = teacher.shared_width(student.width)
+    width, products = teacher.shared_width(student.width), product_dtype(student.weight)
     work = Work(
         teacher=teacher,
         objective=objective,
         uniform=uniform,
         row_scale=row_scale.detach(),
         temperature=temperature,
-        chunk=chunk_rows(n, width, chunk, student.weight.dtype),
+        chunk=chunk_rows(n, width, chunk, products),
         labels=labels,
         sequence=sequence,
         also_kl=also_kl,
         gradient_filter=gradient_filter,
         compiled=compiled,
+        products=products,
     )
-    if isinstance(teacher, AlignedRows):
-        loss, bad, kl, seen = _by_spans(hidden, student, teacher, work)
-    else:
-        if objective.ranks_the_batch and n:
-            detached = replace(student, weight=student.weight.detach())
-            work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
-        loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
-        seen = dict(zip(ROWS, rows, strict=True))
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, bad, kl, seen = _fused(hidden, student, teacher, work, width)
     sums = {
         "n": torch.tensor(float(n), device=hidden.device),
         "accepted": seen["acceptance"].sum(),
@@ -129,6 +127,19 @@ def distillation_loss(
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
 
 
+def _fused(
+    hidden: Tensor, student: Head, teacher: TeacherRows, work: Work, width: int
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, KL, columns [n]) of all rows."""
+    if isinstance(teacher, AlignedRows):
+        return _by_spans(hidden, student, teacher, work)
+    if work.objective.ranks_the_batch and hidden.shape[0]:
+        detached = replace(student, weight=student.weight.detach())
+        work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
+    loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+    return loss, bad, kl, dict(zip(ROWS, rows, strict=True))
+
+
 def _by_spans(
     hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -141,7 +152,12 @@ def _by_spans(
     first, span, later_rows = teacher.first, teacher.span, teacher.later
     dead = teacher.vocabularies.dead(student.width)
     log_probs = token_log_probs(
-        hidden[later_rows], student, teacher.token[later_rows], dead=dead, chunk=work.chunk
+        hidden[later_rows],
+        student,
+        teacher.token[later_rows],
+        dead=dead,
+        chunk=work.chunk,
+        products=work.products,
     )
     later = log_probs.new_zeros(first.shape[0]).index_add(0, span[later_rows], log_probs)
     chosen = {

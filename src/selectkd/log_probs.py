@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from selectkd.chunked import chunk_rows
 from selectkd.products import HeadGradient, cuts
-from selectkd.rows import Head, Scratch, wide
+from selectkd.rows import Head, Scratch, product_dtype, wide
 
 
 def token_log_probs(
@@ -22,28 +22,34 @@ def token_log_probs(
     *,
     dead: Bool[Tensor, " v"] | None = None,
     chunk: int | None = None,
+    products: torch.dtype | None = None,
 ) -> Float[Tensor, " n"]:
     """log softmax(head(hidden))[token] of each row, [n], with gradients to hidden and to the head's weight and bias.
 
     Equals ``log_softmax(head.logits(hidden), -1).gather(-1, token)``, but only [c, v] exists at a time: the logits are
-    computed again for the gradient. dead: rows of the head that stand for no token, left out of the sum.
+    computed again for the gradient. dead: rows of the head that stand for no token, left out of the sum. products: the
+    dtype of the head's products, default ``product_dtype``.
 
     >>> import torch
     >>> token_log_probs(torch.eye(2), torch.zeros(4, 2), torch.tensor([0, 3])).exp().tolist()
     [0.25, 0.25]
     """
     head = Head.of(head)
-    return _TokenLogProbs.apply(hidden, head.weight, head.bias, head, token, dead, chunk)  # type: ignore[no-any-return]
+    products = product_dtype(head.weight) if products is None else products
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogProbs.apply(hidden, head.weight, head.bias, head, token, dead, chunk, products)  # type: ignore[no-any-return]
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, token: Tensor,
-        dead: Tensor | None, chunk: int | None,
+        dead: Tensor | None, chunk: int | None, products: torch.dtype,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, token, dead)
-        ctx.head, ctx.rows = head, chunk_rows(hidden.shape[0], head.width, chunk, weight.dtype)
+        ctx.head, ctx.products = head, products
+        ctx.rows = chunk_rows(hidden.shape[0], head.width, chunk, products)
+        head = replace(head, weight=weight.detach().to(products))
         fp = wide(weight.dtype)
         out = torch.empty(hidden.shape[0], dtype=fp, device=hidden.device)
         scratch = Scratch()
@@ -56,11 +62,12 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token, dead = ctx.saved_tensors
+        of_weight, weight = weight.dtype, weight.detach().to(ctx.products)
         head: Head = replace(ctx.head, weight=weight, bias=bias)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         products = -(-hidden.shape[0] // ctx.rows)
-        head_gradient = HeadGradient(weight, head.width, products) if wants_weight else None
+        head_gradient = HeadGradient(weight, head.width, products, of_weight) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=grad.dtype, device=bias.device) if wants_bias else None
         scratch = Scratch()
         for rows in cuts(0, hidden.shape[0], ctx.rows):
@@ -81,7 +88,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 head_gradient.add(gradient, hidden[rows].to(weight.dtype))
         of_head = None if head_gradient is None else head_gradient.total
         of_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, of_head, of_bias, None, None, None, None
+        return grad_hidden, of_head, of_bias, None, None, None, None, None
 
 
 @torch.no_grad()

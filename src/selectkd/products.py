@@ -82,18 +82,21 @@ def hidden_gradient(
 
 
 class HeadGradient:
-    """The sum of G^T [v, c] X [c, d] over a known number of chunks, ``total`` [v, d] in the head's dtype.
+    """The sum of G^T [v, c] X [c, d] over a known number of chunks, ``total`` [v, d] in ``dtype``, default the head's.
 
     No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
     second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
-    need no second tensor: they are rounded once.
+    need no second tensor: they are rounded once. Nor does an fp32 total of bf16 products, as under autocast.
     """
 
-    def __init__(self, weight: Tensor, width: int, products: int) -> None:
-        self.total, self.width = torch.empty_like(weight, memory_format=torch.contiguous_format), width
+    def __init__(self, weight: Tensor, width: int, products: int, dtype: torch.dtype | None = None) -> None:
+        dtype = weight.dtype if dtype is None else dtype
+        self.total = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self.width = width
         self.total[width if products else 0 :].zero_()
         self.narrow = weight.dtype.itemsize < 4
-        self.rest = torch.zeros_like(self.total[:width]) if self.narrow and products > 2 else None
+        compensated = dtype.itemsize < 4 and products > 2
+        self.rest = torch.zeros_like(self.total[:width]) if compensated else None
         self.piece = PIECE if self.rest is None else COMPENSATED_PIECE
         self.empty = True
 
@@ -107,11 +110,13 @@ class HeadGradient:
                 total.zero_()
             for piece in cuts(0, strong.ids.shape[0], self.piece):
                 self._add_piece(total, strong.ids[piece], strong.part[:, piece].t() @ inputs)
-        elif self.empty:
+        elif self.empty and total.dtype == gradient.dtype:
             torch.mm(gradient.t(), inputs, out=total)
         elif not self.narrow:
             torch.addmm(total, gradient.t(), inputs, out=total)
         else:
+            if self.empty:
+                total.zero_()
             for piece in cuts(0, self.width, self.piece):
                 self._add_piece(total, piece, gradient[:, piece].t() @ inputs)
         self.empty = False

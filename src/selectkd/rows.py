@@ -22,6 +22,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a head's products: bf16 for an fp32 head under autocast to bf16, its own everywhere else.
+
+    A product into given memory never asks autocast. fp16 is not followed: a row's gradient, its entries some
+    row_scale / v large, falls below its range, and loss scaling comes too late to save it.
+    """
+    device = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        asked = torch.get_autocast_dtype(device)
+        return asked if asked == torch.bfloat16 else weight.dtype
+    return weight.dtype
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head: logits = cap(scale * (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).

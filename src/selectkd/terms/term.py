@@ -14,7 +14,7 @@ from selectkd.chunked import ROWS, Work, chunk_rows, first_pass
 from selectkd.distill import distillation_loss
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
-from selectkd.rows import Head, Scratch, TeacherRows, log_softmax
+from selectkd.rows import Head, Scratch, TeacherRows, log_softmax, product_dtype
 from selectkd.selectors.ranked import label_log_prob
 
 SCALARS = (
@@ -59,6 +59,7 @@ class Forward:
             chunk=chunk_rows(n, width, self.chunk),
             labels=self.labels,
             sequence=self.sequence,
+            products=product_dtype(self.head.weight),
         )
         head = replace(self.head, weight=self.head.weight.detach())
         return first_pass(self.hidden.detach(), head, work, width)
