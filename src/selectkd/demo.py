@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from selectkd.config.shipped import shipped_recipe
 from selectkd.errors import ConfigError
 
 PROMPTS = (
@@ -25,17 +26,21 @@ TINY_STEPS = 200
 """Steps of the tiny teacher: about 10 seconds on two cores, after which it spells English words."""
 
 
-def real_recipe() -> Path:
-    """recipes/demo.yaml of the checkout; a ConfigError where its weights or its text are not there yet."""
-    root = Path(__file__).resolve().parents[2]
-    recipe, text = root / "recipes" / "demo.yaml", root / ".cache" / "demo" / "alpaca_en_demo.json"
-    for needed in (recipe, text):
-        if not needed.is_file():
-            raise ConfigError(
-                f"the demo needs {needed.name}, which is not there. Run `make demo` in a checkout of selectkd, which "
-                "fetches it, or `selectkd demo --quick`, which needs no download."
-            )
-    return recipe
+def real_recipe() -> tuple[Path, Path]:
+    """(the demo's recipe, the folder its paths start from); ConfigError where its text is not there yet.
+
+    The folder is the checkout, or the working directory where selectkd is installed as a wheel.
+    """
+    recipe = shipped_recipe("demo")
+    root = recipe.parents[1] if (recipe.parents[1] / "Makefile").is_file() else Path.cwd()
+    text = root / ".cache" / "demo" / "alpaca_en_demo.json"
+    if not text.is_file():
+        raise ConfigError(
+            f"the demo needs {text}, which is not there. Run `make demo` in a checkout of selectkd, which fetches it; "
+            "or take data/alpaca_en_demo.json from llamafactory 0.9.5's source distribution; "
+            "or run `selectkd demo --quick`, which needs no download."
+        )
+    return recipe, root
 
 
 def quick_recipe(folder: Path) -> Path:

@@ -47,8 +47,8 @@ def demo(
         path = quick_recipe(folder)
         prompts: tuple[str, ...] = tuple(text[:40] for text in help_texts()[500:503])
     else:
-        path, prompts = real_recipe(), PROMPTS
-        os.chdir(path.parent.parent)
+        (path, root), prompts = real_recipe(), PROMPTS
+        os.chdir(root)
         folder = output_dir or _new_folder(Path("runs"), "demo")
         changes.append(f"training.output_dir={json.dumps(str(folder))}")
     recipe = load_recipe(path, changes)

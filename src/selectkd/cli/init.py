@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.terminal import say
+from selectkd.config.shipped import shipped_recipe
 from selectkd.errors import ConfigError
 
 STARTER = """\
@@ -51,13 +52,20 @@ training:
 
 def init(
     recipe: Annotated[Path, typer.Argument(help="The file to write; one that exists is left as it is.")],
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="NAME", help="Start from a recipe that comes with selectkd, such as demo."
+        ),
+    ] = None,
 ) -> None:
     """Write a commented recipe to start from."""
+    text = STARTER if origin is None else shipped_recipe(origin).read_text(encoding="utf-8")
     if not recipe.parent.is_dir():
         raise ConfigError(f"there is no folder {recipe.parent}; make it first.")
     try:
         with recipe.open("x", encoding="utf-8") as file:
-            file.write(STARTER)
+            file.write(text)
     except FileExistsError:
         raise ConfigError(
             f"{recipe} exists and is left as it is. Name another file, or delete this one."

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.terminal import say, without_other_bars
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 
 
@@ -37,9 +38,7 @@ def serve_teacher(
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "starlette"):
             raise
-        raise ConfigError(
-            f"a server needs {error.name}. Install it: pip install 'selectkd[server]'."
-        ) from error
+        raise ConfigError(f"a server needs {error.name}. Install it: {how_to_install('server')}.") from error
 
     token = token_of(token_env)
     check_place(host, token, certificate, key)

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from fractions import Fraction
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 
 NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|-?\$?\s?\.\d+")
@@ -64,7 +65,7 @@ def check_math_verify() -> None:
     """ConfigError unless math-verify is installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise ConfigError(
-            "MATH-style answers are compared by math-verify. Install it: pip install 'selectkd[math]'."
+            f"MATH-style answers are compared by math-verify. Install it: {how_to_install('math')}."
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def check_figure(path: Path | None) -> None:
         raise ConfigError(f"--figure {path}: the folder {path.parent} does not exist. Make it first.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "figures need matplotlib. Install it: pip install 'selectkd[figures]', or leave out --figure."
+            f"figures need matplotlib. Install it: {how_to_install('figures')}, or leave out --figure."
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selectkd import __version__
+from selectkd.config.extras import how_to_install
 from selectkd.data import tokenizer_fingerprint
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals.asking import identity
@@ -51,7 +52,7 @@ class Harness:
         ConfigError for a missing package and an unknown task, DataError where a task's data cannot be had.
         """
         if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError("--suite harness needs lm-eval. Install it: pip install 'selectkd[harness]'.")
+            raise ConfigError(f"--suite harness needs lm-eval. Install it: {how_to_install('harness')}.")
         from datasets.exceptions import DatasetsError
 
         manager = _module("lm_eval.tasks").TaskManager(

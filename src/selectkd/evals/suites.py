@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selectkd.config.extras import how_to_install
 from selectkd.data import read_records
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals import answers
@@ -45,8 +46,8 @@ def arithmetic(limit: int, *, tokens: int, seed: int, name: str = "gsm_symbolic"
     """Word problems made by reasoning-gym and scored by its own ``score_answer``; the seed decides the problems."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError(
-            "problems with a verifier come from reasoning-gym. Install it: pip install 'selectkd[math]', or name a "
-            "file of problems with --data."
+            f"problems with a verifier come from reasoning-gym. Install it: {how_to_install('math')}, "
+            "or name a file of problems with --data."
         )
     import reasoning_gym  # pyright: ignore[reportMissingImports]
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.gathered import head_parameters, in_parts
 from selectkd.models.head import head_of
@@ -97,7 +98,7 @@ def check_recipe(recipe: Any) -> None:
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "the run was started for DeepSpeed, which is not installed. Get it by `pip install 'selectkd[deepspeed]'`, "
+            f"the run was started for DeepSpeed, which is not installed. Get it by `{how_to_install('deepspeed')}`, "
             "or start the run with torchrun (DDP)."
         )
     training = recipe.training
