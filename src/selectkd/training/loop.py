@@ -65,7 +65,7 @@ def train_loop(
     when too many steps were left out.
     """
     model.to(ledger.device).train()
-    wrapped: Any = nn.parallel.DistributedDataParallel(model) if ranks() > 1 else model
+    wrapped: Any = replicated(model) if ranks() > 1 else model
     optimizer = optimizer_for(model, learning_rate=learning_rate, weight_decay=weight_decay)
     lr = get_scheduler(
         SCHEDULES[schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps
@@ -100,6 +100,15 @@ def train_loop(
             checkpoints.after(ledger.step, last=over)
         if over:
             return
+
+
+def replicated(model: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """The model of each rank, its gradients averaged; a parameter that a rank's rows do not reach has its 0 there.
+
+    Without ``find_unused_parameters`` the ranks wait for the gradient of such a parameter (a head where no row weighs
+    anything), or take another's for it. One that no rank reaches keeps no gradient, as in one process.
+    """
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def register_engine(

@@ -1,0 +1,111 @@
+"""Runs on one of two ranks (gloo) whose micro-batches do not all reach every parameter; writes the weights they end with.
+
+torchrun --nproc-per-node 2 uneven_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch import nn
+from transformers import TrainingArguments
+
+from selectkd.data.render import Example
+from selectkd.objective import Objective
+from selectkd.teachers import LiveTeacher
+from selectkd.terms import StreamSpec
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
+from selectkd.training.loop import train_loop
+from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import DistillTrainer
+from training.tiny import padded, texts, tiny_llama
+
+STEPS, RATE, MARK = 4, 1e-2, 63
+CASES = (
+    ("weightless", "loop"),
+    ("weightless_last", "loop"),
+    ("one_expert", "loop"),
+    ("weightless", "trainer"),
+)
+"""What the batches of a rank do not reach, and the engine."""
+
+
+class SometimesUsed(nn.Module):
+    """A vector added to the hidden states of a batch that holds the token MARK; no other batch reaches it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(-1, 1, width))
+
+    def forward(self, decoder: Any, inputs: Any, given: dict[str, Any], output: Any) -> Any:
+        if bool((given["input_ids"] == MARK).any()):
+            output.last_hidden_state = output.last_hidden_state + self.shift
+        return output
+
+
+def student_of(case: str) -> Any:
+    """A student with a head of its own; in the case one_expert with a vector that few batches reach."""
+    student = tiny_llama(2)
+    student.config.tie_word_embeddings = False
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().flip(0))
+    if case == "one_expert":
+        student.sometimes = SometimesUsed(student.config.hidden_size)
+        student.model.register_forward_hook(student.sometimes, with_kwargs=True)
+    return student
+
+
+def micro_of(case: str) -> Callable[[int], list[Any]]:
+    """Of four batches, two a rank, the last, or with weightless_last the last of both ranks, reaches less."""
+    examples: list[Example] = []
+    for index, example in enumerate(texts(16, streams=1)):
+        less = index % 4 in ((2, 3) if case == "weightless_last" else (3,))
+        ids = [3 if token == MARK else token for token in example.input_ids]
+        if case == "one_expert":
+            ids[0] = 3 if less else MARK
+        examples.append(replace(example, input_ids=ids, stream=int(less and case != "one_expert")))
+    return lambda epoch: padded(examples, 1)
+
+
+def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[str, torch.Tensor]:
+    student, teacher = student_of(case), LiveTeacher(tiny_llama(1))
+    objective, micro = Objective("forward_kl", {"name": "greedy_topk", "k": 9}, beta=0.5), micro_of(case)
+    losses: Any = {"streams": ("a", "b"), "losses": [StreamSpec(), StreamSpec(weight=(0.0, 0.0, 1.0))]}
+    if engine == "loop":
+        train_loop(
+            DistillationModel(student, teacher), Feed(micro), Ledger(objective, **losses), steps=STEPS,
+            learning_rate=RATE, schedule="constant", weight_decay=0.1, accumulation=accumulation,
+        )  # fmt: skip
+    else:
+        args = TrainingArguments(
+            str(folder / "trainer"), max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="constant",
+            weight_decay=0.1, gradient_accumulation_steps=accumulation, optim="adamw_torch", use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        DistillTrainer(student, teacher, objective, micro, args, **losses).train()
+    return {name: p.detach().clone() for name, p in student.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    for case, engine in CASES:
+        found = trained(case, engine, accumulation=2, folder=folder)
+        if dist.get_rank() == 0:
+            save_file(found, folder / f"{case}-{engine}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    main(Path(sys.argv[1]))
+    gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
+    dist.destroy_process_group()
