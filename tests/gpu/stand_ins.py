@@ -77,7 +77,8 @@ def cuda(gpu: Gpu, free: int) -> dict[str, Any]:
         return stand_in
 
     return {
-        "is_available": lambda: True, "is_initialized": lambda: True, "init": noted("init"), "_lazy_init": noted("init"),
+        "is_available": lambda: True, "is_initialized": lambda: True,
+        "init": noted("init"), "_lazy_init": noted("init"),
         "device_count": lambda: gpu.devices, "current_device": lambda: gpu.current, "set_device": set_device,
         "device": Current, "device_of": Current, "_DeviceGuard": Current,
         "get_device_properties": lambda *_: properties, "get_device_name": lambda *_: device_name,
