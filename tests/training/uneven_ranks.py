@@ -1,4 +1,4 @@
-"""Runs on one of two ranks (gloo) whose micro-batches do not all reach every parameter; writes the weights they end with.
+"""Runs on one of two ranks (gloo) whose micro-batches do not all reach every parameter; writes their last weights.
 
 torchrun --nproc-per-node 2 uneven_ranks.py FOLDER
 """
