@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -56,6 +57,12 @@ def set_logp(kind: str, row: Any, at: int, value: Any) -> None:
         row[key][0 if kind == "sglang" else "logprob"] = value
 
 
+def move(kind: str, row: Any, at: int, by: float) -> None:
+    entry = row[at if kind == "sglang" else list(row)[at]]
+    value = entry[0] if kind == "sglang" else entry["logprob"] if kind == "vllm" else entry
+    set_logp(kind, row, at, value + by)
+
+
 def rename(kind: str, row: Any, at: int, name: Any) -> None:
     """The id of an entry, as another id or as something that is none."""
     if kind == "sglang":
@@ -68,6 +75,11 @@ def rename(kind: str, row: Any, at: int, name: Any) -> None:
     )
     row.clear()
     row.update(entries)
+
+
+def best_of(row: Any) -> Any:
+    """The likeliest entry of vLLM's position."""
+    return max(row.values(), key=lambda entry: entry["logprob"])
 
 
 def broken_rows(kind: str, place: int) -> Iterator[tuple[str, Callable[[Any], Any]]]:
@@ -87,7 +99,16 @@ def broken_rows(kind: str, place: int) -> Iterator[tuple[str, Callable[[Any], An
                 f"id {entry} of {at} is {name!r}",
                 lambda c, e=entry, n=name: rename(kind, rows_of(kind, c)[at], e, n),
             )
+    yield (
+        f"{at} has a constant taken off",
+        lambda c: [move(kind, rows_of(kind, c)[at], e, -4.0) for e in range(size)],
+    )
     if kind == "sglang":
+        for name in range(1, K):
+            yield (
+                f"{at} has an id again as a further entry",
+                lambda c, n=name: rows_of(kind, c)[at].append(list(rows_of(kind, c)[at][n])),
+            )
         for junk in [None, True, "7", 1.5, [3]]:
             yield f"an id of {at} is {junk!r}", lambda c, j=junk: rename(kind, rows_of(kind, c)[at], 0, j)
         yield (
@@ -114,6 +135,25 @@ def broken_rows(kind: str, place: int) -> Iterator[tuple[str, Callable[[Any], An
             for key in [key for key in row if key != own][: len(row) - K + 1]:
                 del row[key]
 
+        def without_best(c: Any) -> None:
+            """The likeliest goes, unless it is the text's own, and nothing comes in its place."""
+            row = rows_of(kind, c)[at]
+            likely = {key: entry["logprob"] for key, entry in row.items() if key != str(IDS[at])}
+            del row[max(likely, key=likely.__getitem__)]
+
+        if kind == "vllm":
+            yield f"{at} lost its best entry", without_best
+            for rank in [0, -1, 2, K + 1, 1.0, True, "1"]:
+                yield (
+                    f"a rank of {at} is {rank!r}",
+                    lambda c, r=rank: best_of(rows_of(kind, c)[at]).__setitem__("rank", r),
+                )
+        else:
+            own_logp = 0 if kind == "sglang" else at
+            yield (
+                f"{at} gives its own token two log-probabilities",
+                lambda c: c["choices"][0]["logprobs"]["token_logprobs"].__setitem__(own_logp, -0.25),
+            )
         yield f"{at} has K + 2 entries", more
         yield f"{at} has K - 1 entries", fewer
         yield f"{at} lacks its own token", lambda c: rows_of(kind, c)[at].pop(f"{prefix}{IDS[at]}")
@@ -165,7 +205,7 @@ def broken_answers(kind: str) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     }[kind]
     keys = {
         "vllm": ["prompt_logprobs"],
-        "openai": ["tokens", "top_logprobs"],
+        "openai": ["tokens", "token_logprobs", "top_logprobs"],
         "sglang": ["input_token_logprobs", "input_top_logprobs"],
     }[kind]
     for key in keys:
@@ -196,6 +236,17 @@ def bad_bodies(kind: str) -> Iterator[tuple[str, dict[str, str], bytes]]:
                  body + b"}", body + body, b"[" * 100_000, b'{"a":' * 100_000, b"data: " + body,
                  b'{"choices": NaN}', b"{'choices': []}", body.decode().encode("utf-16")]:  # fmt: skip
         yield f"{junk[:20]!r}", {}, junk
+    text = body.decode()
+    opened = {"vllm": '"prompt_logprobs": [null, {', "openai": '"top_logprobs": [null, {', "sglang": '{"'}[
+        kind
+    ]
+    first = text.index(opened) + len(opened)
+    name = {"vllm": '"7": {"logprob": -1.0, "rank": 1}, ', "openai": '"token_id:7": -1.0, '}.get(
+        kind, 'text": "", "'
+    )
+    yield "a key twice", {}, (text[:first] + name + name + text[first:]).encode()
+    for number in ["1e999", "-1e999", "NaN", "-Infinity"]:
+        yield f"{number} somewhere", {}, ("{" + f'"usage": {{"cost": {number}}}, ' + text[1:]).encode()
     yield "gzip", {"content-encoding": "gzip"}, gzip.compress(body)
     yield "deflate", {"content-encoding": "deflate"}, body
     yield "a long body", {}, body + b" " * (1 << 20)
@@ -258,4 +309,42 @@ def test_a_token_beyond_the_best_is_left_out_and_one_among_them_kept() -> None:
     [found] = asks.top_k([(IDS, list(range(len(IDS) - 1)))])
     best = LOGP[: len(IDS) - 1].topk(K).indices.sort(1).values
     assert [sorted(row) for row in found.ids.tolist()] == best.tolist()
+    asks.connection.close()
+
+
+def test_rows_of_every_token_have_a_mass_of_1_where_the_head_is_as_wide() -> None:
+    flat = torch.log_softmax(LOGP / 9, -1)
+    moved = vllm(IDS, flat - 0.05, VOCABULARY)
+    asks = server("vllm", lambda: (200, {}, json.dumps(moved).encode()))
+    asks.k = VOCABULARY
+    asks.top_k([(IDS, PLACES)])  # dead rows of a wider head could have the rest
+    asks.width = VOCABULARY
+    with pytest.raises(TeacherError, match=r"has a mass of 0\.951"):
+        asks.top_k([(IDS, PLACES)])
+    asks.connection.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "openai"])
+def test_what_vllm_0_32_answered_is_read_and_without_its_best_entry_refused(kind: str) -> None:
+    """Recorded from vLLM 0.32.0 on a processor, a random Llama of 64 tokens in float32: prompt_logprobs, and echo."""
+    content = json.loads(Path(__file__).with_name("vllm_0_32.json").read_text("utf-8"))[kind]
+    asks = server(kind, lambda: (200, {}, json.dumps(content).encode()))
+    [found] = asks.top_k([(IDS, PLACES)])
+    rows = rows_of(kind, content)
+    for place, ids, logp in zip(PLACES, found.ids.tolist(), found.logp.tolist(), strict=True):
+        told = {
+            int(key.removeprefix("token_id:")): entry["logprob"] if kind == "vllm" else entry
+            for key, entry in rows[place + 1].items()
+        }
+        best = sorted(told, key=told.__getitem__, reverse=True)[:K]
+        assert sorted(ids) == sorted(best)
+        assert logp == pytest.approx([told[token] for token in ids])
+    if kind == "vllm":
+        for place in PLACES:
+            broken = copy.deepcopy(content)
+            row = rows_of(kind, broken)[place + 1]
+            del row[next(key for key, entry in row.items() if entry["rank"] == 1)]
+            asks = server(kind, lambda c=broken: (200, {}, json.dumps(c).encode()))
+            with pytest.raises(TeacherError, match=r"one of the best is missing|lacks token"):
+                asks.top_k([(IDS, PLACES)])
     asks.connection.close()

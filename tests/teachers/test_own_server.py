@@ -111,8 +111,8 @@ def test_the_doctor_knows_our_own_server(url: str, capsys: Any) -> None:
 
 BEST = {
     "ids": torch.tensor([[3, 1], [2, 0]], dtype=torch.int32),
-    "logp": torch.tensor([[0.5, 0.25], [0.9, 0.0]]).log(),
-    "tail": torch.tensor([0.25, 0.1]),
+    "logp": torch.tensor([[0.5, 0.25], [1.0, 0.0]]).log(),
+    "tail": torch.tensor([0.25, 0.0]),
 }
 BAD_ROWS: list[dict[str, Any]] = [
     {"ids": BEST["ids"].long()},
@@ -125,6 +125,7 @@ BAD_ROWS: list[dict[str, Any]] = [
     {"logp": BEST["logp"] + 0.5},
     {"logp": BEST["logp"] * torch.nan},
     {"logp": torch.full((2, 2), -torch.inf), "tail": torch.ones(2)},
+    {"logp": torch.tensor([[0.5, 0.1], [1.0, 0.0]]).log(), "tail": torch.tensor([0.4, 0.0])},
     {"logp": BEST["logp"][:1]},
     {"tail": torch.tensor([0.3, 0.1])},
     {"tail": torch.tensor([torch.nan, 0.1])},

@@ -90,16 +90,22 @@ def completion_of(answer: bytes, request: Request, tokenizer: Any, end: int | No
     text, given = choice.get("text"), choice.get("token_ids")
     stopped = choice.get("finish_reason") == "stop"
     if given is not None:
-        ids = [
-            token_id(one, "a token of the completion")
-            for one in of_length(given, len(given) if isinstance(given, list) else 0, "token_ids")
-        ]
-        strange = next((one for one in ids if not 0 <= one < len(tokenizer)), None)
-        if strange is not None:
-            raise WrongAnswer(f"token {strange} is none of the student's {len(tokenizer)}")
+        ids = tokens_of(given, "token_ids", tokenizer)
     elif isinstance(text, str):
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         ids += [end] if stopped and end is not None else []
     else:
         raise WrongAnswer("the choice has neither token_ids nor text")
     return Completion(ids[: request.limit], ended=stopped)
+
+
+def tokens_of(given: Any, what: str, tokenizer: Any) -> list[int]:
+    """``given``, if it is a list of this tokenizer's ids."""
+    ids = [
+        token_id(one, "a token of the completion")
+        for one in of_length(given, len(given) if isinstance(given, list) else 0, what)
+    ]
+    strange = next((one for one in ids if not 0 <= one < len(tokenizer)), None)
+    if strange is not None:
+        raise WrongAnswer(f"token {strange} is none of the student's {len(tokenizer)}")
+    return ids

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from selectkd.serving.limits import Limits
 from selectkd.teachers.cache.index import Record
+from selectkd.teachers.remote.answers import strict_json
 
 KEYS = {"ids", "places", "k"}
 
@@ -36,7 +36,7 @@ class Wanted:
 def parse(body: bytes, limits: Limits, *, vocabulary: int, max_length: int | None, width: int) -> Wanted:
     """The question in ``body``; Refused with 413 for one that is too large and 422 for one that is wrong."""
     try:
-        asked = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        asked = strict_json(body)
     except (ValueError, RecursionError) as error:
         raise Refused(422, f"the body is no JSON: {str(error)[:80]}") from error
     if not isinstance(asked, dict) or set(asked) != KEYS:
@@ -77,7 +77,3 @@ def parse(body: bytes, limits: Limits, *, vocabulary: int, max_length: int | Non
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")

@@ -8,6 +8,7 @@ acceptance, and the reason is told in its place.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from selectkd.generation import Completion, Request, Sampling
-from selectkd.generation.server import BYTES, FRAME, CompletionServer
+from selectkd.generation.server import BYTES, FRAME, CompletionServer, tokens_of
 from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object
 from selectkd.teachers.remote.connection import NotThere, Question, Reply
 
@@ -30,6 +31,9 @@ COUNTER = re.compile(
     re.MULTILINE,
 )
 PLACE = re.compile(r'position="(\d+)"')
+
+MOST = 2.0**53
+"""No counter goes so far, and up to here fp64 counts every one."""
 
 Kind = Literal["vllm", "sglang", "openai"]
 
@@ -143,7 +147,13 @@ def counters(page: str) -> dict[tuple[str, int], float] | None:
     for name, labels, value in COUNTER.findall(page):
         place = PLACE.search(labels)
         key = (name, int(place.group(1)) if place else 0)
-        found[key] = found.get(key, 0.0) + float(value)
+        try:
+            count = float(value)
+        except ValueError:
+            count = math.nan
+        if not 0 <= count < MOST:
+            raise WrongAnswer(f"{name} is {value[:20]}, which counts nothing")
+        found[key] = found.get(key, 0.0) + count
     return found if any(name.startswith("spec_decode") for name, _ in found) else None
 
 
@@ -163,12 +173,16 @@ def counts_of(meta: dict[str, Any]) -> Counts | None:
     drafted = first("spec_num_proposed_drafts", "spec_proposed_drafts", "spec_draft_token_num")
     steps = first("spec_correct_drafts_histogram", "spec_accept_histogram")
     numbers = (passes, accepted, drafted)
-    if not all(isinstance(one, int) and one >= 0 for one in numbers):
+    if not all(map(_counts, numbers)):
         return None
-    whole = isinstance(steps, list) and all(isinstance(one, int) for one in steps)
+    whole = isinstance(steps, list) and all(map(_counts, steps))
     # entry i: passes that accepted i draft tokens; a place of the draft stood in every pass that accepted more
     at = tuple(sum(steps[place + 1 :]) for place in range(len(steps) - 1)) if whole else ()
     return Counts(passes, drafted, accepted, at if sum(at) == accepted else ())
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def _completion(
@@ -194,8 +208,9 @@ def _generate(
         meta = is_object(told.get("meta_info"), "meta_info")
         ids, text, reason = told.get("output_ids"), told.get("text"), meta.get("finish_reason")
         stopped = isinstance(reason, dict) and reason.get("type") == "stop"
-        if isinstance(ids, list) and all(isinstance(one, int) for one in ids):
-            return Completion(ids[: request.limit], ended=stopped), counts_of(meta)
+        if isinstance(ids, list):
+            own = tokens_of(ids, "output_ids", tokenizer)
+            return Completion(own[: request.limit], ended=stopped), counts_of(meta)
         if not isinstance(text, str):
             raise WrongAnswer("the answer has neither output_ids nor text")
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -209,15 +224,18 @@ def _generate(
 def _settled(server: CompletionServer) -> dict[tuple[str, int], float] | None:
     """vLLM's counters once they stand still; None where the server has none."""
     question = Question(
-        "/metrics", None, METRICS_BYTES, lambda reply: reply.body.decode("utf-8", "replace"), "counters"
+        "/metrics",
+        None,
+        METRICS_BYTES,
+        lambda reply: counters(reply.body.decode("utf-8", "replace")),
+        "counters",
     )
     seen: dict[tuple[str, int], float] | None = None
     for _ in range(SETTLED):
         try:
-            (page,) = server.asked([question])
+            (now,) = server.asked([question])
         except NotThere:
             return None
-        now = counters(page)
         if now is None or now == seen:
             return now
         seen = now

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from selectkd.evals.asking import Decoding, complete, identity
 from selectkd.evals.prompts import prompt_ids
 from selectkd.models.load import Loaded
-from selectkd.teachers.remote.answers import WrongAnswer
+from selectkd.teachers.remote.answers import WrongAnswer, json_object
 from selectkd.teachers.remote.connection import Connection, Question, Reply
 
 REPLY_TOKENS = 400
@@ -72,10 +72,10 @@ class ModelJudge:
 
 def reply_text(reply: Reply) -> str:
     """The text of a chat completion; WrongAnswer for anything else."""
+    body: Any = json_object(reply.body)
     try:
-        body: Any = json.loads(reply.body)
         text = body["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise WrongAnswer(f"no chat completion: {type(error).__name__}") from error
     return text if isinstance(text, str) else ""
 

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING = 1e-3
-"""How far a probability or a sum of them may be above 1: far more than fp32 rounds, far less than a fault moves."""
+from selectkd.teachers.sound import ROUNDING, unsound
 
 CLAMPED = -9999.0
 """What vLLM writes for a log-probability of -inf, which JSON has no number for."""
@@ -42,13 +42,14 @@ class TopK(NamedTuple):
 class Asked:
     """One sample and the places [n] whose rows are wanted: the row at place i predicts token i + 1.
 
-    k: how many best tokens. vocabulary: ids lie below it.
+    k: how many best tokens. vocabulary: ids lie below it. width: rows of the model's head, where that is known.
     """
 
     ids: Sequence[int]
     places: Sequence[int]
     k: int
     vocabulary: int
+    width: int | None = None
 
     @property
     def cap(self) -> int:
@@ -56,10 +57,22 @@ class Asked:
         return (1 << 16) + len(self.ids) * (self.k + 2) * ENTRY_BYTES
 
 
+def strict_json(body: bytes) -> Any:
+    """What a body of JSON holds; ValueError or RecursionError where it is none, repeats a key in an object, or has a
+    number that is none or beyond fp64 (NaN, Infinity, 1e999).
+
+    >>> strict_json(b'{"a": 1.5}')
+    {'a': 1.5}
+    """
+    return json.loads(
+        body.decode("utf-8"), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_once
+    )
+
+
 def json_object(body: bytes) -> dict[str, Any]:
-    """The object an answer is; WrongAnswer for anything else, nan and infinity included."""
+    """The object an answer is; WrongAnswer for anything else, for repeated keys and for nan and infinity."""
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        found = strict_json(body)
     except (ValueError, RecursionError) as error:
         raise WrongAnswer(f"no JSON ({str(error)[:80]}): {body[:40]!r}") from error
     if not isinstance(found, dict):
@@ -132,8 +145,39 @@ def best(found: dict[int, float], token: int, k: int, where: str) -> tuple[list[
     return list(found), list(found.values())
 
 
+def of_text(token: int, told: Any, found: dict[int, float], where: str) -> None:
+    """WrongAnswer unless the text's own log-probability, ``told``, goes with the entries of its position: equal where
+    the token is among them, else at most the least of them.
+    """
+    likely = number(told, f"{where}, the text's own log-probability")
+    if not found:
+        raise WrongAnswer(f"{where} has no entries")
+    expected = found.get(token, min(found.values()))
+    if likely > expected + ROUNDING or (token in found and likely < expected - ROUNDING):
+        raise WrongAnswer(
+            f"{where} gives token {token} two log-probabilities, {likely:.4g} and {expected:.4g}"
+        )
+
+
+def of_ranks(rows: dict[int, float], ranks: dict[int, Any], where: str) -> None:
+    """WrongAnswer unless the server's own ranks of the K best are 1 to K, the likeliest first; ranks it does not tell
+    (None, for all of them) are not looked at.
+    """
+    told = [ranks[token] for token in rows]
+    if all(rank is None for rank in told):
+        return
+    if sorted(rank for rank in told if isinstance(rank, int)) != list(range(1, len(rows) + 1)):
+        raise WrongAnswer(
+            f"{where} has the ranks {_short(told)}, not 1 to {len(rows)}: one of the best is missing"
+        )
+    by_rank = sorted(rows, key=lambda token: ranks[token])
+    for one, other in pairwise(by_rank):
+        if rows[other] > rows[one] + ROUNDING:
+            raise WrongAnswer(f"{where} ranks token {one} above {other}, which is more likely")
+
+
 def checked(ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], asked: Asked) -> TopK:
-    """The rows, if they can be K best tokens: distinct ids of the vocabulary, log-probabilities of a mass up to 1.
+    """The rows, if they can be K best tokens (``sound.unsound``).
 
     A log-probability above 0 by rounding is 0, one that JSON could not write is -inf. n may be 0.
     """
@@ -143,29 +187,15 @@ def checked(ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], asked
         values = np.array(logp, np.float64).reshape(n, asked.k)
     except (ValueError, OverflowError) as error:
         raise WrongAnswer(f"rows of other lengths than {asked.k}") from error
-    if n == 0:
-        return TopK(tokens, values.astype(np.float32))
-    if tokens.min() < 0 or tokens.max() >= asked.vocabulary:
-        worst = tokens.max() if tokens.max() >= asked.vocabulary else tokens.min()
-        raise WrongAnswer(f"the id {worst} is none of the {asked.vocabulary} of the vocabulary")
-    order = np.sort(tokens, 1)
-    if (order[:, 1:] == order[:, :-1]).any():
-        raise WrongAnswer("one id twice in a row")
+    # a head whose width is not known is padded, but never to four times the tokenizer's ids
+    width = 4 * max(asked.vocabulary, asked.k) if asked.width is None else asked.width
     if not np.isfinite(values).all():
         raise WrongAnswer("a log-probability that is not finite")
-    if values.max() > ROUNDING:
-        raise WrongAnswer(
-            f"a log-probability of {values.max():.4g}, above 0: logits, perhaps (vLLM: --logprobs-mode raw_logprobs)"
-        )
-    mass = np.exp(values).sum(1)
-    if mass.max() > 1 + ROUNDING:
-        raise WrongAnswer(f"probabilities that sum to {mass.max():.4g}")
-    # the best of v tokens has at least 1/v; heads are padded, but never to four times the tokenizer's ids
-    least = -math.log(4 * max(asked.vocabulary, asked.k))
-    if values.max(1).min() < least:
-        raise WrongAnswer(
-            f"a best log-probability of {values.max(1).min():.4g}, which no best token can have"
-        )
+    wrong = unsound(tokens, values, vocabulary=asked.vocabulary, width=width)
+    if wrong is not None:
+        row, told = wrong
+        hint = ": logits, perhaps (vLLM: --logprobs-mode raw_logprobs)" if "above 0" in told else ""
+        raise WrongAnswer(f"position {asked.places[row] + 1} {told}{hint}")
     values = np.where(values <= CLAMPED, -np.inf, np.minimum(values, 0.0))
     return TopK(tokens, values.astype(np.float32))
 
@@ -178,6 +208,20 @@ def limit_told(words: str) -> tuple[int, int] | None:
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {_short(twice)} twice in one object")
+    return found
 
 
 def _short(value: Any) -> str:

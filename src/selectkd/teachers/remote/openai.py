@@ -17,6 +17,7 @@ from selectkd.teachers.remote.answers import (
     json_object,
     number,
     of_length,
+    of_text,
     same_ids,
     written_id,
 )
@@ -47,8 +48,9 @@ def read(answer: bytes, asked: Asked) -> TopK:
     count = len(asked.ids)
     tokens = told.get("tokens")
     extra = isinstance(tokens, list) and len(tokens) == count + 1  # the one that was generated
-    tokens, rows = (
-        of_length(told.get(name), count + extra, name)[:count] for name in ("tokens", "top_logprobs")
+    tokens, own, rows = (
+        of_length(told.get(name), count + extra, name)[:count]
+        for name in ("tokens", "token_logprobs", "top_logprobs")
     )
     same_ids([written_id(token, ID, f"token {at}") for at, token in enumerate(tokens)], asked.ids)
     if rows[0] is not None:
@@ -60,6 +62,7 @@ def read(answer: bytes, asked: Asked) -> TopK:
             written_id(key, ID, where): number(value, f"{where}, log-probability of {key}")
             for key, value in is_object(rows[place + 1], where).items()
         }
+        of_text(asked.ids[place + 1], own[place + 1], found, where)
         chosen, values = best(found, asked.ids[place + 1], asked.k, where)
         ids.append(chosen)
         logp.append(values)

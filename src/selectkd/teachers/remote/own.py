@@ -17,10 +17,11 @@ from torch import Tensor
 from selectkd.durable import write_whole
 from selectkd.errors import TeacherError
 from selectkd.rows import Head
-from selectkd.teachers.remote.answers import ROUNDING, Asked, TopK, WrongAnswer, checked, json_object
+from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, checked, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.server import Sample
 from selectkd.teachers.remote.wire import HEAD, HEADER, ROWS, TEACHER, question_bytes, read_answer
+from selectkd.teachers.sound import ROUNDING
 
 TEXTS = ("model", "dtype", "weights", "tokenizer", "template")
 HEAD_KEYS = {"checksum", "size", "scale", "softcap"}
@@ -49,7 +50,7 @@ class OwnServer:
             raise TeacherError(
                 f"{self.connection.url} has {vocabulary} tokens, and k = {k} of them are wanted."
             )
-        asked = [Asked(ids, places, k, vocabulary) for ids, places in samples]
+        asked = [Asked(ids, places, k, vocabulary, vocabulary) for ids, places in samples]
 
         def read(body: bytes, question: bytes, one: Asked) -> TopK:
             return _top_k(self._read(body, question, len(one.places)), one)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,6 +36,7 @@ class RemotePlan:
     model: str | None = None
     payload: Payload = "top_k"
     _vocabulary: int = field(default=0, repr=False)
+    _width: int | None = field(default=None, repr=False)
 
     @property
     def k(self) -> int:
@@ -53,8 +56,10 @@ class RemotePlan:
         return load_tokenizer(str(self.spec.tokenizer))
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        align(self.tokenizer(), tokenizer)
+        own = self.tokenizer()
+        align(own, tokenizer)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self._width = head_width(own)
         if self.k > self._vocabulary:
             raise ConfigError(f"teacher.k = {self.k} is more than the teacher's {self._vocabulary} tokens.")
 
@@ -91,7 +96,7 @@ class RemotePlan:
     def server(self) -> TopKServer:
         """The server as a source of rows."""
         named = self.spec.model if self.findings is None else self.findings.model
-        return TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named)
+        return TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named, self._width)
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> RemoteTeacher:
         if reference is not None:
@@ -100,6 +105,17 @@ class RemotePlan:
                 "take a selector that needs none."
             )
         return RemoteTeacher(self.server(), self.k)
+
+
+def head_width(tokenizer: Any) -> int | None:
+    """Rows of the head of the model that a tokenizer lies beside, by its config.json; None where there is none."""
+    try:
+        told = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    inner = told.get("text_config", told) if isinstance(told, dict) else {}
+    rows = told.get("vocab_size", inner.get("vocab_size")) if isinstance(inner, dict) else None
+    return rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None
 
 
 def connection_of(spec: Section) -> Connection:

@@ -57,13 +57,13 @@ def probe(server: TopKServer, ids: Sequence[int]) -> Findings:
         raise TeacherError(f"{server.connection.url} cannot be probed with {len(ids)} tokens; it takes 2.")
     served = server.served()
     server = replace(server, model=served.name)
-    asked = Asked(ids, list(range(len(ids) - 1)), server.k, server.vocabulary)
+    asked = server.asked(ids, list(range(len(ids) - 1)))
     # one after the other: what the first leaves in a prefix cache is what the next might be given
     [first] = server.connection.ask([server.question(asked)])
     [again] = server.connection.ask([server.question(asked)])
     cut = max(2, len(ids) // 2)
     other = [*ids[:cut], *reversed(ids[:cut])]
-    turned = Asked(other, list(range(cut - 1)), server.k, server.vocabulary)
+    turned = server.asked(other, list(range(cut - 1)))
     [shared] = server.connection.ask([server.question(turned)])
     [heated] = server.connection.ask([server.question(asked, temperature=2.0)])
     [most] = server.connection.ask([entries_of(server, asked)])

@@ -26,13 +26,16 @@ class Served:
 
 @dataclass
 class TopKServer:
-    """A server that gives K best tokens. model None: the only one it serves. vocabulary: ids lie below it."""
+    """A server that gives K best tokens. model None: the only one it serves. vocabulary: ids lie below it. width: rows
+    of its model's head, where that is known.
+    """
 
     connection: Connection
     kind: str
     k: int
     vocabulary: int
     model: str | None = None
+    width: int | None = None
 
     @property
     def dialect(self) -> Dialect:
@@ -40,8 +43,12 @@ class TopKServer:
 
     def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
         """The K best tokens of each sample at its places."""
-        asked = [Asked(ids, places, self.k, self.vocabulary) for ids, places in samples]
+        asked = [self.asked(ids, places) for ids, places in samples]
         return self.connection.ask([self.question(one) for one in asked])
+
+    def asked(self, ids: Sequence[int], places: Sequence[int]) -> Asked:
+        """One sample and the places whose rows are wanted."""
+        return Asked(ids, places, self.k, self.vocabulary, self.width)
 
     def question(self, asked: Asked, *, temperature: float = 1.0) -> Question[TopK]:
         """What is sent for one sample; temperature: of the sampling, which must not move a raw log-probability."""
@@ -78,5 +85,6 @@ def _models(reply: Reply) -> list[Served]:
         name, length = row.get("id"), row.get("max_model_len")
         if not isinstance(name, str) or not 0 < len(name) <= 4096:
             raise WrongAnswer("a model without a name")
-        found.append(Served(name, length if isinstance(length, int) and length > 0 else None))
+        whole = isinstance(length, int) and not isinstance(length, bool) and length > 0
+        found.append(Served(name, length if whole else None))
     return found

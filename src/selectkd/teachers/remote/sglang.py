@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from selectkd.teachers.remote.answers import (
-    ROUNDING,
     Asked,
     TopK,
     WrongAnswer,
@@ -15,6 +14,7 @@ from selectkd.teachers.remote.answers import (
     json_object,
     number,
     of_length,
+    of_text,
     same_ids,
     token_id,
 )
@@ -53,15 +53,12 @@ def read(answer: bytes, asked: Asked) -> TopK:
         found = {}
         for entry in entries:
             value, token = _entry(entry, where)[:2]
-            found[token_id(token, where)] = number(value, f"{where}, log-probability of {token}")
-        token, likely = asked.ids[place + 1], number(text[place + 1][0], f"{where}, the text's own")
+            if token_id(token, where) in found:
+                raise WrongAnswer(f"{where} has the id {token} twice")
+            found[token] = number(value, f"{where}, log-probability of {token}")
+        of_text(asked.ids[place + 1], text[place + 1][0], found, where)
         if len(found) == asked.k + 1:
-            found.pop(token, None)
-        expected = found.get(token, min(found.values()))
-        if likely > expected + ROUNDING or (token in found and likely < expected - ROUNDING):
-            raise WrongAnswer(
-                f"{where} gives token {token} two log-probabilities, {likely:.4g} and {expected:.4g}"
-            )
+            found.pop(asked.ids[place + 1], None)
         ids.append(list(found))
         logp.append(list(found.values()))
     return checked(ids, logp, asked)

@@ -14,7 +14,9 @@ from selectkd.teachers.remote.answers import (
     json_object,
     number,
     of_length,
+    of_ranks,
     same_ids,
+    token_id,
     written_id,
 )
 
@@ -58,10 +60,16 @@ def read(answer: bytes, asked: Asked) -> TopK:
     for place in asked.places:
         where = f"position {place + 1}"
         found: dict[int, float] = {}
+        ranks: dict[int, Any] = {}
         for key, entry in is_object(rows[place + 1], where).items():
             told = is_object(entry, f"{where}, token {key[:12]}")
-            found[written_id(key, "", where)] = number(told.get("logprob"), f"{where}, logprob of {key}")
+            token = written_id(key, "", where)
+            found[token] = number(told.get("logprob"), f"{where}, logprob of {key}")
+            ranks[token] = (
+                None if told.get("rank") is None else token_id(told["rank"], f"{where}, rank of {key}")
+            )
         tokens, values = best(found, asked.ids[place + 1], asked.k, where)
+        of_ranks(found, ranks, where)
         ids.append(tokens)
         logp.append(values)
     return checked(ids, logp, asked)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from selectkd.teachers.remote.answers import WrongAnswer
+from selectkd.teachers.remote.answers import WrongAnswer, strict_json
 
 ROWS, TEACHER, HEAD = "/rows", "/teacher", "/head"
 
@@ -40,7 +40,7 @@ def read_answer(body: bytes, *, question: bytes, weights: str, rows: int) -> dic
     if len(body) < 8 or not 2 <= size <= min(HEADER, len(body) - 8):
         raise WrongAnswer(f"no rows in safetensors: {body[:40]!r}")
     try:
-        header = json.loads(body[8 : 8 + size])
+        header = strict_json(body[8 : 8 + size])
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WrongAnswer(f"no rows in safetensors ({str(error)[:80]})") from error
