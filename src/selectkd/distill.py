@@ -113,7 +113,7 @@ def distillation_loss(
     with torch.autocast(hidden.device.type, enabled=False):
         loss, bad, kl, seen = _fused(hidden, student, teacher, work, width)
     sums = {
-        "n": torch.tensor(float(n), device=hidden.device),
+        "n": torch.full((), float(n), device=hidden.device),  # filled there: a copy would wait for the device
         "accepted": seen["acceptance"].sum(),
         "weight": seen["weight"].sum(),
         "divergence": seen["divergence"].sum(),

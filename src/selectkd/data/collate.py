@@ -17,6 +17,20 @@ from selectkd.data.render import Example
 from selectkd.errors import ConfigError, DataError
 
 
+def moved(values: Mapping[Any, Any], device: torch.device | str) -> dict[Any, Any]:
+    """The tensors of ``values`` on ``device``. A copy from main memory to a CUDA device is made from pinned memory, so
+    that the host does not wait until the device has done its earlier work.
+    """
+    return {name: sent(v, device) if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on ``device``, as of ``moved``."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step sees. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
@@ -34,23 +48,35 @@ class Batch:
     packed: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     route: Tensor | None = None  # [samples] int64
+    origin: Batch | None = field(default=None, init=False, repr=False, compare=False)
+    found: Any = field(default=None, init=False, repr=False, compare=False)
+    """origin: the batch in main memory that this one is a copy of; found: what ``supervised`` found. ``replace`` drops
+    both."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``; tensors of ``extra`` move too."""
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        extra = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.extra.items()}
-        return replace(self, **moved, extra=extra)
+        """The same batch on ``device``; tensors of ``extra`` move too. The one it came from stays as ``origin``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "extra"}
+        there = replace(self, **moved(own, device), extra=moved(self.extra, device))
+        there.note("origin", self.in_memory)
+        return there
+
+    @property
+    def in_memory(self) -> Batch:
+        """The batch in main memory where this is a copy of one, for what is read on the host; else this one."""
+        return self if self.origin is None else self.origin
+
+    def note(self, name: str, value: Any) -> None:
+        """Sets ``origin`` or ``found``."""
+        object.__setattr__(self, name, value)
 
     def samples(self) -> list[Tensor]:
-        """The token ids of each sample without its padding, in order: what a cache or a server knows it by.
+        """The token ids of each sample without its padding, in order: what a cache or a server knows it by. They lie in
+        main memory where the batch came from there.
 
         Flat position i of the batch belongs to sample ``sequence.flatten()[i]``, at ``position_ids.flatten()[i]``.
         """
-        ids, owner = self.input_ids.flatten(), self.sequence.flatten()
+        here = self.in_memory
+        ids, owner = here.input_ids.flatten(), here.sequence.flatten()
         return [ids[owner == sample] for sample in range(self.stream.shape[0])]
 
     def model_inputs(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selectkd.data.collate import collate
+from selectkd.data.collate import collate, sent
 from selectkd.data.crossing import Crossing, Reading, Span, cross
 from selectkd.data.render import Example
+from selectkd.data.supervised import in_memory
 from selectkd.divergences import is_unpaired
 from selectkd.errors import ConfigError
 from selectkd.log_probs import token_log_probs
@@ -67,14 +68,18 @@ class AlignedTeacher:
         self.matched_weight, self.unverified_weight = matched_weight, unverified_weight
         self.vocabularies = vocabularies(crossing, student_width, self.head.width)
 
+    def place(self, device: torch.device) -> None:
+        """Puts the model where its rows are wanted; nothing to do where it is there."""
+        if self.on != device:
+            place_on(self.model, device, self.placement)
+            self.head, self.on = head_of(self.model), device
+        self.vocabularies = self.vocabularies.to(device)
+
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> AlignedRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
-        if self.on != device:
-            place_on(self.model, device, self.placement)
-            self.head, self.on = head_of(self.model), device
-            self.vocabularies = self.vocabularies.to(device)
+        self.place(device)
         samples = [ids.tolist() for ids in batch.samples()]
         readings = [self.crossing.read(ids) for ids in samples]
         rows = row_of_token(batch, position, [len(ids) for ids in samples])
@@ -120,9 +125,9 @@ class AlignedTeacher:
         device, crossing = hidden.device, self.crossing
 
         def ints(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
+            return sent(torch.tensor(values, dtype=torch.long), device)
 
-        span_of_row = torch.full_like(token, -1)
+        span_of_row = torch.full(token.shape, -1)
         for number, place in enumerate(places):
             span_of_row[place.rows] = number
         first = ints([samples[p.sample][p.span.student_start] for p in places])
@@ -144,7 +149,7 @@ class AlignedTeacher:
         at = ints([start[p.sample] + p.span.teacher_start - 1 for p in places])
         return AlignedRows(
             LiveRows(hidden[at], self.head), self.vocabularies, first=ints([p.rows[0] for p in places]),
-            span=span_of_row, token=token, student=student, ours=ours, merged=merged,
+            span=sent(span_of_row, device), token=token, student=student, ours=ours, merged=merged,
             matched_weight=self.matched_weight, unverified_weight=self.unverified_weight, by_index=by_index,
         )  # fmt: skip
 
@@ -154,8 +159,8 @@ class AlignedTeacher:
         """The id of the one token that spells each span, [g]: its own where it is one, -1 where there is none."""
         spelled = [known.get(p.span.text, -1) if p.span.text is not None else -1 for p in places]
         return torch.where(
-            torch.tensor(several, dtype=torch.bool, device=first.device),
-            torch.tensor(spelled, dtype=torch.long, device=first.device),
+            sent(torch.tensor(several, dtype=torch.bool), first.device),
+            sent(torch.tensor(spelled, dtype=torch.long), first.device),
             first,
         )
 
@@ -171,19 +176,20 @@ class AlignedTeacher:
                 token.append(readings[sample].teacher_ids[place])
         device = hidden.device
         of = token_log_probs(
-            hidden[torch.tensor(at, dtype=torch.long, device=device)],
+            hidden[sent(torch.tensor(at, dtype=torch.long), device)],
             self.head,
-            torch.tensor(token, dtype=torch.long, device=device),
+            sent(torch.tensor(token, dtype=torch.long), device),
             dead=self.vocabularies.dead(self.head.width, of_teacher=True),
         )
-        into = torch.tensor(owner, dtype=torch.long, device=device)
+        into = sent(torch.tensor(owner, dtype=torch.long), device)
         return of.new_zeros(len(places)).index_add_(0, into, of)
 
 
 def row_of_token(batch: Any, position: Tensor, lengths: list[int]) -> list[list[int]]:
     """Of each token of each sample the supervised row that predicts it, -1 where there is none."""
-    sample = batch.sequence.flatten()[position].tolist()
-    place = (batch.position_ids.flatten()[position] + 1).tolist()
+    here, position = in_memory(batch, position)
+    sample = here.sequence.flatten()[position].tolist()
+    place = (here.position_ids.flatten()[position] + 1).tolist()
     rows = [[-1] * length for length in lengths]
     for row, (s, i) in enumerate(zip(sample, place, strict=True)):
         rows[s][i] = row

@@ -89,7 +89,7 @@ class LossPlan:
         """The terms of a forward pass; each row is in one that is not ``beside``."""
         terms: list[Term] = []
         for number, stream in enumerate(self.streams):
-            rows = None if len(self.streams) == 1 else (forward.stream == number).nonzero()[:, 0]
+            rows = None if len(self.streams) == 1 else forward.rows_of(number)
             if rows is not None and not rows.numel():
                 continue
             term = Term(stream.objective, rows, stream.weight, weighs=stream.weight > 0)
@@ -102,7 +102,7 @@ class LossPlan:
         terms = []
         for number, stream in enumerate(self.streams):
             if stream.language_model > 0:
-                rows = None if len(self.streams) == 1 else (forward.stream == number).nonzero()[:, 0]
+                rows = None if len(self.streams) == 1 else forward.rows_of(number)
                 terms.append(Term(LABELS, rows, stream.language_model, beside=True, alone=True))
         return terms
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,7 +31,10 @@ SCALARS = (
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass of both models gave for n rows; stream [n]: which stream each is of."""
+    """What a forward pass of both models gave for n rows; stream [n]: which stream each is of.
+
+    of_stream: the rows of each stream, where they are known beforehand: to look for them waits for the device.
+    """
 
     hidden: Float[Tensor, "n d"]
     head: Head
@@ -45,6 +48,13 @@ class Forward:
     also_kl: bool = False
     gradient_filter: float = 0.0
     compiled: bool = False
+    of_stream: Mapping[int, Tensor] | None = None
+
+    def rows_of(self, stream: int) -> Int[Tensor, " m"]:
+        """The rows of a stream."""
+        if self.of_stream is None:
+            return (self.stream == stream).nonzero()[:, 0]
+        return self.of_stream.get(stream, self.stream[:0])
 
     @torch.no_grad()
     def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
@@ -144,7 +154,8 @@ def weighted_sum(
         if term.weighs:
             losses.append(loss)
         else:
-            sums["weighted_divergence"], sums["weight"] = torch.zeros(()), torch.zeros(())
+            zero = torch.zeros((), device=device)
+            sums["weighted_divergence"], sums["weight"] = zero, zero
             sums["row_weight"] = torch.zeros_like(sums["row_weight"])
         if term.beside:
             continue

@@ -71,7 +71,7 @@ def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
     sequence = seen.sequence
     if reduction != "sequence_mean":
         return torch.full((sequence.shape[0],), counts.ranks / max(counts.tokens, 1), device=sequence.device)
-    return counts.ranks / (_lengths(sequence)[sequence] * max(counts.sequences, 1))
+    return counts.ranks / (seen.length[sequence] * max(counts.sequences, 1))
 
 
 def correction(counts: Counts, weight: Tensor) -> Tensor:
@@ -85,14 +85,10 @@ def correction(counts: Counts, weight: Tensor) -> Tensor:
     return torch.where(weight != 0, counts.tokens / weight, torch.zeros_like(weight))
 
 
-def sequence_means(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of ``values`` [n] over each sequence that has a row, and which sequences those are, [s] and
-    [s].
-    """
-    lengths = _lengths(sequence)
-    totals = torch.zeros_like(lengths).index_add_(0, sequence, values.to(lengths.dtype))
-    there = lengths.nonzero()[:, 0]
-    return totals[there] / lengths[there], there
+def sequence_means(values: Tensor, seen: Any) -> Tensor:
+    """The mean of ``values`` [n], one for each row of ``seen``, over each sequence of ``seen.there``: [s]."""
+    totals = torch.zeros_like(seen.length).index_add_(0, seen.sequence, values.to(seen.length.dtype))
+    return totals[seen.there] / seen.length[seen.there]
 
 
 def checked(reduction: str) -> str:
@@ -100,8 +96,3 @@ def checked(reduction: str) -> str:
     if reduction not in REDUCTIONS:
         raise ConfigError(f"reduction {reduction!r} is unknown. Known: {', '.join(REDUCTIONS)}.")
     return reduction
-
-
-def _lengths(sequence: Tensor) -> Tensor:
-    size = int(sequence.max()) + 1 if sequence.numel() else 0
-    return torch.bincount(sequence, minlength=size).to(torch.float32)

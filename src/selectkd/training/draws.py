@@ -34,10 +34,12 @@ def draws(batch: Any, seen: Any, r: int, *, seed: int, step: int) -> Tensor:
 def sample_keys(batch: Any) -> Tensor:
     """One 64-bit number per sample of a batch, from its tokens and their places alone: [samples]."""
     sequence = batch.sequence.reshape(-1)
-    real = sequence >= 0
-    sequence = sequence[real]
-    word = (batch.input_ids.reshape(-1)[real] + 1) * _ODD_1
-    word = (word ^ (word >> 29)) * (2 * batch.position_ids.reshape(-1)[real] + _ODD_2)
+    word = (batch.input_ids.reshape(-1) + 1) * _ODD_1
+    word = (word ^ (word >> 29)) * (2 * batch.position_ids.reshape(-1) + _ODD_2)
     word = word ^ (word >> 32)
-    samples = int(sequence.max()) + 1 if sequence.numel() else 0
-    return torch.zeros(samples, dtype=torch.int64, device=word.device).index_add_(0, sequence, word)
+    samples = batch.stream.shape[0]
+    owner = torch.where(
+        sequence >= 0, sequence, samples
+    )  # padding belongs to one more sample, which is cut off
+    sums = torch.zeros(samples + 1, dtype=torch.int64, device=word.device)
+    return sums.index_add_(0, owner, word)[:samples]

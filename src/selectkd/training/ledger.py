@@ -103,7 +103,7 @@ class Ledger:
         self._portions: list[Portion] = []
         self._counts = Counts(0, 0)
         self._sums = self._zeros()
-        self._window: list[Tensor] = []
+        self._window: list[Tensor] = []  # in main memory: a log line waits for nothing
         self._since = time.perf_counter()
         self.now = self.objective
         self.plan = LossPlan.of(self.objective)
@@ -124,7 +124,7 @@ class Ledger:
             "tokens": self.tokens,
             "tar": self.tar,
             "last": dict(self.last),
-            "window": [sums.clone() for sums in self._window],
+            "window": list(self._window),  # of finished steps, which nothing changes
             "best_tar": self.beta.best_tar,
             "taid": None if self.taid is None else asdict(self.taid),
         }
@@ -135,7 +135,7 @@ class Ledger:
         self.step, self.left_out, self._in_a_row = state["step"], list(state["left_out"]), state["in_a_row"]
         self.tokens, self.tar, self.last = state["tokens"], state["tar"], dict(state["last"])
         self.spikes.load_state_dict(state["spikes"])
-        self._window = [sums.to(self.device) for sums in state["window"]]
+        self._window = list(state["window"])
         self.beta = replace(self.beta, best_tar=state["best_tar"])
         if self.taid is not None and state["taid"] is not None:
             self.taid = replace(
@@ -148,10 +148,9 @@ class Ledger:
         """
         if self.write is not None:
             micro = [self.write(batch, self.step) for batch in micro]
-        seen = [supervised(batch) for batch in micro]  # counted where the batches are made
-        self._counts = count(seen)
+        self._counts = count([supervised(batch) for batch in micro])  # counted where the batches are made
         micro = [batch.to(self.device) for batch in micro]
-        seen = [rows.to(self.device) for rows in seen]
+        seen = [supervised(batch) for batch in micro]
         assert self.beta is not None  # __post_init__ saw to it
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
@@ -204,15 +203,15 @@ class Ledger:
         if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each rank has a part of it
             grad_norm = grad_norm.full_tensor()  # type: ignore[union-attr]
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self._sums.device).reshape(1)
-        *read, self.grad_norm = torch.cat([self._sums[: len(FIELDS)], norm]).tolist()
-        self.last = dict(zip(FIELDS, read, strict=True))
+        *read, self.grad_norm = torch.cat([self._sums, norm]).tolist()
+        self.last = dict(zip(FIELDS, read[: len(FIELDS)], strict=True))
         self._check_teacher()
         self.step += 1
         good = math.isfinite(self.last["loss"]) and math.isfinite(self.grad_norm)
         if good:
             self._in_a_row = 0
             self.spikes.see(self.step, self.grad_norm)
-            self._window.append(self._sums)
+            self._window.append(torch.tensor(read, dtype=torch.float64))
             self.tokens += int(self.last["n"])
             if self.taid is not None:
                 self.taid.update(self.step, self.last["loss"])
@@ -247,7 +246,7 @@ class Ledger:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._since = time.perf_counter()
         steps = len(self._window)
-        total = torch.stack(self._window).sum(0) if steps else self._zeros()
+        total = torch.stack(self._window).sum(0) if steps else self._zeros().cpu()
         self._window = []
         sums = named(total)
         line: dict[str, Any] = {"step": self.step, "loss": sums["loss"] / steps if steps else None}
@@ -280,13 +279,13 @@ class Ledger:
 
 def step_sums(portion: Portion, loss: Tensor, sums: dict[str, Tensor], *, streams: int) -> Tensor:
     """The sums of one micro-batch as one vector: FIELDS, then STREAM_FIELDS for each stream, fp64."""
-    shares, which = sequence_means(sums["row_acceptance"], portion.seen.sequence)  # [s]
-    of_row = portion.batch.stream.to(loss.device)[portion.seen.sequence]  # [n]
-    of_sequence = portion.batch.stream.to(loss.device)[which]  # [s]
+    seen = portion.seen
+    shares = sequence_means(sums["row_acceptance"], seen)  # [s]
+    of_sequence = portion.batch.stream[seen.there]  # [s]
     values = {
         **sums,
         "loss": loss.detach(),
-        "sequences": torch.tensor(float(which.shape[0])),
+        "sequences": torch.full((), float(seen.sequences), device=loss.device),
         "tar": shares.sum(),
     }
     head = torch.stack([values[name].to(device=loss.device, dtype=torch.float64) for name in FIELDS])
@@ -294,8 +293,8 @@ def step_sums(portion: Portion, loss: Tensor, sums: dict[str, Tensor], *, stream
     for column, index, value in (
         (0, of_sequence, shares),
         (1, of_sequence, torch.ones_like(shares)),
-        (2, of_row, sums["row_divergence"]),
-        (3, of_row, torch.ones_like(sums["row_divergence"])),
+        (2, seen.stream, sums["row_divergence"]),
+        (3, seen.stream, torch.ones_like(sums["row_divergence"])),
     ):
         per_stream[:, column].index_add_(0, index, value.double())
     return torch.cat([head, per_stream.reshape(-1)])

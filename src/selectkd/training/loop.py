@@ -91,8 +91,10 @@ def train_loop(
         lr.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if on_line is not None and (ledger.step % log_every == 0 or ledger.step == steps):
-            on_line(ledger.line() | {"lr": rate, "grad_norm": ledger.grad_norm})
+        if ledger.step % log_every == 0 or ledger.step == steps:
+            line = ledger.line()  # on every rank: it empties the window
+            if on_line is not None:
+                on_line(line | {"lr": rate, "grad_norm": ledger.grad_norm})
         over = ledger.step >= steps
         if after_step is not None:
             over = after_step(ledger.step) or over

@@ -143,5 +143,5 @@ def told(seen: Evaluation | None) -> dict[str, Any] | None:
 
 def tar_of(verdicts: Tensor, batch: Any) -> float:
     """The mean over a batch's sequences of the share of their rows accepted."""
-    shares, _ = sequence_means(verdicts, supervised(batch).sequence)
+    shares = sequence_means(verdicts, supervised(batch))
     return float(shares.mean()) if shares.numel() else 0.0

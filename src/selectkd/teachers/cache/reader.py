@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from selectkd.data.collate import sent
+from selectkd.data.supervised import in_memory
 from selectkd.errors import CacheError
 from selectkd.rows import Head, LiveRows, TeacherRows
 from selectkd.teachers.cache.index import HEAD, open_shards, read_index
@@ -54,8 +56,9 @@ class CacheReader:
 
     def rows(self, batch: Any, position: Tensor) -> NDArray[np.uint8]:
         """The stored rows at ``position`` [n] of a batch, checked: [n, w]."""
-        owner = batch.sequence.flatten()[position].cpu().numpy()
-        place = batch.position_ids.flatten()[position].cpu().numpy()
+        here, position = in_memory(batch, position)
+        owner = here.sequence.flatten()[position].cpu().numpy()
+        place = here.position_ids.flatten()[position].cpu().numpy()
         out = np.empty((len(owner), self.payload.row_bytes), np.uint8)
         found = []
         for sample, ids in enumerate(batch.samples()):
@@ -110,10 +113,10 @@ class CachedTeacher:
         payload = self.reader.payload
         if self.head is None or not isinstance(payload, HiddenPayload):
             rows = payload.decode(raw)
-            rows.ids, rows.logp = rows.ids.to(device), rows.logp.to(device)  # type: ignore[union-attr]
+            rows.ids, rows.logp = sent(rows.ids, device), sent(rows.logp, device)  # type: ignore[union-attr]
             return rows  # type: ignore[return-value]
         self.head = self.head.to(device)
-        hidden = payload.decode(raw).to(device)
+        hidden = sent(payload.decode(raw), device)  # type: ignore[arg-type]
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)
         return LiveRows(hidden, self.head, shared=shared, reference=reference)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selectkd.data.collate import sent
+from selectkd.data.supervised import in_memory
 from selectkd.errors import ConfigError
 from selectkd.rows import CachedRows, LiveRows
 from selectkd.teachers.protocol import Teacher
@@ -41,7 +43,7 @@ class RemoteTeacher:
         for mine, rows in zip(at, self.server.top_k(samples), strict=True):
             ids[mine], logp[mine] = rows.ids, rows.logp
         device = batch.input_ids.device
-        return CachedRows(torch.from_numpy(ids).to(device), torch.from_numpy(logp).to(device))
+        return CachedRows(sent(torch.from_numpy(ids), device), sent(torch.from_numpy(logp), device))
 
 
 class RemoteHiddenTeacher:
@@ -66,7 +68,7 @@ class RemoteHiddenTeacher:
             hidden[torch.from_numpy(mine)] = rows.to(hidden.dtype)
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)
-        return LiveRows(hidden.to(device), self.head, shared=shared, reference=reference)
+        return LiveRows(sent(hidden, device), self.head, shared=shared, reference=reference)
 
 
 def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndarray[Any, Any]]]:
@@ -76,8 +78,9 @@ def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndar
             f"the batch carries {', '.join(batch.extra)} beside its tokens, and a server is sent token ids alone. "
             "Use a teacher in memory: teacher: {model: ...}."
         )
-    owner = batch.sequence.flatten()[position].cpu().numpy()
-    place = batch.position_ids.flatten()[position].cpu().numpy()
+    here, position = in_memory(batch, position)
+    owner = here.sequence.flatten()[position].cpu().numpy()
+    place = here.position_ids.flatten()[position].cpu().numpy()
     samples: list[Sample] = []
     at = []
     for number, ids in enumerate(batch.samples()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from selectkd.errors import ResourceError
-from selectkd.training.checkpoint.encoding import split
+from selectkd.training.checkpoint.encoding import gather
 from selectkd.training.checkpoint.folder import (
     Found,
     all_in,
@@ -157,7 +157,7 @@ class Checkpoints:
             _meet()
             return
         for state_of in states.values():
-            split(state_of(), {})  # sharded tensors are gathered by all ranks at once
+            gather(state_of())  # sharded tensors are gathered by all ranks at once
         _meet()
         failed = 0
         try:

@@ -89,6 +89,21 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
     raise IntegrityError(f"a state holds {mark}: {str(inside)[:60]!r}, which this version cannot read.")
 
 
+def gather(state: Any) -> None:
+    """Another rank's part in the ``split`` of a state: tensors that lie in parts are put together, which needs every
+    rank. Whole tensors are not copied.
+    """
+    if isinstance(state, Tensor):
+        if in_parts(state) or hasattr(state, "full_tensor"):
+            whole(state)
+    elif isinstance(state, dict):
+        for each in state.values():
+            gather(each)
+    elif isinstance(state, list | tuple):
+        for each in state:
+            gather(each)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in this process's memory, contiguous; gathered where it is sharded, a collective call then."""
     if in_parts(tensor):
