@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selectkd.assembly import assemble, prepare
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
@@ -64,8 +66,9 @@ def wish_of(recipe: Any, by: str | None, *, copies: int = 1, server: CompletionS
 
 
 def write(
-    recipe: Any, file: Path, wish: Wish, *, on_texts: Callable[[int, int], None] | None = None
-) -> WrittenFile:
+    recipe: Any, file: Path, wish: Wish, *, device: torch.device | str = "cpu",
+    on_texts: Callable[[int, int], None] | None = None,
+) -> WrittenFile:  # fmt: skip
     """Writes the texts that ``file`` does not hold yet; the prompts are those of the recipe's training text.
 
     A prompt that stands twice is written to once. The text of a prompt is a function of (seed, prompt, copy), so a run
@@ -84,7 +87,7 @@ def write(
     fits = [turn for turn in turns.values() if turn.prompt and len(turn.prompt) < room]
     if not fits:
         raise DataError("no prompt leaves room for an answer. Raise training.max_length.")
-    writers = _writers(recipe, plan, wish)
+    writers = _writers(recipe, plan, wish, device)
     for name in wish.by:
         store.check(_said(name, writers[name], wish, seed))
     asked = [
@@ -144,7 +147,7 @@ class _Writer:
         )
 
 
-def _writers(recipe: Any, plan: Any, wish: Wish) -> dict[str, _Writer]:
+def _writers(recipe: Any, plan: Any, wish: Wish, device: torch.device | str) -> dict[str, _Writer]:
     found: dict[str, _Writer] = {}
     if "teacher" in wish.by and wish.server is not None:
         found["teacher"] = _Writer(wish.server, f"{wish.server.model} at {wish.server.url}", None)
@@ -154,12 +157,12 @@ def _writers(recipe: Any, plan: Any, wish: Wish) -> dict[str, _Writer]:
                 f"{plan.teacher.source} is no model in memory that could write. Use teacher: {{model: ...}}, or "
                 "--server URL."
             )
-        loaded = plan.teacher.loaded()
+        loaded = plan.teacher.loaded().on(device)
         found["teacher"] = _Writer(loaded.model, plan.teacher.source, loaded.revision)
     if "student" in wish.by:
         with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
             training = recipe.training.model_copy(update={"output_dir": empty})
-            made = assemble(recipe.model_copy(update={"training": training}))
+            made = assemble(recipe.model_copy(update={"training": training}), device=device)
         found["student"] = _Writer(made.student, made.student_source, made.student_revision)
     return found
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, told
 from selectkd.errors import CacheError, ConfigError
 
@@ -38,17 +39,20 @@ def build(
     changes: Changes = None,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
+    from selectkd.devices import use_device
     from selectkd.teachers.cache import build_cache, plan_of
     from selectkd.training.stopping import StopRequests, stopped
 
     if rank >= ranks:
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
     checked = _recipe(recipe, changes)
+    on = use_device(device)
     teacher, examples, wish, tokenizer = _text(checked)
-    origin = _origin(teacher)
+    origin = _origin(teacher, on)
     plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
     with StopRequests() as stop:
@@ -91,16 +95,18 @@ def verify(target: Target, changes: Changes = None, as_json: Json = False) -> No
 
 
 @app.command("repair")
-def repair(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+def repair(target: Target, changes: Changes = None, device: Device = "auto", as_json: Json = False) -> None:
     """Compute again what is broken, and only that."""
+    from selectkd.devices import use_device
     from selectkd.teachers.cache import records_of
     from selectkd.teachers.cache import repair as mend
 
     folder = _folder(target, changes)
     records = origin = None
+    on = use_device(device)
     if _is_recipe(target):
         teacher, examples, _, _ = _text(_recipe(target, changes))
-        records, origin = records_of(examples), _origin(teacher)
+        records, origin = records_of(examples), _origin(teacher, on)
     found = mend(folder, records=records, origin=origin, say=told if as_json else say)
     if as_json:
         say(json.dumps({"shards": found.shards, "files": found.files}))
@@ -155,7 +161,7 @@ def _folder(target: str, changes: list[str] | None) -> Path:
     return Path(_recipe(target, changes).teacher.cache).expanduser()  # type: ignore[union-attr]
 
 
-def _origin(teacher: Any) -> Any:
+def _origin(teacher: Any, device: Any) -> Any:
     """Where the rows come from: the model, loaded, or the server."""
     from selectkd.teachers.cache import ModelOrigin
     from selectkd.teachers.model import ModelPlan
@@ -163,7 +169,7 @@ def _origin(teacher: Any) -> Any:
 
     if not isinstance(teacher, ModelPlan):
         return RemoteOrigin(teacher)
-    loaded = teacher.loaded()
+    loaded = teacher.loaded().on(device)
     return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
 
 

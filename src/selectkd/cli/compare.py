@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectkd.cli.answer import JsonFile, check_answer
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 
@@ -42,6 +43,7 @@ def compare(
     keep_students: Annotated[
         bool, typer.Option("--keep-students", help="Keep the students' weights.")
     ] = False,
+    device: Device = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs there are and how long they may take.")
     ] = False,
@@ -53,11 +55,13 @@ def compare(
     """
     from selectkd.config import load_recipe, recipe_from
     from selectkd.config.load import values_of
+    from selectkd.devices import device_of
     from selectkd.studies.arms import arms as arms_of
     from selectkd.studies.compare import compare as run
     from selectkd.studies.compare import differences, plan
 
     check_answer(json_file)
+    device_of(device)
     if json_file == Path("-"):
         raise ConfigError("--json - cannot be taken up again; name a file for the rows.")
     values: dict[str, Mapping[str, Any]] = {}
@@ -82,7 +86,7 @@ def compare(
         what = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
         say(f"{number + 1}/{len(found)} {_called(row)}: {what}")
 
-    rows = run(found, json_file, folder, keep=keep_students, on_row=told)
+    rows = run(found, json_file, folder, keep=keep_students, on_row=told, device=device)
     _table(rows)
     _paired(differences(rows))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, without_other_bars
 
 if TYPE_CHECKING:
@@ -31,15 +32,18 @@ def demo(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set objective.beta=0.01"),
     ] = None,
+    device: Device = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil a real teacher into a student of fewer layers and say what came of it."""
     from selectkd.config import load_recipe
     from selectkd.demo import PROMPTS, help_texts, quick_recipe, real_recipe
+    from selectkd.devices import use_device
     from selectkd.training.progress import TrainingProgress
     from selectkd.training.run import train
 
     without_other_bars()
+    on = use_device(device)
     changes = list(changes or [])
     if quick:
         folder = output_dir or Path(tempfile.mkdtemp(prefix="selectkd-demo-"))
@@ -61,7 +65,7 @@ def demo(
         seen["before"] = _answers(made.student, made.tokenizer, prompts)
 
     with TrainingProgress() as progress:
-        result = train(recipe, progress=progress, on_assembled=before_training)
+        result = train(recipe, progress=progress, on_assembled=before_training, device=on)
     seen["after"] = _answers(seen["made"].student, seen["made"].tokenizer, prompts)
     _report(result, prompts, seen)
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:

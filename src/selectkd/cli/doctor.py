@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -16,6 +17,7 @@ def doctor(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
     ] = None,
+    device: Device = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a list of {check, ok, message} as JSON.")
     ] = False,
@@ -29,15 +31,21 @@ def doctor(
         _tell([{"check": "recipe", "ok": False, "message": str(error)}], as_json)
         raise typer.Exit(error.exit_code) from error
 
+    from selectkd.devices import use_device
     from selectkd.training.doctor import Finding
     from selectkd.training.doctor import doctor as examine
 
     without_other_bars()
+    try:
+        on = use_device(device)
+    except ConfigError as error:
+        _tell([{"check": "device", "ok": False, "message": str(error)}], as_json)
+        raise typer.Exit(error.exit_code) from error
     found: list[Finding] = []
     rows: list[dict[str, Any]] = [{"check": "recipe", "ok": True, "message": f"{recipe} is a recipe"}]
     if not as_json:
         _tell(rows, as_json)
-    for finding in examine(checked):
+    for finding in examine(checked, device=on):
         found.append(finding)
         rows.append(finding.as_dict())
         if not as_json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean
@@ -42,6 +43,7 @@ class Asked:
     seed: int
     unsafe: bool
     max_length: int
+    device: Any
 
 
 def evaluate(
@@ -92,7 +94,10 @@ def evaluate(
     max_cost: Annotated[
         float | None, typer.Option("--max-cost", min=0.0, help="instruct: stop before spending more dollars.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written at once.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Answers written at once; 8, and 64 on an accelerator."),
+    ] = None,
     max_length: Annotated[
         int, typer.Option("--max-length", min=2, help="perplexity: tokens of a text.")
     ] = 1024,
@@ -114,6 +119,7 @@ def evaluate(
     chat: Annotated[
         bool, typer.Option("--chat", help="harness: ask in the model's chat template; the harness does not.")
     ] = False,
+    device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
@@ -133,8 +139,16 @@ def evaluate(
         raise ConfigError(
             f"--memory {memory} is a folder. Name a file, for example {memory / 'eval-memory.jsonl'}."
         )
-    asked = Asked(suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length)
     without_other_bars()
+
+    from selectkd.devices import use_device
+
+    on = use_device(device)
+    if batch_size is None:  # the harness asks for whole rows of logits, which grow with it
+        batch_size = 8 if on.type == "cpu" or suite == "harness" else 64
+    asked = Asked(
+        suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length, on
+    )
 
     from selectkd.evals.memory import Memory
 
@@ -142,7 +156,7 @@ def evaluate(
     if suite == "perplexity":
         rows, comparisons = _perplexity(names, asked, dtype)
     elif suite == "instruct":
-        voice = _judge(judge, judge_model, judge_key, dtype)
+        voice = _judge(judge, judge_model, judge_key, dtype, on)
         budget = (price_in, price_out, max_cost)
         rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
     elif suite == "harness":
@@ -165,7 +179,7 @@ def _problems(
     suites = _suites(asked)
     scored: dict[str, list[Any]] = {one.task: [] for one in suites}
     for name in names:
-        loaded = load_student(name, dtype=dtype)
+        loaded = load_student(name, dtype=dtype, device=asked.device)
         for one in suites:
             scored[one.task].append(
                 run_suite(name, loaded, one, batch_size=asked.batch_size, memory=memory, heard=told)
@@ -184,7 +198,9 @@ def _harness(
     manager = harness.prepared()
     scored: dict[str, list[Any]] = {}
     for name in names:
-        for one in harness.run(name, load_student(name, dtype=dtype), manager, memory=memory, heard=told):
+        for one in harness.run(
+            name, load_student(name, dtype=dtype, device=asked.device), manager, memory=memory, heard=told
+        ):
             scored.setdefault(f"{one.task} {one.metric}", []).append(one)
     return _kept_and_compared(scored, answers)
 
@@ -244,7 +260,7 @@ def _perplexity(names: list[str], asked: Asked, dtype: str) -> tuple[list[Any], 
     settings = {"max_length": asked.max_length, "dtype": dtype}
     found, rows, tokenizers = [], [], []
     for name in names:
-        loaded = load_student(name, dtype=dtype)
+        loaded = load_student(name, dtype=dtype, device=asked.device)
         seen = surprises(loaded, asked.data, limit=asked.limit, max_length=asked.max_length)
         found.append((name, seen))
         tokenizers.append(loaded.tokenizer.get_vocab())
@@ -257,14 +273,16 @@ def _perplexity(names: list[str], asked: Asked, dtype: str) -> tuple[list[Any], 
     return rows, pairs
 
 
-def _judge(url: str | None, model: str | None, key_variable: str | None, dtype: str) -> Callable[[], Any]:
+def _judge(
+    url: str | None, model: str | None, key_variable: str | None, dtype: str, device: Any
+) -> Callable[[], Any]:
     """Who judges, as a function that makes it; what is wrong with the flags is said now."""
     from selectkd.evals.judging import EndpointJudge, ModelJudge
     from selectkd.evals.runs import load_student
     from selectkd.teachers.remote.connection import Connection
 
     if url is None:
-        return lambda: ModelJudge(load_student(str(model), dtype=dtype))
+        return lambda: ModelJudge(load_student(str(model), dtype=dtype, device=device))
     if model is None:
         raise ConfigError(f"--judge {url} needs --judge-model, the name of the model there.")
     key = None if key_variable is None else os.environ.get(key_variable)
@@ -293,7 +311,7 @@ def _instruct(
     rules, requests = PROTOCOLS[protocol], read_requests(asked.data, asked.limit)
     pairs = {}
     for name in names:
-        loaded: Loaded = load_student(name, dtype=dtype)
+        loaded: Loaded = load_student(name, dtype=dtype, device=asked.device)
         heard = lambda done, name=name: told(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
         pairs[name] = answered(
             loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, memory=memory, heard=heard

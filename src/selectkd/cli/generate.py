@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -33,6 +34,7 @@ def generate(
         str | None,
         typer.Option("--server-key-env", help="The environment variable that holds the server's key."),
     ] = None,
+    device: Device = "auto",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
     ] = None,
@@ -53,16 +55,19 @@ def generate(
     if key_env is not None and key_env not in os.environ:
         raise ConfigError(f"--server-key-env {key_env}: there is no such variable in the environment.")
 
+    from selectkd.devices import use_device
     from selectkd.generation.server import CompletionServer
     from selectkd.writing import wish_of, write
 
     without_other_bars()
+    on = use_device(device)
     there = None
     if server is not None and server_model is not None:
         there = CompletionServer(server, server_model, os.environ.get(key_env) if key_env else None, wait)
     wish = wish_of(checked, by, copies=copies, server=there)
     started = time.perf_counter()
-    done = write(checked, out, wish, on_texts=lambda written, wanted: say(f"{written} of {wanted} texts"))
+    told = lambda written, wanted: say(f"{written} of {wanted} texts")  # noqa: E731
+    done = write(checked, out, wish, device=on, on_texts=told)
     seconds = time.perf_counter() - started
     say(
         f"{out}: {done.written} texts written ({done.tokens} tokens, {done.tokens / seconds:.0f} a second), "

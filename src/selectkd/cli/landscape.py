@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -41,6 +42,7 @@ def landscape(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Of the directions, the same for every student.")
     ] = 0,
+    device: Device = "auto",
     json_file: JsonFile = None,
     figure: FigureFile = None,
 ) -> None:
@@ -53,20 +55,22 @@ def landscape(
         raise ConfigError(f"--reach {reach:g} must be above 0: the line goes from -reach to reach.")
     without_other_bars()
 
+    from selectkd.devices import use_device
     from selectkd.evals.heldout import divergence_loss, heldout_batch, plan_of, text_loss
     from selectkd.evals.landscape import RADIUS
     from selectkd.evals.landscape import landscape as measure
     from selectkd.evals.runs import load_student, load_student_before
 
+    on = use_device(device)
     plan = plan_of(run)
-    batch = heldout_batch(plan, samples)
+    batch = heldout_batch(plan, samples).to(on)
     if not plan.heldout:
         told(f"{run} held no text out: the loss is that of the text it was trained on")
-    loaders: dict[str, Any] = {str(run): lambda: load_student(run)}
+    loaders: dict[str, Any] = {str(run): lambda: load_student(run, device=on)}
     if before:
-        loaders[f"{run} before"] = lambda: load_student_before(run)
-    loaders |= {name: lambda name=name: load_student(name) for name in compare or []}
-    teacher = plan.teacher.loaded().model if loss == "kl" else None
+        loaders[f"{run} before"] = lambda: load_student_before(run, device=on)
+    loaders |= {name: lambda name=name: load_student(name, device=on) for name in compare or []}
+    teacher = plan.teacher.loaded().model.to(on) if loss == "kl" else None
     found = {}
     for name, load in loaders.items():
         told(f"{name}: loading")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, without_other_bars
 
 SAMPLES = 32
@@ -24,6 +25,7 @@ def panel(
             "--set", metavar="KEY=VALUE", help="Change one key: --set 'student={model: runs/x/student}'"
         ),
     ] = None,
+    device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """What every verifier and selector would keep of the same rows: rates, overlaps, loss and gradient removed."""
@@ -34,13 +36,15 @@ def panel(
 
     from selectkd.assembly import assemble
     from selectkd.data import collate, pad_id_of
+    from selectkd.devices import use_device
     from selectkd.studies.panel import judges
     from selectkd.studies.panel import panel as judge
 
     without_other_bars()
+    on = use_device(device)
     with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
         training = checked.training.model_copy(update={"output_dir": empty})
-        made = assemble(checked.model_copy(update={"training": training}))
+        made = assemble(checked.model_copy(update={"training": training}), device=on)
     batches = made.heldout
     if not batches:
         examples = [example for source in made.sources for example in source.examples][:SAMPLES]
@@ -54,6 +58,7 @@ def panel(
         beta=made.beta.end,
         seed=checked.training.seed,
         chunk=checked.training.chunk,
+        device=on,
     )
     write_answer(json_file, seen)
     if json_file != STDOUT:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
@@ -21,7 +22,7 @@ def serve_teacher(
     revision: Annotated[str | None, typer.Option(help="The commit of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quantization: Annotated[str | None, typer.Option(help="bitsandbytes-4bit or bitsandbytes-8bit.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "auto",
     batch: Annotated[
         int,
         typer.Option(min=1, help="Samples read together; 1 makes an answer independent of other questions."),
@@ -44,18 +45,13 @@ def serve_teacher(
     check_place(host, token, certificate, key)
     listener = listen(host, port)
 
-    import torch
-
+    from selectkd.devices import use_device
     from selectkd.models.load import load_model
     from selectkd.serving.engine import Engine
 
     without_other_bars()
-    loaded = load_model(model, dtype=dtype, quantization=quantization, revision=revision)
-    if quantization is None:  # a quantised model has been put where it runs
-        try:
-            loaded.model.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}.") from error
+    on = use_device(device)
+    loaded = load_model(model, dtype=dtype, quantization=quantization, revision=revision).on(on)
     engine = Engine(loaded, dtype=dtype, batch=batch)
     serve(
         engine,

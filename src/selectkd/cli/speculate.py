@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -78,6 +79,7 @@ def speculate(
     at_once: Annotated[
         int, typer.Option("--concurrency", min=1, help="Prompts under way at once on a server.")
     ] = 1,
+    device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """How much faster the teacher writes with the student as its draft, and that it writes the same."""
@@ -96,12 +98,14 @@ def speculate(
     import torch
 
     from selectkd.demo import PROMPTS
+    from selectkd.devices import use_device
     from selectkd.evals.prompts import prompt_ids, read_prompts
     from selectkd.generation import ends_of
     from selectkd.generation.server import CompletionServer
     from selectkd.models.load import load_model, load_tokenizer
 
-    teacher = load_model(target, dtype=dtype) if draft else None
+    on = use_device(device)
+    teacher = load_model(target, dtype=dtype).on(on) if draft else None
     tokenizer = load_tokenizer(target) if teacher is None else teacher.tokenizer
     texts = (
         [prompt_ids(one, tokenizer) for one in PROMPTS]
@@ -127,7 +131,7 @@ def speculate(
         rows += _there(servers, server_kind, target, texts, tokenizer, heats, tokens, seed, eos)
     settings = {
         "prompts": "built in" if prompts is None else str(prompts), "prompt_count": len(texts), "tokens": tokens,
-        "dtype": dtype, "seed": seed, "threads": torch.get_num_threads(),
+        "dtype": dtype, "seed": seed, "threads": torch.get_num_threads(), "device": str(on),
         "target_revision": None if teacher is None else teacher.revision, "server_kind": server and server_kind,
         "concurrency": server and at_once,
     }  # fmt: skip
@@ -150,14 +154,15 @@ def _here(
     from selectkd.evals.runs import load_student, load_student_before
     from selectkd.speculative.measure import assisted, speculation, timed_alone
 
+    on = next(teacher.model.parameters()).device
     students = []
     for name in drafts:
         if before:
-            students.append((f"{name} before", load_student_before(name, dtype=dtype)))
-        students.append((name, load_student(name, dtype=dtype)))
+            students.append((f"{name} before", load_student_before(name, dtype=dtype, device=on)))
+        students.append((name, load_student(name, dtype=dtype, device=on)))
     for _, student in students:
         align(teacher.tokenizer, student.tokenizer)
-    ids, rows = [torch.tensor(one) for one in texts], []
+    ids, rows = [torch.tensor(one, device=on) for one in texts], []
     for heat in heats:
         options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": heat, "eos": eos}
         told(f"the target alone, temperature {heat:g}, {len(ids)} prompts")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from selectkd.cli.device import Device
 from selectkd.cli.terminal import Told, say, without_other_bars
 
 
@@ -27,6 +28,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="A key that may differ from the run that goes on; may be repeated."),
     ] = None,
+    device: Device = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil the teacher of a recipe into its student."""
@@ -42,7 +44,9 @@ def train(
     log.addHandler(Told(logging.WARNING))
     log.propagate = False
     with TrainingProgress() as progress:
-        result = run(checked, progress=progress, resume=resume, allow_change=allow_change or [])
+        result = run(
+            checked, progress=progress, resume=resume, allow_change=allow_change or [], device=device
+        )
     if result.resumed_from is not None:
         over = result.resumed_from == result.steps and result.run_dir.joinpath("manifest.json").is_file()
         say("the run was finished already" if over else f"went on from step {result.resumed_from}")

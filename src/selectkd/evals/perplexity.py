@@ -22,7 +22,7 @@ def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int)
     head, hidden_of = head_of(loaded.model), backbone(loaded.model)
     found = []
     for example in source.examples:
-        batch = collate([example], pad_id=pad_id_of(loaded.tokenizer))
+        batch = collate([example], pad_id=pad_id_of(loaded.tokenizer)).to(head.weight.device)
         seen = supervised(batch)
         if not len(seen):
             continue

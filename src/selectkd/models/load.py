@@ -45,6 +45,12 @@ class Loaded:
     source: str
     revision: str | None
 
+    def on(self, device: torch.device | str) -> Loaded:
+        """The same with its model moved to ``device``; a quantised one is where it was loaded, and stays there."""
+        if getattr(self.model, "hf_quantizer", None) is None:
+            self.model.to(device)
+        return self
+
 
 def load_model(
     spec: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectkd.devices import wait_for
 from selectkd.evals.statistics import Interval, bootstrap_ratio
 from selectkd.speculative.cached import CachedModel
 from selectkd.speculative.decode import Decoded, decode, decode_alone
@@ -79,12 +80,12 @@ def speculation(
     decode(
         target, draft, prompts[0], draft_length=draft_length, max_new_tokens=2
     )  # what the first call alone costs
-    started = time.perf_counter()
+    started = _clock(prompts[0])
     seen = [
         decode(target, draft, prompt, draft_length=draft_length, seed=seed + i, **options)
         for i, prompt in enumerate(prompts)
     ]
-    pace = (time.perf_counter() - started) / sum(len(one.tokens) for one in seen)
+    pace = (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in seen)
     rounds = [one for decoded in seen for one in decoded.rounds]
     costs = pass_costs(target, draft, prompts[0], draft_length=draft_length)
     accepted, judged = zip(*map(_judged, seen), strict=True)
@@ -116,14 +117,14 @@ def timed_alone(
 ) -> tuple[list[Decoded], float]:
     """The target's own texts, and its seconds a token."""
     decode_alone(target, prompts[0], max_new_tokens=2)  # what the first call alone costs
-    started = time.perf_counter()
+    started = _clock(prompts[0])
     seen = [
         decode_alone(
             target, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + i, eos=eos
         )
         for i, prompt in enumerate(prompts)
     ]
-    return seen, (time.perf_counter() - started) / sum(len(one.tokens) for one in seen)
+    return seen, (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in seen)
 
 
 def expected_speedup(acceptance: float, draft_length: int, cost_ratio: float) -> float:
@@ -184,14 +185,14 @@ def assisted(
             with torch.random.fork_rng():
                 target.generate(first, attention_mask=torch.ones_like(first), assistant_model=helper, **warm)
                 torch.manual_seed(seed)
-                started, made = time.perf_counter(), 0
+                started, made = _clock(prompts[0]), 0
                 for prompt in prompts:
                     mask = torch.ones_like(prompt)[None]
                     out = target.generate(
                         prompt[None], attention_mask=mask, assistant_model=helper, **options
                     )
                     made += out.shape[1] - prompt.shape[0]
-                paces.append((time.perf_counter() - started) / made)
+                paces.append((_clock(prompts[0]) - started) / made)
     finally:
         settings.update(**kept)
     return paces[0] / paces[1]
@@ -209,6 +210,12 @@ def _at(rounds: Sequence[Any], place: int) -> float | None:
     return sum(one.accepted > place for one in judged) / len(judged) if judged else None
 
 
+def _clock(like: Tensor) -> float:
+    """Seconds, once the device of ``like`` has done what it was given."""
+    wait_for(like.device)
+    return time.perf_counter()
+
+
 def _seconds(model: nn.Module, prompt: Tensor, tokens: int) -> float:
     """The median time of a pass over ``tokens`` tokens behind the prompt."""
     reader = CachedModel(model)
@@ -217,7 +224,7 @@ def _seconds(model: nn.Module, prompt: Tensor, tokens: int) -> float:
     taken = []
     for _ in range(TIMED_PASSES):
         reader.forget(prompt.shape[0])
-        started = time.perf_counter()
+        started = _clock(prompt)
         reader.logits(ids)
-        taken.append(time.perf_counter() - started)
+        taken.append(_clock(prompt) - started)
     return sorted(taken)[len(taken) // 2]

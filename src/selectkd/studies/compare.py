@@ -25,13 +25,15 @@ def compare(
     folder: Path,
     *,
     keep: bool = False,
+    device: str = "auto",
     on_row: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The row of every arm, in their order: {method, selection, seed, FIELDS..., more}.
 
     ``file`` holds the rows so far after every run; an arm whose row is in it already, of the same recipe, is not run
     again, one that failed is. A run that fails leaves a row with its ``error`` and null for every number, and the
-    others go on; so does a control whose selected arm failed. on_row hears (number, row).
+    others go on; so does a control whose selected arm failed. device: where every arm runs, as of ``use_device``.
+    on_row hears (number, row).
     """
     known = {_key(row): row for row in read_rows(file)}
     rows: list[dict[str, Any]] = []
@@ -39,7 +41,12 @@ def compare(
         row = known.get(arm.key)
         if not _stands(row, arm):
             started = time.perf_counter()
-            row = _named(arm) | dict.fromkeys(FIELDS) | _run(arm, rows, folder, keep) | {"asked": _asked(arm)}
+            row = (
+                _named(arm)
+                | dict.fromkeys(FIELDS)
+                | _run(arm, rows, folder, keep, device)
+                | {"asked": _asked(arm)}
+            )
             row["wall_seconds"] = round(time.perf_counter() - started, 3)
         rows.append(row)
         rest = [other for key, other in known.items() if key not in {_key(one) for one in rows}]
@@ -83,14 +90,16 @@ def _stands(row: Mapping[str, Any] | None, arm: Arm) -> TypeGuard[dict[str, Any]
     return row is not None and not row.get("error") and row.get("asked") == _asked(arm)
 
 
-def _run(arm: Arm, rows: Sequence[Mapping[str, Any]], folder: Path, keep: bool) -> dict[str, Any]:
+def _run(
+    arm: Arm, rows: Sequence[Mapping[str, Any]], folder: Path, keep: bool, device: str
+) -> dict[str, Any]:
     if arm.selection in (RANDOM, RATE):
         key = (arm.recipe, arm.method, SELECTED, arm.seed)
         selected = next((row for row in rows if _key(row) == key), None)
         if selected is None or selected.get("error"):
             return {"error": "the selected run that this one controls for failed"}
         arm = controlled(arm, selected)
-    return run_apart(arm.values, folder / arm.folder, keep=keep)
+    return run_apart(arm.values, folder / arm.folder, keep=keep, device=device)
 
 
 def _named(arm: Arm) -> dict[str, Any]:

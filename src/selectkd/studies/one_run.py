@@ -18,18 +18,20 @@ FIELDS = ("held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "p
 """What a row says of a run, beside what it is called; all None where the run failed."""
 
 
-def run_apart(values: Mapping[str, Any], folder: Path, *, keep: bool = False) -> dict[str, Any]:
+def run_apart(
+    values: Mapping[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+) -> dict[str, Any]:
     """The row of one run, or {"error": ...} where it failed, be it by a signal.
 
     What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR and bite at the
     comparison's one verifier, training tokens a second, and the peak of the process (of the accelerator where there is
-    one). keep: leave the student's weights in the run folder.
+    one). keep: leave the student's weights in the run folder. device: as of ``use_device``.
     """
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(["selectkd.studies.preloaded"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(dict(values), str(folder), keep, sender))
+    process = context.Process(target=_child, args=(dict(values), str(folder), keep, device, sender))
     process.start()
     sender.close()
     try:
@@ -42,7 +44,7 @@ def run_apart(values: Mapping[str, Any], folder: Path, *, keep: bool = False) ->
     return row if row is not None else {"error": f"the run ended with exit code {process.exitcode}"}
 
 
-def _child(values: dict[str, Any], folder: str, keep: bool, sender: Connection) -> None:
+def _child(values: dict[str, Any], folder: str, keep: bool, device: str, sender: Connection) -> None:
     from transformers.utils import logging as transformers_logging
 
     from selectkd.errors import SelectKDError
@@ -50,14 +52,16 @@ def _child(values: dict[str, Any], folder: str, keep: bool, sender: Connection) 
     transformers_logging.disable_progress_bar()
     logging.getLogger("selectkd").setLevel(logging.ERROR)  # what it warns of is in the row
     try:
-        sender.send(measured(values, Path(folder), keep=keep))
+        sender.send(measured(values, Path(folder), keep=keep, device=device))
     except (SelectKDError, OSError, MemoryError, RuntimeError) as error:
         sender.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
     finally:
         sender.close()
 
 
-def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dict[str, Any]:
+def measured(
+    values: dict[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+) -> dict[str, Any]:
     """Trains the recipe of ``values`` in ``folder``, which is emptied first, and measures its student."""
     import json
 
@@ -72,7 +76,7 @@ def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dic
     recipe = recipe_from(values)
     kept: list[Any] = []
     started = time.perf_counter()
-    result = train(recipe, on_assembled=kept.append)
+    result = train(recipe, on_assembled=kept.append, device=device)
     seconds = time.perf_counter() - started
     held = held_out(kept[0], recipe.training.seed)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -88,7 +92,8 @@ def measured(values: dict[str, Any], folder: Path, *, keep: bool = False) -> dic
     if not keep:
         for heavy in ("student", "checkpoints"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_of_process()
+    on = next(kept[0].student.parameters()).device
+    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
     return {
         **held,
         "tokens_per_second": tokens / training if training else None,

@@ -39,13 +39,17 @@ class LiveTeacher:
         self.shared = shared
         self.reference = reference
 
+    def place(self, device: torch.device) -> None:
+        """Puts the model where its rows are wanted; nothing to do where it is there."""
+        if self.on != device:
+            place_on(self.model, device, self.placement)
+            self.head, self.on = head_of(self.model), device
+
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
-        if self.on != device:
-            place_on(self.model, device, self.placement)
-            self.head, self.on = head_of(self.model), device
+        self.place(device)
         hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from selectkd.models.load import Loaded
@@ -27,6 +28,15 @@ class ReadsAhead(Protocol):
 
     def ahead(self, batch: Any) -> None:
         """Begins to fetch; returns at once."""
+        ...
+
+
+@runtime_checkable
+class HasWeights(Protocol):
+    """A teacher with a model of its own in memory."""
+
+    def place(self, device: torch.device) -> None:
+        """Puts the model where its rows are wanted, before the first batch asks for them: its text is written there."""
         ...
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from selectkd.assembly import Assembly, Plan, assemble, check_loggers, prepare
 from selectkd.data import inspect
 from selectkd.data.supervised import supervised
+from selectkd.devices import free_memory, use_device, wait_for
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
@@ -56,19 +57,19 @@ class Finding:
         return {"check": self.check, "ok": self.ok, "message": self.message}
 
 
-def doctor(recipe: Any, *, device: torch.device | str = "cpu") -> Iterator[Finding]:
+def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Finding]:
     """One Finding a check, as each is done; nothing is written. Where one of those without weights fails, the models
-    are not loaded.
+    are not loaded. device: where the run will be, as of ``use_device``.
     """
-    fine = True
-    for finding in without_weights(recipe):
+    fine, device = True, use_device(device)
+    for finding in without_weights(recipe, device):
         fine = fine and finding.ok
         yield finding
     if fine:
         yield from with_weights(recipe, device)
 
 
-def without_weights(recipe: Any) -> Iterator[Finding]:
+def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     """Folder, loggers, weights by their headers, tokenizers, objective, text and masks, memory and disk."""
     yield tried("output_dir", lambda: _folder(recipe))
     yield tried("loggers", lambda: _loggers(recipe))
@@ -88,12 +89,12 @@ def without_weights(recipe: Any) -> Iterator[Finding]:
         yield tried("text", lambda: _text(plan))
         yield Finding("masks", True, _masks(plan))
     memory: list[Memory] = []
-    yield tried("memory", lambda: _memory(recipe, memory))
+    yield tried("memory", lambda: _memory(recipe, memory, device))
     if memory:
         yield tried("disk", lambda: _disk(recipe, memory[0]))
 
 
-def with_weights(recipe: Any, device: torch.device | str) -> Iterator[Finding]:
+def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
     made: Assembly | None = None
     try:
@@ -189,10 +190,10 @@ def _masks(plan: Plan) -> str:
     return "\n".join(shown)
 
 
-def _memory(recipe: Any, found: list[Memory]) -> str:
+def _memory(recipe: Any, found: list[Memory], device: torch.device) -> str:
     memory = estimate(recipe)
     found.append(memory)
-    need, free = memory.total, available()
+    need, free = memory.total, free_memory(device)
     told = ", ".join(
         f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in memory.as_dict().items() if size
     )
@@ -202,17 +203,6 @@ def _memory(recipe: Any, found: list[Memory]) -> str:
             "Use a smaller training.batch_size or max_length, training.lora, or gradient_checkpointing: true."
         )
     return f"GiB: {told}" + ("" if free is None else f"; {free / 2**30:.2f} free")
-
-
-def available() -> int | None:
-    """Bytes free on the device that trains; None where it cannot be told."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    table = Path("/proc/meminfo")
-    if not table.is_file():
-        return None
-    row = next((line for line in table.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-    return None if row is None else int(row.split()[1]) * 1024
 
 
 def _disk(recipe: Any, memory: Memory) -> str:
@@ -234,6 +224,7 @@ def _disk(recipe: Any, memory: Memory) -> str:
 def _teacher(made: Assembly) -> str:
     started = time.perf_counter()
     rows = made.teacher(made.probe, supervised(made.probe).position)
+    wait_for(made.probe.input_ids.device)
     seconds = time.perf_counter() - started
     if isinstance(rows, LiveRows):
         bad = int((~torch.isfinite(rows.hidden)).any(-1).sum())
@@ -290,8 +281,11 @@ def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
     return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
 
 
-def _step(made: Assembly, recipe: Any, device: torch.device | str) -> str:
-    """One optimizer step of one micro-batch of the run, and how long the run would take by it."""
+def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
+    """An optimizer step of one micro-batch on the device of the run, and how long the run would take by it.
+
+    On an accelerator the second step is timed: the first compiles kernels.
+    """
     training = recipe.training
     ledger = Ledger(
         made.objective,
@@ -305,12 +299,19 @@ def _step(made: Assembly, recipe: Any, device: torch.device | str) -> str:
         made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk
     )
     feed, heard = Feed(made.micro_batches), []
-    started = time.perf_counter()
+    clock = [time.perf_counter()]
+
+    def read_clock(_: int) -> bool:
+        wait_for(device)
+        clock.append(time.perf_counter())
+        return False
+
     train_loop(
-        model, feed, ledger, steps=1, learning_rate=training.learning_rate, weight_decay=training.weight_decay,
+        model, feed, ledger, steps=1 if device.type == "cpu" else 2, after_step=read_clock,
+        learning_rate=training.learning_rate, weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm, on_line=heard.append,
     )  # fmt: skip
-    seconds = time.perf_counter() - started
+    seconds = clock[-1] - clock[-2]
     if ledger.skipped:
         raise NumericsError(
             f"the first step's loss ({heard[0]['loss']}) or gradient norm ({heard[0]['grad_norm']}) is not finite. "
@@ -320,8 +321,8 @@ def _step(made: Assembly, recipe: Any, device: torch.device | str) -> str:
     whole = seconds * steps * training.gradient_accumulation
     line = heard[0]
     return (
-        f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; {seconds:.2f} s a micro-batch, about "
-        f"{whole / 3600:.2f} h for {steps:,} steps"
+        f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; {seconds:.2f} s a micro-batch on {device}, "
+        f"about {whole / 3600:.2f} h for {steps:,} steps"
     )
 
 

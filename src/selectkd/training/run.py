@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from selectkd.assembly import Assembly, assemble
+from selectkd.devices import use_device
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.gathered import gathered
 from selectkd.models.save import save_student
@@ -34,7 +35,7 @@ from selectkd.training.result import Origin, RunResult, card_of, cut_of, finishe
 from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import DistillTrainer, on_device
 from selectkd.training.watch import Watch
 from selectkd.training.zero import asked_for, check_recipe, configured
 
@@ -59,6 +60,7 @@ def train(
     on_assembled: Callable[[Assembly], None] | None = None,
     resume: str = "auto",
     allow_change: Sequence[str] = (),
+    device: torch.device | str = "auto",
 ) -> RunResult:
     """Runs a recipe and leaves run.json, metrics.jsonl, checkpoints/, manifest.json and student/ in its output_dir.
 
@@ -66,20 +68,22 @@ def train(
     without the interruption; a finished run is left as it is. "never" takes a new folder only; a path is the checkpoint
     to go on from. allow_change: keys of the recipe that may differ from the run's. The student saved is the best one
     on held-out text with early stopping, else the last one. ``on_assembled`` sees the models before the first step.
+    device: where the run is, as of ``use_device``.
 
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
     check_recipe(recipe)
+    device = use_device(device)
     started = time.perf_counter()
     run_dir = Path(recipe.training.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(
-            cpu=not torch.cuda.is_available() and not asked_for()
+            cpu=device.type == "cpu" and not asked_for()
         )  # the ranks meet now, so that one alone claims the folder
     with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
         finished = finished_run(run_dir, recipe, claim)
-        return finished or _train(recipe, claim, stop, progress, on_assembled, allow_change, started)
+        return finished or _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
 
 
 def _train(
@@ -90,14 +94,10 @@ def _train(
     on_assembled: Callable[[Assembly], None] | None,
     allow_change: Sequence[str],
     started: float,
+    device: torch.device,
 ) -> RunResult:
     training, run_dir = recipe.training, claim.folder
     set_seed(training.seed)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
     said = None if claim.opened is None else read_part(claim.opened.path, "origin")
     made = assemble(
         recipe,
@@ -260,6 +260,7 @@ def _run(
             report_to=list(training.report_to) or "none",
             disable_tqdm=True,
         )
+    on_device(args, device)
     trainer = DistillTrainer(
         made.student,
         made.teacher,

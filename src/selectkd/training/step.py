@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from selectkd.chunked import chunk_rows
 from selectkd.data.supervised import supervised
+from selectkd.devices import out_of_memory
 from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.teachers.protocol import Teacher
 from selectkd.terms import Forward, LossPlan, weighted_sum
+from selectkd.training.checkpoint import Stateful
 
 _LOG = logging.getLogger("selectkd")
 
@@ -72,16 +74,18 @@ class DistillationModel(nn.Module):
         here = Forward(
             rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
             also_kl=self.also_kl, gradient_filter=self.gradient_filter,
-            compiled=self.compile_loss,
+            compiled=self.compile_loss, of_stream=seen.of_stream,
         )  # fmt: skip
         loss, sums = self._loss(plan, here, row_scale)
         return loss, {"kl": sums["divergence"]} | sums
 
     def _loss(self, plan: LossPlan, here: Forward, row_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed.
+        """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed: what the
+        extras had summed up by then is taken back.
 
         The smaller chunk stays for the steps to come.
         """
+        before = [(one, one.state_dict()) for one in plan.extras if isinstance(one, Stateful)]
         while True:
             try:
                 here = replace(here, chunk=self.chunk)
@@ -97,13 +101,6 @@ class DistillationModel(nn.Module):
                         "training.max_length, or a device with more memory."
                     ) from error
                 self.chunk = rows // 2
+                for extra, state in before:
+                    extra.load_state_dict(state)
             _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an allocation that failed, on an accelerator or in main memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
-    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from selectkd.devices import use_device
 from selectkd.errors import ConfigError
 from selectkd.models.gathered import gathered
 from selectkd.objective import Objective
@@ -33,7 +34,8 @@ class DistillTrainer(Trainer):
     micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
     objective, reduction, temperature, chunk, gradient_filter, compile_loss: as in a recipe; beta: a schedule, default
     the objective's constant.
-    losses, extras, write: as of ``Ledger``. Loss scaling, counts over accumulation and ranks, and the skipping of
+    losses, extras, write: as of ``Ledger``. A process trains on one device, ``args.device``: with several GPUs start a
+    process for each (``accelerate launch``). Loss scaling, counts over accumulation and ranks, and the skipping of
     steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
     student as a plain Hugging Face folder.
@@ -70,11 +72,15 @@ class DistillTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if args.label_smoothing_factor != 0 or args.n_gpu > 1:
+        if args.label_smoothing_factor != 0:
             raise ConfigError(
-                f"label_smoothing_factor = {args.label_smoothing_factor} and {args.n_gpu} GPUs in one "
-                "process; the loss has no smoothing, and several GPUs need a process each (accelerate launch)."
+                f"label_smoothing_factor = {args.label_smoothing_factor}: the loss has no smoothing. Set it to 0."
             )
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # else the Trainer wraps the model in DataParallel over every GPU that it sees
+        args.logging_nan_inf_filter = (
+            False  # it reads each micro-batch's loss; the ledger reads the step's once
+        )
         self.feed = Feed(micro_batches, teacher.ahead if isinstance(teacher, ReadsAhead) else None)
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
@@ -212,6 +218,17 @@ class DistillTrainer(Trainer):
         student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+
+def on_device(args: TrainingArguments, device: torch.device) -> None:
+    """Has the Trainer train on ``device``: alone in its process it would take the first GPU, whichever is current."""
+    if args.world_size == 1 and args.device != device:
+        state: Any = args.distributed_state
+        state.device = device
+        args.__dict__["_setup_devices"] = (
+            device  # a cached property, so this is the answer it gives from now on
+        )
+        use_device(device)
 
 
 class _Steps(TrainerCallback):

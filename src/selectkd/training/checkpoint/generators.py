@@ -21,6 +21,10 @@ class Generators:
         }
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
+        if torch.xpu.is_available():
+            state["xpu"] = torch.xpu.get_rng_state_all()
+        if torch.backends.mps.is_available():
+            state["mps"] = torch.mps.get_rng_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -31,3 +35,7 @@ class Generators:
         torch.set_rng_state(state["torch"])
         if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
+        if "xpu" in state and len(state["xpu"]) == torch.xpu.device_count():
+            torch.xpu.set_rng_state_all(state["xpu"])
+        if "mps" in state and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(state["mps"])
