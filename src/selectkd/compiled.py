@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from selectkd.block import HIGHEST, IMPOSSIBLE, LANES, LOWEST, Rows, Settings, argmax
-from selectkd.dense import CompiledBlock, Told, floor, statistic
+from selectkd.block import HIGHEST, LANES, LOWEST, Rows, Settings, argmax
+from selectkd.dense import RANKS, CompiledBlock, Told, statistic
 from selectkd.divergences.gradient import Block, closed_form_of
-from selectkd.divergences.kl import forward_value
+from selectkd.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.errors import ConfigError
 from selectkd.rows import Head, LiveChunk, finish_logits
 
@@ -33,7 +33,7 @@ FEW_LANES = 64
 @dataclass(frozen=True)
 class Plan:
     """What a program is made for. divergence and params: whose closed form it is; heads: scale and soft-cap of student
-    and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias may be -inf;
+    and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias is -inf;
     shifts: whether a row's maximum is subtracted first, without which its log-sum-exp has to be ordinary."""
 
     divergence: Callable[..., Tensor]
@@ -56,20 +56,29 @@ class Plan:
         zq = logits / self.temperature
         zp = finish_logits(raw_p, bias_p, scale_p, cap_p) / self.temperature
         if unshared is not None:
-            zq, zp = zq.masked_fill(unshared, IMPOSSIBLE), zp.masked_fill(unshared, IMPOSSIBLE)
+            zq, zp = zq.masked_fill(unshared, -math.inf), zp.masked_fill(unshared, -math.inf)
         if self.shifts:
             zq, zp = zq - zq.amax(-1, keepdim=True), zp - zp.amax(-1, keepdim=True)
         q, norm_q = softmax(zq)
         p, norm_p = softmax(zp)
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
-        if self.forbids:
-            floor(block)
         top = argmax(zq) if {"rank", "student_top"} & {*self.reads} else None
-        told = {name: statistic(name, block, top, label).flatten() for name in ("overlap", *self.reads)}
+        told = {name: statistic(name, block, top, label).flatten() for name in self.reads if name in RANKS}
+        gone = torch.isneginf(zq)
+        if self.forbids or unshared is not None:
+            block.zq, block.zp = (
+                torch.where(torch.isneginf(z), (norm + LOG_FLOOR).to(z.dtype), z)
+                for z, norm in ((zq, norm_q), (zp, norm_p))
+            )
+        sums = [name for name in dict.fromkeys(("overlap", *self.reads)) if name not in RANKS]
+        told |= {name: statistic(name, block, top, label).flatten() for name in sums}
         if self.kl:
             told["kl"] = forward_value(block).flatten()
         told["divergence"] = self.divergence.closed_form(block, **dict(self.params)).flatten()  # type: ignore[attr-defined]
         gradient = block.out * block.factor
+        if self.forbids:  # as ``Forbidden.release``
+            held = torch.where(gone, gradient, 0.0).sum(-1, keepdim=True)
+            gradient = torch.where(gone, 0.0, gradient + q * held)
         if cap_q is not None:
             gradient = gradient * (1.0 - (logits / cap_q).square())
         out.copy_(gradient)
@@ -139,7 +148,7 @@ def plan_of(
     """The plan of a block: equal for equal divergences, whatever objects they are."""
     function, params = getattr(divergence, "func", divergence), getattr(divergence, "keywords", {})
     heads = ((student.scale, student.softcap), (teacher.scale, teacher.softcap))
-    forbids = student.bias is not None or teacher.bias is not None
+    forbids = any(head.forbidden(head.width).numel() for head in (student, teacher))
     return Plan(function, tuple(sorted(params.items())), heads, temperature, reads, kl, forbids)
 
 

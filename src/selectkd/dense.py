@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from selectkd.block import (
     HIGHEST,
-    IMPOSSIBLE,
     LOWEST,
     Rows,
     Seen,
@@ -53,6 +52,8 @@ FEW_ROWS = 4
 """Below so many rows in the cache one row is worked on at a time."""
 ROWS_AT_ONCE = 8
 """Rows of a block whose rows are worked on one after the other: they share the verifier's call."""
+RANKS = ("student_top", "rank", "label_rank")
+"""Statistics that ask for the order of the logits."""
 COMPILED_ENTRIES = 3 << 17
 """Entries of a tensor of a compiled block: more leave the third-level cache, fewer are not worth the call."""
 
@@ -136,19 +137,28 @@ def tell(
     """What the parts of a block are told to be, and the gradient's factor; the gradient [b, v] is left in ``zq``."""
     told: Told = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
     factor, ranks = 1.0, "rank" in reads or "student_top" in reads
+    ranked = [name for name in reads if name in RANKS]
+    sums = [name for name in dict.fromkeys(("overlap", *reads)) if name not in RANKS]
+    forbidden = Forbidden.of(settings.head, teacher, zq.shape[1])
     tops = None
     if ranks and settings.head.is_plain and teacher.unshared is None:
         tops = argmax(raw)  # of all rows at once, where the product's own order is that of the logits
     for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, settings, scratch):
-        top = None
+        top, label = None, None if rows.label is None else rows.label[at]
         if ranks:
             top = top_of(part) if tops is None else tops[at]
         told["finite"].append(finite)
-        for name in dict.fromkeys(("overlap", *reads)):
-            told[name].append(statistic(name, part, top, None if rows.label is None else rows.label[at]))
+        for name in ranked:  # as long as what is forbidden has no finite logit
+            told[name].append(statistic(name, part, top, label))
+        if forbidden is not None:
+            forbidden.floor(part)
+        for name in sums:
+            told[name].append(statistic(name, part, top, label))
         if settings.also_kl and settings.temperature == 1.0:
             told["kl"].append(forward_value(part))
         told["divergence"].append(closed_form(part))
+        if forbidden is not None:
+            forbidden.release(part)
         factor = part.factor
     return told, factor
 
@@ -185,7 +195,6 @@ def parts(
         zp, memory = zp[0], [x[0] for x in memory]
     where: Iterable[slice | int] = range(b) if single else (slice(0, b),)
     together = one_row if single else many_rows
-    forbids = settings.head.bias is not None or teacher.head.bias is not None
     for at in where:
         ours = zq[at] if in_place_q else finished(settings.head, raw_q[at], zq[at])
         theirs = raw_p[at] if in_place_p else finished(teacher.head, raw_p[at], zp)
@@ -195,10 +204,8 @@ def parts(
             if settings.temperature != 1.0:
                 z.div_(settings.temperature)
             if teacher.unshared is not None:
-                z.masked_fill_(teacher.unshared, IMPOSSIBLE)
+                z.masked_fill_(teacher.unshared, -torch.inf)
         part, finite = together(ours, theirs, *memory)
-        if forbids:
-            floor(part)
         yield at, part, finite
 
 
@@ -232,10 +239,39 @@ def one_row(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tupl
     return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
 
 
-def floor(block: Block) -> None:
-    """Gives what a bias of -inf forbids the logarithm ``LOG_FLOOR``; its probability stays 0."""
-    for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q)):
-        z.copy_(torch.where(torch.isneginf(z), narrow(norm + LOG_FLOOR, z), z))
+class Forbidden(NamedTuple):
+    """Ids whose logit is -inf, with the student and with the teacher; ``alone``: those a bias of the student's forbids
+    it, which the teacher may like."""
+
+    student: Int[Tensor, " f"]
+    teacher: Int[Tensor, " g"]
+    alone: Int[Tensor, " f"]
+
+    @classmethod
+    def of(cls, head: Head, teacher: LiveChunk, width: int) -> Forbidden | None:
+        """What two heads forbid between them; None where that is nothing."""
+        if head.bias is None and teacher.head.bias is None and teacher.unshared is None:
+            return None
+        alone, theirs = head.forbidden(width), teacher.head.forbidden(width)
+        if teacher.unshared is None:
+            return cls(alone, theirs, alone)
+        dead = teacher.unshared.nonzero()[:, 0]
+        return cls(torch.cat([alone, dead]), torch.cat([theirs, dead]), alone)
+
+    def floor(self, block: Block) -> None:
+        """Gives them the logarithm ``LOG_FLOOR``; their probability stays 0."""
+        for z, norm, ids in (
+            (block.zp, block.norm_p, self.teacher), (block.zq, block.norm_q, self.student),
+        ):  # fmt: skip
+            z[..., ids] = narrow(norm + LOG_FLOOR, z)
+
+    def release(self, block: Block) -> None:
+        """Takes the part of a token that the student can never say out of the gradient h - q sum(h) in ``block.out``:
+        there log q is constant, so h is 0, and the others' q sum(h) goes without it."""
+        if self.alone.numel():
+            held = block.out[..., self.alone]
+            block.out.add_(block.q * total(held))
+            block.out[..., self.alone] = 0.0
 
 
 def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:
@@ -288,10 +324,10 @@ def rank(block: Block, token: Int[Tensor, "*b"]) -> Column:
     # counted in floats: five times as fast as in booleans
     if block.zp.ndim == 1:
         chosen = block.zp[token].item()
-        return float(width) if chosen <= IMPOSSIBLE else total(torch.gt(block.zp, chosen, out=block.spare))
+        return float(width) if chosen == -math.inf else total(torch.gt(block.zp, chosen, out=block.spare))
     chosen = block.zp.gather(-1, token[:, None])  # [b, 1]
     better = torch.gt(block.zp, chosen, out=block.spare).sum(-1, keepdim=True)
-    return better.masked_fill_(chosen <= IMPOSSIBLE, width)
+    return better.masked_fill_(torch.isneginf(chosen), width)
 
 
 def joined(values: list[Any], like: Tensor) -> Tensor:

@@ -65,6 +65,12 @@ class Head:
         """Whether the logits are the product itself: no bias, scale or cap."""
         return self.bias is None and self.scale == 1.0 and self.softcap is None
 
+    def forbidden(self, width: int) -> Int[Tensor, " f"]:
+        """The ids below ``width`` that a bias of -inf forbids: their logits are -inf. A soft-cap makes them finite."""
+        if self.bias is None or self.softcap is not None:
+            return torch.empty(0, dtype=torch.long, device=self.weight.device)
+        return self.bias[:width].isneginf().nonzero()[:, 0]
+
     @property
     def width(self) -> int:
         """Number of rows of the head, padded vocabulary rows included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from numerics.test_oracle import compiled_by_torch
 from selectkd import LiveRows, Objective, compiled, dense
 from selectkd.distill import distillation_loss
 from selectkd.rows import Head
@@ -91,6 +92,7 @@ def main() -> None:
         for ours, theirs in zip(found[2], plain[2], strict=True):
             close(name, ours, theirs, tolerance)
         print("equal:", name, flush=True)
+    compiled_by_torch()
 
 
 if __name__ == "__main__":

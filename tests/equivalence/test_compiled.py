@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from numerics.test_oracle import STATED
 from selectkd import LiveRows, Objective
 from selectkd.compiled import PROGRAMS, plan_of, program
 from selectkd.distill import distillation_loss
@@ -23,7 +24,9 @@ def run_cases(cache: Path, **environment: str) -> subprocess.CompletedProcess[st
     """The cases in a process of its own, nothing compiled before."""
     return subprocess.run(
         [sys.executable, str(CASES)],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment,
+        env=os.environ
+        | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -39,6 +42,7 @@ def test_compiled_equals_plain(tmp_path):
     done = run_cases(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal:") == 6
+    assert done.stdout.count("oracle:") == len(STATED)
 
 
 def test_without_a_compiler_the_error_names_the_key(tmp_path):

@@ -234,8 +234,8 @@ def test_a_teacher_row_that_is_not_finite_teaches_nothing_and_is_counted(fault):
 
 
 @pytest.mark.parametrize(
-    "name", ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "generalized_jsd", "jeffreys"]
-)
+    "name", sorted(set(DIVERGENCES) - {"uld"})
+)  # of sorted vectors: ties at 0 have no order
 @pytest.mark.parametrize("side", ["teacher", "student", "both"])
 def test_tokens_that_a_bias_forbids_count_as_in_the_formula(name, side):
     """A bias of -inf on one side alone: finite, and equal to the divergence's own formula."""
@@ -254,8 +254,7 @@ def test_tokens_that_a_bias_forbids_count_as_in_the_formula(name, side):
     torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-9)
     for one, other in zip(mine, theirs_too, strict=True):
         assert bool(one.isfinite().all())
-        if side != "student":  # the closed form keeps the pull of a token that the student can never say
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_always_accept_takes_named_tokens_whatever_the_verifier_says():

@@ -8,17 +8,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.divergences.gradient import Block, Column, centre, total, with_gradient
+from selectkd.divergences.gradient import Block, Column, total, with_gradient
 from selectkd.divergences.kl import LOG_FLOOR, forward_kl
 from selectkd.divergences.top_k import MERGED, NO_DIRECTION, on_top_k
 from selectkd.errors import ConfigError
 
 
+def _towards_overlap(block: Block) -> tuple[Column, Column]:
+    """Leaves below = q where q < p, half of it where q = p, in ``spare``, and above = q - below in ``zp``; returns both
+    sums.
+
+    The derivative of -sum min(p, q) to log q is -below, so its gradient is -below + q sum(below), which is above
+    sum(below) - below sum(above): no difference of near numbers, however little p and q overlap.
+    """
+    below = torch.sub(block.p, block.q, out=block.spare).sign_().add_(1.0).mul_(0.5).mul_(block.q)
+    above = torch.sub(block.q, below, out=block.zp)
+    return total(below), total(above)
+
+
 def _total_variation(block: Block) -> Column:
-    """f = sign(q - p) / 2."""
+    """TV = 1 - sum min(p, q)."""
     gap = torch.sub(block.q, block.p, out=block.spare)
     value = 0.5 * total(torch.abs(gap, out=block.zp))
-    centre(block, gap.sign_().mul_(0.5))
+    below, above = _towards_overlap(block)
+    torch.mul(block.zp, below, out=block.out).sub_(block.spare.mul_(above))
     return value
 
 
@@ -39,12 +52,12 @@ def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> F
 
 
 def _neg_log_acceptance(block: Block) -> Column:
-    """f = -[q < p] / sum min(p, q); half of it where q = p, as autograd divides a minimum."""
+    """The gradient of -sum min(p, q), over that sum."""
     shared = torch.as_tensor(total(torch.minimum(block.p, block.q, out=block.spare)), dtype=block.q.dtype)
     floor = math.exp(LOG_FLOOR)
-    scale = torch.where((shared > floor) & (shared < 1.0), -0.5 / shared.clamp(min=floor), 0.0)
-    # sign(p - q) is 2 [q < p] - 1, and f - E_q f does without the constant
-    centre(block, torch.sub(block.p, block.q, out=block.spare).sign_().mul_(scale))
+    scale = torch.where((shared > floor) & (shared < 1.0), 1.0 / shared.clamp(min=floor), 0.0)
+    below, above = _towards_overlap(block)
+    torch.mul(block.zp, below * scale, out=block.out).sub_(block.spare.mul_(above * scale))
     return -shared.clamp(min=floor, max=1.0).log()
 
 

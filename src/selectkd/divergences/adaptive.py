@@ -13,10 +13,10 @@ from selectkd.divergences.top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
 
 @torch.no_grad()
 def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> Float[Tensor, " n"]:
-    """The head's part of sum |p - q|, [n]; the head is the best tokens of p up to mass ``mu``, the first one always."""
+    """The head's part of sum |p - q|, [n]; the head is the best tokens of p whose mass together is at most ``mu``, and
+    the first one always."""
     best_first, order = p.sort(dim=-1, descending=True, stable=True)
-    before = best_first.cumsum(-1) - best_first  # mass of the better tokens
-    sorted_head = before < mu
+    sorted_head = best_first.cumsum(-1) <= mu
     sorted_head[:, 0] = True
     head = torch.zeros_like(sorted_head).scatter(-1, order, sorted_head)  # back to vocabulary order
     gap = (p - q).abs()
@@ -45,9 +45,10 @@ def adaptive_kl(
 ) -> Float[Tensor, " n"]:
     """AKL, g_head/(g_head + g_tail) KL(p || q) + g_tail/(g_head + g_tail) KL(q || p), g = sum |p - q| on head and tail.
 
-    The head is the teacher's tokens in descending p up to cumulative mass ``mu`` (its best token always); the gaps
-    carry no gradient. In [0, inf), 0 at p = q. Default .5 as in the paper.
-    Source: arXiv 2404.02657, section 4.
+    The head is the teacher's tokens in descending p while their mass together is at most ``mu`` (its best token
+    always); the gaps carry no gradient. In [0, inf), 0 at p = q. Default .5 as in the paper.
+    Source: arXiv 2404.02657, section 4, and its authors' code, which leaves out the token that crosses mu. The paper's
+    text has the smallest head that reaches mu, with that token.
 
     >>> import torch
     >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
