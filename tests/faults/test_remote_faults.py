@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import socket
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -391,34 +389,3 @@ def test_a_redirect_is_not_followed_and_the_key_stays(model: Any) -> None:
         with on_a_port(served) as url, asking(url, key=KEY) as server, refused:
             server.top_k([(IDS, [0])])
     assert not other.requests
-
-
-def test_a_server_with_another_ones_certificate_is_sent_nothing(tmp_path: Path) -> None:
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-subj", "/CN=elsewhere.example", "-days", "2", "-keyout", "key.pem", "-out", "cert.pem"]  # fmt: skip
-    try:
-        subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("openssl makes the certificate")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    read: list[bytes] = []
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        one, _ = listener.accept()
-        try:
-            with context.wrap_socket(one, server_side=True) as inside:
-                read.append(inside.recv(65536))
-        except (ssl.SSLError, OSError):
-            one.close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-    refused = pytest.raises(TeacherError, match="cannot prove who it is")
-    with asking(url, key=KEY, wait=30.0) as server, refused:
-        server.top_k([(IDS, [0])])
-    thread.join(5)
-    listener.close()
-    assert not any(read)

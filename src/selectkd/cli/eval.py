@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -280,15 +279,15 @@ def _judge(
     from selectkd.evals.judging import EndpointJudge, ModelJudge
     from selectkd.evals.runs import load_student
     from selectkd.teachers.remote.connection import Connection
+    from selectkd.teachers.remote.secrets import key_of
+    from selectkd.teachers.remote.settings import JUDGE
 
     if url is None:
         return lambda: ModelJudge(load_student(str(model), dtype=dtype, device=device))
     if model is None:
         raise ConfigError(f"--judge {url} needs --judge-model, the name of the model there.")
-    key = None if key_variable is None else os.environ.get(key_variable)
-    if key_variable is not None and not key:
-        raise ConfigError(f"--judge-key-env {key_variable}: the variable is empty or not set.")
-    return lambda: EndpointJudge(Connection(url.rstrip("/").removesuffix("/v1"), key=key), model)
+    connection = Connection(url, key_of(key_variable, JUDGE.key), settings=JUDGE)
+    return lambda: EndpointJudge(connection, model)
 
 
 def _instruct(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -91,8 +90,10 @@ def speculate(
         raise ConfigError(f"--plain-server {plain_server} is what --server is compared with. Name that too.")
     if server is not None and server_model is None and server_kind != "sglang":
         raise ConfigError(f"--server {server} needs --server-model, the target's name there.")
-    if server_key is not None and not os.environ.get(server_key):
-        raise ConfigError(f"--server-key-env {server_key}: the variable is empty or not set.")
+    from selectkd.teachers.remote.secrets import key_of
+    from selectkd.teachers.remote.settings import SPECULATE
+
+    key = key_of(server_key, SPECULATE.key)
     without_other_bars()
 
     import torch
@@ -120,11 +121,8 @@ def speculate(
             teacher, target, draft or [], before, texts, chosen, heats, tokens, seed, eos, dtype, beside
         )
     if server is not None:
-        key = os.environ.get(server_key) if server_key else None
         servers = [
-            CompletionServer(
-                url.rstrip("/").removesuffix("/v1"), server_model or "", key, concurrency=at_once
-            )
+            CompletionServer(url, server_model or "", key, concurrency=at_once, settings=SPECULATE)
             for url in (server, plain_server)
             if url is not None
         ]

@@ -40,6 +40,7 @@ def doctor(
         str | None, typer.Option(help="The tokenizer it serves with: a folder or hub name.")
     ] = None,
     api_key_env: Annotated[str | None, typer.Option(help="The variable that holds the key.")] = None,
+    ca: Annotated[str | None, typer.Option(help="The authority of its certificate, PEM.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds an answer may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
@@ -50,7 +51,7 @@ def doctor(
     from selectkd.config.problems import Problem, explained, raised
 
     keys = {"url": url, "kind": kind or "openai", "k": k, "tokenizer": tokenizer or "unknown", "model": model,
-            "api_key_env": api_key_env, "timeout": timeout, "wait": 0.0, "retries": 0}  # fmt: skip
+            "api_key_env": api_key_env, "ca": ca, "timeout": timeout, "wait": 0.0, "retries": 0}  # fmt: skip
     try:
         section = RemoteTeacher.model_validate(keys)
     except ValidationError as error:
@@ -62,8 +63,9 @@ def doctor(
     from selectkd.teachers.remote.plan import connection_of
     from selectkd.teachers.remote.probe import PROBED, UNSTEADY, examine, kind_of
     from selectkd.teachers.remote.server import TopKServer
+    from selectkd.teachers.remote.settings import DOCTOR
 
-    connection = connection_of(section)
+    connection = connection_of(section, DOCTOR)
     kind = kind or kind_of(connection)
     if kind == "selectkd":
         _own(OwnServer(connection), as_json)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self
 
 from selectkd.config.section import Count, Section, Share, Text, refuse
-from selectkd.config.teachers import Url, Variable
+from selectkd.config.teachers import Url, Variable, over_tls
 from selectkd.registry import did_you_mean
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -29,7 +30,7 @@ class Served(Section):
 
     folder: seen under this path by both; a vllm server is started on it (with VLLM_SERVER_DEV_MODE=1), an sglang
     server on any model of the student's shape. model: its name there. Texts are up to refresh_every - 1 steps stale,
-    and ``written.staleness`` in the metrics says how many.
+    and ``written.staleness`` in the metrics says how many. ca: as for a teacher's server.
     """
 
     url: Url
@@ -38,7 +39,12 @@ class Served(Section):
     folder: Text
     refresh_every: Count = 1
     api_key_env: Variable | None = None
+    ca: Text | None = None
     wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
+
+    @model_validator(mode="after")
+    def _over_tls(self) -> Self:
+        return over_tls(self)
 
 
 class OwnText(Sampling):

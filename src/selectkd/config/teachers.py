@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -27,8 +28,18 @@ def _plain_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def _variable(name: str) -> str:
+    """The name of a variable of the environment; what is none may be a key, and is not shown."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name) is None:
+        raise refuse(
+            "is no name of a variable (its value is not shown: it may be a key itself). Put the key into a variable of "
+            "the environment, and name that: api_key_env: NAME"
+        )
+    return name
+
+
 Url = Annotated[Text, AfterValidator(_plain_url)]
-Variable = Annotated[Text, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+Variable = Annotated[Text, AfterValidator(_variable)]
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
@@ -86,16 +97,27 @@ class AdaptersOffTeacher(Section):
     adapters_off: Literal[True]
 
 
+def over_tls(section: Any) -> Any:
+    """A section with a ``ca``, which only a server of https shows a certificate of."""
+    if section.ca is not None and not section.url.startswith("https:"):
+        raise refuse(
+            f"ca = {section.ca!r} goes with https, and url is {section.url}; leave ca out, or use https"
+        )
+    return section
+
+
 class RemoteTeacher(Section):
     """A server that is asked for the teacher's rows: its K best tokens, or its hidden states where k is left out.
 
     Only kind selectkd (`selectkd serve-teacher`) has hidden states. tokenizer: the folder or hub name of the
     server's tokenizer, which only kind selectkd tells by itself. model: its name there, needed where it serves
-    several. api_key_env: the variable of the environment that holds the key, which is sent to this URL alone.
+    several. api_key_env: the variable of the environment that holds the key, which is sent to this URL alone. ca: the
+    file (PEM) with the authority of an https server's certificate, or with that certificate where it is self-signed;
+    without it the authorities of this machine, or of SSL_CERT_FILE.
 
-    timeout: seconds an answer may take in all. wait: seconds a server that is away or busy is waited for, three times
-    the outage the tests make. retries: how often an answer that is wrong is asked for again. concurrency: questions
-    under way at once, a micro-batch of usual size.
+    timeout: seconds an answer may take in all. wait: seconds a server that is away, busy or stalled is asked again
+    after its first failure, three times the outage the tests make. retries: how often an answer that is wrong is asked
+    for again. concurrency: questions under way at once, a micro-batch of usual size.
     """
 
     url: Url
@@ -104,6 +126,7 @@ class RemoteTeacher(Section):
     tokenizer: Text | None = None
     k: Count | None = None
     api_key_env: Variable | None = None
+    ca: Text | None = None
     timeout: Seconds = 120.0
     wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
     retries: Annotated[Whole, Field(ge=0, le=100)] = 3
@@ -118,7 +141,7 @@ class RemoteTeacher(Section):
                 f"kind {self.kind} answers in token ids and does not say whose; name the tokenizer it serves with, "
                 "so that it can be compared with the student's: tokenizer: FOLDER"
             )
-        return self
+        return over_tls(self)
 
 
 class CacheTeacher(Section):

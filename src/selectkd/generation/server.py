@@ -11,6 +11,7 @@ from selectkd.generation.engine import Completion, Request, prompt_key
 from selectkd.generation.sampling import Sampling
 from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object, of_length, token_id
 from selectkd.teachers.remote.connection import Connection, Question, Reply
+from selectkd.teachers.remote.settings import POLICY, Settings
 
 T = TypeVar("T")
 
@@ -23,13 +24,13 @@ FRAME = 1 << 16
 
 @dataclass(frozen=True)
 class CompletionServer:
-    """The server at ``url`` (the part before /v1), writing with the model it calls ``model``.
+    """The server at ``url``, writing with the model it calls ``model``.
 
     A prompt goes out as token ids, so its template and tokens are ours. The answer is taken as ids where the server
     gives them (vLLM does), else its text is tokenised here, and the end token added where the server says it stopped
     by itself. Its draws are seeded by prompt; whether the same seed gives the same text is the server's affair.
     Deadlines, patience and limits are a remote teacher's (``Connection``); ``wait`` seconds for a server that is away,
-    ``concurrency`` questions under way at once.
+    ``concurrency`` questions under way at once. ca, settings: as a ``Connection`` has them.
     """
 
     url: str
@@ -37,6 +38,8 @@ class CompletionServer:
     key: str | None = field(default=None, repr=False)
     wait: float = 60.0
     concurrency: int = 8
+    ca: str | None = None
+    settings: Settings = POLICY
 
     def complete(
         self,
@@ -55,7 +58,14 @@ class CompletionServer:
 
     def asked(self, questions: Sequence[Question[T]]) -> list[T]:
         """The answers to any questions, in their order; TeacherError where one has none."""
-        connection = Connection(self.url.rstrip("/"), self.key, wait=self.wait, concurrency=self.concurrency)
+        connection = Connection(
+            self.url,
+            self.key,
+            wait=self.wait,
+            concurrency=self.concurrency,
+            ca=self.ca,
+            settings=self.settings,
+        )
         try:
             return connection.ask(questions)
         finally:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from selectkd.data.render import pad_id_of
-from selectkd.errors import ConfigError
 from selectkd.generation import ends_of
 from selectkd.generation.served import ServedStudent
 from selectkd.generation.server import CompletionServer
@@ -17,6 +15,8 @@ from selectkd.policies.streams import Stream
 from selectkd.policies.writer import Writer
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.secrets import key_of
+from selectkd.teachers.remote.settings import POLICY
 
 
 def writer_for(
@@ -50,10 +50,6 @@ def writer_for(
 
 
 def _served(said: Any, student: nn.Module, tokenizer: Any) -> ServedStudent:
-    if said.api_key_env is not None and said.api_key_env not in os.environ:
-        raise ConfigError(
-            f"data.policy.served.api_key_env = {said.api_key_env}: there is no such variable in the environment."
-        )
-    key = None if said.api_key_env is None else os.environ[said.api_key_env]
-    server = CompletionServer(said.url, said.model, key, said.wait)
+    key = key_of(said.api_key_env, POLICY.key)
+    server = CompletionServer(said.url, said.model, key, said.wait, ca=said.ca, settings=POLICY)
     return ServedStudent(server, said.kind, said.folder, student, tokenizer, said.refresh_every)

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from selectkd.errors import ConfigError
 from selectkd.serving.app import LOCAL, application
 from selectkd.serving.engine import Engine
+from selectkd.teachers.remote.secrets import named
 
 GRACE = 10
 """Seconds that answers under way are waited for when the server is told to end."""
@@ -80,8 +81,8 @@ def token_of(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"--token-env {variable}: that variable holds no token of {SHORTEST_TOKEN} printable characters or more. "
-            f'Make one: export {variable}="$(openssl rand -hex 24)"'
+            f"--token-env names {named(variable)}, which holds no token of {SHORTEST_TOKEN} printable characters or "
+            f'more. Make one: export {variable if named(variable) == variable else "NAME"}="$(openssl rand -hex 24)"'
         )
     return token
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 import threading
 import time
 import weakref
@@ -20,6 +19,9 @@ from httpx2 import HTTPError, InvalidURL, TransportError
 
 from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import WrongAnswer, limit_told
+from selectkd.teachers.remote.secrets import without_key, without_key_bytes
+from selectkd.teachers.remote.settings import TEACHER, Settings
+from selectkd.teachers.remote.tls import certificate_error, trust
 
 T = TypeVar("T")
 
@@ -28,6 +30,8 @@ SMALL = 1 << 20
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between two attempts: doubled from the first to the longest."""
+
+_ADVICE = "; `selectkd teacher doctor` says what is amiss"
 
 BUSY = (429, 503)
 AWAY = (408, 500, 502, 504)
@@ -77,13 +81,14 @@ class _Away(Exception):
 
 @dataclass
 class Connection:
-    """A server at ``url`` and the patience for it; timeout, wait, retries and concurrency are a recipe's.
+    """A server at ``url`` (with or without its /v1) and the patience for it.
 
-    An attempt ends ``timeout`` seconds after it began, wherever it hangs. A server that is away or busy is asked again,
-    as it says or ever less often, until ``wait`` seconds after the attempt that failed first; an answer that is wrong,
-    ``retries`` times. Then, and at once where asking again cannot help, TeacherError. No redirect is followed, no proxy
-    or cookie of the environment used, no compressed body read. transport: what carries the requests, where that is not
-    the network.
+    An attempt ends ``timeout`` seconds after it began, wherever it hangs. A server that is away, busy or stalled is
+    asked again, as it says or ever less often, until ``wait`` seconds after the first attempt that failed had ended; an
+    answer that is wrong, ``retries`` times. Then, and at once where asking again cannot help, TeacherError. No redirect
+    is followed, no proxy or cookie of the environment used, no compressed body read. ca: the file with the authority a
+    certificate must be from. settings: what all of this is called where the user set it. transport: what carries the
+    requests, where that is not the network.
     """
 
     url: str
@@ -92,8 +97,17 @@ class Connection:
     wait: float = 60.0
     retries: int = 3
     concurrency: int = 8
+    ca: str | None = None
+    settings: Settings = TEACHER
     transport: httpx2.AsyncBaseTransport | None = field(default=None, repr=False)
-    _line: _Line | None = field(default=None, repr=False)
+    met: int = field(default=0, init=False)
+    """Grows whenever the other end may be another process: a new connection, or one that gave no answer."""
+    _line: _Line | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/").removesuffix("/v1").rstrip("/")
+        secure = self.url.lower().startswith("https:")
+        self._trust: Any = trust(self.ca, self.settings.ca) if secure else False
 
     def ask(self, questions: Sequence[Question[T]]) -> list[T]:
         """The answers in order, ``concurrency`` questions under way at once; TeacherError where one has none.
@@ -120,6 +134,7 @@ class Connection:
             client = httpx2.AsyncClient(
                 base_url=self.url,
                 transport=self.transport,
+                verify=self._trust,
                 timeout=None,  # the deadline is on the whole attempt
                 follow_redirects=False,
                 trust_env=False,
@@ -155,29 +170,32 @@ class Connection:
 
     async def _answer(self, question: Question[T], failed: asyncio.Event) -> T:
         wrong, pause, away_since = 0, FIRST_PAUSE, None
+        began = time.monotonic()
         while True:
-            began = time.monotonic()
             try:
                 reply = await self._attempt(question)
                 return question.read(reply)
             except WrongAnswer as error:
-                wrong, away_since = wrong + 1, None
+                wrong, away_since, began = wrong + 1, None, time.monotonic()
                 if wrong > self.retries:
                     raise TeacherError(
                         f"{self.url} gave {question.what} wrong {wrong} times, at last: {self._safe(str(error))}. "
-                        "Nothing was trained on it; `selectkd teacher doctor` says what is amiss."
+                        f"None of it was used{_ADVICE if self.settings is TEACHER else ''}."
                     ) from error
             except _Away as error:
-                away_since = began if away_since is None else away_since
-                left = away_since + self.wait - time.monotonic()
+                self.met += 1
+                now = time.monotonic()
+                first = away_since is None
+                away_since = now if away_since is None else away_since
                 next_in = pause if error.pause is None else error.pause
-                if next_in > left:
+                if next_in > away_since + self.wait - now:
                     told = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
+                    longer = f", or wait longer for it: {self.settings.wait}, now {self.wait:g} s"
                     raise TeacherError(
-                        f"{self.url} gave no answer for {time.monotonic() - away_since:.0f} s ({error}){told}. "
-                        f"Start it, or wait longer for it: teacher.wait, now {self.wait:g} s."
+                        f"{self.url} gave no answer for {now - began:.0f} s ({error}){told}. "
+                        f"Start it{longer if self.settings.wait else ' and ask again'}."
                     ) from error
-                if away_since == began:
+                if first:
                     logging.getLogger("selectkd").warning(
                         "%s is away (%s); waiting for it up to %g s", self.url, error, self.wait
                     )
@@ -192,11 +210,12 @@ class Connection:
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise _Away(f"not whole after {self.timeout:g} s") from error
         except TransportError as error:
-            certificate = _certificate_error(error)
+            certificate = certificate_error(error)
             if certificate is not None:
                 raise TeacherError(
                     f"{self.url} cannot prove who it is: {certificate}. Nothing was sent to it. Use the name its "
-                    "certificate is made out to, or point SSL_CERT_FILE at its authority."
+                    "certificate is made out to, or name the file with its authority's certificate: "
+                    f"{self.settings.ca or 'the variable SSL_CERT_FILE'}."
                 ) from error
             raise _Away(f"{type(error).__name__}: {self._safe(str(error))}".rstrip(": ")) from error
         except (HTTPError, InvalidURL) as error:
@@ -208,13 +227,21 @@ class Connection:
         if self.key is not None:
             headers["authorization"] = f"Bearer {self.key}"
         method = "GET" if question.content is None else "POST"
-        request = client.build_request(method, question.path, content=question.content, headers=headers)
+        request = client.build_request(
+            method,
+            question.path,
+            content=question.content,
+            headers=headers,
+            extensions={"trace": self._traced},
+        )
         response = await client.send(request, stream=True)
         try:
             good = response.status_code == 200
             encoding = response.headers.get("content-encoding", "identity")
             if good and encoding.strip().lower() not in ("", "identity"):
-                raise WrongAnswer(f"a body in {encoding[:20]!r}, though none was to be compressed")
+                raise WrongAnswer(
+                    f"a body in {self._safe(encoding)[:20]!r}, though none was to be compressed"
+                )
             cap = question.cap if good else SMALL
             length = response.headers.get("content-length", "0")
             if good and length.isdigit() and int(length[:20]) > cap:
@@ -226,13 +253,19 @@ class Connection:
                     if good:
                         raise WrongAnswer(f"a body of more than the {cap:,} bytes it can have")
                     break
-            told = {name.lower(): value for name, value in response.headers.items()}
+            told = {name.lower(): self._safe(value) for name, value in response.headers.items()}
+            clean = without_key_bytes(bytes(body), self.key)  # before any of it is cut
             if good:
-                return Reply(told, bytes(body))
-            self._refused(response.status_code, told, bytes(body[:SMALL]), question)
+                return Reply(told, clean)
+            self._refused(response.status_code, told, clean[:SMALL], question)
         finally:
             with contextlib.suppress(TransportError):
                 await response.aclose()
+
+    async def _traced(self, event: str, info: Mapping[str, Any]) -> None:
+        """Hears of what a request does, from the library."""
+        if event == "connection.connect_tcp.complete":
+            self.met += 1
 
     def _refused(
         self, status: int, headers: Mapping[str, str], body: bytes, question: Question[Any]
@@ -249,31 +282,32 @@ class Connection:
             what = "refuses the key" if self.key is not None else "wants a key"
             raise TeacherError(
                 f"{self.url} {what} (status {status}). Put the key into a variable of the environment and name it: "
-                "teacher.api_key_env."
+                f"{self.settings.key}."
             )
         if 300 <= status < 400:
             raise TeacherError(
                 f"{self.url}{question.path} sends elsewhere (status {status}), which is not followed: the key would go "
-                "along. Name the address it sends to as teacher.url, if you trust it."
+                f"along. Name the address it sends to as {self.settings.url}, if you trust it."
             )
         if status == 404:
             raise NotThere(
-                f"{self.url}{question.path} is not there (status 404): a server of another kind, or teacher.model "
-                f"is a name it does not serve.{said}"
+                f"{self.url}{question.path} is not there (status 404): a server of another kind, or "
+                f"{self.settings.model} is a name it does not serve.{said}"
             )
         limit = limit_told(words)
         if limit is not None:
             wanted, most = limit
+            k = self.settings.k or "k"
             raise TooMany(
-                f"{self.url} gives at most {most} log-probabilities a token, and teacher.k = {wanted}. Start it with "
-                f"`--max-logprobs {wanted}`, or set teacher.k to {most} or less.",
+                f"{self.url} gives at most {most} log-probabilities a token, and {k} = {wanted}. Start it with "
+                f"`--max-logprobs {wanted}`, or set {k} to {most} or less.",
                 most,
             )
         raise TeacherError(f"{self.url}{question.path} refuses the question (status {status}).{said}")
 
     def _safe(self, text: str) -> str:
-        """``text`` without the key, should a server or library repeat it."""
-        return text if not self.key else text.replace(self.key, "[key]")
+        """``text`` without the key or a part of it, should a server or library repeat it."""
+        return without_key(text, self.key)
 
 
 class _Line:
@@ -331,13 +365,3 @@ def _retry_after(value: str | None) -> float | None:
     if until.tzinfo is None:
         until = until.replace(tzinfo=timezone.utc)
     return max(0.0, (until - datetime.now(timezone.utc)).total_seconds())
-
-
-def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    """The failed check of a certificate behind an error, if that is what it was."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ssl.SSLCertVerificationError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None

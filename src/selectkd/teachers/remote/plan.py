@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,9 @@ from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.protocol import Payload, Teacher
 from selectkd.teachers.remote.connection import Connection
 from selectkd.teachers.remote.probe import UNSTEADY, Findings, probe
+from selectkd.teachers.remote.secrets import key_of, named
 from selectkd.teachers.remote.server import TopKServer
+from selectkd.teachers.remote.settings import TEACHER, Settings
 from selectkd.teachers.remote.teacher import RemoteTeacher
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -118,21 +119,14 @@ def head_width(tokenizer: Any) -> int | None:
     return rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None
 
 
-def connection_of(spec: Section) -> Connection:
-    """The connection a recipe describes; ConfigError where the key's variable is not set."""
-    key = None
-    if spec.api_key_env is not None:
-        key = os.environ.get(spec.api_key_env, "").strip()
-        if not key or not key.isascii() or not key.isprintable():
-            raise ConfigError(
-                f"teacher.api_key_env names {spec.api_key_env}, which is "
-                f"{'no key' if key else 'not set'}. Set it: export {spec.api_key_env}=..."
-            )
-        parts = urlsplit(spec.url)
-        if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            logging.getLogger("selectkd").warning(
-                "%s is not https: the key in %s can be read on the way.", spec.url, spec.api_key_env
-            )
+def connection_of(spec: Section, settings: Settings = TEACHER) -> Connection:
+    """The connection a recipe describes; ConfigError where the key's variable is not set or ``ca`` is no authority."""
+    key = key_of(spec.api_key_env, settings.key)
+    parts = urlsplit(spec.url)
+    if key is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        logging.getLogger("selectkd").warning(
+            "%s is not https: the key in %s can be read on the way.", spec.url, named(str(spec.api_key_env))
+        )
     return Connection(
         spec.url,
         key,
@@ -140,4 +134,6 @@ def connection_of(spec: Section) -> Connection:
         wait=spec.wait,
         retries=spec.retries,
         concurrency=spec.concurrency,
+        ca=None if spec.ca is None else str(Path(spec.ca).expanduser()),
+        settings=settings,
     )
