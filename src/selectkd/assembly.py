@@ -201,7 +201,7 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         teacher.check_tokenizer(tokenizer)
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
-    need, width = objective.verifier.teacher_tokens, len(tokenizer)
+    need, width = objective.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
         raise ConfigError(
             f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; "

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass
+from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass, untraced
 from selectkd.compiled import check_compiled
 from selectkd.divergences.sorted import is_unpaired
 from selectkd.errors import ConfigError
@@ -19,6 +19,7 @@ from selectkd.spans import AlignedRows
 from selectkd.verifiers import reads_proposal_alone
 
 
+@untraced
 def distillation_loss(
     hidden: Float[Tensor, "n d"],
     head: Float[Tensor, "v d"] | Head,
@@ -53,7 +54,9 @@ def distillation_loss(
     the first call; for divergences with a closed form. An accelerator's kernels do without.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
-    tensor is ever built. The gradient is computed along with the value. Nothing is divided here.
+    tensor is ever built. The gradient is computed along with the value, so there is no second derivative, and
+    torch.compile around it breaks its graph here. Nothing is divided here. A head in fp16 is refused: a row's gradient,
+    some row_scale / v an entry, is below its range before any loss scaling; hidden states may be fp16.
 
     With AlignedRows, a teacher of another tokenizer, a row is a span of text: it counts once, at its first token.
 
@@ -188,7 +191,7 @@ def _check_across(teacher: AlignedRows, objective: Objective, temperature: float
             f"{name} compares the two distributions token by token, and teacher and student have different tokens. "
             "Use greedy_topk, always or matched_random."
         )
-    if teacher.by_index is not None and verifier.teacher_tokens != 0 and is_unpaired(objective.divergence):
+    if teacher.by_index is not None and objective.teacher_tokens != 0 and is_unpaired(objective.divergence):
         raise ConfigError(
             f"{name} cannot verify tokens that are paired by index: they stand at different places of the text. "
             "Use always, or pairing: spans."
@@ -225,6 +228,11 @@ def _check(
         raise ConfigError(
             f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d], [v, d]."
         )
+    if student.weight.dtype == torch.float16:
+        raise ConfigError(
+            "the student's head is float16, whose range ends above the gradient of a row, some row_scale / v an entry. "
+            "Give it in float32 or bfloat16; the hidden states may be float16, and a loss scaler's factor reaches them."
+        )
     if teacher.count != hidden.shape[0]:
         raise ConfigError(
             f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same."
@@ -235,7 +243,7 @@ def _check(
         raise ConfigError(f"chunk = {chunk} must be 1 or more rows.")
     if isinstance(teacher, AlignedRows):
         _check_across(teacher, objective, temperature)
-    need = objective.verifier.teacher_tokens
+    need = objective.teacher_tokens
     held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(student.width)
     if need is not None and need > held:
         what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"

@@ -145,7 +145,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
                 shared_mass=overlap,
             )  # fmt: skip
             weight, acceptance = objective.weigh(seen, rows.uniform)
-            unverified = (column < 0) & (objective.verifier.teacher_tokens != 0)
+            unverified = (column < 0) & (objective.teacher_tokens != 0)
             if teacher.unverified_weight is not None:
                 weight = torch.where(unverified, teacher.unverified_weight * finite.to(fp), weight)
         loss = (rows.scale.to(fp) * weight * divergence).sum()

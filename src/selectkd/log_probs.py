@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from selectkd.chunked import chunk_rows
+from selectkd.chunked import chunk_rows, differentiable_once, untraced
 from selectkd.products import HeadGradient, cuts
 from selectkd.rows import Head, Scratch, product_dtype, wide
 
 
+@untraced
 def token_log_probs(
     hidden: Float[Tensor, "n d"],
     head: Float[Tensor, "v d"] | Head,
@@ -59,8 +59,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        differentiable_once()
         hidden, weight, bias, token, dead = ctx.saved_tensors
         of_weight, weight = weight.dtype, weight.detach().to(ctx.products)
         head: Head = replace(ctx.head, weight=weight, bias=bias)

@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.registry import bind, build, name_of
 from selectkd.selectors import SELECTORS
-from selectkd.verifiers import VERIFIERS
+from selectkd.verifiers import VERIFIERS, teacher_tokens_of, uniforms_of
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
@@ -75,7 +75,12 @@ class Objective:
     @property
     def uniforms_per_token(self) -> int:
         """Columns of uniform numbers a call reads: the verifier's, and one more to thin rejected rows."""
-        return self.verifier.uniforms_per_token + self.thin_rejected
+        return uniforms_of(self.verifier) + self.thin_rejected
+
+    @property
+    def teacher_tokens(self) -> int | None:
+        """How many of the teacher's best tokens the verifier needs: see ``Verifier``."""
+        return teacher_tokens_of(self.verifier)
 
     @property
     def drops_rows(self) -> bool:

@@ -54,4 +54,5 @@ def uniforms(
     cell = _scramble(key ^ _scramble(rows * _signed(_GOLDEN) + 1))[:, None]  # [n, 1]
     columns = torch.arange(1, r + 1, device=device)[None, :]  # [1, r]
     bits = _shift(_scramble(cell + columns * _signed(_GOLDEN)), 40)  # 24 bits: all that fp32 keeps
-    return (bits.to(torch.float32) + 0.5) / float(1 << 24)
+    # the largest sum, 2^24 - .5, has no place in fp32 and would be rounded to 1
+    return ((bits.to(torch.float32) + 0.5) / float(1 << 24)).clamp_(max=1.0 - 2.0**-24)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selectkd.divergences.gradient import Block, Column, closed_form_of
 from selectkd.pair import dense_pair
-from selectkd.verifiers import Verifier
+from selectkd.verifiers import Verifier, teacher_tokens_of, uniforms_of
 
 
 def example_log_dists(
@@ -155,9 +155,9 @@ def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
     >>> from selectkd.verifiers import VERIFIERS
     >>> check_verifier(VERIFIERS["greedy_topk"](k=2))
     """
-    r = verifier.uniforms_per_token
+    r = uniforms_of(verifier)
     _must(isinstance(r, int) and r >= 0, f"uniforms_per_token is {r!r}, not an integer >= 0")
-    needs = verifier.teacher_tokens
+    needs = teacher_tokens_of(verifier)
     _must(needs is None or (isinstance(needs, int) and needs >= 0), f"teacher_tokens is {needs!r}")
     p, q = example_log_dists(seed=1), example_log_dists(seed=2)
     n = p.shape[0]

@@ -45,6 +45,10 @@ def scaled(score: Rows) -> Rows:
     return (score - score.min()) / (score.max() - score.min())
 
 
+def clipped(score: Rows) -> Rows:
+    return scaled(np.clip(score, *np.quantile(score, [0.05, 0.95])))
+
+
 def mass_on_the_students_best() -> Rows:
     return np.array(
         [sum(p[v] for v in sorted(range(V), key=lambda v: -q[v])[:16]) for p, q in zip(P, Q, strict=True)]
@@ -54,7 +58,7 @@ def mass_on_the_students_best() -> Rows:
 SCORES: dict[str, tuple[float, Callable[[], Rows]]] = {
     "se_kd": (0.2, lambda: entropy(Q)),
     "tip": (0.5, lambda: 1 - (1 - scaled(entropy(Q))) * (1 - scaled(kl(P, Q)))),
-    "teachability": (0.05, lambda: kl(P, Q) * mass_on_the_students_best()),
+    "teachability": (0.05, lambda: clipped(kl(P, Q)) * clipped(mass_on_the_students_best())),
     "adaspec": (0.4, lambda: kl(P, Q) - kl(P, R)),
     "atkd": (0.5, lambda: 1 - P[np.arange(N), LABEL]),
     "adakd": (0.5, lambda: np.sqrt(((np.sqrt(P) - np.sqrt(Q)) ** 2).sum(-1) / 2)),
@@ -107,3 +111,10 @@ def test_distillm2s_gradual_weights_are_its_formula(step: int) -> None:
     teacher, student = (spec.at(run, step, 100).weight for spec in losses_of(recipe, streams))
     b = 1 + 0.5 * min(1.0, 2 * step / 100)
     assert (teacher, student) == pytest.approx((2 - b, b), abs=1e-12)
+
+
+def test_teachability_does_not_let_one_huge_divergence_decide() -> None:
+    d, m = torch.linspace(0.0, 1.0, 100).double(), torch.linspace(0.0, 1.0, 100).double()
+    d[0], m[0] = 1e3, 0.6  # far above the rest, of no great mass
+    kept = SELECTORS["teachability"](share=0.05).keep(torch.stack([d, m], -1), torch.zeros(100).long())
+    assert kept.nonzero()[:, 0].tolist() == [95, 96, 97, 98, 99]

@@ -210,7 +210,7 @@ def test_distillm2_alpha_really_adapts_and_by_its_formula() -> None:
 
     def alpha(name: str, difference: float) -> float:
         if difference <= 0:
-            return 0.01
+            return 0.1
         return min(max(1 - 0.9 * extra.anchor[name] / (difference + 1e-5), 0.01), 0.1)
 
     alphas = [

@@ -18,19 +18,36 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
 
+QUANTILE = 0.05
+"""Where teachability clips what it multiplies, at each end."""
+
 
 def top_share(score: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
-    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. Rows not finite come last."""
-    score = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. What is not finite comes last."""
+    score = torch.where(score.isfinite(), score, -math.inf)
     count = math.ceil(share * score.shape[0] - 1e-9)
     best = torch.argsort(score, descending=True, stable=True)[:count]
     return torch.zeros_like(score).scatter(0, best, 1.0)
 
 
-def normalised(score: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The score scaled to [0, 1] over the batch; 0 where all rows are equal."""
-    low, high = score.min(), score.max()
-    return (score - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
+def normalised(score: Float[Tensor, " n"], *, clip: float = 0.0) -> Float[Tensor, " n"]:
+    """The score scaled to [0, 1] over the rows that have a finite one, 0 where those are equal; nan for the others.
+
+    clip: each end is first clipped to this quantile of the finite scores (linear between order statistics).
+    """
+    known = score[score.isfinite()].sort().values
+    if not known.numel():
+        return torch.full_like(score, math.nan)
+    low, high = (_quantile(known, q) for q in (clip, 1.0 - clip))
+    scaled = (score.clamp(low, high) - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
+    return torch.where(score.isfinite(), scaled, math.nan)
+
+
+def _quantile(ascending: Float[Tensor, " n"], q: float) -> Float[Tensor, ""]:
+    """The q-quantile; torch.quantile takes 16 million numbers at most."""
+    at = q * (ascending.shape[0] - 1)
+    low, high = ascending[math.floor(at)], ascending[math.ceil(at)]
+    return low + (at - math.floor(at)) * (high - low)
 
 
 def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:
@@ -43,9 +60,10 @@ def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:
 
 
 def label_log_prob(pair: TokenPair, log_a: Float[Tensor, "n s"], name: str) -> Float[Tensor, " n"]:
-    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail."""
+    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail, -inf where it is nowhere."""
     column = pair.column(label_of(pair, name))
-    return log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
+    found = log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
+    return found if pair.tail else torch.where(column >= 0, found, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,10 @@ class tip(Ranked):
 
 @dataclass(frozen=True)
 class teachability(Ranked):
-    """Teachability: the 5% of rows with the highest KL(p || q) times p's mass on the student's ``top`` best."""
+    """Teachability: the 5% of rows with the highest d m, d = KL(p || q) and m p's mass on the student's ``top`` best.
+
+    Both are clipped to their 5% and 95% quantiles and scaled to [0, 1] before they are multiplied.
+    """
 
     share: float = 0.05
     top: int = 16
@@ -105,7 +126,11 @@ class teachability(Ranked):
         singles = pair.logq[:, : pair.ranked.shape[-1]]
         best = singles.topk(min(self.top, singles.shape[-1]), -1).indices  # [n, top]
         mass = pair.ranked.gather(-1, best).exp().sum(-1)
-        return (forward_kl(pair.logp, pair.logq) * mass)[:, None]
+        return torch.stack([forward_kl(pair.logp, pair.logq), mass], -1)  # [n, 2]
+
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        d, m = (normalised(one, clip=QUANTILE) for one in scores.unbind(-1))
+        return top_share(d * m, self.share)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from selectkd.teachers.protocol import Teacher
 from selectkd.terms import Forward
 from selectkd.training.breakdown import ENTROPIES, POSITIONS, binned
 from selectkd.training.draws import draws
-from selectkd.verifiers import VERIFIERS
+from selectkd.verifiers import VERIFIERS, uniforms_of
 from selectkd.verifiers.gates import entropy
 
 OWN = 3
@@ -55,7 +55,7 @@ class _Panel:
 
     @property
     def uniforms_per_token(self) -> int:
-        return sum(one.uniforms_per_token for one in self.members.values())
+        return sum(uniforms_of(one) for one in self.members.values())
 
     def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         """[n, OWN + columns]: the panel's own measures, then each judge's acceptance or scores."""
@@ -64,8 +64,8 @@ class _Panel:
         start = 0
         self.widths = []
         for one in self.members.values():
-            own = uniform[:, start : start + one.uniforms_per_token]
-            start += one.uniforms_per_token
+            own = uniform[:, start : start + uniforms_of(one)]
+            start += uniforms_of(one)
             seen = one.score(pair, own) if hasattr(one, "keep") else one(pair, own)[:, None]
             columns.append(seen.to(columns[0].dtype))
             self.widths.append(seen.shape[1])

@@ -280,7 +280,7 @@ class AlignedPlan:
                 f"teacher.cross_tokenizer.pairing = index puts tokens of different text side by side, which "
                 f"{name_of(objective.divergence)} cannot compare. Use pairing: spans, or objective.divergence: uld."
             )
-        if objective.verifier.teacher_tokens != 0:
+        if objective.teacher_tokens != 0:
             raise ConfigError(
                 f"teacher.cross_tokenizer.pairing = index puts tokens of different text side by side, and "
                 f"{name_of(objective.verifier)} has nothing to verify there. Use pairing: spans, or "

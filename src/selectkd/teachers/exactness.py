@@ -18,7 +18,7 @@ from selectkd.objective import Objective
 from selectkd.registry import name_of
 from selectkd.selectors import SELECTORS
 from selectkd.teachers.protocol import Payload
-from selectkd.verifiers import VERIFIERS, reads_proposal_alone
+from selectkd.verifiers import VERIFIERS, reads_proposal_alone, teacher_tokens_of
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
@@ -89,12 +89,12 @@ def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exa
     if payload == "aligned":
         if hasattr(verifier, "keep"):
             return BATCH_ACROSS
-        if verifier.teacher_tokens == 0:
+        if teacher_tokens_of(verifier) == 0:
             return Exactness("exact", "it does not look at the teacher")
         return TRANSLATED if reads_proposal_alone(verifier) else APART
     if payload != "top_k":
         return WHOLE
-    need = verifier.teacher_tokens
+    need = teacher_tokens_of(verifier)
     if need is None:
         verdict = getattr(verifier, "from_top_k", None)
         if verdict is not None:
@@ -163,7 +163,7 @@ def check(
 
 def check_edge(objective: Objective, payload: Payload, *, k: int | None) -> None:
     """ConfigError where a teacher stores its K = ``k`` best tokens and a tie across their edge would go unseen."""
-    need = objective.verifier.teacher_tokens
+    need = objective.teacher_tokens
     if payload == "top_k" and need is not None and k is not None and k < 2 * need:
         raise ConfigError(
             f"{name_of(objective.verifier)} looks at the teacher's {need} best tokens and needs {2 * need} stored, so "

@@ -23,8 +23,8 @@ class adaptive_alpha:
 
     gap = P - Q under skew_kl and Q - P under skew_reverse_kl, P and Q the geometric means of the token probabilities of
     the sequence under teacher and student. M is the mean gap over the first ``window`` optimizer steps, in which alpha
-    is ``start``; over all ranks. A smaller gap than M would ask for a smaller alpha: a gap that is not positive gives
-    ``floor``. Defaults start .1 and floor .01 as in the paper.
+    is ``start``; over all ranks. A gap that is not positive gives ``start``, as of a student that is close. Defaults
+    start .1 and floor .01 as in the paper.
     Source: DistiLLM-2 (arXiv 2503.07067). window 10 is ours: the paper's is the first one that was logged.
     """
 
@@ -73,7 +73,7 @@ class adaptive_alpha:
         if anchor is None:
             return self.start
         if gap <= 0.0:
-            return self.floor
+            return self.start
         return min(max(1.0 - (1.0 - self.start) * anchor / (gap + 1e-5), self.floor), self.start)
 
     def _gaps(self, forward: Forward, term: Term, name: str) -> tuple[Tensor, Tensor]:

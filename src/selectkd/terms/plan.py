@@ -10,6 +10,7 @@ import torch
 
 from selectkd.objective import Objective
 from selectkd.terms.term import Forward, Term
+from selectkd.verifiers import uniforms_of
 
 
 @runtime_checkable
@@ -83,7 +84,7 @@ class LossPlan:
     def uniforms_per_token(self) -> int:
         """Columns of uniform numbers the widest objective or selector reads."""
         needs = [stream.objective.uniforms_per_token for stream in self.streams]
-        return max(needs + [stream.selector.uniforms_per_token for stream in self.streams if stream.selector])
+        return max(needs + [uniforms_of(stream.selector) for stream in self.streams if stream.selector])
 
     def terms(self, forward: Forward) -> list[Term]:
         """The terms of a forward pass; each row is in one that is not ``beside``."""

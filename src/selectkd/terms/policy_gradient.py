@@ -20,12 +20,12 @@ class policy_gradient:
     and length normalisation of the paper); 0 at the last token. w = q(y) / (share p(y) + (1 - share) q(y)) corrects
     for text drawn from the mixture, at most 1 / (1 - share); share must be the policy's. w and R carry no gradient.
     The first part is the term's own divergence (reverse_kl), weighed by its verifier; the second is weighed alike.
-    Source: MiniLLM (arXiv 2306.08543). The paper divides the later sum by T - t - 1 for
-    its T - t terms; here it is their mean. Its clip is the released code's 10.
+    Source: MiniLLM (arXiv 2306.08543). The paper divides the later sum by T - t - 1 for its T - t terms; here it is
+    their mean. clip: the default is that of the released code's cliprange_reward; its experiments' scripts set 100.
     """
 
     share: float = 0.2
-    clip: float = 10.0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share < 1.0 or not self.clip > 0:
