@@ -15,28 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectkd.data.collate import sent
+from selectkd.devices import out_of_memory
 from selectkd.errors import ConfigError
 from selectkd.generation.few_rows import FewRows
 from selectkd.generation.reader import Reader
+from selectkd.generation.room import Request, Room
 from selectkd.generation.rules import Rule
-from selectkd.models.head import unwrapped
+from selectkd.models.head import head_of, unwrapped
 from selectkd.randomness import uniforms
 
 FEWER = 0.75
 """Rows that are done leave once the rest is this share of the batch: leaving copies the cache."""
-BATCH_TOKENS = 8192
-"""Prompt and completion tokens of a batch at most, a prompt counted at its longest neighbour's length."""
+LOOK_EVERY = 16
+"""Tokens between two looks at what an accelerator has written: at each the host waits for it. What a row writes behind
+its end by then is thrown away."""
 LOOK_BACK = 64
 """Tokens at the end of a text that are decoded to look for a stop string."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt as ids, and how many tokens may follow. copy: 0, 1, ... for several texts of one prompt."""
-
-    prompt: Sequence[int]
-    limit: int
-    copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def generate(
     pad_id: int = 0,
     seed: int = 0,
     step: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     stops: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[Completion]:
@@ -88,6 +83,7 @@ def generate(
 
     ends: ids that end a text; width: how many leading ids may be written. A text also ends with the token that
     completes one of ``stops``, for which ``decode`` is needed, and at its limit. The models keep their mode.
+    batch_tokens: prompt and completion tokens of a batch at most; None as of ``Room.of``.
     Raises ConfigError for a rule and models that do not go together, and for a prompt without a token.
     """
     if len(models) != rule.models or not width > 0:
@@ -99,29 +95,30 @@ def generate(
     if any(not request.prompt for request in requests):
         raise ConfigError("a prompt has no token; there is nothing to go on from.")
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), i), reverse=True)
+    device = head_of(models[0]).weight.device
+    most = None  # rows of a batch, once memory has run out
     done: dict[int, Completion] = {}
     with ExitStack() as stack:
-        stack.enter_context(FewRows())
+        if device.type == "cpu":
+            stack.enter_context(FewRows())
         for model in models:
             stack.enter_context(evaluating(model))
         while order:
-            size = _batch_size([requests[i] for i in order], batch_tokens)
-            batch, order = order[:size], order[size:]
-            texts = _batch(
-                models, [requests[i] for i in batch], rule, ends, width, pad_id, seed, step, stops, decode
-            )
-            done.update(zip(batch, texts, strict=True))
+            room = Room.of(models, device) if batch_tokens is None else Room(batch_tokens)
+            size = min(room.rows([requests[i] for i in order]), most or len(order))
+            batch = [requests[i] for i in order[:size]]
+            try:
+                texts = _batch(models, batch, rule, ends, width, pad_id, seed, step, stops, decode)
+            except (
+                RuntimeError
+            ) as error:  # a text does not depend on its batch: a smaller one writes the same
+                if size == 1 or not out_of_memory(error):
+                    raise
+                most = size // 2
+                continue
+            done.update(zip(order[:size], texts, strict=True))
+            order = order[size:]
     return [done[i] for i in range(len(requests))]
-
-
-def _batch_size(requests: Sequence[Request], batch_tokens: int) -> int:
-    """How many of the requests, the longest prompt first, make the next batch."""
-    longest, limit = len(requests[0].prompt), 0
-    for size, request in enumerate(requests):
-        limit = max(limit, request.limit)
-        if size and (size + 1) * (longest + limit) > batch_tokens:
-            return size
-    return len(requests)
 
 
 def _batch(
@@ -135,33 +132,37 @@ def _batch(
         for model in models
     ]
     shared = min(reader.width for reader in readers)
-    keys = torch.tensor([prompt_key(request.prompt, request.copy) for request in requests], dtype=torch.int64)
+    device = readers[0].logits.device
+    keys = [prompt_key(request.prompt, request.copy) for request in requests]
+    counter = sent(torch.tensor(keys, dtype=torch.int64), device)
     here = list(range(len(requests)))  # the request of each row that is still read
     active = [request.limit > 0 for request in requests]
-    place = 0
+    token, place, every = None, 0, 1 if device.type == "cpu" else LOOK_EVERY
     while any(active[i] for i in here):
-        logits = [reader.logits[:, :shared] for reader in readers]
-        rows = keys[torch.tensor(here)] + place
-        uniform = uniforms(len(here), rule.uniforms, seed=seed, step=step, counter=rows).to(logits[0].device)
-        token, overruled = rule([one.to(logits[0].device) for one in logits], uniform)
-        for i, one, other in zip(here, token.tolist(), overruled.tolist(), strict=True):
-            if not active[i]:
-                continue
-            written[i].append(one)
-            replaced[i] += other
-            ended[i] = one in ends or _stopped(written[i], stops, decode)
-            active[i] = not ended[i] and len(written[i]) < requests[i].limit
-        place += 1
-        left = [row for row, i in enumerate(here) if active[i]]
-        if not left:
-            break
-        if len(left) <= FEWER * len(here):
-            index = torch.tensor(left, device=token.device)
-            here, token = [here[row] for row in left], token[index]
+        left = min(requests[i].limit - len(written[i]) for i in here if active[i])
+        found, ahead = [], torch.arange(place, place + min(every, left), device=device)
+        place += len(ahead)
+        rows = (counter + ahead[:, None]).flatten()  # [tokens b]
+        uniform = uniforms(len(rows), rule.uniforms, seed=seed, step=step, counter=rows, device=device)
+        for own in uniform.unflatten(0, (len(ahead), len(here))):
+            for reader in readers if token is not None else ():
+                reader.append(token)
+            logits = [reader.logits[:, :shared].to(device) for reader in readers]
+            token, overruled = rule(logits, own)
+            found.append(torch.stack([token, overruled.to(token.dtype)]))
+        for tokens, overruled in torch.stack(found).tolist():
+            for i, one, other in zip(here, tokens, overruled, strict=True):
+                if active[i]:
+                    written[i].append(one)
+                    replaced[i] += other
+                    ended[i] = one in ends or _stopped(written[i], stops, decode)
+                    active[i] = not ended[i] and len(written[i]) < requests[i].limit
+        kept = [row for row, i in enumerate(here) if active[i]]
+        if 0 < len(kept) <= FEWER * len(here):
+            index = sent(torch.tensor(kept), device)
+            here, token, counter = [here[row] for row in kept], token[index], counter[index]  # type: ignore[index]
             for reader in readers:
                 reader.keep(index)
-        for reader in readers:
-            reader.append(token)
     return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
 
 

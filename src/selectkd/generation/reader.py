@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from selectkd.data.collate import sent
 from selectkd.models.head import backbone, head_of, unwrapped
 
 ROOM = 1.5
@@ -29,7 +30,7 @@ class Reader:
     def __init__(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int
     ) -> None:
-        self.head = head_of(model)
+        self.model, self.head = model, head_of(model)
         self.decode = backbone(model)
         self.width = min(width, self.head.width)
         self.cache = roomy_cache(unwrapped(model).config)
@@ -40,9 +41,10 @@ class Reader:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
             self.mask[row, longest - len(prompt) :] = 1
-        self.mask = self.mask.to(device)
+        self.hides = min(map(len, prompts)) < longest or device.type == "cpu"
+        self.mask = sent(self.mask, device)
         self.position = (self.mask.cumsum(-1) - 1).clamp(min=0)  # [b, t]
-        self.logits = self._read(ids.to(device), self.position)
+        self.logits = self._read(sent(ids, device), self.position)
         self.position = self.position[:, -1:]
 
     @torch.no_grad()
@@ -55,19 +57,42 @@ class Reader:
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with the texts ``rows`` [m] alone."""
-        rows = rows.to(self.mask.device)
+        rows = sent(rows, self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
     def _read(self, ids: Tensor, position: Tensor) -> Tensor:
         hidden = self.decode(
             input_ids=ids,
-            attention_mask=self.mask,
+            attention_mask=self._mask(ids.shape[1]),
             position_ids=position,
             past_key_values=self.cache,
             use_cache=True,
         )  # [b, t, d]
         return self.head.logits(hidden[:, -1], self.width)
+
+    def _mask(self, new: int) -> Tensor | None:
+        """What hides the padding from ``new`` tokens of each text: None where there is none to hide.
+
+        A model asks a mask [b, t] at each token whether it hides anything, and the host waits for the answer. On an
+        accelerator a single token's mask is therefore given as attention takes it, [b, 1, 1, t], where every layer sees
+        the whole text and the mask serves attention alone.
+        """
+        if not self.hides:
+            return None
+        config = unwrapped(self.model).config.get_text_config()
+        kind = getattr(config, "_attn_implementation", None)
+        rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+        plain = rotary and all(type(layer) is RoomyLayer for layer in self.cache.layers)
+        if self.mask.is_cpu or new > 1 or not plain or kind not in ("sdpa", "eager"):
+            return self.mask
+        seen = self.mask[:, None, None, :] > 0
+        if kind == "sdpa":
+            return seen
+        dtype = self.head.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+            ~seen, torch.finfo(dtype).min
+        )
 
 
 class RoomyLayer(DynamicLayer):

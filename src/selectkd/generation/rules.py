@@ -67,7 +67,7 @@ class Interleaved:
         token = chosen(student, self.sampling, uniform[:, 0])
         better = (teacher > teacher.gather(-1, token[:, None])).sum(-1)
         replaced = better >= self.window
-        if bool(replaced.any()):
+        if not replaced.is_cpu or bool(replaced.any()):  # an accelerator would have to be waited for
             token = torch.where(replaced, chosen(teacher, self.sampling, uniform[:, 1]), token)
         return token, replaced
 
