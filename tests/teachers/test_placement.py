@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from faults.on_two_ranks import run_on_two_ranks
 from faults.tiny_run import left, recipe_for, write_dropping_pair
+from gpu.pretended import pretended
 from selectkd.config import recipe_from
 from selectkd.data.crossing import cross
 from selectkd.data.supervised import supervised
@@ -37,36 +39,48 @@ def recipe(pair: Path, run: Path, placement: str, **sections: Any) -> Any:
     return recipe_from({**content, "teacher": {**content["teacher"], "placement": placement}, **sections})
 
 
-def layers_on_meta(model: Any) -> list[bool]:
-    return [p.device.type == "meta" for p in model.get_decoder().layers.parameters()]
+def layers_on(model: Any) -> list[set[str]]:
+    """Where the weights of each layer are."""
+    return [{p.device.type for p in layer.parameters()} for layer in model.get_decoder().layers]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_offloaded_layers_leave_no_weight_behind_and_give_the_same_rows(tied: bool) -> None:
-    """Between two passes the layers hold nothing; the head, which the loss multiplies by, is there all the time."""
-    batch = padded(texts(3), 3)[0]
-    position = supervised(batch).position
-    model = tiny_llama(1)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_offloaded_layers_are_on_the_device_while_they_work_and_give_the_same_rows(
+    tied: bool, layers: int
+) -> None:
+    """The head, which the loss multiplies by, is there all the time. Nothing waits, and no cache is emptied."""
+    model, seen = tiny_llama(1, layers=layers), []
     if not tied:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
-    wanted = LiveTeacher(model)(batch, position)
-    hidden, logits = wanted.hidden, wanted.head.logits(wanted.hidden)
-    teacher = LiveTeacher(model, placement="offloaded")
-    assert not any(layers_on_meta(model))  # nothing is moved before the device is known
-    at_work = []
-    model.get_decoder().layers[1].mlp.register_forward_pre_hook(
-        lambda *_: at_work.append([all(layers_on_meta_of(layer)) for layer in model.get_decoder().layers])
-    )
-    for _ in range(2):
-        rows = teacher(batch, position)
-        assert torch.equal(rows.hidden, hidden) and torch.equal(rows.head.logits(rows.hidden), logits)
-        assert all(layers_on_meta(model)) and rows.head.weight.device == CPU
-    assert at_work == [[True, False]] * 2  # one layer at a time
+    with pretended() as gpu:
+        batch = padded(texts(3), 3)[0].to("cuda")
+        position = supervised(batch).position
+        wanted = LiveTeacher(copy.deepcopy(model))(batch, position).hidden
+        teacher = LiveTeacher(model, placement="offloaded")
+        teacher.place(torch.device("cuda:0"))
+        for layer in model.get_decoder().layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: seen.append(layers_on(model)))
+        for turn in range(3):
+            gpu.reset()
+            rows = teacher(batch, position)
+            assert torch.equal(rows.hidden, wanted) and rows.head.weight.device.type == "cuda"
+            assert layers_on(model) == [{"cpu"}] * layers
+            assert (
+                not gpu.pageable and not gpu.called and not any("offloaded" in line for line in gpu.waits())
+            )
+            copies = sum(n for event, n in gpu.launched.items() if "offloaded" in event.where)
+            first = turn == 0  # then on layer 0 is there already, and with two of them each stays
+            assert copies == (layers + first if layers > 2 else layers * first)
+    assert seen == [[{"cuda"} if i == at else {"cpu"} for i in range(layers)] for at in range(layers)] * 3
 
 
-def layers_on_meta_of(layer: Any) -> list[bool]:
-    return [p.device.type == "meta" for p in layer.parameters()]
+def test_where_the_device_is_a_cpu_offloaded_layers_stay_as_they_are() -> None:
+    model = tiny_llama(1)
+    before = [p.data_ptr() for p in model.parameters()]
+    place_on(model, CPU, "offloaded")
+    assert [p.data_ptr() for p in model.parameters()] == before
 
 
 def test_a_teacher_of_another_tokenizer_can_be_offloaded() -> None:
@@ -77,7 +91,6 @@ def test_a_teacher_of_another_tokenizer_can_be_offloaded() -> None:
         model = model_for(other, 2)
         teacher = AlignedTeacher(model, cross(tokenizer, other), student_width=300, placement=placement)
         found.append(teacher(batch, supervised(batch).position).teacher.hidden)
-        assert all(layers_on_meta(model)) == (placement == "offloaded")
     assert torch.equal(*found)
 
 

@@ -66,8 +66,8 @@ class ModelTeacher(Section):
     """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file.
 
     cross_tokenizer: for a teacher whose tokenizer is not the student's. placement: where the weights of its layers are;
-    embeddings and head are whole on the device that trains. ``device``: there too. ``offloaded``: in main memory, one
-    layer at a time on the device. ``sharded``: each rank has its part, one layer at a time whole.
+    embeddings and head are whole on the device that trains. ``device``: there too. ``offloaded``: in main memory, two
+    layers at a time on the device. ``sharded``: each rank has its part, one layer at a time whole.
     """
 
     model: Text

@@ -7,13 +7,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from accelerate import cpu_offload
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from selectkd.errors import ConfigError
 from selectkd.models.head import decoder_of
+from selectkd.teachers.offloaded import OffloadedLayers
 
 Placement = Literal["device", "offloaded", "sharded"]
 
@@ -21,10 +21,11 @@ Placement = Literal["device", "offloaded", "sharded"]
 def place_on(model: Any, device: torch.device, placement: Placement = "device") -> None:
     """Puts a frozen causal language model where its forward pass on ``device`` finds it, in place, once.
 
-    device: all of it there. offloaded: its layers stay in main memory, and accelerate's hooks bring one at a time to
-    the device. sharded: a rank holds its part of each layer (``fully_shard``), and all ranks must run the model at the
-    same time. The other weights, embeddings, final norm and head, are whole on the device either way, since the loss
-    multiplies by the head. ConfigError for a model without a list of layers.
+    device: all of it there. offloaded: its layers stay in main memory, and the device has two of them at a time, see
+    ``OffloadedLayers``; where the device is a CPU, that is where they are. sharded: a rank holds its part of each layer
+    (``fully_shard``), and all ranks must run the model at the same time. The other weights, embeddings, final norm and
+    head, are whole on the device either way, since the loss multiplies by the head. ConfigError for a model without a
+    list of layers.
     """
     if placement == "device":
         model.to(device)
@@ -39,11 +40,11 @@ def place_on(model: Any, device: torch.device, placement: Placement = "device") 
     decoder.layers = nn.ModuleList()  # so that what goes to the device is all but the layers
     model.to(device)
     decoder.layers = layers
-    for layer in layers:
-        if placement == "offloaded":
-            cpu_offload(layer, device, offload_buffers=True, preload_module_classes=[type(layer).__name__])
-        else:
+    if placement == "sharded":
+        for layer in layers:
             fully_shard(layer, reshard_after_forward=True)
+    elif device.type != "cpu":
+        OffloadedLayers(layers, device)
 
 
 def check_placement(placement: Placement) -> None:

@@ -203,7 +203,7 @@ def _held(model: Any, placement: str) -> tuple[int, int]:
         return whole, 0
     layers = [_bytes(layer.parameters()) for layer in model.get_decoder().layers]
     if placement == "offloaded":
-        return whole - sum(layers) + max(layers), sum(layers)
+        return whole - sum(layers) + 2 * max(layers), sum(layers)  # one at work, the next on its way
     over = int(os.environ.get("WORLD_SIZE", "1"))
     return whole - sum(layers) + sum(layers) // over + max(layers), 0
 
