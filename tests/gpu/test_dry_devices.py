@@ -110,3 +110,60 @@ def test_one_process_trains_on_one_of_two_gpus(device, root, monkeypatch, tmp_pa
         changes = [f"training.output_dir={tmp_path / engine}", f"training.engine={engine}"]
         gpu = ran(["train", "r.yaml", "--device", device, "--set", changes[0], "--set", changes[1]], root, 2)
         assert set(gpu.launched_on) == {torch.device("cuda:1" if device == "cuda:1" else "cuda:0")}
+
+
+def told(word: str, devices: int) -> str:
+    """What is said of a device that cannot be used."""
+    with pretended(devices), pytest.raises(ConfigError) as error:
+        device_of(word)
+    return str(error.value)
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
+    assert "Here there are: cuda:0, cuda:1, cpu" in told("cuda:2", 2)
+    assert "here there are cuda:0, cpu" in told("gpu", 1) and "Use one of: auto, cpu" in told("cuda:", 1)
+    assert "torch sees no mps" in told("mps", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "would put 2 processes on one device" in told("cuda:1", 2)
+    with pretended(2):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert device_of() == device_of("cuda") == torch.device("cuda:1")
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        assert device_of() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "compare", "serve-teacher", "demo"])
+def test_a_verb_refuses_a_device_that_is_not_there_before_it_loads_a_model(
+    verb, root, monkeypatch, capsys, tmp_path
+):
+    others = {
+        "compare": ["compare", "r.yaml"],
+        "demo": ["demo", "--quick", "--output-dir", str(tmp_path / "d")],
+    }
+    arguments = VERBS.get(verb) or others.get(verb) or ["serve-teacher", "no-such-model", "--port", "0"]
+    monkeypatch.chdir(root)
+    assert main([*arguments, "--device", "cuda:3"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "--device cuda:3" in said and "Here there are: cpu" in said and "loading" not in said
+
+
+OUT_OF_MEMORY = [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "HIP error: hipErrorOutOfMemory",
+    "CUDA error: out of memory",
+    "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+]
+
+
+@pytest.mark.parametrize("words", OUT_OF_MEMORY)
+def test_an_allocation_that_failed_is_known_by_its_words(words):
+    assert out_of_memory(RuntimeError(words))
+    assert not out_of_memory(ConfigError(words))
+
+
+def test_another_error_of_a_gpu_is_not_taken_for_a_lack_of_memory():
+    assert not out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000"))
+    assert not out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))

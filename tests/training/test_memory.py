@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +12,8 @@ from selectkd import Objective
 from selectkd.data.supervised import supervised
 from selectkd.errors import ResourceError
 from selectkd.teachers.live import LiveTeacher
+from selectkd.terms import LossPlan, StreamLoss
+from selectkd.terms.adaptive_alpha import adaptive_alpha
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama
 
@@ -64,3 +68,33 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
     n = len(supervised(batch))
     with pytest.raises(ValueError, match="hidden states"):
         model(batch, torch.ones(n), torch.empty(n, 0), Objective())
+
+
+class ShortAfter(TorchDispatchMode):
+    """A machine whose memory ends once, after ``extra`` has summed something up."""
+
+    def __init__(self, extra: adaptive_alpha) -> None:
+        super().__init__()
+        self.extra, self.failures = extra, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.failures and self.extra.sums["skew_kl"][1] and "aten.mm" in str(func):
+            self.failures += 1
+            raise torch.OutOfMemoryError("out of memory (injected)")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_that_is_tried_again_sums_up_what_its_extras_see_once() -> None:
+    batch = padded(texts(6), 6)[0]
+    n = len(supervised(batch))
+    sums = []
+    for fails in (False, True):
+        extra = adaptive_alpha()
+        plan = LossPlan((StreamLoss(Objective({"name": "skew_kl", "alpha": 0.1}, "always")),), [extra])
+        model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1)))
+        machine = ShortAfter(extra)
+        with machine if fails else contextlib.nullcontext():
+            model(batch, torch.full((n,), 1 / n), torch.empty(n, 0), plan)
+        assert machine.failures == fails
+        sums.append(extra.sums["skew_kl"])
+    assert sums[0] == pytest.approx(sums[1]) and sums[0][1] == 6
