@@ -45,11 +45,21 @@ def use_device(word: str | torch.device = "auto") -> torch.device:
     return device
 
 
+def training_device(word: str | torch.device = "auto") -> torch.device:
+    """``use_device``; ConfigError for a device on which the loss cannot be summed."""
+    device = use_device(word)
+    if device.type == "mps":
+        raise ConfigError(
+            "--device mps cannot train: the loss keeps sums in fp64, which Apple's GPUs do not have. Use --device cpu."
+        )
+    return device
+
+
 def device_of(word: str | torch.device = "auto") -> torch.device:
     """The device that ``word`` names; it is chosen here and nowhere else, and nothing starts on it.
 
-    ``auto`` is the first accelerator of ``there_are``, of several processes on one machine each its own by LOCAL_RANK;
-    ``cpu`` where there is none, or where ``accelerate launch --cpu`` says so. ``cuda`` and ``xpu`` mean the first of
+    ``auto`` is the first accelerator of ``there_are`` but ``mps``, which does not train; of several processes on one
+    machine each takes its own by LOCAL_RANK; ``cpu`` where there is none, or where ``accelerate launch --cpu`` says so. ``cuda`` and ``xpu`` mean the first of
     their kind in the same way. ConfigError for a word that is none, and for a device that is not there.
 
     >>> device_of("cpu")
@@ -58,7 +68,8 @@ def device_of(word: str | torch.device = "auto") -> torch.device:
     text = str(word).strip().lower()
     found = there_are()
     if text == "auto":
-        text = "cpu" if _told_cpu() else found[0].partition(":")[0]
+        kinds = [name.partition(":")[0] for name in found if name != "mps"]  # see ``training_device``
+        text = "cpu" if _told_cpu() else kinds[0]
     kind, colon, number = text.partition(":")
     if kind not in ("cpu", "cuda", "mps", "xpu") or (colon and not number.isdecimal()):
         raise ConfigError(

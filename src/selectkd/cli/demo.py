@@ -38,12 +38,12 @@ def demo(
     """Distil a real teacher into a student of fewer layers and say what came of it."""
     from selectkd.config import load_recipe
     from selectkd.demo import PROMPTS, help_texts, quick_recipe, real_recipe
-    from selectkd.devices import use_device
+    from selectkd.devices import training_device
     from selectkd.training.progress import TrainingProgress
     from selectkd.training.run import train
 
     without_other_bars()
-    on = use_device(device)
+    on = training_device(device)
     changes = list(changes or [])
     if quick:
         folder = output_dir or Path(tempfile.mkdtemp(prefix="selectkd-demo-"))

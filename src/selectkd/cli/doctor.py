@@ -31,13 +31,13 @@ def doctor(
         _tell([{"check": "recipe", "ok": False, "message": str(error)}], as_json)
         raise typer.Exit(error.exit_code) from error
 
-    from selectkd.devices import use_device
+    from selectkd.devices import training_device
     from selectkd.training.doctor import Finding
     from selectkd.training.doctor import doctor as examine
 
     without_other_bars()
     try:
-        on = use_device(device)
+        on = training_device(device)
     except ConfigError as error:
         _tell([{"check": "device", "ok": False, "message": str(error)}], as_json)
         raise typer.Exit(error.exit_code) from error

@@ -36,12 +36,12 @@ def panel(
 
     from selectkd.assembly import assemble
     from selectkd.data import collate, pad_id_of
-    from selectkd.devices import use_device
+    from selectkd.devices import training_device
     from selectkd.studies.panel import judges
     from selectkd.studies.panel import panel as judge
 
     without_other_bars()
-    on = use_device(device)
+    on = training_device(device)
     with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
         training = checked.training.model_copy(update={"output_dir": empty})
         made = assemble(checked.model_copy(update={"training": training}), device=on)

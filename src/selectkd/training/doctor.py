@@ -18,7 +18,7 @@ from torch import Tensor
 from selectkd.assembly import Assembly, Plan, assemble, check_loggers, prepare
 from selectkd.data import inspect
 from selectkd.data.supervised import supervised
-from selectkd.devices import free_memory, use_device, wait_for
+from selectkd.devices import free_memory, training_device, wait_for
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
@@ -59,9 +59,9 @@ class Finding:
 
 def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Finding]:
     """One Finding a check, as each is done; nothing is written. Where one of those without weights fails, the models
-    are not loaded. device: where the run will be, as of ``use_device``.
+    are not loaded. device: where the run will be, as of ``training_device``.
     """
-    fine, device = True, use_device(device)
+    fine, device = True, training_device(device)
     for finding in without_weights(recipe, device):
         fine = fine and finding.ok
         yield finding

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from selectkd.assembly import Assembly, assemble
-from selectkd.devices import use_device
+from selectkd.devices import training_device
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.gathered import gathered
 from selectkd.models.save import save_student
@@ -68,13 +68,13 @@ def train(
     without the interruption; a finished run is left as it is. "never" takes a new folder only; a path is the checkpoint
     to go on from. allow_change: keys of the recipe that may differ from the run's. The student saved is the best one
     on held-out text with early stopping, else the last one. ``on_assembled`` sees the models before the first step.
-    device: where the run is, as of ``use_device``.
+    device: where the run is, as of ``training_device``.
 
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
     check_recipe(recipe)
-    device = use_device(device)
+    device = training_device(device)
     started = time.perf_counter()
     run_dir = Path(recipe.training.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
