@@ -59,8 +59,9 @@ def device_of(word: str | torch.device = "auto") -> torch.device:
     """The device that ``word`` names; it is chosen here and nowhere else, and nothing starts on it.
 
     ``auto`` is the first accelerator of ``there_are`` but ``mps``, which does not train; of several processes on one
-    machine each takes its own by LOCAL_RANK; ``cpu`` where there is none, or where ``accelerate launch --cpu`` says so. ``cuda`` and ``xpu`` mean the first of
-    their kind in the same way. ConfigError for a word that is none, and for a device that is not there.
+    machine each takes its own by LOCAL_RANK; ``cpu`` where there is none, or where ``accelerate launch --cpu`` says so.
+    ``cuda`` and ``xpu`` mean the first of their kind in the same way. ConfigError for a word that is none, and for a
+    device that is not there.
 
     >>> device_of("cpu")
     device(type='cpu')

@@ -12,7 +12,10 @@ import torch
 import yaml
 
 from gpu.launcher import pretended_with_kernels
+from gpu.pretended import pretended
 from selectkd.cli import main
+from selectkd.devices import device_of, out_of_memory
+from selectkd.errors import ConfigError
 from training.tiny import tiny_llama, write_pair
 
 pytestmark = [
@@ -48,7 +51,6 @@ def root(tmp_path_factory: Any) -> Path:
 ELSEWHERE = ["--set", "training.output_dir=elsewhere"]
 VERBS = {
     "train": ["train", "r.yaml"],
-    "train by the loop": ["train", "r.yaml", "--set", "training.engine=loop"],
     "doctor": ["doctor", "r.yaml", *ELSEWHERE],
     "panel": ["panel", "r.yaml"],
     "generate": ["generate", "r.yaml", "--out", "t.jsonl", "--by", "teacher+student"],
@@ -81,11 +83,10 @@ VERBS = {
 }
 
 
-def ran(arguments: list[str], folder: Path, devices: int = 1) -> Any:
+def ran(arguments: list[str], devices: int = 1) -> Any:
     """The pretended GPUs after a command line that must succeed."""
     said = io.StringIO()
     with (
-        contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext(),
         pretended_with_kernels(devices) as gpu,
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
@@ -98,18 +99,19 @@ def ran(arguments: list[str], folder: Path, devices: int = 1) -> Any:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_uses_the_gpu_that_is_there(verb, root, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
-    own = ["--set", f"training.output_dir={tmp_path / 'run'}"] if verb.startswith("train") else []
-    gpu = ran([*VERBS[verb], *own], root)
+    own = ["--set", f"training.output_dir={tmp_path / 'run'}"] if verb == "train" else []
+    gpu = ran([*VERBS[verb], *own])
     assert set(gpu.launched_on) == {torch.device("cuda:0")}, gpu.launched_on
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda:1"])
-def test_one_process_trains_on_one_of_two_gpus(device, root, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("device", "engine"), [("auto", "trainer"), ("cuda:1", "trainer"), ("cuda:1", "loop")]
+)
+def test_one_process_trains_on_one_of_two_gpus(device, engine, root, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
-    for engine in ("trainer", "loop"):
-        changes = [f"training.output_dir={tmp_path / engine}", f"training.engine={engine}"]
-        gpu = ran(["train", "r.yaml", "--device", device, "--set", changes[0], "--set", changes[1]], root, 2)
-        assert set(gpu.launched_on) == {torch.device("cuda:1" if device == "cuda:1" else "cuda:0")}
+    changes = [f"training.output_dir={tmp_path / 'run'}", f"training.engine={engine}"]
+    gpu = ran(["train", "r.yaml", "--device", device, "--set", changes[0], "--set", changes[1]], 2)
+    assert set(gpu.launched_on) == {torch.device("cuda:1" if device == "cuda:1" else "cuda:0")}
 
 
 def told(word: str, devices: int) -> str:
