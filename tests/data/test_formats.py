@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from selectkd.data import FORMATS, detect_format, to_sample
@@ -12,6 +14,7 @@ ROWS = {
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "instruction": {"instruction": "q", "input": "", "output": "a"},
     "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "unpaired_preference": {"prompt": "q", "completion": "a", "label": True},
     "text": {"text": "q a"},
     "tokens": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
 }
@@ -41,13 +44,28 @@ def test_every_format_is_detected_and_read(format):
             "chosen": {"from": "gpt", "value": "a"},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, REPLY], "id": 3},
+        {"messages": json.dumps([USER, REPLY]), "id": 3},
         {"messages": [{**USER, "tool_calls": None}, {**REPLY, "weight": 1}], "text": None},
     ],
 )
 def test_common_variants_give_the_same_conversation(row):
     sample = to_sample(row, detect_format(row))
     assert list(sample.messages) == [USER, REPLY] and sample.trained == (1,)
+
+
+def test_parts_are_handed_on_as_parts():
+    parts = [{"type": "text", "text": "q", "image": None}, "r"]
+    sample = to_sample({"messages": [{"role": "user", "content": parts}, REPLY]}, "messages")
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("format", ["messages", "conversations", "prompt_completion", "instruction"])
+def test_a_row_labelled_false_is_no_good_answer(format, label):
+    row = {**ROWS[format], "label": label}
+    assert detect_format(row) == "unpaired_preference"
+    assert to_sample(row, "unpaired_preference").rejected is not label
+    assert detect_format({**row, "label": "positive"}) == format
 
 
 def test_chosen_is_trained_and_rejected_is_nowhere():

@@ -10,11 +10,13 @@ from selectkd.data.inspect import Check, check, pieces
 from selectkd.data.render import Dropped, Example, eos_ids_of, pad_id_of, render
 from selectkd.data.sources import Source, batches, dataset_source, draw, plan
 from selectkd.data.supervised import Supervised, supervised
+from selectkd.data.template import ChatTemplate
 
 __all__ = [
     "FORMATS",
     "Alignment",
     "Batch",
+    "ChatTemplate",
     "Check",
     "Dropped",
     "Example",

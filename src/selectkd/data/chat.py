@@ -1,38 +1,31 @@
-"""Conversations to tokens: the tokenizer's own chat template renders, and positions say which tokens are
-trained.
+"""Conversations to tokens: a chat template renders, and positions in its text say which tokens are trained.
 
-The mask never comes from searching the text for a response. It comes from the template's ``{% generation %}``
-marks where it has them, else from rendering the conversation turn by turn: messages[:i] with the generation
-prompt must be a prefix of messages[:i+1], and what the longer rendering adds is turn i.
+A turn is trained from the end of its generation prompt to the token that ends it, and nothing behind that: a newline,
+or an end of sequence that closes the whole conversation, is what no model is asked to write.
 """
 
 from __future__ import annotations
 
-import re
-import signal
-import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from selectkd.data.formats import Sample
+from selectkd.data.positions import Turn, lay_out, shaped
+from selectkd.data.renderer import Job
+from selectkd.data.template import ChatTemplate
+from selectkd.data.windows import Window
 from selectkd.errors import DataError
-
-GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
-# A template renders in microseconds to milliseconds; two seconds is the promise for one that never ends.
-TEMPLATE_SECONDS = 1.5
 
 
 def tokenize_chat(
-    sample: Sample, tokenizer: Any, *, eos_ids: Collection[int]
+    sample: Sample, tokenizer: Any, template: ChatTemplate, *, eos_ids: Collection[int], window: Window
 ) -> tuple[list[int], list[bool]]:
-    """(ids, trained) of a conversation, its trained assistant turns marked, each with the EOS that ends the
-    turn.
+    """(ids, trained) of a conversation, its trained assistant turns marked, each with the token that ends the turn.
 
-    Raises DataError naming the row when the template raises, never ends, renders earlier turns differently
-    later on (no prefix), or marks nothing; and when the tokenizer cannot say which characters a token covers.
+    eos_ids: what ends a turn beside what the template itself writes behind one. Raises DataError naming the row and the
+    turn: see ``lay_out``; and where the tokenizer cannot say which characters a token covers.
     """
-    template = _template(sample, tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{sample.origin}: {type(tokenizer).__name__} gives no character positions, so turns "
@@ -40,192 +33,80 @@ def tokenize_chat(
             "What would work: a fast tokenizer (a folder with tokenizer.json), or pre-tokenised "
             "input_ids + labels."
         )
-    with _ends_in_time(sample.origin):
-        if GENERATION_MARK.search(template):
-            ids, runs = _by_marks(sample, tokenizer)
-        else:
-            ids, runs = _by_prefix(sample, tokenizer)
+    layout = lay_out(sample, template)
+    ends = turn_ends(template, tokenizer, eos_ids, sample)
+    first = min(begin for turn in layout.turns for begin, _ in turn.pieces[:1])
+    cut = window.of(layout.text, first, tokenizer)
+    encoded = tokenizer(cut.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = list(encoded["input_ids"]), [cut.place(start) for start, _ in encoded["offset_mapping"]]
     trained = [False] * len(ids)
-    for start, end in runs:
-        for index in range(start, _turn_end(ids, start, end, tokenizer, eos_ids)):
-            trained[index] = True
-    if not any(trained):
-        raise DataError(
-            f"{sample.origin}: the chat template marks no token of the assistant turns as generated.\n"
-            "Put {% generation %} ... {% endgeneration %} around the assistant's text in the template."
-        )
+    for turn in layout.turns:
+        for start, stop in _tokens(turn, ids, starts, ends):
+            trained[start:stop] = [True] * (stop - start)
+    if not any(trained) and len(cut.text) == len(layout.text):
+        raise DataError(f"{sample.origin}: no token begins within a trained turn. Leave the row out.")
     eos = tokenizer.eos_token_id
-    last = runs[-1][1] if runs else 0
-    ends_open = last == len(ids) and trained[-1] and ids[-1] not in eos_ids
-    if isinstance(eos, int) and ends_open and ids[-1] not in set(tokenizer.all_special_ids):
+    whole = cut.stop == len(layout.text) and bool(ids) and trained[-1] and ids[-1] not in ends
+    if isinstance(eos, int) and whole and ids[-1] not in set(tokenizer.all_special_ids):
         ids.append(eos)
         trained.append(True)
     return ids, trained
 
 
 def rendered(
-    sample: Sample, tokenizer: Any, messages: Sequence[dict[str, Any]], *, prompt: bool = False
+    sample: Sample, template: ChatTemplate, messages: Sequence[dict[str, Any]], *, prompt: bool = False
 ) -> str:
     """The template's text of ``messages``, with the generation prompt when ``prompt``. Raises DataError."""
-    return _call(
-        sample,
-        tokenizer,
-        list(messages),
-        tools=list(sample.tools) if sample.tools else None,
-        tokenize=False,
-        add_generation_prompt=prompt,
-    )
+    traits = template.traits(sample.origin, tools=bool(sample.tools))
+    shown = [shaped(message, traits) for message in messages]
+    return template.rendered(sample.origin, [Job(shown, sample.tools, prompt)])[0]
 
 
-def _template(sample: Sample, tokenizer: Any) -> str:
-    try:
-        return str(tokenizer.get_chat_template(tools=list(sample.tools) if sample.tools else None))
-    except (ValueError, AttributeError):
-        raise DataError(
-            f"{sample.origin}: a conversation, but the tokenizer has no chat template to render it with.\n"
-            "What would work: the tokenizer of a chat model (its folder has chat_template.jinja), "
-            "or rows of\n"
-            "prompt + completion, instruction + output, or text, which need no template."
-        ) from None
+def turn_ends(
+    template: ChatTemplate, tokenizer: Any, known: Collection[int], sample: Sample
+) -> frozenset[int]:
+    """``known``, and the special tokens that the template writes behind an assistant's text, be it the last or not, and
+    behind a tool call.
+    """
+    key = (bool(sample.tools), frozenset(known))
+    if key not in template.ends:
+        traits = template.traits(sample.origin, tools=bool(sample.tools))
+        found = {*known}
+        found |= _special(traits.last, tokenizer, (), directly=True)
+        found |= _special(traits.middle, tokenizer, found, directly=True)
+        found |= _special(traits.call, tokenizer, found, directly=False)
+        template.ends[key] = frozenset(found)
+    return template.ends[key]
 
 
-def _call(sample: Sample, tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except DataError:
-        raise
-    except (
-        jinja2.TemplateError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        roles = ", ".join(message["role"] for message in messages[:6])
-        raise DataError(
-            f"{sample.origin}: the chat template cannot render these turns ({roles}): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:160]}.\n"
-            "Change the row to what the template accepts, or skip such rows with `on_bad_record: skip`."
-        ) from error
+def _special(tail: str, tokenizer: Any, known: Collection[int], *, directly: bool) -> set[int]:
+    """The first special token of a tail without a known end; ``directly``: only space may stand before it."""
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    if set(ids) & set(known):
+        return set()
+    for place, index in enumerate(ids):
+        if index in special:
+            return {index} if not directly or not tokenizer.decode(ids[:place]).strip() else set()
+    return set()
 
 
-def _by_marks(sample: Sample, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and the token runs the template's generation marks give, those of untrained turns left out."""
-    messages = list(sample.messages or ())
-    out = _call(
-        sample,
-        tokenizer,
-        messages,
-        tools=list(sample.tools) if sample.tools else None,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
-    runs: list[tuple[int, int]] = []
-    for index, value in enumerate(mask):
-        if value and runs and runs[-1][1] == index:
+def _tokens(
+    turn: Turn, ids: Sequence[int], starts: Sequence[int], ends: Collection[int]
+) -> list[tuple[int, int]]:
+    """The runs of tokens of a turn, the last one up to the token that ends the turn where there is one.
+
+    A token that begins before the turn belongs to the prompt: at generation time it is already written.
+    """
+    runs = [(bisect_left(starts, begin), bisect_left(starts, end)) for begin, end in turn.pieces]
+    if not runs:
+        return []
+    index = bisect_left(starts, turn.known)
+    while index < len(ids) and starts[index] < turn.reach:
+        if ids[index] in ends:
             runs[-1] = (runs[-1][0], index + 1)
-        elif value:
-            runs.append((index, index + 1))
-    # The marks end at the first token of their last character; the rest of an emoji belongs to it too.
-    offsets = out["offset_mapping"]
-    for number, (start, end) in enumerate(runs):
-        while end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
-            end += 1
-        runs[number] = (start, end)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(sample.trained) == len(turns):
-        return ids, runs
-    if len(runs) != len(turns):
-        raise DataError(
-            f"{sample.origin}: the chat template marks {len(runs)} runs of generated tokens for "
-            f"{len(turns)} assistant\n"
-            "turns, so the trained ones cannot be told from the others. Train all turns, or one turn per row."
-        )
-    return ids, [run for run, turn in zip(runs, turns, strict=True) if turn in sample.trained]
-
-
-def _by_prefix(sample: Sample, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and the token runs of the trained turns, from the character positions where each turn begins and
-    ends.
-    """
-    messages = list(sample.messages or ())
-    text = rendered(sample, tokenizer, messages)
-    spans: list[tuple[int, int]] = []
-    for turn in sample.trained:
-        before = rendered(sample, tokenizer, messages[:turn], prompt=True)
-        after = text if turn == len(messages) - 1 else rendered(sample, tokenizer, messages[: turn + 1])
-        if not after.startswith(before):
-            _refuse_prefix(sample, turn, "its generation prompt is not how the turn begins", before, after)
-        if not text.startswith(after):
-            _refuse_prefix(sample, turn, "later turns change how it is rendered", after, text)
-        spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    starts = [start for start, _ in offsets]
-    runs: list[tuple[int, int]] = []
-    for begin, end in spans:
-        # A token that begins before the turn belongs to the prompt: at generation time it is already written.
-        inside = [index for index, start in enumerate(starts) if begin <= start < end]
-        if inside:
-            runs.append((inside[0], inside[-1] + 1))
-    return ids, runs
-
-
-def _refuse_prefix(sample: Sample, turn: int, problem: str, short: str, long: str) -> None:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long))
-    )
-    raise DataError(
-        f"{sample.origin}: turn {turn} has no position in the rendering: {problem}\n"
-        f"(at character {at}: {short[at : at + 30]!r} against {long[at : at + 30]!r}).\n"
-        "What would work: {% generation %} marks in the chat template, a row per assistant turn, or "
-        "train_on: all."
-    )
-
-
-def _turn_end(ids: Sequence[int], start: int, end: int, tokenizer: Any, eos_ids: Collection[int]) -> int:
-    """The end of a trained run: just after the EOS of the turn, be it inside the run or the first token
-    behind it.
-
-    Layout that the template writes behind the EOS (a newline, say) is not trained: no model is asked to write
-    it.
-    """
-    if (
-        end < len(ids)
-        and ids[end] in eos_ids
-        and not any(token in eos_ids for token in ids[max(start, end - 3) : end])
-    ):
-        return end + 1
-    for index in range(end - 1, max(start, end - 8) - 1, -1):
-        if ids[index] in eos_ids:
-            return index + 1 if not tokenizer.decode(list(ids[index + 1 : end])).strip() else end
-    return end
-
-
-@contextmanager
-def _ends_in_time(origin: str) -> Iterator[None]:
-    """DataError when the block uses more than TEMPLATE_SECONDS of processor time (main thread, POSIX)."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise DataError(
-            f"{origin}: the chat template was still rendering after {TEMPLATE_SECONDS:g} s.\n"
-            "It probably loops without end on this row; change the template, or leave the row out."
-        )
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+            break
+        index += 1
+    return [(start, stop) for start, stop in runs if start < stop]

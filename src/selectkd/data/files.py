@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from selectkd.data.folders import SUFFIXES, TABLES, files_of
 from selectkd.data.formats import FORMATS, matching_formats
 from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -86,6 +86,11 @@ def read_records(
             problem = DataError(
                 f"{origin}: no known format; fields: {names}.\nWhat would work: {', '.join(FORMATS)}."
             )
+        if problem is None and format is None and found == ("prompt_completion",) and _verdict(record):
+            problem = DataError(
+                f"{origin}: has a label, {record['label']!r}. If it says whether the answer is good, make it true or "
+                "false.\nIf it does not, say `format: prompt_completion` in the source."
+            )
         if problem is not None:
             if on_bad_record == "error":
                 raise problem
@@ -106,6 +111,11 @@ def read_records(
     records.format = _one_format(str(path), examples)
     how = "given" if format else "detected"
     records.told = f"{path}: {len(records)} records, format {records.format} ({how})"
+    files = list(dict.fromkeys(origin.rpartition(":")[0] for origin in records.origins))
+    if Path(path).is_dir() and files != [str(path)]:
+        names = [str(Path(file).relative_to(path)) for file in files if Path(file).is_relative_to(path)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        records.told += f", from {', '.join(names[:3])}{more}"
     if records.skipped:
         records.told += f", {len(records.skipped)} bad records skipped"
     return records
@@ -134,6 +144,14 @@ def _one_format(path: str, examples: Mapping[tuple[str, ...], tuple[str, Any]]) 
     )
 
 
+def _verdict(record: Mapping[str, Any]) -> bool:
+    """Whether a row's label looks like true or false written as a number or a word."""
+    label = record.get("label")
+    return label in (0, 1) or (
+        isinstance(label, str) and label.strip().lower() in ("true", "false", "0", "1")
+    )
+
+
 def _fields(record: Mapping[str, Any]) -> str:
     return ", ".join(sorted(str(name) for name, value in record.items() if value is not None))[:120]
 
@@ -145,7 +163,7 @@ def _items(path: str, split: str | None, config: str | None) -> Iterator[Item]:
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
             yield from _saved(place, split)
             return
-        for file in _files_of(place, split):
+        for file in files_of(place, split, config):
             yield from _file(file)
         return
     if place.exists():
@@ -173,12 +191,26 @@ def _file(file: Path) -> Iterator[Item]:
         elif name.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson")):
             with gzip.open(file) if name.endswith(".gz") else file.open("rb") as stream:
                 yield from _json(file, stream)
+        elif name.endswith(TABLES):
+            raise DataError(_convert(file))
         else:
             raise DataError(
                 f"{file}: unknown kind of file. What would work: {', '.join(SUFFIXES)} (JSON also .gz)."
             )
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}. Fetch or write the file again.") from error
+
+
+def _convert(file: Path) -> str:
+    """What to tell someone who has a table of text."""
+    sign = ", delimiter=chr(9)" if file.suffix.lower() == ".tsv" else ""
+    out = file.with_suffix(".jsonl").name
+    return (
+        f"{file}: a table of text has no types and is not read. Write it as JSON Lines:\n"
+        f'python -c "import csv, json; [print(json.dumps(row)) for row in '
+        f"csv.DictReader(open('{file}', newline='', encoding='utf-8-sig'){sign})]\" > {out}\n"
+        f"with columns such as prompt and completion, and name {out}."
+    )
 
 
 def _json(file: Path, stream: Any) -> Iterator[Item]:
@@ -301,31 +333,22 @@ def _parquet(file: Path) -> Iterator[Item]:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"{file}:row {number}", row
+                    yield f"{file}:row {number}", without_nulls(row)
                     number += 1
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{file}:row {number}: not readable as Parquet: {str(error)[:120]}.") from error
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder, those of one split ('train' unless said) where names tell splits apart."""
-    kinds = tuple(ending for suffix in SUFFIXES for ending in (suffix, f"{suffix}.gz"))
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(kinds))
-    files = [
-        file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    if not files:
-        raise DataError(f"{folder}: no data files. What would work: {', '.join(SUFFIXES)} in the folder.")
+def without_nulls(value: Any) -> Any:
+    """A row of Arrow without the nulls it invents: a struct has the fields of all rows of its column.
 
-    def in_split(wanted: str) -> list[Path]:
-        word = re.compile(rf"(^|[^a-z0-9]){re.escape(wanted.lower())}([^a-z0-9]|$)")
-        return [file for file in files if word.search(str(file.relative_to(folder)).lower())]
-
-    chosen = in_split(split or "train")
-    if split is not None and not chosen:
-        names = ", ".join(str(file.relative_to(folder)) for file in files[:6])
-        raise DataError(f"{folder}: no file of split {split!r}. Its files: {names}.")
-    return chosen or files
+    >>> without_nulls({"a": [{"x": 1, "y": None}, {"x": None, "y": 2}], "b": {"z": None}})
+    {'a': [{'x': 1}, {'y': 2}]}
+    """
+    if isinstance(value, Mapping):
+        kept = {name: without_nulls(each) for name, each in value.items() if each is not None}
+        return {name: each for name, each in kept.items() if each != {} or value[name] == {}}
+    return [without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _saved(folder: Path, split: str | None) -> Iterator[Item]:
@@ -344,7 +367,7 @@ def _saved(folder: Path, split: str | None) -> Iterator[Item]:
             )
         loaded, folder = loaded[name], folder / str(name)
     for number, row in enumerate(loaded):
-        yield f"{folder}:row {number}", dict(row)
+        yield f"{folder}:row {number}", without_nulls(dict(row))
 
 
 def _hub(name: str, split: str | None, config: str | None) -> Iterator[Item]:
@@ -364,4 +387,4 @@ def _hub(name: str, split: str | None, config: str | None) -> Iterator[Item]:
             "Check the id, `config:` and `split:`, the network, or give a local file or folder."
         ) from error
     for number, row in enumerate(loaded):
-        yield f"{name}[{wanted}]:row {number}", dict(row)
+        yield f"{name}[{wanted}]:row {number}", without_nulls(dict(row))

@@ -6,12 +6,11 @@ guessed. This module imports no tensor library.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from selectkd.data.turns import Where, check_order, plain_text, turn_of
+from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turn_of
 from selectkd.errors import DataError
 
 FORMATS: Mapping[str, str] = {
@@ -20,12 +19,15 @@ FORMATS: Mapping[str, str] = {
     "prompt_completion": "prompt + completion (also query/question + response/answer), text or messages",
     "instruction": "instruction + output (or response), optional input, system and history",
     "preference": "prompt + chosen + rejected; chosen is trained, rejected is not used",
+    "unpaired_preference": "prompt + completion, messages, ... + label; true is trained, false is left out",
     "text": "text: plain text, every token trained",
     "tokens": "input_ids, optional labels (-100 = not trained) or completion_mask",
 }
 
 PROMPT_NAMES = ("prompt", "query", "question")
 COMPLETION_NAMES = ("completion", "response", "answer")
+LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
+"""Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Sample:
     """One row in the common shape; exactly one of messages, completion, text and input_ids is set.
 
     ``trained`` holds the indices of the assistant turns that are learned. ``instruction`` is the row's own
-    (instruction, input) pair, kept for tokenizers without a chat template.
+    (instruction, input) pair, kept for tokenizers without a chat template. ``rejected``: its label says that it is no
+    good answer.
     """
 
     origin: str
@@ -47,7 +50,7 @@ class Sample:
     text: str | None = None
     input_ids: tuple[int, ...] | None = None
     mask: tuple[bool, ...] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    rejected: bool = False
 
 
 def _present(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -64,10 +67,7 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
         prompt = _present(rest, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
         for name in ("chosen", "rejected", prompt, "input" if prompt == "instruction" else None):
             rest.pop(name or "", None)
-    if isinstance(rest.get("messages"), list | tuple):
-        found.append("messages")
-    if isinstance(rest.get("conversations"), list | tuple):
-        found.append("conversations")
+    found += [name for name in ("messages", "conversations") if name in rest]
     if "instruction" in rest and _present(rest, ("output", *COMPLETION_NAMES)):
         found.append("instruction")
     elif _present(rest, PROMPT_NAMES) and _present(rest, COMPLETION_NAMES):
@@ -76,6 +76,8 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
         found.append("tokens")
     if "text" in rest:
         found.append("text")
+    if len(found) == 1 and found[0] in LABELLED and isinstance(record.get("label"), bool):
+        return ("unpaired_preference",)
     return tuple(found)
 
 
@@ -125,6 +127,8 @@ def _need(record: Mapping[str, Any], names: Sequence[str], where: Where) -> tupl
 def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
     """A list of turns, or one turn alone, as messages in the role/content shape."""
     items = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        items = from_json(value)
     if not isinstance(items, list | tuple) or not items:
         _refuse(where, f"needs a list of turns, not {_shown(value)}.")
     return [turn_of(item, where.at(index)) for index, item in enumerate(items)]
@@ -152,7 +156,7 @@ def _chat(
         if index >= first_trained
         and message["role"] == "assistant"
         and weights[index] != 0
-        and (str(message.get("content") or "").strip() or message.get("tool_calls"))
+        and (text_of(message["content"]).strip() or message.get("tool_calls"))
     )
     return Sample(
         origin,
@@ -170,19 +174,29 @@ def _tools(value: Any, where: Where) -> tuple[Any, ...] | None:
     """Tool schemas, given as a list or as JSON text of one; None when there are none."""
     if value is None or value == "" or value == []:
         return None
+    given = value
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            _refuse(where, f"is text that is not JSON: {_shown(value)}.")
+        value = from_json(value)
+        if value is None:
+            _refuse(where, f"is text that is not JSON: {_shown(given)}.")
     if not isinstance(value, list | tuple):
-        _refuse(where, f"needs a list of tool schemas, not {_shown(value)}.")
+        _refuse(where, f"needs a list of tool schemas, not {_shown(given)}.")
+    for index, schema in enumerate(value):
+        if not isinstance(schema, Mapping):
+            _refuse(where.at(index), f"needs a tool schema, an object, not {_shown(schema)}.")
     return tuple(value) or None
 
 
 def _system(record: Mapping[str, Any], where: Where) -> list[dict[str, Any]]:
-    text = record.get("system") or record.get("system_prompt")
-    return [{"role": "system", "content": plain_text(text, where.at("system"))}] if text else []
+    name = _present(record, ("system", "system_prompt"))
+    text = plain_text(record[name], where.at(name)) if name else ""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _extra_input(record: Mapping[str, Any], where: Where) -> str:
+    """The text of an instruction's ``input`` or ``context``, empty where there is none."""
+    name = _present(record, ("input", "context"))
+    return plain_text(record[name], where.at(name)) if name else ""
 
 
 def _messages(record: Mapping[str, Any], where: Where) -> Sample:
@@ -241,8 +255,9 @@ def _preference(record: Mapping[str, Any], where: Where) -> Sample:
             )
         return _pair(record, where, ("chosen", list(turns[:-1])), ("chosen", [turns[-1]]), "preference")
     prompt = record[name]
-    if name == "instruction" and record.get("input"):
-        prompt = f"{plain_text(prompt, where.at(name))}\n\n{plain_text(record['input'], where.at('input'))}"
+    if name == "instruction":
+        given = _extra_input(record, where)
+        prompt = f"{plain_text(prompt, where.at(name))}\n\n{given}" if given else prompt
     return _pair(record, where, (name, prompt), chosen, "preference")
 
 
@@ -250,10 +265,12 @@ def _instruction(record: Mapping[str, Any], where: Where) -> Sample:
     instruction = plain_text(record.get("instruction"), where.at("instruction"))
     name, value = _need(record, ("output", *COMPLETION_NAMES), where)
     output = plain_text(value, where.at(name))
-    given = _present(record, ("input", "context"))
-    extra = plain_text(record[given], where.at(given)) if given else ""
+    extra = _extra_input(record, where)
     turns = _system(record, where)
-    for index, past in enumerate(record.get("history") or ()):
+    history = record.get("history")
+    if not isinstance(history, list | tuple | None):
+        _refuse(where.at("history"), f"needs a list of [instruction, response], not {_shown(history)}.")
+    for index, past in enumerate(history or ()):
         at = where.at("history").at(index)
         if not isinstance(past, list | tuple) or len(past) != 2:
             _refuse(at, f"needs [instruction, response], not {_shown(past)}.")
@@ -293,25 +310,40 @@ def _tokens(record: Mapping[str, Any], where: Where) -> Sample:
                 )
         trained = [label != -100 for label in values]
     if mask is not None:
-        values = _integers(mask, where.at("completion_mask"), of=len(ids))
+        values = _integers(mask, where.at("completion_mask"), of=len(ids), masks=True)
         trained = [bool(value) and kept for value, kept in zip(values, trained, strict=True)]
-    present = _integers(record.get("attention_mask", [1] * len(ids)), where.at("attention_mask"), of=len(ids))
+    given = record.get("attention_mask")
+    given = [1] * len(ids) if given is None else given
+    present = _integers(given, where.at("attention_mask"), of=len(ids), masks=True)
     kept = [index for index, value in enumerate(present) if value]
     return Sample(
         where.origin, "tokens", input_ids=tuple(ids[i] for i in kept), mask=tuple(trained[i] for i in kept)
     )
 
 
-def _integers(value: Any, where: Where, *, of: int | None = None) -> list[int]:
-    """A list of integers (0/1 and booleans for masks), of the length of input_ids when ``of`` is given."""
+def _integers(value: Any, where: Where, *, of: int | None = None, masks: bool = False) -> list[int]:
+    """A list of integers, of the length of input_ids when ``of`` is given; ``masks`` holds 0, 1 or booleans."""
     if not isinstance(value, list | tuple):
         _refuse(where, f"needs a list of integers, not {_shown(value)}.")
     for index, item in enumerate(value):
-        if not isinstance(item, int):
+        if not isinstance(item, int) or (isinstance(item, bool) and not masks):
             _refuse(where.at(index), f"needs an integer, not {_shown(item)}.")
+        if masks and item not in (0, 1):
+            _refuse(where.at(index), f"is {item}; a mask holds 0 and 1.")
     if of is not None and len(value) != of:
         _refuse(where, f"has {len(value)} entries, but input_ids has {of}.")
     return [int(item) for item in value]
+
+
+def _unpaired(record: Mapping[str, Any], where: Where) -> Sample:
+    """A row of one answer with a verdict on it."""
+    label = record.get("label")
+    if not isinstance(label, bool):
+        _refuse(where.at("label"), f"needs true or false, not {_shown(label)}.")
+    kinds = matching_formats({name: value for name, value in record.items() if name != "label"})
+    if len(kinds) != 1 or kinds[0] not in LABELLED:
+        _refuse(where, f"a row with a label needs the fields of one of {', '.join(LABELLED)}.")
+    return replace(_READERS[kinds[0]](record, where), format="unpaired_preference", rejected=not label)
 
 
 def _shown(value: Any) -> str:
@@ -326,6 +358,7 @@ _READERS = {
     "prompt_completion": _prompt_completion,
     "instruction": _instruction,
     "preference": _preference,
+    "unpaired_preference": _unpaired,
     "text": _text,
     "tokens": _tokens,
 }

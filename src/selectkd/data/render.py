@@ -11,8 +11,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from selectkd.data.chat import rendered, tokenize_chat
+from selectkd.data.chat import tokenize_chat
 from selectkd.data.formats import Sample
+from selectkd.data.positions import lay_out
+from selectkd.data.template import ChatTemplate
+from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
 
 OnTooLong = Literal["truncate", "drop", "error"]
@@ -33,8 +36,10 @@ ALPACA = (
 
 @dataclass(frozen=True)
 class Example:
-    """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes
-    it. route: which of several teachers its record names, -1 where none is asked for.
+    """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes it.
+
+    truncated: tokens are missing, cut_prompt: of its prompt. route: which of several teachers its record names, -1
+    where none is asked for.
     """
 
     input_ids: list[int]
@@ -42,6 +47,7 @@ class Example:
     stream: int = 0
     origin: str = ""
     truncated: bool = False
+    cut_prompt: bool = False
     route: int = -1
 
     def __len__(self) -> int:
@@ -82,18 +88,23 @@ def render(
     train_on: TrainOn = "completion",
     stream: int = 0,
     eos_ids: Collection[int] = (),
+    template: ChatTemplate | None = None,
 ) -> Example | Dropped:
     """The sample as an ``Example`` of at most ``max_length`` tokens, or ``Dropped`` with the reason.
 
-    Truncation cuts the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right;
-    a completion that was cut gets no EOS. Raises DataError naming the row, and ConfigError for an unknown
-    policy.
+    Truncation cuts the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right; a
+    completion that was cut gets no EOS. eos_ids: what ends a turn beside the tokenizer's EOS. template: the
+    tokenizer's, unless given. Raises DataError naming the row, and ConfigError for an unknown policy.
     """
     _check_policy(on_too_long, train_on, max_length, max_prompt_length)
+    if sample.rejected:
+        return Dropped(sample.origin, "labelled false")
     if sample.input_ids is None and sample.text is None and not sample.trained:
         replies = [message for message in sample.messages or () if message["role"] == "assistant"]
         return Dropped(sample.origin, "empty completion" if replies else "no completion")
-    ids, trained = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), train_on)
+    template = ChatTemplate.of(tokenizer) if template is None else template
+    window = Window(max_length, max_prompt_length)
+    ids, trained = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), train_on, template, window)
     if ids:
         trained[0] = False
     if not any(trained):
@@ -118,21 +129,28 @@ def _check_policy(on_too_long: str, train_on: str, max_length: int, max_prompt_l
 
 
 def _tokenize(
-    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str
+    sample: Sample,
+    tokenizer: Any,
+    eos_ids: frozenset[int],
+    train_on: str,
+    template: ChatTemplate,
+    window: Window,
 ) -> tuple[list[int], list[bool]]:
     if sample.input_ids is not None:
         return _pretokenised(sample, tokenizer, train_on)
     if sample.text is not None:
         if not sample.text.strip():
             return [], []
-        ids = with_start(_encode(tokenizer, sample.text), tokenizer) + _end(tokenizer)
+        text = window.of(sample.text, 0, tokenizer).text
+        ids = with_start(_encode(tokenizer, text), tokenizer) + _end(tokenizer)
         return _single_end(ids, [True] * len(ids), eos_ids)
-    if getattr(tokenizer, "chat_template", None) or sample.completion is None:
-        if train_on == "all" and getattr(tokenizer, "chat_template", None):
-            ids = _encode(tokenizer, rendered(sample, tokenizer, sample.messages or ()))
+    if template.source or sample.completion is None:
+        if train_on == "all" and template.source:
+            text = lay_out(sample, template, turns=False).text
+            ids = _encode(tokenizer, window.of(text, 0, tokenizer).text)
             return ids, [True] * len(ids)
-        return tokenize_chat(sample, tokenizer, eos_ids=eos_ids)
-    return _joined(sample, tokenizer, eos_ids, train_on)
+        return tokenize_chat(sample, tokenizer, template, eos_ids=eos_ids, window=window)
+    return _joined(sample, tokenizer, eos_ids, train_on, window)
 
 
 def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
@@ -150,7 +168,7 @@ def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[i
 
 
 def _joined(
-    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str
+    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str, window: Window
 ) -> tuple[list[int], list[bool]]:
     """Prompt and completion without a template: the boundary is the prompt's length in characters, then EOS.
 
@@ -171,6 +189,11 @@ def _joined(
                 + layout.split("{instruction}")[1].replace("{input}", given)
             )
         )
+    part = window.of(prompt + completion, len(prompt), tokenizer)
+    prompt, completion = (
+        part.text[: part.head + len(prompt) - part.start],
+        completion[: part.stop - len(prompt)],
+    )
     before = after = None
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
@@ -234,4 +257,4 @@ def _fit(
     ids, trained = ids[:max_length], trained[:max_length]
     if not any(trained):
         return Dropped(example.origin, "prompt fills max_length")
-    return replace(example, input_ids=ids, completion=trained, truncated=True)
+    return replace(example, input_ids=ids, completion=trained, truncated=True, cut_prompt=long_prompt)

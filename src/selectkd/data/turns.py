@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selectkd.data.jinja_process import REASONING
 from selectkd.errors import DataError
 
 ROLES = {
@@ -76,7 +77,8 @@ def plain_text(value: Any, where: Where) -> str:
 def turn_of(item: Any, where: Where) -> dict[str, Any]:
     """One turn as {role, content, ...}; other fields of the turn reach the template untouched.
 
-    Takes role/content and from/value. Content may be text, a list of text parts, or null beside tool_calls.
+    Takes role/content and from/value. Content may be text, a list of text parts, or null beside tool_calls. The
+    arguments of a call that are JSON text become the object they mean.
     """
     if not isinstance(item, Mapping):
         raise DataError(f"{where}: needs a turn such as {{role, content}}, not {type(item).__name__}.")
@@ -85,39 +87,112 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
     said = turn.pop(role_name, None)
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
+        shown = repr(said)[:60]
         raise DataError(
-            f"{where}.{role_name}: no role is called {said!r}. What would work: {', '.join(sorted(ROLES))}."
+            f"{where}.{role_name}: no role is called {shown}. What would work: {', '.join(sorted(ROLES))}."
         )
     content = turn.pop(text_name, None)
     at = where.at(text_name)
     if said == "function_call":
-        turn["tool_calls"] = [_tool_call(plain_text(content, at), at)]
+        turn["tool_calls"] = [_spoken_call(plain_text(content, at), at)]
         content = ""
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(_part(part, at.at(index)) for index, part in enumerate(content))
+    elif "tool_calls" in turn:
+        turn["tool_calls"] = _tool_calls(turn["tool_calls"], where.at("tool_calls"))
+        if not turn["tool_calls"]:
+            del turn["tool_calls"]
     if content is None and turn.get("tool_calls"):
         content = ""
-    turn["content"] = plain_text(content, at)
+    turn["content"] = _content(content, at)
+    for name in ("name", "tool_call_id", *REASONING):
+        if name in turn:
+            plain_text(turn[name], where.at(name))
+    if "weight" in turn and (isinstance(turn["weight"], bool) or not isinstance(turn["weight"], int | float)):
+        raise DataError(f"{where}.weight: needs a number (0 = not trained), not {repr(turn['weight'])[:60]}.")
     return {"role": role, **turn}
 
 
-def _part(part: Any, where: Where) -> str:
+def text_of(content: Any) -> str:
+    """The text of a turn's content, of parts their texts together."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or ())
+
+
+def _content(content: Any, where: Where) -> str | list[dict[str, Any]]:
+    """Text, or a list of text parts."""
+    if isinstance(content, list | tuple):
+        return [_part(part, where.at(index)) for index, part in enumerate(content)]
+    return plain_text(content, where)
+
+
+def _part(part: Any, where: Where) -> dict[str, Any]:
     if isinstance(part, str):
-        return plain_text(part, where)
+        return {"type": "text", "text": plain_text(part, where)}
     if isinstance(part, Mapping) and part.get("type") == "text":
-        return plain_text(part.get("text"), where.at("text"))
+        plain_text(part.get("text"), where.at("text"))
+        return {str(name): value for name, value in part.items() if value is not None}
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise DataError(f"{where}: a part of type {kind!r}; only text parts can be trained on.")
+    raise DataError(f"{where}: a part of type {repr(kind)[:40]}; only text parts can be trained on.")
 
 
-def _tool_call(text: str, where: Where) -> dict[str, Any]:
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        call = None
+def _spoken_call(text: str, where: Where) -> dict[str, Any]:
+    """The call that a function_call turn has as its text."""
+    call = from_json(text)
     if not isinstance(call, Mapping) or "name" not in call:
         raise DataError(f"{where}: a function_call needs JSON with name and arguments, not {text[:60]!r}.")
-    return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+    return {"type": "function", "function": _function(call, where)}
+
+
+def _tool_calls(value: Any, where: Where) -> list[dict[str, Any]]:
+    """The calls of a turn, given as a list or as JSON text of one, with the fields they have."""
+    calls = from_json(value) if isinstance(value, str) and value.strip() else value
+    if calls == "":
+        return []
+    if not isinstance(calls, list | tuple):
+        raise DataError(f"{where}: needs a list of calls, not {type(value).__name__} {repr(value)[:60]}.")
+    made = []
+    for index, call in enumerate(calls):
+        at = where.at(index)
+        if not isinstance(call, Mapping):
+            raise DataError(f"{at}: needs a call such as {{name, arguments}}, not {repr(call)[:60]}.")
+        kept = {str(name): each for name, each in call.items() if each is not None}
+        for name in ("id", "type"):
+            if name in kept:
+                plain_text(kept[name], at.at(name))
+        if "function" in kept:
+            if not isinstance(kept["function"], Mapping):
+                raise DataError(
+                    f"{at}.function: needs {{name, arguments}}, not {repr(kept['function'])[:60]}."
+                )
+            made.append({**kept, "function": _function(kept["function"], at.at("function"))})
+        else:
+            made.append(_function(kept, at))
+    return made
+
+
+def _function(said: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """A call's own fields, its name text and its arguments an object."""
+    name = plain_text(said.get("name"), where.at("name"))
+    if not name:
+        raise DataError(f"{where}.name: is empty; a call needs the name of what it calls.")
+    arguments = said.get("arguments")
+    if isinstance(arguments, str):
+        arguments = from_json(arguments) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            f"{where}.arguments: needs an object, or JSON text of one, not {repr(said.get('arguments'))[:60]}."
+        )
+    return {**said, "name": name, "arguments": dict(arguments)}
+
+
+def from_json(text: str) -> Any:
+    """The value that JSON text means, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_order(messages: Sequence[Mapping[str, Any]], where: Where) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from selectkd.data import Sample, dataset_source
+from selectkd.data import ChatTemplate, Sample, dataset_source
 from selectkd.data.chat import rendered
 
 LONGEST_PROMPT = 1 << 20
@@ -19,7 +19,8 @@ def prompt_ids(prompt: str, tokenizer: Any, *, system: str | None = None) -> lis
     turns = [{"role": "user", "content": prompt}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    text = rendered(Sample(origin="the prompt", format="messages"), tokenizer, turns, prompt=True)
+    sample = Sample(origin="the prompt", format="messages")
+    text = rendered(sample, ChatTemplate.of(tokenizer), turns, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,0 +1,148 @@
+"""The process that renders chat templates: a program of its own that knows jinja2 and the standard library alone.
+
+A template comes with a model and may loop without end or ask for all memory, inside one call of C code too, where no
+exception reaches it. So each request has a limit of processor time, whose end is the end of the process, and one of
+memory. Requests and answers are JSON with their length before them, on standard input and output.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from datetime import datetime
+from functools import lru_cache, partial
+from typing import Any, BinaryIO
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Noncharacters around what a template marks as generated; no text may hold them."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which data and templates know a turn's reasoning."""
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: its text between OPEN and CLOSE."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Any) -> str:
+        return f"{OPEN}{caller()}{CLOSE}"
+
+
+class Refused(TemplateError):
+    """A template's own raise_exception."""
+
+
+RAISED = (
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+    OSError, SyntaxError,
+)  # fmt: skip
+"""What a template may raise while it is read and while it renders."""
+
+
+def _refuse(message: Any = "") -> None:
+    raise Refused(str(message))
+
+
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@lru_cache(maxsize=8)
+def compiled(template: str) -> Any:
+    """The template with what Hugging Face's templates may use beside jinja2's own."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _json
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def rendered(request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """{text} of one job, or {error, told}."""
+    moment = datetime.fromisoformat(request["moment"])
+    try:
+        text = compiled(request["template"]).render(
+            **{**request["variables"], "strftime_now": partial(datetime.strftime, moment)},
+            messages=[_with_reasoning(message) for message in job["messages"]],
+            tools=job["tools"],
+            documents=None,
+            add_generation_prompt=job["prompt"],
+        )
+    except MemoryError:
+        return {"error": "memory", "told": ""}
+    except RAISED as error:
+        name = type(error).__name__
+        return {"error": "template" if isinstance(error, Refused) else name, "told": str(error)[:400]}
+    if len(text) > request["most"]:
+        return {"error": "memory", "told": ""}
+    return {"text": text}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the names that templates read."""
+    said = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+
+
+def limit(seconds: float, room: int) -> None:
+    """Processor seconds until the process ends, and bytes of memory it may have; neither on Windows."""
+    if sys.platform != "win32":
+        import resource
+        import signal
+
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(
+            resource.RLIMIT_AS, (room if hard == resource.RLIM_INFINITY else min(room, hard), hard)
+        )
+
+
+def read(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message, None at the end of the stream."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    (size,) = struct.unpack("<Q", head)
+    body = stream.read(size)
+    return json.loads(body) if len(body) == size else None
+
+
+def send(stream: BinaryIO, message: Any) -> int:
+    """Writes a message; returns its size in bytes."""
+    body = json.dumps(message, ensure_ascii=True, default=lambda value: f"<{type(value).__name__}>").encode()
+    stream.write(struct.pack("<Q", len(body)))
+    stream.write(body)
+    stream.flush()
+    return len(body)
+
+
+def main() -> None:
+    """Answers requests until the input ends."""
+    while (request := read(sys.stdin.buffer)) is not None:
+        limit(request["seconds"], request["room"])
+        answers = [rendered(request, job) for job in request["jobs"]]
+        limit(0, request["room"])
+        send(sys.stdout.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()
