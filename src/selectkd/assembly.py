@@ -22,7 +22,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
-from selectkd.models.load import load_model, load_tokenizer
+from selectkd.models.load import check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
@@ -106,7 +106,7 @@ def assemble(
     kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose.
     Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
     """
-    say = stage if stage is not None else _silent
+    say = stage if stage is not None else lambda _: None
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
     plan = prepare(recipe)
@@ -179,7 +179,7 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
     teacher: in place of the recipe's, for a cache that is still to be built.
     """
     teacher = plan_teacher(recipe.teacher, dtype=recipe.training.dtype) if teacher is None else teacher
-    named = recipe.student.model
+    named, attention = recipe.student.model, recipe.student.attn_implementation
     if named is None and teacher.model is None:
         raise ConfigError(
             f"student.from_teacher cuts the teacher's model, but {teacher.source} does not say where that is. "
@@ -199,6 +199,7 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
         teacher.check_objective(objective)
     if named is not None:
         teacher.check_tokenizer(tokenizer)
+        check_model(named, attention, revision=recipe.student.revision, where="student.attn_implementation")
     if recipe.reference is not None:
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
     need, width = objective.teacher_tokens, len(tokenizer)
@@ -330,10 +331,12 @@ def _student(
     chosen: Sequence[int] | None,
 ) -> tuple[nn.Module, str, str | None, list[int] | None, CutReport | None]:
     """(student, source, revision, kept layers, how they were chosen)."""
-    dtype = recipe.training.dtype
-    if recipe.student.model is not None:
+    spec, dtype = recipe.student, recipe.training.dtype
+    if spec.model is not None:
         say("loading the student")
-        own = load_model(recipe.student.model, dtype=dtype, revision=recipe.student.revision)
+        own = load_model(
+            spec.model, dtype=dtype, revision=spec.revision, attn_implementation=spec.attn_implementation
+        )
         return own.model.to(device), own.source, own.revision, None, None
     wanted = recipe.student.from_teacher
     say("loading the teacher")
@@ -395,6 +398,3 @@ def checkpoint_activations(student: Any) -> None:
         getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-
-
-def _silent(_: str) -> None: ...

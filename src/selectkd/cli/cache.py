@@ -190,7 +190,14 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
         )
     if spec.server is None:
         own_dtype = spec.dtype or recipe.training.dtype
-        teacher: Any = ModelPlan(spec.model, own_dtype, spec.quantization, spec.revision)
+        teacher: Any = ModelPlan(
+            spec.model,
+            own_dtype,
+            spec.quantization,
+            spec.revision,
+            attn_implementation=spec.attn_implementation,
+        )
+        teacher.check()
         payload, k = spec.payload or "hidden", spec.k
     else:
         teacher = plan_teacher(spec.server)

@@ -7,14 +7,13 @@ from selectkd.config.schema import (
     BetaChange,
     Data,
     EarlyStopping,
-    FromTeacher,
     Lora,
     ObjectiveSection,
     Recipe,
     SourceSection,
-    Student,
     Training,
 )
+from selectkd.config.student import FromTeacher, Student
 from selectkd.config.teachers import AdaptersOffTeacher, CacheTeacher, ModelTeacher, RemoteTeacher, Teacher
 
 __all__ = [

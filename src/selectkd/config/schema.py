@@ -14,51 +14,20 @@ from typing_extensions import Self
 from selectkd.config.expand import expanded
 from selectkd.config.migration import VERSION
 from selectkd.config.policies import DatasetPolicy, Policy
-from selectkd.config.section import Component, Count, Dtype, Name, Section, Share, Text, Whole, refuse
+from selectkd.config.section import (
+    Component,
+    Count,
+    Dtype,
+    Name,
+    Section,
+    Share,
+    Text,
+    Whole,
+    refuse,
+)
 from selectkd.config.several import Several
+from selectkd.config.student import Reference, Student
 from selectkd.config.teachers import AdaptersOffTeacher, ModelTeacher, Teacher
-
-
-class Reference(Section):
-    """A reference student, for the selectors that compare with one: a hub id, a folder, or a .gguf file."""
-
-    model: Text
-    revision: Text | None = None
-    dtype: Dtype | None = None
-
-
-class FromTeacher(Section):
-    """A student cut from the teacher: how many of its layers stay, and which."""
-
-    layers: Count
-    choose: Literal["measured", "even"] | list[Annotated[Whole, Field(ge=0)]] = "measured"
-
-    @model_validator(mode="after")
-    def _as_many_as_named(self) -> Self:
-        if isinstance(self.choose, list):
-            if len(set(self.choose)) != len(self.choose):
-                raise refuse(f"choose = {self.choose} names a layer twice")
-            if len(self.choose) != self.layers:
-                raise refuse(
-                    f"layers = {self.layers} but choose names {len(self.choose)} layers; make the two agree"
-                )
-        return self
-
-
-class Student(Section):
-    """The model that learns: an existing one, or one cut from the teacher."""
-
-    model: Text | None = None
-    revision: Text | None = None
-    from_teacher: FromTeacher | None = None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.model is None) == (self.from_teacher is None):
-            raise refuse("needs exactly one of model and from_teacher")
-        if self.revision is not None and self.model is None:
-            raise refuse("revision belongs to model; a student cut from the teacher has the teacher's")
-        return self
 
 
 class WeightChange(Section):
@@ -356,6 +325,17 @@ class Recipe(Section):
             raise refuse(
                 f"student.from_teacher cuts the teacher, which must be whole on the device for that, and "
                 f"teacher.placement = {apart[0]!r}; set it to device, or name the student: {{model: ...}}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_samples_stay_apart(self) -> Self:
+        teachers = [t.attn_implementation for t in self.teachers if isinstance(t, ModelTeacher)]
+        flash = [k for k in (self.student.attn_implementation, *teachers) if k and k.startswith("flash")]
+        if self.data.packing and flash:
+            raise refuse(
+                f"data.packing keeps samples apart by a mask that {flash[0]} does not take; use sdpa, eager or "
+                "flex_attention, or packing: false"
             )
         return self
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""How a model computes attention: ways that are installed here, never a kernel of the hub."""
 
 
 def refuse(message: str, *, at: str = "") -> PydanticCustomError:

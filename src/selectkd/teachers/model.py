@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selectkd.data.alignment import align
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded, load_model, load_tokenizer
+from selectkd.models.load import Loaded, check_model, load_model, load_tokenizer
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.placement import Placement, check_placement
 from selectkd.teachers.protocol import Payload, Teacher
@@ -25,6 +25,7 @@ class ModelPlan:
     quantization: str | None = None
     wanted_revision: str | None = None
     placement: Placement = "device"
+    attn_implementation: str | None = None
     payload: Payload = "live"
     k: int | None = None
     _loaded: Loaded | None = field(default=None, repr=False)
@@ -54,8 +55,16 @@ class ModelPlan:
                 dtype=self.dtype,
                 quantization=self.quantization,
                 revision=self.wanted_revision,
+                attn_implementation=self.attn_implementation,
             )
         return self._loaded
+
+    def check(self) -> None:
+        """ConfigError for what cannot be loaded as the recipe says, before anything is."""
+        check_model(
+            self.model, self.attn_implementation, revision=self.wanted_revision,
+            where="teacher.attn_implementation",
+        )  # fmt: skip
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> LiveTeacher:
         check_placement(self.placement)

@@ -34,7 +34,9 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
             quantization=spec.quantization,
             wanted_revision=spec.revision,
             placement=spec.placement,
+            attn_implementation=spec.attn_implementation,
         )
+        own.check()
         if spec.cross_tokenizer is None:
             return own
         across = spec.cross_tokenizer
