@@ -34,7 +34,7 @@ from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
-from selectkd.teachers.protocol import HasWeights, Teacher, TeacherPlan
+from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.terms import Extra, StreamSpec
 
@@ -142,8 +142,6 @@ def assemble(
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student=student, reference=reference)
-    if isinstance(teacher, HasWeights):
-        teacher.place(head_of(student).weight.device)
     names = tuple(stream.name for stream in plan.streams)
     writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer)
     training = recipe.training

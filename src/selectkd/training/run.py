@@ -22,7 +22,7 @@ from selectkd.models.gathered import gathered
 from selectkd.models.save import save_student
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
-from selectkd.teachers.protocol import ReadsAhead
+from selectkd.teachers.protocol import HasWeights, ReadsAhead
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank
@@ -106,6 +106,10 @@ def _train(
         kept=None if said is None else said["kept"],
     )
     claim.settle(identity(recipe, facts(made)), allow_change)
+    if isinstance(
+        made.teacher, HasWeights
+    ):  # now that its weights have been looked at: it may write the first text
+        made.teacher.place(device)
     origin = Origin(made.kept, cut_of(made), list(made.told))
     log = MetricsLog(run_dir / "metrics.jsonl", *(() if progress is None else (progress.line,)))
     feed = Feed(made.micro_batches, made.teacher.ahead if isinstance(made.teacher, ReadsAhead) else None)
