@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from selectkd.divergences.kl import forward_kl
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
 from selectkd.rows import Head, Scratch, TeacherChunk
+from selectkd.verifiers import STATISTICS
 
 IMPOSSIBLE = -1e4
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
@@ -24,6 +25,8 @@ LOWEST, HIGHEST = -20.0, 60.0
 """Between these log-sum-exps e^z is neither too small nor too large for fp32, and needs no shift by the maximum."""
 LOG2_E = math.log2(math.e)
 CPU_INFO = Path("/proc/cpuinfo")
+NO_FP64 = ("mps",)
+"""Devices without fp64: there a log-sum-exp is as exact as fp32 is."""
 LANES = 1024
 """Width of the pieces an argmax looks at first."""
 
@@ -67,6 +70,12 @@ class Seen(NamedTuple):
     grad_later: Tensor | None = None
 
 
+def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
+    """The statistics a verifier reads, without those that need labels where there are none."""
+    reads = getattr(verifier, "reads", STATISTICS)
+    return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
+
+
 @torch.no_grad()
 def pair_at(
     temperature: float, raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings
@@ -98,10 +107,13 @@ def exponentials(
     """Fills each ``out`` with e^z of its logits; returns one over the sums of their rows, the log-sum-exps in fp64 as
     those inverses are rounded, and whether all of these are ordinary.
 
-    Where one is not, the logits of all rows are shifted by their maximum first, in place.
+    Where one is not, the logits of all rows are shifted by their maximum first, in place; on an accelerator, where a
+    look at them would wait, always.
     """
-    inverse, norms = _sums(logits, out)
-    ordinary = all(LOWEST < norm < HIGHEST for norm in norms.flatten().tolist())  # nan is not
+    ordinary = False
+    if logits[0].device.type == "cpu":
+        inverse, norms = _sums(logits, out)
+        ordinary = all(LOWEST < norm < HIGHEST for norm in norms.flatten().tolist())  # nan is not
     if not ordinary:
         for z in logits:
             z.sub_(z.amax(-1, keepdim=True))
@@ -129,7 +141,8 @@ def exp2_is_faster() -> bool:
 def _sums(logits: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     sums = [exp_into(z, e).sum(-1) for z, e in zip(logits, out, strict=True)]
     inverse = torch.stack(sums).reciprocal_()
-    return inverse, inverse.double().log().neg_()
+    exact = inverse.float() if inverse.device.type in NO_FP64 else inverse.double()
+    return inverse, exact.log().neg_()
 
 
 def finish_gradient(

@@ -7,7 +7,6 @@ elementwise work. The gradient is taken in the forward pass, chunk by chunk; bac
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,22 +15,12 @@ import torch
 from torch import Tensor
 
 from selectkd.block import Rows, Seen, Settings, pair_at
-from selectkd.dense import block_rows, compiled_rows
-from selectkd.judge import has_closed_form, judge
+from selectkd.by_device import do_without_kernels, kernels_for, rows_of_block, scored_rows
+from selectkd.judge import judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.rows import CachedChunk, Head, LiveChunk, Scratch, TeacherRows, wide
-from selectkd.spans import AlignedChunk
+from selectkd.rows import Head, Scratch, TeacherRows, wide
 
-CHUNK_ROW_BYTES = 1024
-"""Rows of a chunk times the bytes of a logit: 256 rows in fp32, 512 in bf16. Each chunk costs the head's gradient one
-pass over [v, d], and so many rows make that small (measured: 128 rows in fp32 cost 7% more time)."""
-CHUNK_BYTES = 1 << 28
-"""Bytes of a chunk's logits, [c, v], at most, for each model."""
-TOP_K_ENTRIES = 3 << 19
-"""Entries of a block of a top-K teacher, whose small autograd graph costs the same for one row and for many."""
-AUTOGRAD_ENTRIES = 1 << 17
-"""Entries of a block where autograd keeps some forty temporaries of it."""
 SCALED_ENTRIES = 1 << 22
 """Entries of a gradient in 16 bits that are multiplied in fp32 at a time."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,13 +54,6 @@ class Work:
         return Rows(self.uniform[here], self.row_scale[here], *beside)
 
 
-def chunk_rows(n: int, width: int, chunk: int | None, dtype: torch.dtype = torch.float32) -> int:
-    """Rows of a chunk: what the caller said, else CHUNK_ROW_BYTES' worth where CHUNK_BYTES leaves room for them."""
-    if chunk is None:
-        chunk = max(32, min(CHUNK_ROW_BYTES, CHUNK_BYTES // width) // dtype.itemsize)
-    return max(1, min(n, chunk))
-
-
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
@@ -94,7 +76,7 @@ def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
         teacher = work.teacher.open(rows, width, scratch)
         beside = work.teacher.reference
         reference = None if beside is None else beside.open(rows, width, scratch)
-        for block in cuts(0, raw.shape[0], max(1, AUTOGRAD_ENTRIES // width)):
+        for block in cuts(0, raw.shape[0], scored_rows(width, raw.device)):
             at = work.rows(rows, block)
             pair = pair_at(temperature, raw, block, teacher, at, settings)
             if reference is not None:
@@ -125,7 +107,7 @@ class ChunkedLoss(torch.autograd.Function):
         wants_any = wants_hidden or wants_weight or wants_bias
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
         weight = weight.detach().to(work.products or weight.dtype)
-        head = replace(head, weight=weight, bias=None if bias is None else bias.detach())
+        head = replace(head, weight=weight, bias=bias)  # itself, which is looked at once
         width = work.teacher.shared_width(head.width)
         fp = wide(weight.dtype)
         n = hidden.shape[0]
@@ -166,7 +148,9 @@ class ChunkedLoss(torch.autograd.Function):
             bad += judged.bad
             kl += judged.kl
             if wants_any:
-                kept = rows_with_gradient(judged.weight) if work.objective.drops_rows else None
+                # on an accelerator a look at the weights would wait; there the kernels do not read such rows
+                looks = work.objective.drops_rows and raw.device.type == "cpu"
+                kept = rows_with_gradient(judged.weight) if looks else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
                 strong = strong_columns(gradient, work.gradient_filter) if work.gradient_filter else None
@@ -241,20 +225,16 @@ def judge_chunk(
 ) -> Seen:
     """Judges a chunk block by block, or at once where the kernels do this work; the gradient is left in ``raw``."""
     teacher = work.teacher.open(rows, width, scratch)
-    kernels = kernels_for(raw, teacher, settings)
+    kernels = kernels_for(raw, teacher, settings, judged=work.acceptance is not None)
     if kernels is not None:
-        return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
-    widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
-    if isinstance(teacher, CachedChunk):
-        size = TOP_K_ENTRIES // width
-    elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
-        size = compiled_rows(width) if settings.compiled else block_rows(width, wide(raw.dtype))
-    else:
-        size = AUTOGRAD_ENTRIES // widest
+        try:
+            return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+        except kernels.CannotLaunch as error:  # nothing has been written yet
+            do_without_kernels(raw.device.type, str(error))
     columns: dict[str, Tensor] = {}
     bad: Tensor | int = 0
     kl: Tensor | int = 0
-    for block in cuts(0, raw.shape[0], max(1, size)):
+    for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, settings)):
         judged = judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
         bad, kl = bad + judged.bad, kl + judged.kl
         # copied, not kept: small tensors that stay would lie where the next block's large ones have been
@@ -264,15 +244,6 @@ def judge_chunk(
                     columns[name] = torch.empty(raw.shape[0], dtype=values.dtype, device=values.device)
                 columns[name][block] = values
     return Seen(bad=bad, kl=kl, **columns)
-
-
-def kernels_for(raw: Tensor, teacher: Any, settings: Settings) -> Any:
-    """The module of kernels where they do this work: on an accelerator, with Triton there; None for ``block.judge``."""
-    if raw.device.type == "cpu" or importlib.util.find_spec("triton") is None:
-        return None
-    from selectkd import kernels
-
-    return kernels if kernels.claims(settings, teacher) else None
 
 
 def rows_with_gradient(weight: Tensor) -> Tensor | None:

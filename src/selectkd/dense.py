@@ -32,6 +32,7 @@ from selectkd.block import (
     finish_gradient,
     kl_of,
     pair_at,
+    statistics_of,
 )  # fmt: skip
 from selectkd.divergences.gradient import Block, Column, dot, narrow, total
 from selectkd.divergences.kl import LOG_FLOOR, forward_value
@@ -163,12 +164,6 @@ def tell(
     return told, factor
 
 
-def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
-    """The statistics a verifier reads, without those that need labels where there are none."""
-    reads = getattr(verifier, "reads", STATISTICS)
-    return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
-
-
 def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
     """Where the logits of ``raw`` are worked on: ``raw`` itself where it is them, else fp32 memory of ``name``."""
     if head.is_plain and raw.dtype in (torch.float32, torch.float64):
@@ -220,8 +215,14 @@ def many_rows(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tu
     finite: Tensor | bool = True
     if not ordinary:
         finite = torch.isfinite(norms[1])
-        for ours, theirs in ((zp, zq), (p, q), (inverse[1], inverse[0]), (norms[1], norms[0])):
-            ours[~finite] = theirs[~finite]
+        rows = finite[:, None]
+        for ours, theirs in (
+            (zp, zq),
+            (p, q),
+            (inverse[1], inverse[0]),
+            (norms[1, :, None], norms[0, :, None]),
+        ):
+            ours.copy_(torch.where(rows, ours, theirs))
     q.mul_(inverse[0])
     p.mul_(inverse[1])
     norm_q, norm_p = norms[:, :, None]

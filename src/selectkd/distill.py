@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.chunked import ROWS, ChunkedLoss, Work, chunk_rows, first_pass, untraced
+from selectkd.by_device import chunk_rows
+from selectkd.chunked import ROWS, ChunkedLoss, Work, first_pass, untraced
 from selectkd.compiled import check_compiled
 from selectkd.divergences.sorted import is_unpaired
 from selectkd.errors import ConfigError
@@ -81,6 +82,8 @@ def distillation_loss(
     ((20, 8), 6)
     """
     student = Head.of(head)
+    if not torch.is_grad_enabled():  # a head that wants a gradient would get one all the same, for nothing
+        hidden, student = hidden.detach(), student.detach()
     n = hidden.shape[0]
     uniform = _checked_uniform(uniform, n, objective, hidden.device)
     _check(hidden, student, teacher, objective, temperature, chunk)
@@ -105,7 +108,7 @@ def distillation_loss(
         uniform=uniform,
         row_scale=row_scale.detach(),
         temperature=temperature,
-        chunk=chunk_rows(n, width, chunk, products),
+        chunk=chunk_rows(n, width, chunk, products, hidden.device),
         labels=labels,
         sequence=sequence,
         also_kl=also_kl,
@@ -137,8 +140,7 @@ def _fused(
     if isinstance(teacher, AlignedRows):
         return _by_spans(hidden, student, teacher, work)
     if work.objective.ranks_the_batch and hidden.shape[0]:
-        detached = replace(student, weight=student.weight.detach())
-        work = replace(work, acceptance=first_pass(hidden.detach(), detached, work, width))
+        work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
     loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
     return loss, bad, kl, dict(zip(ROWS, rows, strict=True))
 

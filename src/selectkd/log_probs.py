@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selectkd.chunked import chunk_rows, differentiable_once, untraced
+from selectkd.by_device import chunk_rows
+from selectkd.chunked import differentiable_once, untraced
 from selectkd.products import HeadGradient, cuts
 from selectkd.rows import Head, Scratch, product_dtype, wide
 
@@ -48,7 +49,7 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, token, dead)
         ctx.head, ctx.products = head, products
-        ctx.rows = chunk_rows(hidden.shape[0], head.width, chunk, products)
+        ctx.rows = chunk_rows(hidden.shape[0], head.width, chunk, products, hidden.device)
         head = replace(head, weight=weight.detach().to(products))
         fp = wide(weight.dtype)
         out = torch.empty(hidden.shape[0], dtype=fp, device=hidden.device)

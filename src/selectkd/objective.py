@@ -126,7 +126,9 @@ class Objective:
         if self.always_accept:
             if label is None:
                 raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
-            named = torch.isin(label, torch.tensor(self.always_accept, device=label.device))
+            named = torch.zeros_like(label, dtype=torch.bool)
+            for token in self.always_accept:  # a tensor of them would be a copy that waits for the device
+                named = named | (label == token)
             acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
         # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
         if self.beta < 1.0:

@@ -124,13 +124,30 @@ def support_pair(
 
 
 def checked_ids(ids: Int[Tensor, "n k"], width: int) -> Int[Tensor, "n k"]:
-    """The ids as int64, or a ConfigError where one is no token of a vocabulary of ``width``."""
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= width):
+    """The ids as int64, or a ConfigError where one is no token of a vocabulary of ``width``.
+
+    On an accelerator a look would wait: there ``known_ids`` takes such rows out.
+    """
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= width):
         raise ConfigError(
             f"the teacher's stored ids reach from {int(ids.min())} to {int(ids.max())}, but the student's "
             f"vocabulary has {width} tokens; teacher and student must share their ids."
         )
     return ids.long()
+
+
+def known_ids(
+    ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"], width: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """The ids as int64 and their log-probabilities, nan in a row with an id that is no token of ``width``: such a row
+    counts as one of a teacher that is not finite.
+
+    >>> import torch
+    >>> known_ids(torch.tensor([[0, 1], [0, 9]]), torch.zeros(2, 2), 4)[1].tolist()
+    [[0.0, 0.0], [nan, nan]]
+    """
+    outside = (ids < 0) | (ids >= width)
+    return ids.long().masked_fill(outside, 0), logp.masked_fill(outside.any(-1, keepdim=True), torch.nan)
 
 
 def logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:

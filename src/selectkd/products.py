@@ -6,6 +6,7 @@ n rows, c rows of a chunk, v vocabulary, k columns kept, d student width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -84,36 +85,46 @@ def hidden_gradient(
 class HeadGradient:
     """The sum of G^T [v, c] X [c, d] over a known number of chunks, ``total`` [v, d] in ``dtype``, default the head's.
 
-    No worse than a sum in fp32 in half its memory: below fp32, what each rounding of the total takes away is kept in a
-    second tensor of the same dtype and comes back with the next product (Kahan's compensated sum). One product or two
-    need no second tensor: they are rounded once. Nor does an fp32 total of bf16 products, as under autocast.
+    No worse than a sum in fp32 in half its memory, on a processor: below fp32, what each rounding of the total takes
+    away is kept in a second tensor of the same dtype and comes back with the next product (Kahan's compensated sum).
+    One product or two need no second tensor: they are rounded once. Nor does an fp32 total of bf16 products, as under
+    autocast. On an accelerator the sum itself is in fp32, the same memory, and a chunk one product.
     """
 
     def __init__(self, weight: Tensor, width: int, products: int, dtype: torch.dtype | None = None) -> None:
-        dtype = weight.dtype if dtype is None else dtype
-        self.total = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        self.width = width
-        self.total[width if products else 0 :].zero_()
-        self.narrow = weight.dtype.itemsize < 4
-        compensated = dtype.itemsize < 4 and products > 2
-        self.rest = torch.zeros_like(self.total[:width]) if compensated else None
+        self.dtype = weight.dtype if dtype is None else dtype
+        self.width, self.narrow = width, weight.dtype.itemsize < 4
+        self.at_once = self.narrow and weight.device.type != "cpu"
+        summed = torch.float32 if self.at_once and products > 1 else self.dtype
+        self._sum = torch.empty_like(weight, dtype=summed, memory_format=torch.contiguous_format)
+        self._sum[width if products else 0 :].zero_()
+        compensated = summed.itemsize < 4 and products > 2
+        self.rest = torch.zeros_like(self._sum[:width]) if compensated else None
         self.piece = PIECE if self.rest is None else COMPENSATED_PIECE
         self.empty = True
+
+    @property
+    def total(self) -> Float[Tensor, "v d"]:
+        """The sum of the products so far."""
+        return self._sum.to(self.dtype)
 
     def add(
         self, gradient: Float[Tensor, "c v"], inputs: Float[Tensor, "c d"], strong: Strong | None = None
     ) -> None:
-        """Adds one chunk's product; below fp32, and over columns, a few rows at a time, which stay in the cache."""
-        total = self.total[: self.width]
+        """Adds one chunk's product; below fp32, and over columns, a processor takes a few rows at a time, which stay in
+        its cache."""
+        total = self._sum[: self.width]
         if strong is not None:
             if self.empty:
                 total.zero_()
-            for piece in cuts(0, strong.ids.shape[0], self.piece):
+            for piece in cuts(0, strong.ids.shape[0], strong.ids.shape[0] if self.at_once else self.piece):
                 self._add_piece(total, strong.ids[piece], strong.part[:, piece].t() @ inputs)
         elif self.empty and total.dtype == gradient.dtype:
             torch.mm(gradient.t(), inputs, out=total)
         elif not self.narrow:
             torch.addmm(total, gradient.t(), inputs, out=total)
+        elif self.at_once:
+            add_product(total, gradient.t(), inputs, fresh=self.empty)
         else:
             if self.empty:
                 total.zero_()
@@ -128,3 +139,23 @@ class HeadGradient:
         exact = product.float().add_(total[rows]).add_(self.rest[rows])
         total[rows] = exact.to(total.dtype)
         self.rest[rows] = exact.sub_(total[rows]).to(total.dtype)
+
+
+def add_product(
+    total: Float[Tensor, "v d"], a: Float[Tensor, "v c"], b: Float[Tensor, "c d"], *, fresh: bool
+) -> None:
+    """total += a b, or total = a b where ``fresh``: narrow a and b on an accelerator, total in fp32 and not rounded on
+    the way where torch has products into fp32."""
+    if not writes_fp32(a.device.type):
+        product = a @ b
+        total.copy_(product) if fresh else total.add_(product)
+    elif fresh:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@cache
+def writes_fp32(kind: str) -> bool:
+    """Whether a kind of device has products of narrow matrices written in fp32: CUDA's, from torch 2.8 on."""
+    return kind == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.addmm, "dtype_out")

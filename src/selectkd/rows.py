@@ -5,7 +5,7 @@ n rows, c rows of one chunk, v vocabulary, s support, d/e student/teacher width,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from selectkd.errors import ConfigError
-from selectkd.pair import TokenPair, checked_ids, topk_pair
+from selectkd.pair import TokenPair, checked_ids, known_ids, topk_pair
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -59,6 +59,11 @@ class Head:
             return self
         bias = None if self.bias is None else self.bias.to(device)
         return Head(self.weight.to(device), bias, self.scale, self.softcap)
+
+    def detach(self) -> Head:
+        """The head without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
     @property
     def is_plain(self) -> bool:
@@ -274,7 +279,10 @@ class CachedRows:
         return CachedRows(self.ids[index], self.logp[index])
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> CachedChunk:
-        return CachedChunk(checked_ids(self.ids[rows], width), self.logp[rows])
+        ids, logp = checked_ids(self.ids[rows], width), self.logp[rows]
+        return (
+            CachedChunk(ids, logp) if ids.device.type == "cpu" else CachedChunk(*known_ids(ids, logp, width))
+        )
 
 
 class CachedChunk:

@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 
 from gpu.pretended import Gpu, Refused, as_it_is, pretended
-from selectkd import kernels
+from selectkd.kernels import launch, passes
 
-NAMES = ("_statistics", "_gradient")
+NAMES = ("statistics", "gradient")
 
 
 class Launched:
@@ -40,9 +40,9 @@ class Launched:
 @contextlib.contextmanager
 def pretended_with_kernels(devices: int = 1, *, tile: int = 64) -> Iterator[Gpu]:
     """``pretended``, the kernels with it; ``gpu.statistics`` and ``gpu.gradient`` count their launches."""
-    with pretended(devices) as gpu, mock.patch.object(kernels, "TILE", tile), contextlib.ExitStack() as stack:
+    with pretended(devices) as gpu, mock.patch.object(launch, "TILE", tile), contextlib.ExitStack() as stack:
         for name in NAMES:
-            launched = Launched(gpu, getattr(kernels, name))
-            setattr(gpu, name.strip("_"), launched)
-            stack.enter_context(mock.patch.object(kernels, name, launched))
+            launched = Launched(gpu, getattr(passes, name))
+            setattr(gpu, name, launched)
+            stack.enter_context(mock.patch.object(passes, name, launched))
         yield gpu

@@ -13,7 +13,8 @@ import torch
 from selectkd import Head, LiveRows, Objective, chunked, distillation_loss, kernels, uniforms
 from selectkd.block import Rows, Settings
 from selectkd.judge import judge as reference
-from selectkd.rows import Scratch
+from selectkd.kernels import launch
+from selectkd.rows import LiveChunk, Scratch
 from selectkd.verifiers import VERIFIERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,16 +24,17 @@ READ_STATISTICS = [name for name, factory in VERIFIERS.items() if hasattr(factor
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", 128)  # three tiles, the last one cut off
+    monkeypatch.setattr(launch, "TILE", 128)  # three tiles, the last one cut off
 
 
 def made(*, student=None, teacher=None, shared=None, seed=0, v=V):
     g = torch.Generator().manual_seed(seed)
     hidden, other = torch.randn(C, D, generator=g), torch.randn(C, E, generator=g)
     weight, teacher_weight = torch.randn(v, D, generator=g) * 0.7, torch.randn(v, E, generator=g) * 0.7
-    head = (student or Head)(weight)
-    rows = LiveRows(other, (teacher or Head)(teacher_weight), shared=shared)
-    return hidden, head, rows
+    head = (student or Head)(weight).to(DEVICE)
+    shared = None if shared is None else shared.to(DEVICE)
+    rows = LiveRows(other.to(DEVICE), (teacher or Head)(teacher_weight).to(DEVICE), shared=shared)
+    return hidden.to(DEVICE), head, rows
 
 
 def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=None, spoil=None, **options):
@@ -40,9 +42,13 @@ def compare(objective, *, temperature=1.0, student=None, teacher=None, shared=No
     if spoil is not None:
         live.hidden[spoil] = torch.nan
     uniform = uniforms(C, objective.uniforms_per_token, seed=1, step=3)
-    at = Rows(
-        uniform, torch.linspace(0.1, 1.0, C), torch.arange(C) * 3, torch.zeros(C, dtype=torch.long), None
+    columns = (
+        uniform,
+        torch.linspace(0.1, 1.0, C),
+        torch.arange(C) * 3,
+        torch.zeros(C, dtype=torch.long),
     )
+    at = Rows(*(x.to(DEVICE) for x in columns), None)
     settings = Settings(objective, head, temperature, wants_gradient=True, also_kl=True)
     results = []
     for run in ("kernel", "reference"):
@@ -168,6 +174,88 @@ def test_the_whole_loss_with_the_kernels_equals_the_whole_loss(name, dtype, monk
     tolerance = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-2}
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
+
+
+def judged(
+    student: torch.Tensor, teacher: torch.Tensor, objective: Objective, label: torch.Tensor | None = None
+):
+    """What the kernels see in logits of both models as they stand, and the gradient they leave."""
+    c, v = student.shape
+    ours, theirs = (
+        LiveRows(torch.zeros(c, 1), torch.zeros(v, 1)).open(slice(0, c), v, Scratch()) for _ in range(2)
+    )
+    raw, chunk = (
+        student.clone().to(DEVICE),
+        LiveChunk(teacher.clone().to(DEVICE), theirs.head.to(DEVICE), None),
+    )
+    label = None if label is None else label.to(DEVICE)
+    at = Rows(torch.empty(c, 0, device=DEVICE), torch.ones(c, device=DEVICE), label, None, None)
+    settings = Settings(objective, ours.head.to(DEVICE), 1.0, wants_gradient=True)
+    return kernels.judge(raw, chunk, at, settings), raw
+
+
+def exact_kl(p_logits, q_logits):
+    logp, logq = (torch.log_softmax(z.double(), -1) for z in (p_logits, q_logits))
+    return torch.where(logp.exp() > 0, logp.exp() * (logp - logq), 0.0).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"), [("forward_kl", (1, 0)), ("reverse_kl", (0, 1)), ("jeffreys", None)]
+)
+@pytest.mark.parametrize("distance", [1e-2, 1e-3])
+def test_a_divergence_near_the_teacher_keeps_its_digits(name, sides, distance):
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(4, 2000, generator=g) * 3
+    student = teacher + distance * torch.randn(4, 2000, generator=g)
+    if sides is None:
+        true = 0.5 * exact_kl(teacher, student) + 0.5 * exact_kl(student, teacher)
+    else:
+        p, q = (teacher, student) if sides == (1, 0) else (student, teacher)
+        true = exact_kl(p, q)
+    seen, _ = judged(student, teacher, Objective(name, "always"))
+    # 2^-22: what the logarithm of a probability near e^-4 is rounded by
+    torch.testing.assert_close(seen.divergence.cpu().double(), true, atol=2.0**-22, rtol=1e-4)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 300, 10**6])
+def test_a_label_outside_the_vocabulary_is_no_token_and_is_not_read(label):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 300, generator=g)
+    labels = torch.tensor([label, int(logits[1].argmax()), label])
+    seen, _ = judged(logits, logits, Objective("forward_kl", "label_top_k", beta=0.0), labels)
+    assert seen.acceptance.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_the_first_of_several_best_tokens_is_proposed():
+    student, teacher = torch.zeros(3, 300), torch.zeros(3, 300)
+    for row, (first, others) in enumerate(((5, (6, 133)), (129, (131, 299)), (0, (128, 256)))):
+        student[row, [first, *others]] = 4.0  # in one thread's columns, in one tile, and in several
+        teacher[row, first], teacher[row, list(others)] = 1.0, -1.0
+    seen, _ = judged(student, teacher, Objective("forward_kl", {"name": "greedy_topk", "k": 1}, beta=0.0))
+    assert seen.acceptance.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("where", [slice(0, 3), slice(0, 130), slice(297, 300)], ids=str)
+@pytest.mark.parametrize("name", ["forward_kl", "generalized_jsd"])
+def test_tokens_that_both_models_forbid_take_no_part(name, where):
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 300, generator=g)
+    rest = torch.ones(300, dtype=torch.bool)
+    rest[where] = False
+    alone, gradient_alone = judged(student[:, rest], teacher[:, rest], Objective(name, "hellinger"))
+    student[:, where], teacher[:, where] = -torch.inf, -torch.inf
+    seen, gradient = judged(student, teacher, Objective(name, "hellinger"))
+    torch.testing.assert_close(seen.divergence, alone.divergence, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient[:, rest], gradient_alone, atol=1e-6, rtol=1e-5)
+    assert not gradient[:, where].any() and int(seen.bad) == 0
+
+
+def test_a_row_that_counts_nothing_leaves_zeros_over_whatever_it_held():
+    student, teacher = torch.randn(2, 300), torch.randn(2, 300)
+    student[0] = torch.nan
+    teacher[0] = torch.nan
+    seen, gradient = judged(student, teacher, Objective("forward_kl", "always"))
+    assert int(seen.bad) == 1 and not gradient[0].any() and gradient[1].isfinite().all()
 
 
 @pytest.mark.gpu

@@ -35,19 +35,18 @@ def normalised(score: Float[Tensor, " n"], *, clip: float = 0.0) -> Float[Tensor
 
     clip: each end is first clipped to this quantile of the finite scores (linear between order statistics).
     """
-    known = score[score.isfinite()].sort().values
-    if not known.numel():
-        return torch.full_like(score, math.nan)
-    low, high = (_quantile(known, q) for q in (clip, 1.0 - clip))
+    finite = score.isfinite()
+    ascending, count = torch.where(finite, score, math.inf).sort().values, finite.sum()
+    low, high = (_quantile(ascending, count, q) for q in (clip, 1.0 - clip))
     scaled = (score.clamp(low, high) - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
-    return torch.where(score.isfinite(), scaled, math.nan)
+    return torch.where(finite, scaled, math.nan)
 
 
-def _quantile(ascending: Float[Tensor, " n"], q: float) -> Float[Tensor, ""]:
-    """The q-quantile; torch.quantile takes 16 million numbers at most."""
-    at = q * (ascending.shape[0] - 1)
-    low, high = ascending[math.floor(at)], ascending[math.ceil(at)]
-    return low + (at - math.floor(at)) * (high - low)
+def _quantile(ascending: Float[Tensor, " n"], count: Int[Tensor, ""], q: float) -> Float[Tensor, ""]:
+    """The q-quantile of the first ``count``, whose number the host need not know."""
+    at = q * (count - 1).clamp(min=0).to(ascending.dtype)
+    low, high = (ascending.gather(0, place.long()[None])[0] for place in (at.floor(), at.ceil()))
+    return low + (at - at.floor()) * (high - low)
 
 
 def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:

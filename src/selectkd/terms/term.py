@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from selectkd.chunked import ROWS, Work, chunk_rows, first_pass
+from selectkd.by_device import chunk_rows
+from selectkd.chunked import ROWS, Work, first_pass
 from selectkd.distill import distillation_loss
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
@@ -60,19 +61,19 @@ class Forward:
     def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
         """What ``selector`` keeps, from a first pass over all rows: its ``keep`` of its ``score``."""
         n, width = self.hidden.shape[0], self.teacher.shared_width(self.head.width)
+        products = product_dtype(self.head.weight)
         work = Work(
             teacher=self.teacher,
             objective=Objective("forward_kl", selector, beta=0.0),
             uniform=self.uniform if uniform is None else uniform,
             row_scale=torch.zeros(n, device=self.hidden.device),
             temperature=1.0,
-            chunk=chunk_rows(n, width, self.chunk),
+            chunk=chunk_rows(n, width, self.chunk, products, self.hidden.device),
             labels=self.labels,
             sequence=self.sequence,
-            products=product_dtype(self.head.weight),
+            products=products,
         )
-        head = replace(self.head, weight=self.head.weight.detach())
-        return first_pass(self.hidden.detach(), head, work, width)
+        return first_pass(self.hidden.detach(), self.head.detach(), work, width)
 
     @cached_property
     def label_log_probs(self) -> Float[Tensor, "n 2"]:

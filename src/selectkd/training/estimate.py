@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from selectkd.assembly import checkpoint_activations
-from selectkd.chunked import chunk_rows
+from selectkd.by_device import chunk_rows
 from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import load_shape

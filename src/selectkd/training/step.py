@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selectkd.chunked import chunk_rows
+from selectkd.by_device import chunk_rows
 from selectkd.data.supervised import supervised
 from selectkd.devices import out_of_memory
 from selectkd.errors import ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
+from selectkd.rows import product_dtype
 from selectkd.teachers.protocol import Teacher
 from selectkd.terms import Forward, LossPlan, weighted_sum
 from selectkd.training.checkpoint import Stateful
@@ -92,7 +93,8 @@ class DistillationModel(nn.Module):
                 return weighted_sum(plan.terms(here), here, row_scale)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 n, head = here.hidden.shape[0], here.head
-                rows = self.chunk or chunk_rows(n, head.width, None, head.weight.dtype)
+                products, device = product_dtype(head.weight), here.hidden.device
+                rows = self.chunk or chunk_rows(n, head.width, None, products, device)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:

@@ -141,8 +141,9 @@ class prefix_gate:
         count = rejected[order].cumsum(0)
         first = torch.ones_like(order, dtype=torch.bool)
         first[1:] = sequence[order][1:] != sequence[order][:-1]
-        before = (count - rejected[order])[first]  # rejections in the sequences ahead
-        within = count - before[first.long().cumsum(0) - 1]
+        # rejections in the sequences ahead: known at each sequence's first row, and never fewer further on
+        before = torch.where(first, count - rejected[order], 0.0).cummax(0).values
+        within = count - before
         return torch.zeros_like(rejected).scatter(0, order, (within == 0).to(rejected.dtype))
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
