@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint bench chaos fuzz pins clean
+.PHONY: setup demo test lint bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,42 @@ chaos: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --recipes 10000 --bytes 100000
 
+# What only a GPU can say, in about 8 minutes: an environment with a CUDA build of torch and the two peers with kernels,
+# the kernels' own tests on the device, and the benchmark, whose rows go to benchmarks/results.csv.
+GPU := .venv-gpu
+GPU_PIP := $(GPU)/bin/python -m pip --disable-pip-version-check
+GPU_STAMP := $(GPU)/.set-up
+MINUTES ?= 8
+$(GPU_STAMP): pyproject.toml constraints/pinned.txt
+	test -x $(GPU)/bin/python || $(PYTHON) -m venv $(GPU)
+	$(GPU_PIP) install -q -c constraints/pinned.txt $(FROM_INDEX) torch
+	$(GPU_PIP) install -q -c constraints/pinned.txt -e '.[dev]' trl==1.16.0
+	$(GPU_PIP) install -q --no-deps liger-kernel==0.8.5
+	touch $@
+
+gpu: $(GPU_STAMP)
+	$(GPU)/bin/python -m pytest tests/gpu -m gpu
+	$(GPU)/bin/python benchmarks/gpu.py --minutes $(MINUTES) --record
+
+# The oldest versions that pyproject.toml allows, in an environment of their own: the mathematics, the kernels, a run.
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.set-up
+$(OLDEST_STAMP): pyproject.toml $(STAMP)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(BIN)/uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	touch $@
+
+oldest: $(OLDEST_STAMP)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q tests/contract tests/equivalence tests/gpu tests/golden tests/training
+
+# The newest transformers and what it brings, whatever the pins say: what will break next, told early.
+NEWEST := .venv-newest
+newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q -c constraints/pinned.txt $(FROM_INDEX) torch
+	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q tests/models tests/data tests/generation tests/golden tests/training
+
 bench: $(BENCH_STAMP)
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/loss.py --quick
 
@@ -85,4 +121,4 @@ pins: $(STAMP)
 	sed -i '1i # Every version the gate runs with on Python 3.10 to 3.13, direct and transitive; written by `make pins`.' $(PINS)
 
 clean:
-	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(GPU) $(OLDEST) $(NEWEST) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,15 @@ class Implementation:
     peer: Peer | None = None
 
 
-def random_states(shape: str, n: int) -> States:
-    """Seeded states of a realistic entropy and of two models that mostly agree; the module says how."""
-    d, e, v = SHAPES[shape]
-    seed = torch.Generator().manual_seed(0)
-    teacher, teacher_head = torch.randn(n, e, generator=seed), torch.randn(v, e, generator=seed)
+def random_states(sizes: tuple[int, int, int], n: int, device: torch.device | str = "cpu") -> States:
+    """Seeded states of d, e, v, of a realistic entropy and of two models that mostly agree; the module says how."""
+    d, e, v = sizes
+    seed = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=seed, device=device)
+    teacher, teacher_head = normal(n, e), normal(v, e)
     teacher_head[:, d:] *= 0.25
     teacher_head /= math.sqrt(d)
-    noise = torch.randn(n, d, generator=seed)
+    noise = normal(n, d)
     hidden = 0.95 * teacher[:, :d] + math.sqrt(1 - 0.95**2) * noise
     logits = teacher[:WARM_ROWS] @ teacher_head.t()
     low, high = 0.0, 30.0
@@ -202,7 +204,7 @@ def limit(states: States) -> tuple[float, Tensor, Tensor]:
     live = not isinstance(states, TopK)
     (n, _), v = hidden.shape, head.shape[0]
     chunk = chunk_rows(n, v, None, head.dtype)
-    ours, theirs = (torch.empty(chunk, v, dtype=head.dtype) for _ in range(2))
+    ours, theirs = (torch.empty(chunk, v, dtype=head.dtype, device=head.device) for _ in range(2))
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
@@ -222,7 +224,7 @@ def selectkd(kind: type[States], divergence: str, verifier: str, **settings: Any
     objective = Objective(divergence, verifier, beta=1.0)
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5)
+        uniform = torch.full((hidden.shape[0], objective.uniforms_per_token), 0.5, device=hidden.device)
         return distillation_loss(
             hidden, head, kind.rows(teacher, teacher_head), objective, uniform, **settings
         )[0]
@@ -441,7 +443,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in wanted.shapes:
         for n in wanted.n:
-            master = real_states(n) if wanted.real else random_states(shape, n)
+            master = real_states(n) if wanted.real else random_states(SHAPES[shape], n)
             label = f"{shape}, real" if wanted.real else shape
             label += "" if wanted.top_k is None else f", top {wanted.top_k}"
             for dtype in wanted.dtypes:

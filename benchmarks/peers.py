@@ -70,7 +70,7 @@ def trl_gkd(divergence: str, *, compiled: bool = False) -> Loss:
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         with torch.no_grad():
             theirs = linear(teacher, teacher_head)[None]  # [1, n, v]
-        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long)
+        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         return function(linear(hidden, head)[None], theirs, labels=labels, beta=beta)
 
     return loss
@@ -82,7 +82,7 @@ def trl_chunked(divergence: str) -> Loss:
     beta = BETAS[divergence]
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        mask = torch.ones(1, hidden.shape[0], dtype=torch.long)
+        mask = torch.ones(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         return function(hidden[None], teacher[None], head, teacher_head, mask, beta)[0]
 
     return loss
@@ -99,7 +99,7 @@ def liger(divergence: str, *, chunk: int, compiled: bool = False) -> Loss:
     )
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        labels = torch.zeros(hidden.shape[0], dtype=torch.long)
+        labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
         return module(hidden, head, teacher, teacher_head, labels)
 
     return loss
@@ -127,7 +127,9 @@ def torchtune(divergence: str) -> Loss:
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         with torch.no_grad():
             theirs = linear(teacher, teacher_head)
-        return module(linear(hidden, head), theirs, torch.zeros(hidden.shape[0], dtype=torch.long))
+        return module(
+            linear(hidden, head), theirs, torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+        )
 
     return loss
 
@@ -144,7 +146,8 @@ def torchtune_chunked(divergence: str) -> Loss:
                 linear(part[None], teacher_head) for part in teacher.chunk(chunks)
             ]  # [1, n / 8, v] each
         ours = [linear(part[None], head) for part in hidden.chunk(chunks)]
-        return module(ours, theirs, torch.zeros(1, hidden.shape[0], dtype=torch.long))
+        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+        return module(ours, theirs, labels)
 
     return loss
 
@@ -155,7 +158,7 @@ def ms_swift(divergence: str) -> Loss:
     beta = BETAS[divergence]
 
     def loss(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long)
+        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         with torch.no_grad():
             theirs = module.TeacherOutput(full_logits=linear(teacher, teacher_head)[None], labels=labels)
         total, count = module.gkd_loss(linear(hidden, head)[None], theirs, labels, beta, 1.0)
@@ -172,7 +175,7 @@ def distillkit(divergence: str) -> Loss:
         n = hidden.shape[0]
         with torch.no_grad():
             theirs = linear(teacher, teacher_head)[None]
-        return function(linear(hidden, head)[None], theirs, mask=torch.ones(1, n)) / n
+        return function(linear(hidden, head)[None], theirs, mask=torch.ones(1, n, device=hidden.device)) / n
 
     return loss
 
@@ -212,7 +215,7 @@ def axolotl_fused(divergence: str, *, compiled: bool = False) -> Loss:
     )  # fmt: skip
 
     def loss(hidden: Tensor, head: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
-        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long)
+        labels = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         total = module(head, hidden[None], ids[None], logp[None], torch.ones_like(ids)[None], labels)
         return total / hidden.shape[0]
 

@@ -21,9 +21,10 @@ Row = tuple[str, str, str, float, float | str, int]
 """case, implementation, metric, value, spread or interval ("": neither), seeds or repeats."""
 
 
-def record(benchmark: str, rows: Iterable[Row], *, beside: str = "") -> None:
-    """Appends rows of a benchmark; ``beside`` names the version of another package that was measured."""
-    device = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+def record(benchmark: str, rows: Iterable[Row], *, beside: str = "", device: str = "") -> None:
+    """Appends rows of a benchmark; ``beside`` names the version of another package that was measured, ``device`` the
+    accelerator: without it the rows are of this processor."""
+    device = device or f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
     versions = f"torch {torch.__version__} transformers {transformers.__version__} {beside}".rstrip()
     today = datetime.date.today().isoformat()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:

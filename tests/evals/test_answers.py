@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 
-from selectkd.evals.answers import last_boxed, same_mathematics, same_number
+from selectkd.evals.answers import same_mathematics, same_number
+from selectkd.evals.numbers import last_boxed
 
 # (answer, reference, whether a person would call it right)
 NUMBERS = [
@@ -88,6 +89,40 @@ NUMBERS = [
     ("#### 42 apples", "#### 42", True),
     ("#### -42", "#### 42", False),
     ("#### .42", "#### 42", False),
+    ("The answer is 3 * 4 = 12.", "#### 12", True),
+    ("The answer is 3 * 4 = 12.", "#### 3", False),
+    ("The answer is 12 = 3 * 4.", "#### 12", True),
+    ("The answer is x = 12, since 3 * 4 = 12 and not 13 = 1", "#### 12", True),
+    ("The answer is 3 apples x 4 = 12 apples", "#### 12", True),
+    ("#### 3 * 4 = 12", "#### 12", True),
+    (r"\boxed{3 \cdot 4 = 12}", "#### 12", True),
+    (r"\boxed{1{,}200}", "#### 1200", True),
+    (r"\boxed{1\,200}", "#### 1200", True),
+    (r"The answer is $1{,}200{,}000$.", "#### 1200000", True),
+    ("1\u202f200", "#### 1200", True),
+    (r"\boxed{12\text{ m}^2}", "#### 12", True),
+    (r"\boxed{12~\mathrm{cm}^{3}}", "#### 12", True),
+    ("The area is 12 m².", "#### 12", True),
+    ("It weighs 12 cm2", "#### 12", True),
+    ("The answer is 12 m^2.", "#### 12", True),
+    ("12 km/h", "#### 12", True),
+    ("The answer is 3 1/2.", "#### 3.5", True),
+    (r"\boxed{3\frac{1}{2}}", "#### 3.5", True),
+    ("2½ cups", "#### 2.5", True),
+    (r"\boxed{\dfrac{7}{2}}", "#### 3.5", True),
+    (r"\boxed{-\frac{7}{2}}", "#### -3.5", True),
+    (r"\boxed{2 \times 10^{3}}", "#### 2000", True),
+    (r"The answer is $1.5 \times 10^5$", "#### 150000", True),
+    ("The answer is 3 \u00d7 10⁵", "#### 300000", True),
+    ("The answer is 2.5e3", "#### 2500", True),
+    ("The answer is 10^3", "#### 1000", True),
+    ("the answer is -$5", "#### -5", True),
+    ("the answer is $-5", "#### -5", True),
+    ("The answer is \u22125", "#### -5", True),
+    ("we compute 10 - 5", "#### -5", False),
+    (r"x_1 = 4", "#### 4", True),
+    ("4^{400000}", "#### 42", False),
+    ("1/2 1/0", "#### 42", False),
 ]
 
 MATHEMATICS = [

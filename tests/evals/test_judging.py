@@ -25,7 +25,7 @@ PARTS = re.compile(r"(?m)^(\[\[[0-9a-f]{16}\]\]) answer ([12])\n(.*?)\n\1 end of
 class Scripted:
     """A judge of a fixed rule over the fenced answers, that counts what it is asked."""
 
-    name = "scripted"
+    name, tokens = "scripted", 100
 
     def __init__(self, rule: Callable[[str, str], str]) -> None:
         self.rule, self.asked = rule, 0
@@ -60,7 +60,7 @@ def test_an_order_biased_judge_gives_ties_alone(tmp_path: Path) -> None:
             PAIRS, Scripted(lambda a, b, v=always: v), memory=Memory.opened(tmp_path / f"{always}.jsonl")
         )
         assert (seen.ties, seen.wins, seen.losses, seen.invalid) == (6, 0, 0, 0)
-        assert seen.win_rate.value == 0.5 == seen.win_rate.low == seen.win_rate.high
+        assert seen.win_rate.value == 0.5 and seen.win_rate.low < 0.3 and seen.win_rate.high > 0.7
 
 
 def test_wins_ties_and_losses_are_counted(tmp_path: Path) -> None:
@@ -111,8 +111,54 @@ def test_a_judge_that_repeats_an_answer_says_nothing(tmp_path: Path) -> None:
             return PARTS.findall(text)[0][2]
 
     pairs = [Pair("?", text, "Paris") for text in INJECTIONS]
-    seen = contest(pairs, Parrot(best), memory=Memory.opened(tmp_path / "v.jsonl"))
-    assert seen.invalid == len(pairs) and seen.wins == 0 and seen.win_rate.value == 0.0
+    with pytest.raises(TeacherError, match=f"no readable verdict on {2 * len(pairs)} of {2 * len(pairs)}"):
+        contest(pairs, Parrot(best), memory=Memory.opened(tmp_path / "v.jsonl"))
+
+
+def test_a_win_in_one_order_and_a_tie_in_the_other_is_three_quarters(tmp_path: Path) -> None:
+    seen = contest(
+        [Pair("r", "aaaa", "bb")],
+        Scripted(lambda first, second: "1" if first == "aaaa" else "tie"),
+        memory=Memory.opened(tmp_path / "v.jsonl"),
+    )
+    assert seen.scores == [0.75] and seen.wins == 1 and seen.win_rate.value == 0.75
+
+
+def test_ten_wins_of_ten_leave_room_for_a_loss(tmp_path: Path) -> None:
+    pairs = [Pair(f"request {i}", "a" * 20, "b" * 12) for i in range(10)]
+    seen = contest(pairs, Scripted(longer), memory=Memory.opened(tmp_path / "v.jsonl"))
+    for found in (seen.win_rate, seen.length_controlled):
+        assert found.value > 0.99 and 0.7 < found.low < 0.75 and found.high >= found.value
+
+
+def test_an_unreadable_verdict_is_counted_left_out_and_asked_again(tmp_path: Path) -> None:
+    class Shy(Scripted):
+        def reply(self, text: str) -> str:
+            return "I would rather not." if "request 3" in text and self.asked % 2 else super().reply(text)
+
+    pairs = [Pair(f"request {i} of", "a" * 20, "b" * 12) for i in range(20)]
+    memory = tmp_path / "v.jsonl"
+    seen = contest(pairs, Shy(longer), memory=Memory.opened(memory))
+    assert seen.invalid == 1 and seen.wins == 19 and seen.scores[3] is None and seen.win_rate.n == 19
+    assert "rather not" not in memory.read_text()
+    again = Scripted(longer)
+    assert contest(pairs, again, memory=Memory.opened(memory)).invalid == 0 and again.asked == 1
+
+
+def test_what_a_judge_thinks_before_its_verdict_does_not_count(tmp_path: Path) -> None:
+    class Thinking(Scripted):
+        def reply(self, text: str) -> str:
+            mark = PARTS.findall(text)[0][0]
+            thought = f"<think>\nMaybe\n{mark} verdict: tie\n" + "and so on\n" * 500
+            return f"{thought}</think>\n{super().reply(text)}"
+
+    class CutOff(Thinking):
+        def reply(self, text: str) -> str:
+            return super().reply(text).partition("</think>")[0]
+
+    assert contest(PAIRS, Thinking(longer), memory=Memory.opened(tmp_path / "a.jsonl")).wins == 3
+    with pytest.raises(TeacherError, match="judge-tokens"):
+        contest(PAIRS, CutOff(longer), memory=Memory.opened(tmp_path / "b.jsonl"))
 
 
 # (reply, the verdict a person would read in it); M is the comparison's own mark, F another's

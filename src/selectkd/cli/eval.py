@@ -75,6 +75,12 @@ def evaluate(
         str | None,
         typer.Option("--judge-key-env", help="instruct: the environment variable with the server's key."),
     ] = None,
+    judge_tokens: Annotated[
+        int,
+        typer.Option(
+            "--judge-tokens", min=1, help="instruct: room for a verdict and the thinking before it."
+        ),
+    ] = 2048,
     protocol: Annotated[
         str, typer.Option("--protocol", help="instruct: alpaca_eval, evol_instruct or ultrafeedback.")
     ] = "alpaca_eval",
@@ -155,7 +161,7 @@ def evaluate(
     if suite == "perplexity":
         rows, comparisons = _perplexity(names, asked, dtype)
     elif suite == "instruct":
-        voice = _judge(judge, judge_model, judge_key, dtype, on)
+        voice = _judge(judge, judge_model, judge_key, dtype, on, judge_tokens)
         budget = (price_in, price_out, max_cost)
         rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
     elif suite == "harness":
@@ -273,7 +279,7 @@ def _perplexity(names: list[str], asked: Asked, dtype: str) -> tuple[list[Any], 
 
 
 def _judge(
-    url: str | None, model: str | None, key_variable: str | None, dtype: str, device: Any
+    url: str | None, model: str | None, key_variable: str | None, dtype: str, device: Any, tokens: int
 ) -> Callable[[], Any]:
     """Who judges, as a function that makes it; what is wrong with the flags is said now."""
     from selectkd.evals.judging import EndpointJudge, ModelJudge
@@ -283,11 +289,11 @@ def _judge(
     from selectkd.teachers.remote.settings import JUDGE
 
     if url is None:
-        return lambda: ModelJudge(load_student(str(model), dtype=dtype, device=device))
+        return lambda: ModelJudge(load_student(str(model), dtype=dtype, device=device), tokens)
     if model is None:
         raise ConfigError(f"--judge {url} needs --judge-model, the name of the model there.")
     connection = Connection(url, key_of(key_variable, JUDGE.key), settings=JUDGE)
-    return lambda: EndpointJudge(connection, model)
+    return lambda: EndpointJudge(connection, model, tokens)
 
 
 def _instruct(
@@ -319,7 +325,7 @@ def _instruct(
     judge, rows, contests = voice(), [], {}
     todo = unasked([pair for of_model in pairs.values() for pair in of_model], judge.name, memory)
     questions = [one.text for one in todo.values()]
-    into, out, dollars = cost(questions, price_in=price_in, price_out=price_out)
+    into, out, dollars = cost(questions, price_in=price_in, price_out=price_out, tokens=judge.tokens)
     told(
         f"{len(questions)} verdicts to ask for: about {into:,} tokens to read and at most {out:,} to write, "
         f"${dollars:.2f}"
@@ -334,7 +340,12 @@ def _instruct(
         rows += made
     comparisons = []
     for first, second in combinations(names, 2):
-        apart = paired_bootstrap(contests[first].scores, contests[second].scores)
+        both = [
+            (one, two)
+            for one, two in zip(contests[first].scores, contests[second].scores, strict=True)
+            if one is not None and two is not None
+        ]
+        apart = paired_bootstrap([one for one, _ in both], [two for _, two in both])
         comparisons.append(
             {
                 "task": protocol, "metric": "win_rate", "first": first, "second": second, "difference": apart.value,

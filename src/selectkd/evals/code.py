@@ -16,7 +16,13 @@ from selectkd.errors import DataError
 
 STOP = ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#", "\nassert", "\n```")
 """Where a base model's completion of a function has gone on to something else. Source: HumanEval (arXiv 2107.03374)."""
-FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<kind>[^\n`]*)\n"
+    r"(?P<code>.*?)(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A fenced block of Markdown: three or more backquotes or tildes, indented or not, with what it holds behind them."""
+PYTHON = re.compile(r"(python|py|ipython|pycon)?[\d.]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,10 @@ def exercise(record: Mapping[str, Any], origin: str) -> Exercise:
 
 
 def called(tests: str, origin: str) -> tuple[str, ...]:
-    """The functions that tests call and neither Python nor they themselves define, in order.
+    """The functions and classes that tests call and neither Python nor they themselves define, in order.
 
-    >>> called("assert add(len('a'), 2) == 3", "x")
-    ('add',)
+    >>> called("def near(a): return a\\nassert near(add(len('a'), Pair(1, 2))) == 3", "x")
+    ('add', 'Pair')
     """
     import builtins
 
@@ -81,19 +87,44 @@ def called(tests: str, origin: str) -> tuple[str, ...]:
     calls = [
         one.func.id for one in ast.walk(tree) if isinstance(one, ast.Call) and isinstance(one.func, ast.Name)
     ]
-    return tuple(dict.fromkeys(name for name in calls if not hasattr(builtins, name)))
+    own = {one.name for one in ast.walk(tree) if isinstance(one, (ast.FunctionDef, ast.ClassDef))}
+    own |= {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    own |= {
+        (alias.asname or alias.name).partition(".")[0]
+        for one in ast.walk(tree)
+        if isinstance(one, (ast.Import, ast.ImportFrom))
+        for alias in one.names
+    }
+    return tuple(dict.fromkeys(name for name in calls if not hasattr(builtins, name) and name not in own))
+
+
+def code_blocks(answer: str) -> list[str]:
+    """The Python programs fenced in an answer, without the indentation of their fences, in order.
+
+    >>> code_blocks("a\\n~~~python3\\nx = 1\\n~~~\\n- b\\n  ```py\\n  y = 2\\n  ```\\n```bash\\nls\\n```")
+    ['x = 1\\n', 'y = 2\\n']
+    """
+    blocks = [
+        re.sub(rf"^{found['indent']}", "", found["code"], flags=re.MULTILINE)
+        for found in FENCE.finditer(answer)
+        if PYTHON.fullmatch(found["kind"].strip().partition(" ")[0].strip("{}."))
+    ]
+    return [
+        re.sub(r"^(>>>|\.\.\.) ?", "", one, flags=re.MULTILINE) if one.startswith(">>>") else one
+        for one in blocks
+    ]
 
 
 def program(answer: str, one: Exercise) -> str:
-    """The program in an answer: the first code block that defines a wanted name, else the first block, else the answer
-    itself, behind what was begun unless it defines the name again.
+    """The program in an answer: the last code block that defines a wanted name, else the last block, else the answer
+    itself, behind what was begun unless it defines the name again. Of two programs the later is the one a model settled
+    on.
     """
-    blocks = FENCE.findall(answer)
-    defines = [
-        block for block in blocks if any(re.search(rf"^def {re.escape(n)}\b", block, re.M) for n in one.names)
-    ]
-    chosen = (defines or blocks or [answer])[0]
-    whole = defines or any(re.search(rf"^def {re.escape(n)}\b", chosen, re.M) for n in one.names)
+    blocks = code_blocks(answer)
+    wanted = [re.compile(rf"^(?:async )?(?:def|class) {re.escape(n)}\b", re.M) for n in one.names]
+    defines = [block for block in blocks if any(name.search(block) for name in wanted)]
+    chosen = (defines or blocks or [answer])[-1]
+    whole = defines or any(name.search(chosen) for name in wanted)
     if not one.begun:
         return chosen
     # a chat model repeats the function and may leave out the imports above it; a base model goes on in its body

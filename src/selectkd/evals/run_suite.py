@@ -11,7 +11,7 @@ from selectkd.evals.asking import complete
 from selectkd.evals.code import STOP
 from selectkd.evals.memory import Memory
 from selectkd.evals.prompts import prompt_ids
-from selectkd.evals.statistics import Interval, bootstrap_mean, mcnemar, paired_bootstrap, wilson
+from selectkd.evals.statistics import Interval, mcnemar, paired_bootstrap, score_interval, wilson
 from selectkd.evals.suites import Suite
 from selectkd.models.load import Loaded
 
@@ -101,10 +101,10 @@ def described(loaded: Loaded) -> dict[str, Any]:
 
 
 def interval_of(scores: list[float]) -> Interval:
-    """Wilson's interval where every problem is right or wrong, else the bootstrap over problems."""
+    """Wilson's interval where every problem is right or wrong, else that of scores between."""
     if set(scores) <= {0.0, 1.0}:
         return wilson(int(sum(scores)), len(scores))
-    return bootstrap_mean(scores)
+    return score_interval(scores)
 
 
 def compared(first: Scores, second: Scores) -> dict[str, Any]:

@@ -71,6 +71,28 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     return Interval(successes / n, float(found.low), float(found.high), n)
 
 
+def score_interval(scores: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Interval:
+    """The mean of [n] scores in [0, 1] and its interval: the bootstrap over the units, and where all scores are the
+    same, which a bootstrap takes for certain, Wilson's score interval.
+
+    Wilson's interval is a bound for such scores: their variance is at most mean (1 - mean), that of right and wrong.
+
+    >>> seen = score_interval([1.0] * 10)
+    >>> round(seen.low, 4), seen.value, seen.high
+    (0.7225, 1.0, 1.0)
+    """
+    values = _vector(scores)
+    if len(values) and (values.min() < 0.0 or values.max() > 1.0):
+        raise ConfigError(f"scores from {values.min()} to {values.max()}: each must lie in [0, 1].")
+    if len(values) == 0 or values.min() < values.max():
+        return bootstrap_mean(values, level=level, seed=seed)
+    n, mean = len(values), float(values[0])
+    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    centre, reach = mean + z2 / (2 * n), float(np.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))))
+    low, high = (centre - reach) / (1 + z2 / n), (centre + reach) / (1 + z2 / n)
+    return Interval(mean, min(mean, max(0.0, low)), max(mean, min(1.0, high)), n)
+
+
 def bootstrap_mean(
     values: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
+from selectkd.errors import TeacherError
 from selectkd.evals.judging.judges import Judge
 from selectkd.evals.judging.question import Choice, Comparison
 from selectkd.evals.memory import Memory, key_of
-from selectkd.evals.statistics import Interval, bootstrap_mean
+from selectkd.evals.statistics import Interval, score_interval
 
+MOST_INVALID = 0.1
+"""The share of verdicts that may be unreadable: beyond it a win rate of the rest is none of the model's."""
 LENGTH_RESAMPLES = 500
 """Each is a fit of its own: 500 give a 95% interval whose ends are good to about a tenth of its width."""
 NEWTON_STEPS = 40
@@ -40,13 +43,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Contest:
-    """What a judge made of the pairs. score of a pair: 1 won in both orders, 0 lost in both, .5 where the orders
-    disagree or either is a tie; 0 where either verdict is invalid, so that no answer wins by confusing a judge.
+    """What a judge made of the pairs. score of a pair: the mean of its two orders, 1 a win, .5 a tie, 0 a loss in each;
+    None where either verdict is invalid. wins, ties and losses: scores above, at and below .5.
 
-    win_rate: the mean score. length_controlled: what it would be at equal length (see ``at_equal_length``).
+    win_rate: the mean of the scores there are. length_controlled: what it would be at equal length (see
+    ``at_equal_length``). invalid: pairs without a score. asked: questions the judge was asked this time.
     """
 
-    scores: list[float]
+    scores: list[float | None]
     win_rate: Interval
     length_controlled: Interval
     wins: int
@@ -57,32 +61,54 @@ class Contest:
 
 
 def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 0) -> Contest:
-    """Judges every pair in both orders. What is in ``memory`` is not asked again, whatever ended the run that asked."""
+    """Judges every pair in both orders. What is in ``memory`` is not asked again, whatever ended the run that asked; an
+    invalid verdict is never in it.
+
+    Raises TeacherError where more than MOST_INVALID of the verdicts are invalid: a rate of the rest says too little.
+    """
     name, lock = judge.name, threading.Lock()
     todo = unasked(pairs, name, memory)
     wanted = list(todo)
+    unread: dict[str, str] = {}  # the replies without a verdict
 
     def heard(index: int, reply: str) -> None:
         key = wanted[index]
+        verdict = todo[key].read(reply)
         with lock:
-            memory.keep({key: todo[key].read(reply)}, judge=name, reply=reply)
+            if verdict == "invalid":
+                unread[key] = reply
+            else:
+                memory.keep({key: verdict}, judge=name, reply=reply)
 
     if wanted:
         judge.ask([todo[key].text for key in wanted], heard)
-    verdicts: list[Choice] = [memory.known[key_of(name, one.text)] for pair in pairs for one in pair.orders]
-    scored = [score(one, two) for one, two in zip(verdicts[::2], verdicts[1::2], strict=True)]
-    scores = [0.0 if one is None else one for one in scored]
-    apart = [len(pair.answer) - len(pair.reference) for pair in pairs]
+    keys = [key_of(name, one.text) for pair in pairs for one in pair.orders]
+    _check_invalid(name, [unread[key] for key in keys if key in unread], len(keys))
+    verdicts: list[Choice] = ["invalid" if key in unread else memory.known[key] for key in keys]
+    scores = [score(one, two) for one, two in zip(verdicts[::2], verdicts[1::2], strict=True)]
+    scored = [(one, pair) for one, pair in zip(scores, pairs, strict=True) if one is not None]
+    known = [one for one, _ in scored]
     return Contest(
         scores=scores,
-        win_rate=bootstrap_mean(scores, seed=seed),
-        length_controlled=at_equal_length(scores, apart, seed=seed),
-        wins=scored.count(1.0),
-        ties=scored.count(0.5),
-        losses=scored.count(0.0),
-        invalid=scored.count(None),
+        win_rate=score_interval(known, seed=seed),
+        length_controlled=at_equal_length(
+            known, [len(pair.answer) - len(pair.reference) for _, pair in scored], seed=seed
+        ),
+        wins=sum(one > 0.5 for one in known),
+        ties=known.count(0.5),
+        losses=sum(one < 0.5 for one in known),
+        invalid=scores.count(None),
         asked=len(wanted),
     )
+
+
+def _check_invalid(judge: str, unread: Sequence[str], asked: int) -> None:
+    """TeacherError where too many replies hold no verdict."""
+    if len(unread) > MOST_INVALID * asked:
+        raise TeacherError(
+            f"the judge {judge} gave no readable verdict on {len(unread)} of {asked} questions, one of them ending in "
+            f"{unread[0][-60:]!r}. Its readable verdicts are kept; give it room with --judge-tokens, or name another."
+        )
 
 
 def unasked(pairs: Sequence[Pair], judge: str, memory: Memory) -> dict[str, Comparison]:
@@ -92,16 +118,15 @@ def unasked(pairs: Sequence[Pair], judge: str, memory: Memory) -> dict[str, Comp
 
 
 def score(answer_first: Choice, answer_second: Choice) -> float | None:
-    """The score of a pair from its verdicts in the two orders; None where either is invalid.
+    """The score of a pair, the mean of its verdicts in the two orders; None where either is invalid.
 
     >>> score("first", "second"), score("first", "first"), score("tie", "second"), score("first", "invalid")
-    (1.0, 0.5, 0.5, None)
+    (1.0, 0.5, 0.75, None)
     """
     if "invalid" in (answer_first, answer_second):
         return None
-    if (answer_first, answer_second) == ("first", "second"):
-        return 1.0
-    return 0.0 if (answer_first, answer_second) == ("second", "first") else 0.5
+    worth = {"first": 1.0, "tie": 0.5, "second": 0.0}
+    return (worth[answer_first] + 1.0 - worth[answer_second]) / 2
 
 
 def at_equal_length(scores: Sequence[float], apart: Sequence[int], *, seed: int = 0) -> Interval:
@@ -119,6 +144,8 @@ def at_equal_length(scores: Sequence[float], apart: Sequence[int], *, seed: int 
     n = len(won)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=LENGTH_RESAMPLES)
     value, *drawn = _at_zero(won, longer, np.vstack([np.ones(n), counts])).tolist()
+    if won.min() == won.max():
+        return replace(score_interval(scores), value=value)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(value, float(min(low, value)), float(max(high, value)), n)
 

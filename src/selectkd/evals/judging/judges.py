@@ -13,8 +13,8 @@ from selectkd.models.load import Loaded
 from selectkd.teachers.remote.answers import WrongAnswer, json_object
 from selectkd.teachers.remote.connection import Connection, Question, Reply
 
-REPLY_TOKENS = 400
-"""Room for a reason in a few sentences and the verdict."""
+REPLY_TOKENS = 2048
+"""Room for a judge that thinks before its reason and its verdict."""
 REPLY_BYTES = 1 << 20
 CHARACTERS_A_TOKEN = 4.0
 """Of English text, roughly: an estimate of cost is good to a third."""
@@ -26,6 +26,9 @@ class Judge(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def tokens(self) -> int: ...
+
     def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None: ...
 
 
@@ -35,6 +38,7 @@ class EndpointJudge:
 
     connection: Connection
     model: str
+    tokens: int = REPLY_TOKENS
 
     @property
     def name(self) -> str:
@@ -44,7 +48,7 @@ class EndpointJudge:
         def question(index: int, text: str) -> Question[None]:
             body = {
                 "model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
-                "max_tokens": REPLY_TOKENS,
+                "max_tokens": self.tokens,
             }  # fmt: skip
             return Question(
                 "/v1/chat/completions", json.dumps(body).encode(), REPLY_BYTES,
@@ -59,6 +63,7 @@ class ModelJudge:
     """A model in memory, greedy."""
 
     loaded: Loaded
+    tokens: int = REPLY_TOKENS
 
     @property
     def name(self) -> str:
@@ -67,7 +72,7 @@ class ModelJudge:
     def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None:
         for index, text in enumerate(questions):
             ids = prompt_ids(text, self.loaded.tokenizer)
-            heard(index, complete(self.loaded, [ids], Decoding(REPLY_TOKENS))[0])
+            heard(index, complete(self.loaded, [ids], Decoding(self.tokens))[0])
 
 
 def reply_text(reply: Reply) -> str:
@@ -80,12 +85,14 @@ def reply_text(reply: Reply) -> str:
     return text if isinstance(text, str) else ""
 
 
-def cost(questions: Sequence[str], *, price_in: float, price_out: float) -> tuple[int, int, float]:
+def cost(
+    questions: Sequence[str], *, price_in: float, price_out: float, tokens: int = REPLY_TOKENS
+) -> tuple[int, int, float]:
     """(tokens in, tokens out at the most, dollars) of questions, at prices in dollars a million tokens.
 
     >>> cost(["abcd" * 250_000], price_in=2.0, price_out=0.0)
-    (250000, 400, 0.5)
+    (250000, 2048, 0.5)
     """
     into = round(sum(map(len, questions)) / CHARACTERS_A_TOKEN)
-    out = REPLY_TOKENS * len(questions)
+    out = tokens * len(questions)
     return into, out, (into * price_in + out * price_out) / 1e6

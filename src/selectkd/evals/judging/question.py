@@ -65,14 +65,27 @@ class Comparison:
         )
 
     def read(self, reply: str) -> Choice:
-        """The verdict of a reply: its last line that is not blank, with this comparison's mark; else invalid."""
-        lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
+        """The verdict of a reply: its last line that is not blank, with this comparison's mark; else invalid.
+
+        What a judge thinks before it replies is no part of the reply (see ``without_thinking``).
+        """
+        lines = [line.strip() for line in without_thinking(reply).splitlines() if line.strip()]
         found = re.fullmatch(
             re.escape(self.mark) + r"\s*verdict:\s*(1|2|tie)\W*", lines[-1] if lines else "", re.IGNORECASE
         )
         if found is None:
             return "invalid"
         return {"1": "first", "2": "second"}.get(found.group(1), "tie")  # type: ignore[return-value]
+
+
+def without_thinking(reply: str) -> str:
+    """A reply without the thinking before it; "" where it was cut off while it thought.
+
+    >>> without_thinking("<think>1 or 2?</think>2"), without_thinking("so 2.</think>2"), without_thinking("<think>1 or")
+    ('2', '2', '')
+    """
+    after = re.split(r"</(?:think|thinking|thought|reasoning)>", reply)[-1]
+    return "" if re.search(r"<(?:think|thinking|thought|reasoning)>", after) else after
 
 
 def shown(text: str) -> str:

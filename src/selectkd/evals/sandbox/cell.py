@@ -191,6 +191,7 @@ def answer(job: dict[str, Any], requests: int, replies: int) -> None:
         "__name__": "answer"
     }  # what a program does only when it is run itself is left out
     failure = None
+    objects: list[Any] = []  # instances of the program's classes, which the tests know by their place here
     incoming = os.fdopen(requests, "rb")
     try:
         exec(compile(job["source"], "<answer>", "exec"), space)
@@ -201,34 +202,71 @@ def answer(job: dict[str, Any], requests: int, replies: int) -> None:
         reply: dict[str, Any] = {"raised": failure}
         if failure is None:
             try:
-                reply = {
-                    "value": plain(space[call["name"]](*rebuilt(call["args"]), **rebuilt(call["kwargs"])))
-                }
+                reply = answered(call, space, objects)
             except BaseException as error:
                 reply = {"raised": type(error).__name__}
         text = json.dumps(reply).encode()
         os.write(replies, (text if len(text) < MOST_BYTES else b'{"raised": "OverflowError"}') + b"\n")
 
 
+def answered(call: dict[str, Any], space: dict[str, Any], objects: list[Any]) -> dict[str, Any]:
+    """The reply to a call of a function, a class, or an attribute of one of ``objects``."""
+    wanted = call["name"]
+    found = space[wanted] if call["of"] is None else getattr(objects[call["of"]], wanted)
+    if call["args"] is None and not callable(found):
+        return {"value": plain(found)}
+    if call["args"] is None:
+        return {"callable": True}
+    value = found(*rebuilt(call["args"], objects), **rebuilt(call["kwargs"], objects))
+    if isinstance(found, type):
+        objects.append(value)
+        return {"object": len(objects) - 1}
+    return {"value": plain(value)}
+
+
+class Distant:
+    """In the tests, an instance of a class of the program: equal to itself alone; attributes are asked for."""
+
+    def __init__(self, index: int, ask: Any) -> None:
+        self.__dict__.update(_index=index, _ask=ask)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask(name, self._index, None, {})
+
+
 def test(job: dict[str, Any], requests: int, replies: int, verdict: int) -> None:
     """Runs the tests with the answering process behind each name of ``job["names"]``; reports whether all held."""
     incoming = os.fdopen(replies, "rb")
 
-    def behind(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            asked = json.dumps({"name": name, "args": plain(args), "kwargs": plain(kwargs)}).encode() + b"\n"
-            view = memoryview(asked)
-            while view:
-                view = view[os.write(requests, view) :]
-            line = incoming.readline(MOST_BYTES + 1)
-            if not line.endswith(b"\n"):
-                raise EOFError("the program ended, or said too much")
-            reply = json.loads(line)
-            if "value" in reply:
-                return rebuilt(reply["value"])
-            raise RuntimeError(f"the program raised {reply['raised']}")
+    def ask(name: str, of: int | None, args: Any, kwargs: Any) -> Any:
+        given = {
+            "name": name,
+            "of": of,
+            "args": args if args is None else plain(args),
+            "kwargs": plain(kwargs),
+        }
+        reply = sent(json.dumps(given).encode() + b"\n")
+        if "value" in reply:
+            return rebuilt(reply["value"])
+        if "object" in reply:
+            return Distant(int(reply["object"]), ask)
+        if "callable" in reply:
+            return behind(name, of)
+        raise RuntimeError(f"the program raised {reply['raised']}")
 
-        return call
+    def behind(name: str, of: int | None = None) -> Any:
+        return lambda *args, **kwargs: ask(name, of, args, kwargs)
+
+    def sent(asked: bytes) -> dict[str, Any]:
+        view = memoryview(asked)
+        while view:
+            view = view[os.write(requests, view) :]
+        line = incoming.readline(MOST_BYTES + 1)
+        if not line.endswith(b"\n"):
+            raise EOFError("the program ended, or said too much")
+        return json.loads(line)
 
     proxies = {name: behind(name) for name in job["names"]}
     space: dict[str, Any] = {"__name__": "__main__"}
@@ -259,14 +297,18 @@ def plain(value: Any) -> Any:
     for kind, of in (("l", list), ("t", tuple), ("S", set), ("F", frozenset)):
         if isinstance(value, of):
             return [kind, [plain(one) for one in value]]
+    if isinstance(value, Distant):
+        return ["o", value._index]
     if isinstance(value, dict):
         return ["d", [[plain(key), plain(one)] for key, one in value.items()]]
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
-def rebuilt(given: Any) -> Any:
-    """The value of ``plain``, of Python's own types alone."""
+def rebuilt(given: Any, objects: Any = ()) -> Any:
+    """The value of ``plain``, of Python's own types and ``objects`` alone."""
     kind, content = given
+    if kind == "o":
+        return objects[content]
     if kind == "c" and (content is None or isinstance(content, bool)):
         return content
     if kind == "s" and isinstance(content, str):
@@ -280,8 +322,8 @@ def rebuilt(given: Any) -> Any:
     if kind == "b":
         return bytes.fromhex(content)
     if kind == "d":
-        return {rebuilt(key): rebuilt(one) for key, one in content}
-    return {"l": list, "t": tuple, "S": set, "F": frozenset}[kind](rebuilt(one) for one in content)
+        return {rebuilt(key, objects): rebuilt(one, objects) for key, one in content}
+    return {"l": list, "t": tuple, "S": set, "F": frozenset}[kind](rebuilt(one, objects) for one in content)
 
 
 if __name__ == "__main__":
