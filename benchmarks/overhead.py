@@ -30,7 +30,8 @@ from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.checkpoints import AUTO_SECONDS, AUTO_SHARE
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import optimizer_for, register_engine
+from selectkd.training.loop import register_engine
+from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
 
 DATA = ".cache/demo/alpaca_en_demo.json"

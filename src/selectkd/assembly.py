@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from selectkd.compiled import check_compiled
 from selectkd.data.alignment import align
@@ -22,8 +21,9 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
-from selectkd.models.load import check_model, load_model, load_tokenizer
+from selectkd.models.load import DTYPES, check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
+from selectkd.models.precision import FP32, Precision, check_launched, precision_of, told_of
 from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
@@ -37,6 +37,10 @@ from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.terms import Extra, StreamSpec
+from selectkd.training.activations import checkpoint_activations
+from selectkd.training.metrics import check_loggers
+from selectkd.training.optimizer import check_optimizer
+from selectkd.training.zero import asked_for
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -75,6 +79,7 @@ class Assembly:
     losses: list[StreamSpec] = field(default_factory=list)
     extras: list[Extra] = field(default_factory=list)
     writer: Writer | None = None
+    precision: Precision = FP32
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Plan:
     streams: list[Stream]
     losses: list[StreamSpec]
     extras: list[Extra]
+    precision: Precision
 
 
 def assemble(
@@ -109,8 +115,7 @@ def assemble(
     say = stage if stage is not None else lambda _: None
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
-    plan = prepare(recipe)
-    dtype = recipe.training.dtype
+    plan = prepare(recipe, device=device)
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
@@ -120,14 +125,17 @@ def assemble(
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(student)
     if recipe.training.lora is not None:
-        student = add_lora(student, **_given(recipe.training.lora))
+        in_fp32 = plan.precision.weights == "float32"
+        student = add_lora(student, **_given(recipe.training.lora), in_fp32=in_fp32)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    told += told_of(plan.precision, trained, recipe.training.learning_rate)
 
     reference = None
     if recipe.reference is not None:
         say("loading the reference student")
         own = load_model(
             recipe.reference.model,
-            dtype=recipe.reference.dtype or dtype,
+            dtype=recipe.reference.dtype or plan.precision.frozen,
             revision=recipe.reference.revision,
         )
         width = head_of(own.model).width
@@ -143,7 +151,7 @@ def assemble(
         say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student=student, reference=reference)
     names = tuple(stream.name for stream in plan.streams)
-    writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer)
+    writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer, precision=plan.precision)
     training = recipe.training
     samples = (plan.heldout or examples)[: training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
@@ -168,15 +176,20 @@ def assemble(
         losses=plan.losses,
         extras=plan.extras,
         writer=writer,
+        precision=plan.precision,
     )
 
 
-def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
+def prepare(recipe: Any, teacher: TeacherPlan | None = None, *, device: torch.device | str = "cpu") -> Plan:
     """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text.
 
-    teacher: in place of the recipe's, for a cache that is still to be built.
+    teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be.
     """
-    teacher = plan_teacher(recipe.teacher, dtype=recipe.training.dtype) if teacher is None else teacher
+    precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
+    if not asked_for():  # whose own settings are checked with the rest of them
+        check_launched(precision)
+    check_optimizer(recipe.training.optimizer)
+    teacher = plan_teacher(recipe.teacher, dtype=precision.frozen) if teacher is None else teacher
     named, attention = recipe.student.model, recipe.student.attn_implementation
     if named is None and teacher.model is None:
         raise ConfigError(
@@ -253,7 +266,9 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None) -> Plan:
             "written. Use teacher: {model: ...}, or policy: dataset."
         )
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
-    return Plan(objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras)
+    return Plan(
+        objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras, precision
+    )
 
 
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
@@ -309,16 +324,6 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], lis
     return kept, held
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """ConfigError unless the library of each logger is installed."""
-    missing = sorted(set(names) - set(get_available_reporting_integrations()))
-    if missing:
-        raise ConfigError(
-            f"training.report_to names {', '.join(missing)}, which is not installed. Install it, or leave it out: "
-            "metrics.jsonl holds every number either way."
-        )
-
-
 def _student(
     recipe: Any,
     plan: Plan,
@@ -329,7 +334,9 @@ def _student(
     chosen: Sequence[int] | None,
 ) -> tuple[nn.Module, str, str | None, list[int] | None, CutReport | None]:
     """(student, source, revision, kept layers, how they were chosen)."""
-    spec, dtype = recipe.student, recipe.training.dtype
+    # what adapters sit on does not train
+    dtype = plan.precision.weights if recipe.training.lora is None else plan.precision.frozen
+    spec = recipe.student
     if spec.model is not None:
         say("loading the student")
         own = load_model(
@@ -355,8 +362,7 @@ def _student(
 
     student, kept, report = cut_student(loaded.model, wanted.layers, choose, texts, on_progress=removed)
     student.requires_grad_(True)
-    if dtype is not None:
-        student.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    student.to(DTYPES[dtype])
     return student, f"{loaded.source} with layers {', '.join(map(str, kept))}", loaded.revision, kept, report
 
 
@@ -388,11 +394,3 @@ def _given(spec: Any) -> Any:
     if hasattr(spec, "model_dump"):
         return {key: value for key, value in spec.model_dump().items() if value is not None}
     return spec
-
-
-def checkpoint_activations(student: Any) -> None:
-    """Activations recomputed in the backward pass; transformers renames the method in version 6."""
-    enable = (
-        getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": False})

@@ -77,7 +77,7 @@ def write(
     """
     store = TextStore.opened(file)
     seed, room = recipe.training.seed, recipe.training.max_length
-    plan = prepare(recipe)
+    plan = prepare(recipe, device=device)
     pad = pad_id_of(plan.tokenizer)
     turns: dict[int, Written] = {}
     examples = [example for source in plan.sources for example in source.examples]

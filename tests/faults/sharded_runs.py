@@ -24,7 +24,8 @@ from selectkd.training.checkpoint.folder import Found, find
 from selectkd.training.counts import rank
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import optimizer_for, register_engine, train_loop
+from selectkd.training.loop import register_engine, train_loop
+from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama
 

@@ -176,12 +176,6 @@ def test_early_stopping_keeps_the_best_student(recipe: Callable[..., Any]) -> No
     assert result.after.kl <= result.before.kl
 
 
-def test_bfloat16_trains(recipe: Callable[..., Any]) -> None:
-    result = train(recipe(objective=PLAIN_KD, training={"dtype": "bfloat16"}))
-    assert result.skipped == 0
-    assert AutoModelForCausalLM.from_pretrained(result.run_dir / "student").dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("objective", "told"),
     [

@@ -51,7 +51,7 @@ def build(
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
     checked = _recipe(recipe, changes)
     on = use_device(device)
-    teacher, examples, wish, tokenizer = _text(checked)
+    teacher, examples, wish, tokenizer = _text(checked, on)
     origin = _origin(teacher, on)
     plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def repair(target: Target, changes: Changes = None, device: Device = "auto", as_
     records = origin = None
     on = use_device(device)
     if _is_recipe(target):
-        teacher, examples, _, _ = _text(_recipe(target, changes))
+        teacher, examples, _, _ = _text(_recipe(target, changes), on)
         records, origin = records_of(examples), _origin(teacher, on)
     found = mend(folder, records=records, origin=origin, say=told if as_json else say)
     if as_json:
@@ -173,9 +173,10 @@ def _origin(teacher: Any, device: Any) -> Any:
     return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
 
 
-def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
+def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any]:
     """(the teacher's plan, all text, what to store, the tokenizer) of a cache that is to be built."""
     from selectkd.assembly import prepare
+    from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
     from selectkd.teachers.cache import Wish
     from selectkd.teachers.cache.build import SHARD_ROWS
@@ -189,7 +190,7 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
             f"{'neither is' if spec.model is None else 'both are'} given."
         )
     if spec.server is None:
-        own_dtype = spec.dtype or recipe.training.dtype
+        own_dtype = spec.dtype or precision_of(recipe.training.precision, device).frozen
         teacher: Any = ModelPlan(
             spec.model,
             own_dtype,
@@ -208,7 +209,7 @@ def _text(recipe: Recipe) -> tuple[Any, list[Any], Any, Any]:
                 f"k = {k}. Leave both out of the cache, or ask a server of kind selectkd without k for hidden states."
             )
     wish = Wish(payload, k, spec.precision, spec.shard_rows or SHARD_ROWS)
-    plan = prepare(recipe, teacher)
+    plan = prepare(recipe, teacher, device=device)
     temperature = recipe.objective.temperature
     stored: Any = wish.payload
     exactness.check(plan.objective, stored, k=wish.k, temperature=temperature, source=teacher.source)

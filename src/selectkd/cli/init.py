@@ -44,7 +44,7 @@ training:
   learning_rate: 5e-5
   max_length: 1024
   max_prompt_length: 512
-  dtype: bfloat16                    # float32 | bfloat16
+  precision: auto                    # auto | bf16 | bf16-pure | fp32 | tf32; auto is bf16 on a GPU that has it
   lora: {r: 16, alpha: 128, dropout: 0.05}   # null trains every weight
   evaluate_every: 100
 """

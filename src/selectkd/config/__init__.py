@@ -6,15 +6,13 @@ from selectkd.config.load import load_recipe, recipe_from
 from selectkd.config.schema import (
     BetaChange,
     Data,
-    EarlyStopping,
-    Lora,
     ObjectiveSection,
     Recipe,
     SourceSection,
-    Training,
 )
 from selectkd.config.student import FromTeacher, Student
 from selectkd.config.teachers import AdaptersOffTeacher, CacheTeacher, ModelTeacher, RemoteTeacher, Teacher
+from selectkd.config.training import EarlyStopping, Lora, Training
 
 __all__ = [
     "AdaptersOffTeacher",

@@ -11,7 +11,7 @@ from typing import Any
 
 from selectkd.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 """The version of the keys in ``schema``: goes up by one where a key is renamed, goes away or means something else."""
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
@@ -22,14 +22,25 @@ def _saves_by_itself(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "training": {"save_every": None, **(values.get("training") or {})}}
 
 
-STEPS: Mapping[int, Step] = {0: _saves_by_itself}
+def _precision_was_dtype(values: dict[str, Any]) -> dict[str, Any]:
+    """1 -> 2: ``training.dtype``, float32 unless said, becomes ``precision``. Adapters always were in fp32."""
+    training = dict(values.get("training") or {})
+    dtype = training.pop("dtype", "float32")
+    if dtype == "bfloat16":
+        training["precision"] = "bf16-pure" if training.get("lora") is None else "bf16"
+    else:
+        training["precision"] = "fp32" if dtype == "float32" else dtype
+    return {**values, "training": training}
+
+
+STEPS: Mapping[int, Step] = {0: _saves_by_itself, 1: _precision_was_dtype}
 
 
 def migrated(values: dict[str, Any], *, source: str) -> dict[str, Any]:
     """The values as today's version has them. ConfigError for a version that is none or newer than this selectkd.
 
     >>> migrated({"version": 0, "training": {"seed": 5}}, source="recipe")
-    {'version': 1, 'training': {'save_every': None, 'seed': 5}}
+    {'version': 2, 'training': {'save_every': None, 'seed': 5, 'precision': 'fp32'}}
     """
     version = values.get("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= VERSION:

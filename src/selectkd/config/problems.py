@@ -16,6 +16,15 @@ from selectkd.registry import did_you_mean
 TAGS = {"source", "share", "constant", "change"}
 """Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""
 
+RENAMED = {
+    (
+        "training",
+        "dtype",
+    ): "is training.precision now: fp32 in place of float32; in place of bfloat16 bf16, which keeps "
+    "weights and optimizer in fp32, or bf16-pure, which does not. A recipe that says version: 1 may keep the key"
+}
+"""Keys of older versions, and what they are called now."""
+
 EXACTLY_ONE = (("student", "model", "from_teacher"), ("training", "max_steps", "epochs"))
 
 
@@ -96,6 +105,8 @@ def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
     if kind == "selectkd":
         return str(limits["told"])
     if kind == "extra_forbidden":
+        if path in RENAMED:
+            return RENAMED[path]
         known = sorted(fields_at(model, path[:-1]))
         return f"is not a key.{did_you_mean(str(path[-1]), known)} Known here: {', '.join(known)}"
     if kind == "missing":

@@ -17,7 +17,6 @@ from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import (
     Component,
     Count,
-    Dtype,
     Name,
     Section,
     Share,
@@ -28,6 +27,7 @@ from selectkd.config.section import (
 from selectkd.config.several import Several
 from selectkd.config.student import Reference, Student
 from selectkd.config.teachers import AdaptersOffTeacher, ModelTeacher, Teacher
+from selectkd.config.training import Training
 
 
 class WeightChange(Section):
@@ -189,80 +189,6 @@ class ObjectiveSection(Section):
         return self.verifier or self.selector or {"name": "greedy_topk", "k": 5}
 
 
-class Lora(Section):
-    """Low-rank adapters; the defaults are the paper's."""
-
-    r: Count = 16
-    alpha: Annotated[float, Field(gt=0.0)] = 128
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    target_modules: Annotated[list[Text], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
-
-
-class EarlyStopping(Section):
-    """Stop after so many evaluations without a lower held-out loss."""
-
-    patience: Count
-
-
-class Training(Section):
-    """How the student is trained. Optimiser, schedule and lengths default to the paper's."""
-
-    output_dir: Text
-    seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 42
-    max_steps: Count | None = None
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
-    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    batch_size: Count
-    gradient_accumulation: Count = 1
-    max_length: Annotated[Whole, Field(ge=2)] = 1024
-    max_prompt_length: Count = 512
-    dtype: Dtype = "float32"
-    lora: Lora | None = None
-    gradient_checkpointing: bool = False
-    save_every: Count | Literal["auto"] | None = "auto"
-    keep: Annotated[Whole, Field(ge=2)] = 2
-    evaluate_every: Count | None = None
-    early_stopping: EarlyStopping | None = None
-    chunk: Count | None = None
-    gradient_filter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    compile_loss: bool = False
-    log_every: Count = 1
-    probe_samples: Annotated[Whole, Field(ge=0)] = 16
-    engine: Literal["trainer", "loop"] = "trainer"
-    report_to: list[
-        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio"]
-    ] = []
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
-        if (self.max_steps is None) == (self.epochs is None):
-            raise refuse("needs exactly one of max_steps and epochs; set the other to null")
-        if self.max_prompt_length >= self.max_length:
-            raise refuse(
-                f"max_prompt_length = {self.max_prompt_length} leaves no room for a completion within "
-                f"max_length = {self.max_length}; lower the one or raise the other"
-            )
-        if self.early_stopping is not None and self.evaluate_every is None:
-            raise refuse("early_stopping looks at evaluations; set evaluate_every to a number of steps")
-        if self.report_to and self.engine == "loop":
-            raise refuse(
-                f"report_to = {self.report_to} needs engine: trainer; the plain loop writes metrics.jsonl alone"
-            )
-        return self
-
-
 def _teacher_kind(value: Any) -> str:
     return "several teachers" if isinstance(value, list) else "one teacher"
 
@@ -275,7 +201,7 @@ class Recipe(Section):
     whatever the method is. version: of the recipe's keys.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     teacher: Annotated[
         Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
         Discriminator(_teacher_kind),

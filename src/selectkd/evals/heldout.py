@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.assembly import Plan, prepare
-from selectkd.config import Recipe
+from selectkd.config import recipe_from
 from selectkd.data import collate, pad_id_of, supervised
 from selectkd.evals.runs import read_manifest
 
 
 def plan_of(run: str | os.PathLike[str]) -> Plan:
     """The text, tokenizer and teacher of a run's recipe, from its manifest; no weight is loaded."""
-    return prepare(Recipe.model_validate(read_manifest(run)["config"]))
+    return prepare(recipe_from(read_manifest(run)["config"]))
 
 
 def heldout_batch(plan: Plan, samples: int) -> Any:

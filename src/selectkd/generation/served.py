@@ -32,8 +32,9 @@ class ServedStudent:
     The first call of a run always refreshes. Until the next, texts are of a student ``staleness`` optimizer steps old.
     kind sglang: /update_weights_from_disk with the folder's path. kind vllm: started on the folder with
     VLLM_SERVER_DEV_MODE=1, its workers reload it by /collective_rpc and /reset_prefix_cache drops what the old weights
-    read. A run that goes on refreshes at its first step, so with ``every`` above 1 it need not end at the bytes of a
-    whole one. ConfigError on several ranks: one folder has one writer.
+    read. dtype: of the weights in the folder, default the student's. A run that goes on refreshes at its first step,
+    so with ``every`` above 1 it need not end at the bytes of a whole one.
+    ConfigError on several ranks: one folder has one writer.
     """
 
     server: CompletionServer
@@ -42,6 +43,7 @@ class ServedStudent:
     student: nn.Module
     tokenizer: Any
     every: int = 1
+    dtype: str | None = None
     refreshed: int | None = field(default=None, init=False)
     staleness: int = field(default=0, init=False)
 
@@ -67,7 +69,7 @@ class ServedStudent:
 
     def refresh(self) -> None:
         """The student as it is now into the folder, and the server told to read it."""
-        save_student(self.student, self.tokenizer, self.folder, CARD)
+        save_student(self.student, self.tokenizer, self.folder, CARD, dtype=self.dtype)
         if self.kind == "sglang":
             self.server.asked([_question("/update_weights_from_disk", {"model_path": self.folder}, _taken)])
             return

@@ -25,9 +25,11 @@ def add_lora(
     alpha: int = 128,
     dropout: float = 0.05,
     target_modules: Sequence[str] = LINEAR_LAYERS,
+    in_fp32: bool = True,
 ) -> nn.Module:
     """The model with W + (alpha / r) B A in place of each named linear W; only A and B are trainable.
 
+    in_fp32: A and B are fp32 on a narrower base, too; otherwise in the base's dtype.
     B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the
     model, for the head (its weight is used by reference), and for r, alpha or dropout out of range.
     Source: Hu et al. 2021, equation 3.
@@ -60,7 +62,7 @@ def add_lora(
     with warnings.catch_warnings():
         # peft asks for a name that transformers has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
 
 
 @contextlib.contextmanager

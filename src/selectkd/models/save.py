@@ -5,24 +5,30 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from selectkd.durable import disk_error, os_error_of, replace_folder, sync_folder
 from selectkd.errors import ConfigError
+from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge
 
 
-def save_student(model: Any, tokenizer: Any, folder: str | os.PathLike[str], card: str) -> Path:
+def save_student(
+    model: Any, tokenizer: Any, folder: str | os.PathLike[str], card: str, *, dtype: str | None = None
+) -> Path:
     """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card).
 
     AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
     folder first and renamed when complete; a model folder that stood there is replaced. An adapter is merged
-    in a copy, so the model in memory goes on training. ConfigError where ``folder`` is a file or holds
+    in a copy, so the model in memory goes on training. dtype: fp32 weights are written as this, default as they are.
+    ConfigError where ``folder`` is a file or holds
     anything but a model, ResourceError where the disk is full.
     """
     folder = Path(folder)
@@ -34,7 +40,7 @@ def save_student(model: Any, tokenizer: Any, folder: str | os.PathLike[str], car
         model = merge(copy.deepcopy(model))
     try:
         partial.mkdir()
-        model.save_pretrained(partial)
+        _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         sync_folder(partial)
@@ -46,6 +52,23 @@ def save_student(model: Any, tokenizer: Any, folder: str | os.PathLike[str], car
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _save_weights(model: Any, folder: Path, dtype: str | None) -> None:
+    """``save_pretrained`` with the fp32 weights in another dtype, each tensor that is tied to others once."""
+    state = model.state_dict()
+    if dtype is None or all(tensor.dtype != torch.float32 for tensor in state.values()):
+        model.save_pretrained(folder)
+        return
+    wanted, once = DTYPES[dtype], {}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.float32 and wanted != torch.float32:
+            state[name] = once.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(wanted))
+    model.save_pretrained(folder, state_dict=state)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["dtype"] = dtype  # of the file; save_pretrained writes the dtype in memory
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def check_target(folder: Path) -> None:

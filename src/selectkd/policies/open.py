@@ -11,6 +11,7 @@ from selectkd.data.render import pad_id_of
 from selectkd.generation import ends_of
 from selectkd.generation.served import ServedStudent
 from selectkd.generation.server import CompletionServer
+from selectkd.models.precision import FP32, Precision
 from selectkd.policies.streams import Stream
 from selectkd.policies.writer import Writer
 from selectkd.teachers.model import ModelPlan
@@ -20,7 +21,13 @@ from selectkd.teachers.remote.settings import POLICY
 
 
 def writer_for(
-    recipe: Any, streams: Sequence[Stream], student: nn.Module, teacher: TeacherPlan, tokenizer: Any
+    recipe: Any,
+    streams: Sequence[Stream],
+    student: nn.Module,
+    teacher: TeacherPlan,
+    tokenizer: Any,
+    *,
+    precision: Precision = FP32,
 ) -> Writer | None:
     """What writes the text of a step, None where all of it is the data set's. The teacher writes where it is one
     whole model in memory; ConfigError where a policy wants it to and it is not.
@@ -41,15 +48,18 @@ def writer_for(
         max_length=recipe.training.max_length,
         max_new_tokens=recipe.data.max_new_tokens,
         seed=recipe.training.seed,
+        precision=precision,
         served={
-            number: _served(policy.served, student, tokenizer)
+            number: _served(policy.served, student, tokenizer, precision)
             for number, policy in enumerate(policies)
             if getattr(policy, "served", None) is not None
         },
     )
 
 
-def _served(said: Any, student: nn.Module, tokenizer: Any) -> ServedStudent:
+def _served(said: Any, student: nn.Module, tokenizer: Any, precision: Precision) -> ServedStudent:
     key = key_of(said.api_key_env, POLICY.key)
     server = CompletionServer(said.url, said.model, key, said.wait, ca=said.ca, settings=POLICY)
-    return ServedStudent(server, said.kind, said.folder, student, tokenizer, said.refresh_every)
+    return ServedStudent(
+        server, said.kind, said.folder, student, tokenizer, said.refresh_every, dtype=precision.saved
+    )

@@ -17,6 +17,7 @@ from selectkd.data.rewrite import Written, examples_of, last_turns, rebuilt
 from selectkd.errors import ConfigError
 from selectkd.generation import Draw, Interleaved, Mixed, Request, Rule, Sampling, generate, prompt_key
 from selectkd.generation.served import ServedStudent
+from selectkd.models.precision import FP32, Precision
 from selectkd.policies.adaptive import AdaptiveScheduler
 from selectkd.policies.replay import ReplayBuffer
 from selectkd.policies.streams import Stream
@@ -39,7 +40,7 @@ class Writer:
     adaptive scheduler. served: servers that write a source's student text in the student's place. Whatever is drawn
     is a function of (seed, step, the prompt), so a run that is taken up again with ``state_dict`` writes what it would
     have written; the teacher's text of a prompt is the same at every step. A prompt that leaves no room for an answer
-    keeps the text it has.
+    keeps the text it has. precision: the student writes as it trains, the teacher alone in its own dtype.
     """
 
     policies: Sequence[Any]
@@ -53,6 +54,7 @@ class Writer:
     max_new_tokens: int | None = None
     seed: int = 42
     steps: int = 1
+    precision: Precision = FP32
     served: Mapping[int, ServedStudent] = field(default_factory=dict)
     buffers: dict[int, ReplayBuffer] = field(default_factory=dict, init=False)
     schedulers: dict[int, AdaptiveScheduler] = field(default_factory=dict, init=False)
@@ -207,10 +209,13 @@ class Writer:
             end = min(self.ends, default=None)
             texts = served.complete(requests, _sampling(policy), end=end, seed=self.seed, step=step)
         else:
-            texts = generate(
-                models, requests, rule, ends=self.ends, width=self.width, pad_id=self.pad_id, seed=self.seed,
-                step=step,
-            )  # fmt: skip
+            device = next(models[0].parameters()).device
+            precision = self.precision if models[0] is self.student else FP32
+            with precision.autocast(device):
+                texts = generate(
+                    models, requests, rule, ends=self.ends, width=self.width, pad_id=self.pad_id, seed=self.seed,
+                    step=step,
+                )  # fmt: skip
         result: list[Text] = [None] * len(turns)
         for i, text in zip(able, texts, strict=True):
             result[i] = replace(turns[i], completion=text.ids)

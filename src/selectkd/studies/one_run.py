@@ -131,6 +131,7 @@ def held_out(made: Any, seed: int) -> dict[str, Any]:
                     seed=seed,
                     streams=made.streams,
                     device=device,
+                    precision=made.precision,
                 )
             )
     each = [one for one in each if one.tokens]

@@ -35,7 +35,7 @@ class AdaptersOffTeacher:
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states, and the student's head."""
         head = head_of(self.student)
-        with adapters_off(self.student):
+        with adapters_off(self.student), torch.autocast(position.device.type, enabled=False):
             hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, d]
         reference = None if self.reference is None else self.reference(batch, position)

@@ -105,7 +105,10 @@ class AlignedTeacher:
             for reading in readings
         ]
         batch = collate(kept, pad_id=0).to(device)
-        hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [samples, t, e]
+        with torch.autocast(batch.input_ids.device.type, enabled=False):  # autocast is the student's
+            hidden = backbone(self.model)(
+                **batch.model_inputs(dtype=self.head.weight.dtype)
+            )  # [samples, t, e]
         width = hidden.shape[1]
         return hidden.reshape(-1, hidden.shape[-1]), [sample * width for sample in range(len(readings))]
 

@@ -50,7 +50,8 @@ class LiveTeacher:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
         self.place(device)
-        hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
+        with torch.autocast(device.type, enabled=False):  # autocast is the student's
+            hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)

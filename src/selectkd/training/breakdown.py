@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.data.supervised import supervised
+from selectkd.models.precision import FP32, Precision
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
 from selectkd.teachers.protocol import Teacher
@@ -51,10 +52,17 @@ class Breakdown:
         }
 
 
-def breakdown(student: nn.Module, teacher: Teacher, batch: Any, *, chunk: int | None = None) -> Breakdown:
+def breakdown(
+    student: nn.Module,
+    teacher: Teacher,
+    batch: Any,
+    *,
+    chunk: int | None = None,
+    precision: Precision = FP32,
+) -> Breakdown:
     """The breakdown of a batch. The entropy is over the outcomes a teacher gives: of a stored top-K a lower bound."""
     measure = Objective("forward_kl", _TeacherEntropy())
-    share = probe(student, teacher, batch, measure, chunk=chunk)
+    share = probe(student, teacher, batch, measure, chunk=chunk, precision=precision)
     return Breakdown(supervised(batch).offset, share * MOST_NATS)
 
 

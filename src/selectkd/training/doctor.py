@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectkd.assembly import Assembly, Plan, assemble, check_loggers, prepare
+from selectkd.assembly import Assembly, Plan, assemble, prepare
 from selectkd.data import inspect
 from selectkd.data.supervised import supervised
 from selectkd.devices import free_memory, training_device, wait_for
@@ -32,6 +32,7 @@ from selectkd.training.evaluation import label_surprise, probe
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
+from selectkd.training.metrics import check_loggers
 from selectkd.training.run import COLD_TAR, cold
 from selectkd.training.rundir import CHECKPOINTS, check_output_dir, check_same, identity, read_run
 from selectkd.training.step import DistillationModel
@@ -78,7 +79,7 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         yield tried("deepspeed", lambda: _zero(recipe))
     plan: Plan | None = None
     try:
-        plan = prepare(recipe)
+        plan = prepare(recipe, device=device)
     except SelectKDError as error:
         names = {DataError: "text", TeacherError: "teacher", ConfigError: "names and tokenizers"}
         check = next((name for kind, name in names.items() if isinstance(error, kind)), "teacher")
@@ -243,11 +244,22 @@ def _tar(made: Assembly, recipe: Any) -> str:
     for k in KS:
         if k <= width:
             objective = replace(made.objective, verifier={"name": "greedy_topk", "k": k})
-            verdicts = probe(made.student, made.teacher, made.probe, objective, seed=recipe.training.seed)
+            verdicts = probe(
+                made.student,
+                made.teacher,
+                made.probe,
+                objective,
+                seed=recipe.training.seed,
+                precision=made.precision,
+            )
             found.append(f"k = {k}: {tar_of(verdicts, made.probe):.3f}")
     own = tar_of(
-        probe(made.student, made.teacher, made.probe, made.objective, seed=recipe.training.seed), made.probe
-    )
+        probe(
+            made.student, made.teacher, made.probe, made.objective, seed=recipe.training.seed,
+            precision=made.precision,
+        ),
+        made.probe,
+    )  # fmt: skip
     told = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
     return told + (f" {cold(own)}" if own < COLD_TAR and made.beta.start == made.beta.end < 1 else "")
 
@@ -258,7 +270,8 @@ def _calibration(made: Assembly) -> str:
     seen = supervised(made.probe)
     made.student.eval()
     head = head_of(made.student)
-    hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
+    with made.precision.autocast(made.probe.input_ids.device):
+        hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
     told = ["student " + _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)]
     rows = made.teacher(made.probe, seen.position)
     if isinstance(rows, LiveRows):
@@ -296,8 +309,9 @@ def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
         device=device,
     )
     model = DistillationModel(
-        made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk
-    )
+        made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk,
+        offload=training.activation_offload,
+    )  # fmt: skip
     feed, heard = Feed(made.micro_batches), []
     clock = [time.perf_counter()]
 
@@ -309,6 +323,7 @@ def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
     train_loop(
         model, feed, ledger, steps=1 if device.type == "cpu" else 2, after_step=read_clock,
         learning_rate=training.learning_rate, weight_decay=training.weight_decay,
+        optimizer=training.optimizer, betas=training.betas, eps=training.eps, precision=made.precision,
         max_grad_norm=training.max_grad_norm, on_line=heard.append,
     )  # fmt: skip
     seconds = clock[-1] - clock[-2]

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from selectkd.assembly import checkpoint_activations
 from selectkd.by_device import chunk_rows
 from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
 from selectkd.teachers.cache.index import read_index
+from selectkd.training.activations import checkpoint_activations
 
 FP32 = 4
 COUNTED = "selectkd_counted"

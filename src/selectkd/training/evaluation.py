@@ -15,6 +15,7 @@ from selectkd.distill import distillation_loss
 from selectkd.log_probs import token_log_probs
 from selectkd.models.gathered import gathered, head_parameters
 from selectkd.models.head import backbone, head_of
+from selectkd.models.precision import FP32, Precision
 from selectkd.objective import Objective
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.protocol import Teacher
@@ -60,6 +61,7 @@ def evaluate(
     streams: Sequence[str] = ("data",),
     chunk: int | None = None,
     device: torch.device | str | None = None,
+    precision: Precision = FP32,
 ) -> Evaluation:
     """Measures ``student`` on ``batches``; its mode is put back afterwards. The same text gives the same
     numbers.
@@ -76,11 +78,12 @@ def evaluate(
             if not seen.position.shape[0]:
                 continue
             head = head_of(student)
-            hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+            with precision.autocast(batch.input_ids.device):
+                hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
             hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
             rows = teacher(batch, seen.position)
             uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-            with gathered(head_parameters(head)):
+            with gathered(head_parameters(head)), precision.autocast(hidden.device):
                 loss, sums = distillation_loss(
                     hidden,
                     head,
@@ -134,6 +137,7 @@ def probe(
     *,
     seed: int = 0,
     chunk: int | None = None,
+    precision: Precision = FP32,
 ) -> Tensor:
     """The acceptance of each row of one fixed batch, [n], from the same uniform numbers every time."""
     seen = supervised(batch)
@@ -141,11 +145,12 @@ def probe(
     student.eval()
     try:
         head = head_of(student)
-        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
+        with precision.autocast(batch.input_ids.device):
+            hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
         hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
         uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
         rows = teacher(batch, seen.position)
-        with gathered(head_parameters(head)):
+        with gathered(head_parameters(head)), precision.autocast(hidden.device):
             sums = distillation_loss(
                 hidden,
                 head,

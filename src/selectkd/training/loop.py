@@ -6,15 +6,16 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import get_scheduler
 
+from selectkd.models.precision import FP32, Precision
 from selectkd.training.checkpoint import Checkpoints, Stateful
 from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
+from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -22,22 +23,6 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 OnLine = Callable[[dict[str, Any]], None]
 AfterStep = Callable[[int], bool]
-
-
-def decaying(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay is for: matrices, not the vectors of norms and biases."""
-    return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-
-def optimizer_for(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices alone."""
-    chosen = set(decaying(model))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in chosen], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name not in chosen], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
 
 def train_loop(
@@ -50,6 +35,10 @@ def train_loop(
     schedule: str = "cosine",
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    precision: Precision = FP32,
     max_grad_norm: float = 1.0,
     accumulation: int = 1,
     log_every: int = 1,
@@ -59,37 +48,38 @@ def train_loop(
 ) -> None:
     """Trains the student in place for ``steps`` optimizer steps, or until ``after_step(step)`` is True.
 
-    Parameters keep their dtype; there is no autocast. A step whose loss or gradient norm is not finite on any
-    rank leaves parameters and optimizer as they are. max_grad_norm = 0 does not clip. ``on_line`` gets every
-    log line. With ``checkpoints`` the run goes on from the opened one and saves as they say. Raises NumericsError
-    when too many steps were left out.
+    Parameters keep their dtype; precision: what the forward pass multiplies in. optimizer, betas, eps: as of
+    ``optimizer_for``. A step whose loss or gradient norm is not finite on any rank leaves parameters and optimizer as
+    they are. max_grad_norm = 0 does not clip. ``on_line`` gets every log line. With ``checkpoints`` the run goes on
+    from the opened one and saves as they say. Raises NumericsError when too many steps were left out.
     """
     model.to(ledger.device).train()
     wrapped: Any = replicated(model) if ranks() > 1 else model
-    optimizer = optimizer_for(model, learning_rate=learning_rate, weight_decay=weight_decay)
-    lr = get_scheduler(
-        SCHEDULES[schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps
+    stepper = optimizer_for(
+        model, name=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps
     )
+    lr = get_scheduler(SCHEDULES[schedule], stepper, num_warmup_steps=warmup_steps, num_training_steps=steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if checkpoints is not None:
         checkpoints.register("ledger", ledger)
-        register_engine(checkpoints, model, feed, optimizer, lr)
+        register_engine(checkpoints, model, feed, stepper, lr)
         checkpoints.begin()
 
     for micro in feed.steps(accumulation):
         for portion in ledger.begin(micro):
             waits = contextlib.nullcontext() if portion.last or ranks() == 1 else wrapped.no_sync()
             with waits:
-                loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+                with precision.autocast(ledger.device):
+                    loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
                 loss.backward()
             ledger.add(portion, loss, sums)
         ledger.settle(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
-        rate = optimizer.param_groups[0]["lr"]
+        rate = stepper.param_groups[0]["lr"]
         if ledger.accept(norm):
-            optimizer.step()
+            stepper.step()
         lr.step()
-        optimizer.zero_grad(set_to_none=True)
+        stepper.zero_grad(set_to_none=True)
 
         if ledger.step % log_every == 0 or ledger.step == steps:
             line = ledger.line()  # on every rank: it empties the window

@@ -6,11 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
 from selectkd.durable import disk_error, sync
+from selectkd.errors import ConfigError
 from selectkd.training.counts import rank
 
 REQUIRED = ("step", "loss", "kl", "tar", "bite", "lr", "tokens", "tokens_per_second", "skipped")
@@ -76,3 +79,13 @@ def _clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """ConfigError unless the library of each logger is installed."""
+    missing = sorted(set(names) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ConfigError(
+            f"training.report_to names {', '.join(missing)}, which is not installed. Install it, or leave it out: "
+            "metrics.jsonl holds every number either way."
+        )

@@ -108,6 +108,7 @@ def manifest_of(
         "config": recipe.model_dump(mode="json"),
         "versions": versions(),
         "device": device_name(device),
+        "precision": made.precision.name,
         "ranks": ranks(),
         "seed": recipe.training.seed,
         "teacher": {"source": made.teacher_plan.source, "revision": made.teacher_plan.revision},

@@ -19,6 +19,7 @@ from selectkd.assembly import Assembly, assemble
 from selectkd.devices import training_device
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.gathered import gathered
+from selectkd.models.precision import precision_of
 from selectkd.models.save import save_student
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
@@ -31,6 +32,7 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.loop import SCHEDULES, train_loop
 from selectkd.training.manifest import write_manifest
 from selectkd.training.metrics import MetricsLog
+from selectkd.training.optimizer import arguments
 from selectkd.training.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
 from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity
 from selectkd.training.step import DistillationModel
@@ -83,7 +85,11 @@ def train(
         )  # the ranks meet now, so that one alone claims the folder
     with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
         finished = finished_run(run_dir, recipe, claim)
-        return finished or _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
+        if finished:
+            return finished
+        precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
+        with precision.products(device):
+            return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
 
 
 def _train(
@@ -171,7 +177,7 @@ def _train(
     with gathered(made.student.parameters()):
         if rank() == 0:
             card = card_of(recipe, made, watch.before, after, ledger)
-            save_student(made.student, made.tokenizer, run_dir / "student", card)
+            save_student(made.student, made.tokenizer, run_dir / "student", card, dtype=made.precision.saved)
             write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -226,16 +232,21 @@ def _run(
         model = DistillationModel(
             made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
             gradient_filter=training.gradient_filter, compile_loss=training.compile_loss,
+            offload=training.activation_offload,
         )  # fmt: skip
         train_loop(
             model,
             feed,
             ledger,
             steps=steps,
-            learning_rate=training.learning_rate,
             schedule=training.schedule,
             warmup_steps=warmup,
+            learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            optimizer=training.optimizer,
+            betas=training.betas,
+            eps=training.eps,
+            precision=made.precision,
             max_grad_norm=training.max_grad_norm,
             accumulation=training.gradient_accumulation,
             log_every=training.log_every,
@@ -251,13 +262,19 @@ def _run(
             max_steps=steps,
             per_device_train_batch_size=training.batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
-            learning_rate=training.learning_rate,
+            **arguments(
+                training.optimizer,
+                learning_rate=training.learning_rate,
+                betas=training.betas,
+                eps=training.eps,
+                device=device,
+            ),
             lr_scheduler_type=SCHEDULES[training.schedule],
             warmup_steps=warmup,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             logging_steps=training.log_every,
-            optim="adamw_torch",
+            bf16=made.precision.autocasts,
             seed=training.seed,
             use_cpu=device.type == "cpu" and deepspeed is None,
             save_strategy="no",
@@ -280,6 +297,7 @@ def _run(
         also_kl=also_kl,
         gradient_filter=training.gradient_filter,
         compile_loss=training.compile_loss,
+        offload=training.activation_offload,
         bad_batches=bad,
         on_line=on_line,
         losses=made.losses,

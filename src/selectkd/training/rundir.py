@@ -35,7 +35,7 @@ RUN, LOCK, CHECKPOINTS, FINISHED = "run.json", ".lock", "checkpoints", "manifest
 FREE = ("training.output_dir", "training.save_every", "training.keep", "training.report_to")
 """Keys that change nothing in what a step computes, so a run may go on with other values."""
 
-FACTS = ("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks")
+FACTS = ("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks", "precision")
 """What a run is made of beside its recipe; known once its parts are loaded."""
 
 MOST_TOLD = 3
@@ -179,6 +179,7 @@ def facts(made: Any) -> dict[str, Any]:
         "teacher_weights": _weights(made.teacher_plan),
         "student_weights": made.student_revision or made.kept or weights_checksum(made.student),
         "ranks": ranks(),
+        "precision": made.precision.name,
     }
     assert set(found) == set(FACTS)
     return found

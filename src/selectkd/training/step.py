@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from selectkd.objective import Objective
 from selectkd.rows import product_dtype
 from selectkd.teachers.protocol import Teacher
 from selectkd.terms import Forward, LossPlan, weighted_sum
+from selectkd.training.activations import activations_offloaded
 from selectkd.training.checkpoint import Stateful
 
 _LOG = logging.getLogger("selectkd")
@@ -30,7 +32,8 @@ class DistillationModel(nn.Module):
     The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
     measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
     another one; from the same logits. Otherwise ``sums["kl"]`` is the divergence.
-    gradient_filter: as in ``distillation_loss``; compile_loss: its ``compiled``.
+    gradient_filter: as in ``distillation_loss``; compile_loss: its ``compiled``. offload: the student's activations
+    wait in main memory (``activations_offloaded``), where the device has a memory of its own.
     """
 
     accepts_loss_kwargs = False
@@ -45,11 +48,12 @@ class DistillationModel(nn.Module):
         also_kl: bool = False,
         gradient_filter: float = 0.0,
         compile_loss: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
-        self.gradient_filter, self.compile_loss = gradient_filter, compile_loss
+        self.gradient_filter, self.compile_loss, self.offload = gradient_filter, compile_loss, offload
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
     @property
@@ -69,7 +73,9 @@ class DistillationModel(nn.Module):
         plan = LossPlan.of(objective)
         seen = supervised(batch)
         head = head_of(self.student)
-        hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+        offload = self.offload and batch.input_ids.device.type != "cpu"
+        with activations_offloaded(self.student) if offload else contextlib.nullcontext():
+            hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position)
         here = Forward(

@@ -21,7 +21,8 @@ from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.counts import rank
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger, Portion
-from selectkd.training.loop import AfterStep, OnLine, decaying, register_engine
+from selectkd.training.loop import AfterStep, OnLine, register_engine
+from selectkd.training.optimizer import decaying
 from selectkd.training.step import DistillationModel, Teacher
 from selectkd.training.zero import HeldStep, PartsOfRank, check_models, check_settings, hold_step
 
@@ -33,7 +34,8 @@ class DistillTrainer(Trainer):
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
     micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
     objective, reduction, temperature, chunk, gradient_filter, compile_loss: as in a recipe; beta: a schedule, default
-    the objective's constant.
+    the objective's constant. offload: as of ``DistillationModel``. args.bf16 computes as training.precision: bf16 does,
+    where the student is in float32; the teacher computes in its own dtype.
     losses, extras, write: as of ``Ledger``. A process trains on one device, ``args.device``: with several GPUs start a
     process for each (``accelerate launch``). Loss scaling, counts over accumulation and ranks, and the skipping of
     steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
@@ -62,6 +64,7 @@ class DistillTrainer(Trainer):
         also_kl: bool = False,
         gradient_filter: float = 0.0,
         compile_loss: bool = False,
+        offload: bool = False,
         bad_batches: Path | None = None,
         losses: Sequence[StreamSpec] = (),
         extras: Sequence[Extra] = (),
@@ -75,6 +78,11 @@ class DistillTrainer(Trainer):
         if args.label_smoothing_factor != 0:
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor}: the loss has no smoothing. Set it to 0."
+            )
+        if args.mixed_precision not in ("no", "bf16"):
+            raise ConfigError(
+                f"mixed precision {args.mixed_precision}: a row's gradient of the loss is below fp16's range, where "
+                "loss scaling does not reach it. Use bf16=True, or float32 with tf32=True."
             )
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel over every GPU that it sees
@@ -92,6 +100,7 @@ class DistillTrainer(Trainer):
             also_kl=also_kl,
             gradient_filter=gradient_filter,
             compile_loss=compile_loss,
+            offload=offload,
         )
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)

@@ -71,6 +71,7 @@ class Watch:
             self.latest = evaluate(
                 made.student, made.teacher, made.heldout, replace(made.objective, beta=made.beta.end),
                 seed=training.seed, streams=made.streams, chunk=training.chunk, device=self.device,
+                precision=made.precision,
             )  # fmt: skip
             self.latest_step = step
             line["evaluation"] = self.latest.as_dict()
@@ -92,11 +93,14 @@ class Watch:
     def _probed(self) -> dict[str, Any]:
         made, training, line = self.made, self.recipe.training, {}
         verdicts = probe(
-            made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk
-        )
+            made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk,
+            precision=made.precision,
+        )  # fmt: skip
         line["probe_tar"] = tar_of(verdicts, made.probe)
         if self.breakdown is None:
-            self.breakdown = breakdown(made.student, made.teacher, made.probe, chunk=training.chunk)
+            self.breakdown = breakdown(
+                made.student, made.teacher, made.probe, chunk=training.chunk, precision=made.precision
+            )
         line |= self.breakdown.acceptance(verdicts)
         if self.verdicts is not None:
             line["probe_lost"] = int(((self.verdicts >= 0.5) & (verdicts < 0.5)).sum())

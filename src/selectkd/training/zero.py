@@ -107,6 +107,17 @@ def check_recipe(recipe: Any) -> None:
             "training.engine = loop knows no DeepSpeed, and the run was started for it. Set training.engine to "
             "trainer, or start the run with torchrun (DDP)."
         )
+    if training.precision not in ("auto", "fp32", "tf32") or training.optimizer != "adamw":
+        raise ConfigError(
+            f"training.precision = {training.precision} and training.optimizer = {training.optimizer}: under DeepSpeed "
+            "a student trains in float32 by adamw. Use precision: auto, fp32 or tf32, or start the run with torchrun "
+            "(DDP)."
+        )
+    if training.activation_offload:
+        raise ConfigError(
+            "training.activation_offload and DeepSpeed were never tried together. Set it to false, or start the run "
+            "with torchrun (DDP)."
+        )
     if training.lora is not None:
         raise ConfigError(
             "training.lora and DeepSpeed do not go together: an adapter's optimizer is small enough for each rank. "

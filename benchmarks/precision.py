@@ -1,0 +1,170 @@
+"""What each training.precision does to a student: which weights one step moves, and where sixty steps lead.
+
+    python benchmarks/precision.py moved [--rates 1e-6 1e-5 5e-5 1e-4 2e-4] [--record]
+    python benchmarks/precision.py runs [--steps 60] [--seeds 3] [--length 64] [--batch 2] [--record]
+    python benchmarks/precision.py logits [--n 512] [--record]
+
+The demo pair: SmolLM2-135M-Instruct and its layers without 8-17, on instructions; full fine-tuning. Needs what
+`make demo` fetches, and the root of the checkout as the working directory.
+
+moved: the share of weights that AdamW's first step changes, from one gradient for each precision. runs: held-out KL of
+recipes/demo.yaml with the same layers for all, over seeds. logits: bf16 products whose logits are rounded to bf16, or
+kept in fp32 as `mm(out_dtype=float32)` does, both against fp32: rows whose best token or verdict changes, and the
+error of the gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss import real_states
+from record import Row, record
+
+from selectkd.assembly import assemble
+from selectkd.config import load_recipe
+from selectkd.models.precision import PRECISIONS
+from selectkd.training.ledger import Ledger
+from selectkd.training.optimizer import optimizer_for
+from selectkd.training.run import train
+from selectkd.training.step import DistillationModel
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+KEPT = [*range(8), *range(18, 30)]
+"""Fixed, so that nothing but the precision differs; one of the better cuts of docs/log.md."""
+NAMES = ("fp32", "bf16", "bf16-pure")
+
+
+def recipe_of(folder: str, name: str, **training: Any) -> Any:
+    """The demo's recipe with these layers, in a precision."""
+    changed = {"output_dir": folder, "precision": name, "save_every": "null", **training}
+    sets = [f"training.{key}={value}" for key, value in changed.items()]
+    return load_recipe(RECIPE, [f"student.from_teacher.choose={KEPT}", *sets])
+
+
+def moved(name: str, rates: list[float], length: int, batch: int) -> list[float]:
+    """The share of weights that one step at each learning rate changes."""
+    recipe = recipe_of("unused", name, max_length=length, max_prompt_length=length // 2, batch_size=batch)
+    made = assemble(recipe)
+    model = DistillationModel(made.student, made.teacher)
+    ledger = Ledger(made.objective, beta=made.beta, streams=made.streams)
+    (portion,) = ledger.begin([next(iter(made.micro_batches(0)))])
+    with PRECISIONS[name].autocast("cpu"):
+        loss, _ = model.train()(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    shares = []
+    for rate in rates:
+        optimizer = optimizer_for(model, learning_rate=rate)
+        optimizer.step()
+        changed = sum(int((p != old).sum()) for p, old in zip(parameters, before, strict=True))
+        shares.append(changed / sum(p.numel() for p in parameters))
+        with torch.no_grad():
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+        del optimizer
+        gc.collect()
+    return shares
+
+
+def held_out_kl(name: str, seed: int, wanted: argparse.Namespace) -> tuple[float, float]:
+    """Held-out KL of a run, before and after."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(
+            recipe_of(
+                f"{folder}/run", name, seed=seed, max_steps=wanted.steps, max_length=wanted.length,
+                max_prompt_length=wanted.length // 2, batch_size=wanted.batch, learning_rate=wanted.rate,
+                evaluate_every="null", probe_samples=1,
+            )
+        )  # fmt: skip
+    assert result.before is not None and result.after is not None
+    return result.before.kl, result.after.kl
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["moved", "runs", "logits"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-6, 1e-5, 5e-5, 1e-4, 2e-4])
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the runs")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--n", type=int, default=512)
+    parser.add_argument("--names", nargs="+", default=list(NAMES), choices=list(PRECISIONS))
+    parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for name in wanted.names if wanted.what != "logits" else ["logits"]:
+        if wanted.what == "moved":
+            shares = moved(name, wanted.rates, wanted.length, wanted.batch)
+            found = [
+                (f"one step, lr {rate:g}", name, "share of weights moved", share, "", 1)
+                for rate, share in zip(wanted.rates, shares, strict=True)
+            ]
+        elif wanted.what == "runs":
+            found = of_runs(name, wanted)
+        else:
+            found = of_logits(wanted.n)
+        rows += found
+        for case, of, metric, value, spread, _ in found:
+            print(f"{case:<28}{of:<12}{metric:<28}{value:>10.5g}  {spread}", flush=True)
+    if wanted.record:
+        record("precision", rows)
+
+
+def of_runs(name: str, wanted: argparse.Namespace) -> list[Row]:
+    """Rows of a precision's runs: the mean over seeds, and the spread from the least to the most."""
+    seen = [held_out_kl(name, 42 + i, wanted) for i in range(wanted.seeds)]
+    case = f"{wanted.steps} steps, lr {wanted.rate:g}"
+    print(case, name, [f"{before:.4f} -> {after:.4f}" for before, after in seen], file=sys.stderr, flush=True)
+    found: list[Row] = []
+    for metric, values in zip(("kl before", "kl"), zip(*seen, strict=True), strict=True):
+        found.append((case, name, metric, statistics.mean(values), max(values) - min(values), wanted.seeds))
+    return found
+
+
+def of_logits(n: int) -> list[Row]:
+    """Rows that say what rounding logits to bf16 costs beside products of the same bf16 states in fp32."""
+    states = real_states(n)
+    exact = [(x.double() @ w.double().t()).float() for x, w in pairs(states)]
+    largest = exact[0].abs().amax(-1).mean().item()
+    found: list[Row] = [("logits", "student", "largest logit of a row, mean", largest, "", 1)]
+    wide = [x.bfloat16().float() @ w.bfloat16().float().t() for x, w in pairs(states)]
+    ways = {"bf16, fp32 logits": wide, "bf16, bf16 logits": [z.bfloat16().float() for z in wide]}
+    best, judged, slope = looked_at(*exact)
+    for name, logits in ways.items():
+        top, verdict, gradient = looked_at(*logits)
+        found += [
+            ("logits", name, "best token changed", (top != best).float().mean().item(), "", 1),
+            ("logits", name, "verdict changed", (verdict != judged).float().mean().item(), "", 1),
+            ("logits", name, "gradient error", ((gradient - slope).norm() / slope.norm()).item(), "", 1),
+        ]
+    return found
+
+
+def pairs(states: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(states.hidden, states.head), (states.teacher, states.teacher_head)]
+
+
+def looked_at(
+    student: torch.Tensor, teacher: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The student's best token [n], greedy top-5's verdict [n], and forward KL's gradient to the logits [n, v]."""
+    top = student.argmax(-1)
+    judged = (teacher > teacher.gather(-1, top[:, None])).sum(-1) < 5
+    return top, judged, student.softmax(-1) - teacher.softmax(-1)
+
+
+if __name__ == "__main__":
+    main()
