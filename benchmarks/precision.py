@@ -1,10 +1,10 @@
 """What each training.precision does to a student: which weights one step moves, and where sixty steps lead.
 
     python benchmarks/precision.py moved [--rates 1e-6 1e-5 5e-5 1e-4 2e-4] [--record]
-    python benchmarks/precision.py runs [--steps 60] [--seeds 3] [--length 64] [--batch 2] [--record]
+    python benchmarks/precision.py runs [--steps 60] [--seeds 3] [--layers 20] [--length 64] [--batch 2] [--record]
     python benchmarks/precision.py logits [--n 512] [--record]
 
-The demo pair: SmolLM2-135M-Instruct and its layers without 8-17, on instructions; full fine-tuning. Needs what
+The demo pair: SmolLM2-135M-Instruct and its outer layers, on instructions; full fine-tuning. Needs what
 `make demo` fetches, and the root of the checkout as the working directory.
 
 moved: the share of weights that AdamW's first step changes, from one gradient for each precision. runs: held-out KL of
@@ -36,21 +36,31 @@ from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
-KEPT = [*range(8), *range(18, 30)]
-"""Fixed, so that nothing but the precision differs; one of the better cuts of docs/log.md."""
+DEPTH = 30
 NAMES = ("fp32", "bf16", "bf16-pure")
 
 
-def recipe_of(folder: str, name: str, **training: Any) -> Any:
-    """The demo's recipe with these layers, in a precision."""
+def recipe_of(folder: str, name: str, layers: int, samples: int, **training: Any) -> Any:
+    """The demo's recipe in a precision, its layers fixed, so that nothing else differs."""
+    kept = [*range(layers // 2), *range(DEPTH - (layers - layers // 2), DEPTH)]
     changed = {"output_dir": folder, "precision": name, "save_every": "null", **training}
     sets = [f"training.{key}={value}" for key, value in changed.items()]
-    return load_recipe(RECIPE, [f"student.from_teacher.choose={KEPT}", *sets])
+    student = [f"student.from_teacher.layers={layers}", f"student.from_teacher.choose={kept}"]
+    return load_recipe(RECIPE, [*student, f"data.sources.0.limit={samples}", *sets])
 
 
-def moved(name: str, rates: list[float], length: int, batch: int) -> list[float]:
+def moved(name: str, wanted: argparse.Namespace) -> list[float]:
     """The share of weights that one step at each learning rate changes."""
-    recipe = recipe_of("unused", name, max_length=length, max_prompt_length=length // 2, batch_size=batch)
+    length, rates = wanted.length, wanted.rates
+    recipe = recipe_of(
+        "unused",
+        name,
+        wanted.layers,
+        40,
+        max_length=length,
+        max_prompt_length=length // 2,
+        batch_size=wanted.batch,
+    )
     made = assemble(recipe)
     model = DistillationModel(made.student, made.teacher)
     ledger = Ledger(made.objective, beta=made.beta, streams=made.streams)
@@ -77,13 +87,12 @@ def moved(name: str, rates: list[float], length: int, batch: int) -> list[float]
 def held_out_kl(name: str, seed: int, wanted: argparse.Namespace) -> tuple[float, float]:
     """Held-out KL of a run, before and after."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(
-            recipe_of(
-                f"{folder}/run", name, seed=seed, max_steps=wanted.steps, max_length=wanted.length,
-                max_prompt_length=wanted.length // 2, batch_size=wanted.batch, learning_rate=wanted.rate,
-                evaluate_every="null", probe_samples=1,
-            )
+        recipe = recipe_of(
+            f"{folder}/run", name, wanted.layers, wanted.samples, seed=seed, max_steps=wanted.steps,
+            max_length=wanted.length, max_prompt_length=wanted.length // 2, batch_size=wanted.batch,
+            learning_rate=wanted.rate, evaluate_every="null", probe_samples=1,
         )  # fmt: skip
+        result = train(recipe)
     assert result.before is not None and result.after is not None
     return result.before.kl, result.after.kl
 
@@ -97,6 +106,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the runs")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=20, help="of the student, of the teacher's 30")
+    parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--n", type=int, default=512)
@@ -105,33 +116,32 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for name in wanted.names if wanted.what != "logits" else ["logits"]:
-        if wanted.what == "moved":
-            shares = moved(name, wanted.rates, wanted.length, wanted.batch)
-            found = [
-                (f"one step, lr {rate:g}", name, "share of weights moved", share, "", 1)
-                for rate, share in zip(wanted.rates, shares, strict=True)
-            ]
-        elif wanted.what == "runs":
-            found = of_runs(name, wanted)
-        else:
-            found = of_logits(wanted.n)
-        rows += found
-        for case, of, metric, value, spread, _ in found:
-            print(f"{case:<28}{of:<12}{metric:<28}{value:>10.5g}  {spread}", flush=True)
+    if wanted.what == "moved":
+        for name in wanted.names:
+            for rate, share in zip(wanted.rates, moved(name, wanted), strict=True):
+                rows.append((f"one step, lr {rate:g}", name, "share of weights moved", share, "", 1))
+    else:
+        rows = of_runs(wanted) if wanted.what == "runs" else of_logits(wanted.n)
+    for case, of, metric, value, spread, _ in rows:
+        print(f"{case:<24}{of:<20}{metric:<30}{value:>10.5g}  {spread}", flush=True)
     if wanted.record:
         record("precision", rows)
 
 
-def of_runs(name: str, wanted: argparse.Namespace) -> list[Row]:
-    """Rows of a precision's runs: the mean over seeds, and the spread from the least to the most."""
-    seen = [held_out_kl(name, 42 + i, wanted) for i in range(wanted.seeds)]
-    case = f"{wanted.steps} steps, lr {wanted.rate:g}"
-    print(case, name, [f"{before:.4f} -> {after:.4f}" for before, after in seen], file=sys.stderr, flush=True)
-    found: list[Row] = []
-    for metric, values in zip(("kl before", "kl"), zip(*seen, strict=True), strict=True):
-        found.append((case, name, metric, statistics.mean(values), max(values) - min(values), wanted.seeds))
-    return found
+def of_runs(wanted: argparse.Namespace) -> list[Row]:
+    """Rows of each precision's runs: the mean over seeds, and the spread from the least to the most."""
+    case = f"{wanted.steps} steps, {wanted.layers} layers, lr {wanted.rate:g}"
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted.names}
+    for seed in range(42, 42 + wanted.seeds):
+        for name in wanted.names:
+            before, after = held_out_kl(name, seed, wanted)
+            seen[name].append((before, after))
+            print(f"{case}, seed {seed}, {name}: {before:.4f} -> {after:.4f}", file=sys.stderr, flush=True)
+    return [
+        (case, name, metric, statistics.mean(values), max(values) - min(values), wanted.seeds)
+        for name, pairs_of in seen.items()
+        for metric, values in zip(("kl before", "kl"), zip(*pairs_of, strict=True), strict=True)
+    ]
 
 
 def of_logits(n: int) -> list[Row]:
