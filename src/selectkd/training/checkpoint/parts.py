@@ -62,6 +62,11 @@ class OptimizerState:
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim:
                     entries[name] = _like(value, parameters[index])
         self.optimizer.load_state_dict(state)
+        for index, entries in state["state"].items():  # torch gives all of it its parameter's dtype
+            own = self.optimizer.state[parameters[index]]
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and own[name].dtype != value.dtype:
+                    own[name] = value.to(own[name].device)
 
 
 class Named:
