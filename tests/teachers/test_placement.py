@@ -174,15 +174,15 @@ def test_the_estimate_counts_two_layers_of_an_offloaded_teacher_on_an_accelerato
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "deep" / name).write_bytes((pair / "teacher" / name).read_bytes())
     one = sum(p.numel() * 4 for p in layers[0].parameters())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     deep = {"model": str(tmp_path / "deep")}
     content = json.loads(recipe(pair, tmp_path / "run", "device").model_dump_json(exclude_none=True))
-    whole = estimate(recipe_from({**content, "teacher": deep}))
-    apart = estimate(recipe_from({**content, "teacher": {**deep, "placement": "offloaded"}}))
+    content["training"]["precision"] = "fp32"
+    whole = estimate(recipe_from({**content, "teacher": deep}), device="cuda")
+    apart = estimate(recipe_from({**content, "teacher": {**deep, "placement": "offloaded"}}), device="cuda")
     assert apart.teacher == whole.teacher - one and apart.offloaded == 3 * one  # one at work, one on its way
     assert apart.total == sum(v for k, v in vars(apart).items() if k not in ("saved", "offloaded"))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    sharded = estimate(recipe_from({**content, "teacher": {**deep, "placement": "sharded"}}))
+    sharded = estimate(recipe_from({**content, "teacher": {**deep, "placement": "sharded"}}), device="cuda")
     assert (
         sharded.teacher == whole.teacher - one and sharded.offloaded == 0
     )  # a third of three, and one whole

@@ -64,11 +64,13 @@ def lines_of(result: Any) -> list[dict[str, Any]]:
     [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "tf32"), ("mps", True, "fp32")],
 )
 def test_auto_is_bf16_where_a_gpu_has_it(device, has_bf16, meant, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     assert precision_of("auto", device).name == meant
 
 
 def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(ConfigError, match="no bfloat16"):
         precision_of("bf16", "cuda")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.terminal import say
+from selectkd.errors import ConfigError
 
 
 def estimate(
@@ -18,6 +19,10 @@ def estimate(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the longest sample; default training.max_length.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda|mps|xpu", help="Where the run will be; it need not be here."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON, in bytes.")] = False,
 ) -> None:
     """Say what memory one process needs, part by part, and what a checkpoint takes on disk. Reads no weight."""
@@ -26,11 +31,21 @@ def estimate(
     checked = load_recipe(recipe, changes or [])
 
     import selectkd.training.run  # noqa: F401  what a run imports is in memory as well
+    from selectkd.devices import device_of
     from selectkd.training.estimate import estimate as count
 
-    memory = count(checked, length=length).as_dict()
+    where = device_of("auto") if device == "auto" else _kind(device)
+    memory = count(checked, length=length, device=where).as_dict()
     if as_json:
         say(json.dumps(memory))
         return
     for name, size in memory.items():
         say(f"{name.replace('_', ' '):<14} {size / 2**20:>12,.1f} MiB")
+
+
+def _kind(device: str) -> str:
+    """The kind of a device, here or not; ConfigError for a word that is none."""
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise ConfigError(f"--device {device} is no device. Use auto, cpu, cuda, mps or xpu.")
+    return kind

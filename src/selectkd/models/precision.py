@@ -72,14 +72,13 @@ def precision_of(name: str, device: torch.device | str, *, sharded_fp32: bool = 
 
     auto: bf16 on a GPU that has it, tf32 on any other GPU, fp32 elsewhere. sharded_fp32: under DeepSpeed, where a
     student trains in float32, auto is tf32 on every GPU. tf32 on a device without it is fp32. ConfigError for bf16 on
-    a GPU that only emulates it.
+    a GPU that only emulates it. Of a GPU that is not here it is taken that it has bf16.
 
     >>> precision_of("auto", "cpu").name
     'fp32'
     """
     kind = torch.device(device).type
-    has_bf16 = kind == "cpu" or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    has_bf16 = has_bf16 or (kind == "xpu" and torch.xpu.is_bf16_supported())
+    has_bf16 = kind in ("cpu", "xpu") or (kind == "cuda" and _gpu_has_bf16())
     if name == "auto":
         plain = kind not in ("cuda", "xpu")
         name = "fp32" if plain else "bf16" if has_bf16 and not sharded_fp32 else "tf32"
@@ -90,6 +89,10 @@ def precision_of(name: str, device: torch.device | str, *, sharded_fp32: bool = 
             "fp32."
         )
     return precision if kind == "cuda" else replace(precision, tf32=False)
+
+
+def _gpu_has_bf16() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_launched(precision: Precision) -> None:

@@ -192,7 +192,7 @@ def _masks(plan: Plan) -> str:
 
 
 def _memory(recipe: Any, found: list[Memory], device: torch.device) -> str:
-    memory = estimate(recipe)
+    memory = estimate(recipe, device=device)
     found.append(memory)
     need, free = memory.total, free_memory(device)
     told = ", ".join(

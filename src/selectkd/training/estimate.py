@@ -9,13 +9,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from selectkd.by_device import chunk_rows
@@ -23,8 +24,11 @@ from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
+from selectkd.models.precision import precision_of
 from selectkd.teachers.cache.index import read_index
-from selectkd.training.activations import checkpoint_activations
+from selectkd.training.activations import LEAST_BYTES, checkpoint_activations
+from selectkd.training.optimizer import state_bytes
+from selectkd.training.zero import asked_for
 
 FP32 = 4
 COUNTED = "selectkd_counted"
@@ -61,44 +65,55 @@ class Memory:
         return {**vars(self), "total": self.total}
 
 
-def estimate(recipe: Any, *, length: int | None = None) -> Memory:
-    """The memory of one process that trains ``recipe``; length: tokens of the longest batch, default max_length.
+def estimate(recipe: Any, *, length: int | None = None, device: torch.device | str = "cpu") -> Memory:
+    """The memory of one process that trains ``recipe`` on ``device``; length: tokens of the longest batch, default
+    max_length. The device need not be there: an accelerator is taken to have bf16 then.
 
     Weights, gradients and optimizer are counted parameter by parameter, activations by running the backbone on the
     meta device and counting what autograd keeps; the loss by the buffers of one chunk. ConfigError for models that
     cannot be found.
     """
-    training = recipe.training
+    training, kind = recipe.training, torch.device(device).type
+    precision = precision_of(training.precision, device, sharded_fp32=asked_for())
     b, t = training.batch_size, length or training.max_length
-    shapes = _teacher_shapes(recipe, training.dtype)
+    shapes = _teacher_shapes(recipe, precision.frozen)
     teacher = [model for model, _ in shapes]
-    student = _student_shape(recipe, teacher[0] if teacher else None)
+    of_student = precision.weights if training.lora is None else precision.frozen
+    student = _student_shape(recipe, teacher[0] if teacher else None, of_student)
     weights = _bytes(student.parameters()) + _bytes(student.buffers())
     head = head_of(student)
     if training.lora is not None:
-        student = add_lora(student, **training.lora.model_dump())
+        in_fp32 = precision.weights == "float32"
+        student = add_lora(student, **training.lora.model_dump(), in_fp32=in_fp32)
     trained = [p for p in student.parameters() if p.requires_grad]
     adapters = 0 if training.lora is None else _bytes(trained)
-    kept = activations(student, b, t, recomputed=training.gradient_checkpointing)
+    kept = activations(
+        student, b, t, recomputed=training.gradient_checkpointing, autocast=precision.autocasts,
+        offloaded=training.activation_offload and kind != "cpu",
+    )  # fmt: skip
     v, d = head.weight.shape
-    c = chunk_rows(b * t, v, training.chunk)
+    products = torch.bfloat16 if precision.autocasts else head.weight.dtype
+    c = chunk_rows(b * t, v, training.chunk, products)
     head_trained = head.weight.requires_grad and training.lora is None
-    loss = c * v * FP32 + b * t * d * FP32 + (v * d * FP32 if head_trained else 0)
-    held = [_held(model, placement) for model, placement in shapes]
+    loss = c * v * products.itemsize + b * t * d * FP32 + (_size(head.weight) if head_trained else 0)
+    if products != head.weight.dtype:
+        loss += v * d * products.itemsize  # the head's copy
+    held = [_held(model, placement, device) for model, placement in shapes]
     taught, offloaded = (sum(each) for each in zip(*held, strict=True)) if held else (0, 0)
     forward = [*teacher, *(student for spec in recipe.teachers if isinstance(spec, AdaptersOffTeacher))]
     if forward:
         widest = max(model.config.get_text_config().intermediate_size for model in forward)
-        loss += c * v * FP32 + b * t * widest * 3 * FP32  # its logits, and one layer of its forward pass
+        size = max(head_of(model).weight.dtype.itemsize for model in forward)
+        loss += (c * v + b * t * widest * 3) * size  # its logits, and one layer of its forward pass
     elif isinstance(recipe.teacher, CacheTeacher):
         index = read_index(Path(recipe.teacher.cache).expanduser() / "index.json")
         taught = (
             index["head"]["vocabulary"] * index["head"]["width"] * FP32 if index["payload"] == "hidden" else 0
         )
         loss += c * v * FP32 if index["payload"] == "hidden" else 0
-    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    moments = sum(state_bytes(training.optimizer, p) for p in trained)
     return Memory(
-        process=resident(),
+        process=resident() if kind == "cpu" else 0,  # a device's own share is not among what it has free
         student=weights + adapters,
         gradient=_bytes(trained),
         optimizer=moments,
@@ -112,10 +127,19 @@ def estimate(recipe: Any, *, length: int | None = None) -> Memory:
     )
 
 
-def activations(model: nn.Module, b: int, t: int, *, recomputed: bool = False) -> int:
+def activations(
+    model: nn.Module,
+    b: int,
+    t: int,
+    *,
+    recomputed: bool = False,
+    autocast: bool = False,
+    offloaded: bool = False,
+) -> int:
     """Bytes that autograd keeps of one forward pass over [b, t] tokens, counted on the meta device.
 
-    recomputed: with gradient checkpointing, the inputs of the layers and the inside of one of them.
+    recomputed: with gradient checkpointing, the inputs of the layers and the inside of one of them. autocast: to bf16,
+    the copies of fp32 weights included. offloaded: what ``activations_offloaded`` leaves on the device alone.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -126,12 +150,43 @@ def activations(model: nn.Module, b: int, t: int, *, recomputed: bool = False) -
         "position_ids": torch.zeros(b, t, dtype=torch.long, device="meta"),
         "attention_mask": torch.zeros(b, 1, t, t, device="meta"),
     }
-    with _kept() as storages:
+    with _kept() as storages, Autocast() if autocast else nullcontext():
         backbone(model.train())(**inputs)
     sizes = [size for storage, size in storages.items() if storage not in own]
+    if offloaded:
+        copies = [p.numel() * 2 for p in model.parameters() if autocast and p.ndim == 2]
+        return sum(size for size in sizes if size < LEAST_BYTES) + sum(c for c in copies if c >= LEAST_BYTES)
     if not recomputed:
         return sum(sizes)
-    return text.num_hidden_layers * b * t * text.hidden_size * FP32 + sum(sizes) // text.num_hidden_layers
+    of_layer = next(
+        model.parameters()
+    ).element_size()  # autocast or not, what runs between layers is the embedding's
+    return text.num_hidden_layers * b * t * text.hidden_size * of_layer + sum(sizes) // text.num_hidden_layers
+
+
+class Autocast(TorchFunctionMode):
+    """Autocast to bf16 for the meta device, which has none: products take their fp32 operands in bf16, a weight's copy
+    made once.
+    """
+
+    PRODUCTS = (nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS or getattr(func, "__name__", "") in ("matmul", "__matmul__", "bmm", "mm"):
+            args = [self.narrow(each) if isinstance(each, Tensor) else each for each in args]
+        return func(*args, **(kwargs or {}))
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """The tensor in bf16, where it is fp32."""
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.bfloat16()
+        return self.copies.setdefault(id(tensor), tensor.bfloat16())
 
 
 class _Attention(torch.autograd.Function):
@@ -153,6 +208,8 @@ def _counted(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
+    if value.dtype != query.dtype:  # under autocast position encodings make fp32 of query and key
+        query, key, mask = (each.to(value.dtype) for each in (query, key, mask))
     k, v = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     return _Attention.apply(query, k, v, mask).transpose(1, 2), None  # type: ignore[union-attr]
 
@@ -193,13 +250,13 @@ def _teacher_shapes(recipe: Any, dtype: str) -> list[tuple[Any, str]]:
     ]
 
 
-def _held(model: Any, placement: str) -> tuple[int, int]:
+def _held(model: Any, placement: str, device: torch.device | str) -> tuple[int, int]:
     """(bytes on the device that trains, bytes in main memory beside it) of a teacher.
 
     Where main memory is that device, an offloaded layer is not copied.
     """
     whole = _bytes(model.parameters()) + _bytes(model.buffers())
-    if placement == "device" or (placement == "offloaded" and not torch.cuda.is_available()):
+    if placement == "device" or (placement == "offloaded" and torch.device(device).type == "cpu"):
         return whole, 0
     layers = [_bytes(layer.parameters()) for layer in model.get_decoder().layers]
     if placement == "offloaded":
@@ -208,9 +265,9 @@ def _held(model: Any, placement: str) -> tuple[int, int]:
     return whole - sum(layers) + sum(layers) // over + max(layers), 0
 
 
-def _student_shape(recipe: Any, teacher: Any) -> Any:
+def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
     """The student without weights: its own, or the teacher's with so many layers."""
-    spec, dtype = recipe.student, recipe.training.dtype
+    spec = recipe.student
     if spec.model is not None:
         model = load_shape(spec.model, dtype=dtype, revision=spec.revision)
     else:
@@ -222,6 +279,10 @@ def _student_shape(recipe: Any, teacher: Any) -> Any:
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(tensors: Any) -> int:

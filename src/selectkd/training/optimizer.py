@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from selectkd.errors import ConfigError
@@ -20,7 +20,7 @@ FUSED_ON = ("cuda", "xpu")
 @dataclass(frozen=True)
 class Kind:
     """transformers' name of an optimizer; package: what it needs, as imported and as installed. state: bytes it keeps
-    for each trained weight in fp32, None for two moments in the weight's own dtype.
+    for each trained weight, None for two moments in the weight's own dtype.
     """
 
     name: str
@@ -43,7 +43,21 @@ KINDS = {
     "stable_adamw": Kind("stable_adamw", ("optimi", "torch-optimi")),
     "sgd": Kind("sgd", None, 0.0),
 }
-"""By the recipe's name. adafactor keeps a row and a column of each matrix, which ``estimate`` counts itself."""
+"""By the recipe's name."""
+SMALL = 4096
+"""Weights of a tensor below which bitsandbytes and torchao keep fp32 moments."""
+
+
+def state_bytes(name: str, parameter: Tensor) -> int:
+    """Bytes an optimizer keeps of a parameter: its moments, or adafactor's fp32 mean of each row and column."""
+    n, kind = parameter.numel(), KINDS[name]
+    if name == "adafactor":
+        return 4 * (n if parameter.ndim < 2 else n // parameter.shape[-1] + n // parameter.shape[-2])
+    if kind.state is None:
+        return 2 * n * parameter.element_size()
+    narrow = kind.state < 4.0 and n >= SMALL and parameter.ndim >= 2
+    wide = {"ademamix_8bit": 12.0, "lion_8bit": 4.0, "sgd": 0.0}.get(name, 8.0)
+    return int(n * (kind.state if narrow or kind.state >= 4.0 else wide))
 
 
 def check_optimizer(name: str) -> None:
