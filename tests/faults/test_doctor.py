@@ -268,7 +268,7 @@ def recipe_of(content: dict[str, Any], path: Path) -> Recipe:
 def test_a_recipe_of_a_version_to_come_is_refused(written: Callable[..., Path], capsys: Any) -> None:
     path = written()
     content = json.loads(path.read_text())
-    for version in (2, -1, "1", True, 1.5):
+    for version in (3, -1, "1", True, 1.5):
         path.write_text(json.dumps({**content, "version": version}), "utf-8")
         assert main(["train", str(path)]) == 2
         assert "version" in capsys.readouterr().err
