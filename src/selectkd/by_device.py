@@ -84,7 +84,7 @@ def power_of_two(number: int) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Memory of an accelerator that a call can have: the device's free memory and what torch holds without using it."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return ASSUMED_FREE
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

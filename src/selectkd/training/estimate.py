@@ -93,7 +93,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
     )  # fmt: skip
     v, d = head.weight.shape
     products = torch.bfloat16 if precision.autocasts else head.weight.dtype
-    c = chunk_rows(b * t, v, training.chunk, products)
+    c = chunk_rows(b * t, v, training.chunk, products, device)
     head_trained = head.weight.requires_grad and training.lora is None
     loss = c * v * products.itemsize + b * t * d * FP32 + (_size(head.weight) if head_trained else 0)
     if products != head.weight.dtype:
