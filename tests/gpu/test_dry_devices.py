@@ -14,8 +14,10 @@ import yaml
 from gpu.launcher import pretended_with_kernels
 from gpu.pretended import pretended
 from selectkd.cli import main
+from selectkd.config import load_recipe
 from selectkd.devices import device_of, out_of_memory
 from selectkd.errors import ConfigError
+from selectkd.training.run import train
 from training.tiny import tiny_llama, write_pair
 
 pytestmark = [
@@ -169,3 +171,19 @@ def test_an_allocation_that_failed_is_known_by_its_words(words):
 def test_another_error_of_a_gpu_is_not_taken_for_a_lack_of_memory():
     assert not out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000"))
     assert not out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+def test_a_teacher_that_writes_the_first_text_writes_it_on_the_gpu(root, tmp_path):
+    """Nothing has asked it for a row by then: there is no held-out text and no probe."""
+    changes = [
+        "data.evaluation=null",
+        "data.policy={name: teacher, max_new_tokens: 2}",
+        "training.probe_samples=0",
+    ]
+    recipe = load_recipe(
+        root / "r.yaml", [*changes, f"training.output_dir={tmp_path / 'run'}", "training.max_steps=1"]
+    )
+    seen = []
+    with pretended_with_kernels():
+        train(recipe, on_assembled=lambda made: seen.append(next(made.writer.teacher.parameters()).device))
+    assert seen == [torch.device("cuda:0")]
