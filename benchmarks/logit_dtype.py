@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from loss import States, random_states, real_states
+from loss import SHAPES, States, random_states, real_states
 from record import Row, record
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    states = real_states(wanted.n) if wanted.real else random_states("smollm2", wanted.n)
+    states = real_states(wanted.n) if wanted.real else random_states(SHAPES["smollm2"], wanted.n)
     highest = (states.hidden[:BLOCK] @ states.head.t()).max().item()
     case = (
         f"{'smollm2, real' if wanted.real else 'smollm2, random'}, n {wanted.n}, largest logit {highest:.0f}"

@@ -95,3 +95,18 @@ def test_the_peak_does_not_grow_with_the_rows():
         for n in ("512", "2048")
     ]
     assert peaks[1] - peaks[0] < 10 * 2**20  # of which the gradient of the hidden states is .4 MiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_without_gradients_costs_the_logits_alone(dtype):
+    hidden, weight = (torch.randn(rows, D).to(dtype).requires_grad_() for rows in (N, V))
+    teacher = LiveRows(torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype))
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        loss, _ = distillation_loss(hidden, weight, teacher, Objective("forward_kl", "greedy_topk"), chunk=32)
+    assert counted.get_total_flops() / UNIT == pytest.approx(2.0) and not loss.requires_grad
+
+
+def test_rows_that_a_selector_drops_cost_no_gradient_product():
+    spent, accepted = units(Objective("forward_kl", "se_kd", beta=0.0))
+    # two models' logits in the first pass and in the second, and both gradients of the rows that are kept
+    assert spent == pytest.approx(4.0 + 2.0 * accepted) and accepted < 0.25
