@@ -1,7 +1,7 @@
 """Which chunks the kernels judge, and how they are launched. c rows of a chunk, v vocabulary."""
 
 # a kernel is launched by a subscript, which no type checker sees through
-# pyright: reportIndexIssue=false, reportOptionalSubscript=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
 import contextlib
@@ -182,7 +182,9 @@ class _Launch:
                 *self.before, label, ints, floats, *self.shape, *self._finish(temperature), self.a, self.b,
                 terms=self.terms if divergence else None, **flags, KL=kl, **self.options,
             )  # fmt: skip
-        table = dict(zip((*FLOATS, *INTS), (*floats.unbind(), *ints.unbind()), strict=True))
+        table: dict[str, Tensor] = dict(
+            zip((*FLOATS, *INTS), (*floats.unbind(), *ints.unbind()), strict=True)
+        )
         table["overlap"] = table["overlap"].clamp(max=1.0)
         if flags["RANK"]:
             table["student_top"] = table["student_top"].long()

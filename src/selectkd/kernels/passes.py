@@ -6,7 +6,7 @@ that no thread waits for another in a loop.
 """
 
 # a kernel's names are compiled, not checked as Python
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
