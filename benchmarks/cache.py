@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import mmap
 import os
 import subprocess
 import sys
@@ -391,7 +390,7 @@ def cold_reads(path: Path, texts: int, hinted: bool) -> float:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     shard = Shard(path, 0, bytes(16))
-    shard.map.madvise(mmap.MADV_RANDOM)
+    os.posix_fadvise(shard.handle, 0, 0, os.POSIX_FADV_RANDOM)
     order = np.random.default_rng(1).permutation(texts).reshape(-1, BATCH)[:100]
     took = []
     for batch, following in pairwise(order):

@@ -59,10 +59,13 @@ def test_a_rank_hears_of_its_own_batches_alone(monkeypatch: pytest.MonkeyPatch) 
 
 def resident(shard: Shard) -> np.ndarray[Any, Any]:
     """Which pages of a shard are in memory, by the system's own word."""
-    size = len(shard.map)
+    size = shard.path.stat().st_size
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    place = ctypes.c_void_p(shard.bytes.ctypes.data)
-    assert ctypes.CDLL(None, use_errno=True).mincore(place, ctypes.c_size_t(size), pages) == 0
+    with mmap.mmap(shard.handle, 0, access=mmap.ACCESS_READ) as seen:
+        whole = np.frombuffer(seen, np.uint8)
+        place = ctypes.c_void_p(whole.ctypes.data)
+        assert ctypes.CDLL(None, use_errno=True).mincore(place, ctypes.c_size_t(size), pages) == 0
+        del whole
     return np.frombuffer(pages, np.uint8) & 1
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import xxhash
 
 from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
 from selectkd.durable import write_whole
-from selectkd.errors import CacheError, ConfigError, ResourceError
+from selectkd.errors import CacheError, ConfigError, NumericsError, ResourceError
+from selectkd.teachers.cache.builders import fill
 from selectkd.teachers.cache.index import (
     HEAD,
     INDEX,
@@ -29,7 +31,6 @@ from selectkd.teachers.cache.index import (
     TEXT,
     Record,
     cut_into_shards,
-    entries_of,
     fingerprint,
     read_index,
     records_of,
@@ -37,20 +38,23 @@ from selectkd.teachers.cache.index import (
     write_index,
 )
 from selectkd.teachers.cache.origin import Origin, head_bytes
-from selectkd.teachers.cache.payloads import Stored, payload_of
-from selectkd.teachers.cache.shard import Shard, shard_bytes, shard_name
+from selectkd.teachers.cache.payloads import Stored, payload_of, unsound_head
+from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_bytes, shard_name
 
-SHARD_ROWS = 4096
+SHARD_BYTES, SHARD_ROWS = 1 << 28, 1 << 16
+"""A shard's rows have at most so many bytes, and are at most so many: what a killed build computes again."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be stored: the payload, its K where it has one, how precisely, rows a shard at most."""
+    """What is to be stored: the payload, its K where it has one, how precisely, rows a shard at most (None: by their
+    bytes).
+    """
 
     payload: str = "hidden"
     k: int | None = None
     precision: str | None = None
-    shard_rows: int = SHARD_ROWS
+    shard_rows: int | None = None
 
     def __post_init__(self) -> None:
         if (self.k is None) != (self.payload == "hidden"):
@@ -71,6 +75,11 @@ def plan_of(
 ) -> tuple[dict[str, Any], list[Record]]:
     """(everything the index says but the shards, the records): whose numbers, of what text, stored how."""
     head = origin.head
+    strange = None if head is None else unsound_head(head)
+    if strange is not None:
+        raise NumericsError(
+            f"the teacher {origin.teacher['model']} has a head that {strange}. Check its weights."
+        )
     if wish.k is not None and wish.k > origin.vocabulary:
         raise ConfigError(f"teacher.k = {wish.k} is more than the teacher's {origin.vocabulary} tokens.")
     records = records_of(examples)
@@ -98,10 +107,11 @@ def plan_of(
         "records": len(records),
         "rows": sum(len(record.places) for record in records),
         "tokens": sum(len(record.ids) for record in records),
-        "shard_rows": wish.shard_rows,
+        "shard_rows": 0,
         "text": {"size": len(text), "checksum": xxhash.xxh3_128(text).hexdigest()},
     }
-    plan["row_bytes"] = payload_of(plan).row_bytes
+    width = plan["row_bytes"] = payload_of(plan).row_bytes
+    plan["shard_rows"] = wish.shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // width))
     return plan, records
 
 
@@ -121,8 +131,8 @@ def build_cache(
     before_shard: called before each shard; what it raises ends the build, and whole shards are left.
 
     Rank r computes the shards r, r + ranks, ...; whoever finds all of them there writes the index. What is
-    there and sound is kept. CacheError where the folder holds another cache, ResourceError where the disk is
-    too small, both before anything is computed.
+    there and sound is kept, and a shard that another builder is at work on is waited for. CacheError where the
+    folder holds another cache, ResourceError where the disk is too small, both before anything is computed.
     """
     shards = cut_into_shards(records, plan["shard_rows"])
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
@@ -144,28 +154,44 @@ def build_cache(
         f"{plan['rows']:,} rows of {plan['row_bytes']} bytes in {len(shards)} shards: {needed / 1e6:,.1f} MB, "
         f"about {seconds / ranks:,.0f} s"
     )
-    for number in range(rank, len(shards), ranks):
+    between = before_shard or _nothing
+    others: list[int] = []
+
+    def made(number: int, wait: Callable[[], None] | None) -> None:
         path = folder / SHARDS / shard_name(number)
         if _sound(path, number, own):
-            continue
-        if before_shard is not None:
-            before_shard()
-        for left in path.parent.glob(f".{path.name}.partial-*"):  # of a builder that was killed
-            left.unlink(missing_ok=True)
-        write_whole(path, compute_shard(origin, plan, number, shards[number]))
-        say(f"shard {number + 1} of {len(shards)}")
+            return
+        between()
+
+        def content() -> bytearray | None:
+            again = _sound(path, number, own)  # another builder may have been faster
+            return None if again else compute_shard(origin, plan, number, shards[number])
+
+        if fill(path, content, wait=wait):
+            say(f"shard {number + 1} of {len(shards)}")
+        else:
+            others.append(number)
+
+    for number in range(rank, len(shards), ranks):
+        made(number, None)
+    if others:
+        say(f"{len(others)} shards are another builder's, which is waited for")
+    for number in list(others):
+        made(number, between)
     found = [_sound(folder / SHARDS / shard_name(number), number, own) for number in range(len(shards))]
-    there = [shard for shard in found if shard is not None]
+    there = [entry for entry in found if entry is not None]
     if len(there) < len(shards):
         return None
-    index = {**plan, "shards": entries_of(there)}
+    index = {**plan, "shards": [asdict(entry) for entry in there]}
     write_index(folder / INDEX, index)
     return index
 
 
 @torch.no_grad()
-def compute_shard(origin: Origin, plan: Mapping[str, Any], number: int, records: Sequence[Record]) -> bytes:
-    """The bytes of one shard."""
+def compute_shard(
+    origin: Origin, plan: Mapping[str, Any], number: int, records: Sequence[Record]
+) -> bytearray:
+    """The bytes of one shard; NumericsError where its rows are none that a teacher gives, or too many not finite."""
     payload = payload_of(dict(plan))
     rows: list[np.ndarray[Any, Any] | None] = [None] * len(records)
     order = sorted(range(len(records)), key=lambda i: len(records[i].ids))
@@ -173,11 +199,18 @@ def compute_shard(origin: Origin, plan: Mapping[str, Any], number: int, records:
         chosen = order[start : start + origin.batch]
         for i, mine in zip(chosen, origin.rows([records[i] for i in chosen], payload), strict=True):
             rows[i] = mine
+    whole = np.concatenate([part for part in rows if part is not None])
+    told = payload.examined(whole).told()
+    if told is not None:
+        raise NumericsError(
+            f"the teacher {origin.teacher['model']}: {told}, in shard {number}. Load it in float32 or bfloat16, or "
+            "check its weights."
+        )
     return shard_bytes(
         number,
         [record.key for record in records],
         [np.array(record.places, np.uint32) for record in records],
-        np.concatenate([part for part in rows if part is not None]),
+        whole,
         fingerprint(plan),
     )
 
@@ -218,10 +251,14 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         write_index(path, plan)
 
 
-def _sound(path: Path, number: int, own: bytes) -> Shard | None:
-    """The shard, if it is there and whole."""
+def _sound(path: Path, number: int, own: bytes) -> ShardEntry | None:
+    """What the index says of the shard, if it is there and whole."""
     try:
-        shard = Shard(path, number, own)
+        with closing(Shard(path, number, own)) as shard:
+            return None if shard.damaged() else shard.entry
     except CacheError:
         return None
-    return None if shard.damaged() else shard
+
+
+def _nothing() -> None:
+    """What is done between two shards by a build that nothing stops."""

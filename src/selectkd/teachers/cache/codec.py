@@ -61,6 +61,12 @@ def encode_ids(ids: NDArray[np.int64], vocabulary: int) -> Bytes:
     return np.concatenate([pack(ids, low), np.packbits(unary, axis=1, bitorder="little")], axis=1)
 
 
+def ids_in(packed: Bytes, k: int, vocabulary: int) -> NDArray[np.int64]:
+    """How many ids each row holds, [n]: k, unless its bytes are none that ``encode_ids`` makes."""
+    cut = -(-k * low_bits(k, vocabulary) // 8)
+    return np.unpackbits(packed[:, cut:], axis=1).sum(1, dtype=np.int64)
+
+
 def decode_ids(packed: Bytes, k: int, vocabulary: int) -> NDArray[np.int64]:
     """The ascending ids that ``encode_ids`` encoded, [n, k]."""
     low = low_bits(k, vocabulary)

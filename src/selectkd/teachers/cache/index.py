@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from selectkd.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.errors import CacheError
-from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name
+from selectkd.teachers.cache.shard import record_key
 
 INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.safetensors", "shards"
 
@@ -109,15 +110,54 @@ def read_index(path: Path) -> dict[str, Any]:
     )
 
 
-def open_shards(folder: Path, index: Mapping[str, Any]) -> list[Shard]:
-    """All shards of a finished cache, each checked in size, place and header."""
-    own = fingerprint(index)
-    return [
-        Shard(folder / SHARDS / shard_name(number), number, own, ShardEntry(**entry))
-        for number, entry in enumerate(index["shards"])
-    ]
+def described(path: Path) -> dict[str, Any]:
+    """The index of a finished cache; CacheError where it is missing or damaged, or says what no cache can be."""
+    index = read_index(path)
+    wrong = _undescribed(index)
+    if wrong is not None:
+        raise CacheError(
+            f"{path}: {wrong}. No build writes that; build the cache again: selectkd cache build RECIPE."
+        )
+    return index
 
 
-def entries_of(shards: Iterable[Shard]) -> list[dict[str, Any]]:
-    """What the index says of shards."""
-    return [asdict(shard.entry) for shard in shards]
+def _undescribed(index: Mapping[str, Any]) -> str | None:
+    """What an index says that no cache can be, in words."""
+    for section, names in (("head", ("vocabulary",)), ("text", ("size", "checksum")), ("teacher", ("model",)),
+                           ("engine", ())):  # fmt: skip
+        part = index.get(section)
+        missing = [name for name in names if not isinstance(part, dict) or name not in part]
+        if not isinstance(part, dict) or missing:
+            return f"{section} is not described"
+    k, payload, head = index.get("k"), index.get("payload"), index["head"]
+    precisions = {"hidden": ("bfloat16", "float32"), "top_k": ("packed", "float32"), "sampled": ("packed",)}
+    if payload not in precisions or index.get("precision") not in precisions[payload]:
+        return f"payload {payload!r} in {index.get('precision')!r}"
+    if not _count(head["vocabulary"]) or (payload == "hidden") != (k is None):
+        return f"{payload} with k = {k!r} of {head['vocabulary']!r} tokens"
+    if k is not None and not (_count(k) and k <= head["vocabulary"]):
+        return f"k = {k!r} of {head['vocabulary']} tokens"
+    if payload == "hidden" and not (
+        _count(head.get("width"))
+        and _real(head.get("scale"))
+        and (head.get("softcap") is None or _real(head["softcap"]))
+    ):
+        return "a head that is none"
+    entries = index.get("shards")
+    fields = {"records", "rows", "size", "checksum"}
+    if not isinstance(entries, list) or not all(
+        isinstance(one, dict) and set(one) == fields for one in entries
+    ):
+        return "shards that are not described"
+    for name in ("records", "rows"):
+        if sum(one[name] for one in entries if _count(one[name])) != index.get(name):
+            return f"{index.get(name)!r} {name}, and its shards have others"
+    return None if _count(index.get("shard_rows")) else f"shard_rows = {index.get('shard_rows')!r}"
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,7 +15,7 @@ from selectkd.errors import CacheError, ConfigError
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.cache.build import differences
-from selectkd.teachers.cache.index import read_index, records_of
+from selectkd.teachers.cache.index import INDEX, described, records_of
 from selectkd.teachers.cache.reader import CachedTeacher, CacheReader
 from selectkd.teachers.model import ModelPlan, shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
@@ -34,7 +34,7 @@ class CachePlan:
     def index(self) -> dict[str, Any]:
         """index.json, read once; CacheError where it is damaged or another teacher's."""
         if self._index is None:
-            index = read_index(self.folder / "index.json")
+            index = described(self.folder / INDEX)
             self._refuse(differences(index, self.wanted))
             self._index = index
         return self._index

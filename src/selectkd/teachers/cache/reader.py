@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,58 @@ from selectkd.data.collate import sent
 from selectkd.data.supervised import in_memory
 from selectkd.errors import CacheError
 from selectkd.rows import Head, LiveRows, TeacherRows
-from selectkd.teachers.cache.index import HEAD, open_shards, read_index
-from selectkd.teachers.cache.payloads import HiddenPayload, payload_of
-from selectkd.teachers.cache.shard import Shard, record_key
+from selectkd.teachers.cache.index import HEAD, INDEX, SHARDS, described, fingerprint
+from selectkd.teachers.cache.payloads import HiddenPayload, payload_of, unsound_head
+from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name
 from selectkd.teachers.protocol import Teacher
+
+OPEN = 64
+"""Shards that are open at once: a process may have some hundreds of files."""
 
 
 class CacheReader:
-    """The rows of a cache by sample and place. Several readers, in one process or many, share the same pages."""
+    """The rows of a cache by sample and place. Several readers, in one process or many, share the system's pages.
+
+    Every shard's header and table are read once, when the reader is made; after that a shard is opened when a row of it
+    is wanted, and the one that was wanted longest ago is closed again.
+    """
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
         self.folder, self.index = folder, index
         self.payload = payload_of(index)
-        self.shards = open_shards(folder, index)
-        self.where: dict[bytes, tuple[Shard, int, int]] = {
-            key: (shard, int(shard.first[i]), int(shard.first[i + 1]))
-            for shard in self.shards
-            for i, key in enumerate(shard.keys)
-        }
+        self.own = fingerprint(index)
+        self.entries = [ShardEntry(**entry) for entry in index["shards"]]
+        self.open: OrderedDict[int, Shard] = OrderedDict()
+        self.sound = [np.zeros(entry.records, bool) for entry in self.entries]
+        self.where: dict[bytes, tuple[int, int]] = {}
+        for number in range(len(self.entries)):
+            for record, key in enumerate(self.shard(number).keys):
+                self.where[key] = number, record
+
+    def shard(self, number: int) -> Shard:
+        """A shard, opened where it is not; CacheError where it is missing, another one or damaged in its table."""
+        found = self.open.pop(number, None)
+        if found is None:
+            path = self.folder / SHARDS / shard_name(number)
+            found = Shard(path, number, self.own, self.entries[number])
+            if found.width != self.payload.row_bytes:
+                raise found.broken(f"has rows of {found.width} bytes, not {self.payload.row_bytes}")
+        self.open[number] = found
+        while len(self.open) > OPEN:
+            self.open.popitem(last=False)[1].close()
+        return found
 
     def find(
         self, ids: Sequence[int] | NDArray[Any], places: NDArray[np.int64], origin: str
-    ) -> tuple[Shard, NDArray[np.int64]]:
-        """(shard, rows in it) of a sample's places; CacheError for a sample or place the cache does not hold."""
+    ) -> tuple[int, int, NDArray[np.int64]]:
+        """(shard, record, rows of the shard) of a sample's places; CacheError for one that the cache does not hold."""
         at = self.where.get(record_key(ids))
         if at is None:
             raise CacheError(
                 f"the cache {self.folder} does not hold {origin}. Build one for this text: selectkd cache build RECIPE."
             )
-        shard, low, high = at
+        shard, record = self.shard(at[0]), at[1]
+        low, high = int(shard.first[record]), int(shard.first[record + 1])
         own = shard.places[low:high]
         rows = np.searchsorted(own, places)
         if len(own) == 0 or (own[np.minimum(rows, len(own) - 1)] != places).any():
@@ -52,7 +76,7 @@ class CacheReader:
                 f"the cache {self.folder} holds {origin} with other tokens trained. "
                 "Build one for this recipe: selectkd cache build RECIPE."
             )
-        return shard, rows + low
+        return *at, rows + low
 
     def rows(self, batch: Any, position: Tensor) -> NDArray[np.uint8]:
         """The stored rows at ``position`` [n] of a batch, checked: [n, w]."""
@@ -67,16 +91,29 @@ class CacheReader:
                 found.append(
                     (mine, *self.find(ids.cpu().numpy(), place[mine], f"sample {sample} of the batch"))
                 )
-        for mine, shard, rows in found:
-            out[mine] = shard.rows(rows)
+        for mine, number, record, rows in found:
+            self._examine(number, record)
+            out[mine] = self.shard(number).rows(rows)
         return out
+
+    def _examine(self, number: int, record: int) -> None:
+        """Looks at the rows of a record when it is first wanted; CacheError where no teacher gives them."""
+        if self.sound[number][record]:
+            return
+        shard = self.shard(number)
+        low, high = int(shard.first[record]), int(shard.first[record + 1])
+        wrong = self.payload.examined(shard.rows(np.arange(low, high))).wrong
+        if wrong is not None:
+            raise shard.broken(f"row {low + wrong[0]} {wrong[1]}: no teacher gives that", record)
+        self.sound[number][record] = True
 
     def ahead(self, batch: Any) -> None:
         """Has the system read the rows of a batch's samples into memory, and returns at once; no thread, no copy."""
         for ids in batch.samples():
             at = self.where.get(record_key(ids.cpu().numpy()))
             if at is not None:  # else ``rows`` says what is missing
-                at[0].ahead(at[1], at[2])
+                shard = self.shard(at[0])
+                shard.ahead(int(shard.first[at[1]]), int(shard.first[at[1] + 1]))
 
     def head(self) -> Head:
         """The teacher's head of a hidden payload, checked."""
@@ -87,7 +124,12 @@ class CacheReader:
                 f"{path} is missing or damaged. `selectkd cache repair {self.folder}` writes it again."
             )
         tensors = load(content)
-        return Head(tensors["weight"], tensors.get("bias"), said["scale"], said["softcap"])
+        head = Head(tensors["weight"], tensors.get("bias"), said["scale"], said["softcap"])
+        wrong = unsound_head(head)
+        if wrong is not None or tuple(head.weight.shape) != (said["vocabulary"], said["width"]):
+            told = wrong or f"is {tuple(head.weight.shape)}, not {(said['vocabulary'], said['width'])}"
+            raise CacheError(f"{path} {told}. Build the cache again: selectkd cache build RECIPE.")
+        return head
 
 
 class CachedTeacher:
@@ -126,4 +168,4 @@ def open_cache(folder: Path) -> CacheReader:
     """The reader of a finished cache; CacheError where any of it is missing, of another size or damaged ahead of
     its rows, which are checked as they are read.
     """
-    return CacheReader(folder, read_index(folder / "index.json"))
+    return CacheReader(folder, described(folder / INDEX))

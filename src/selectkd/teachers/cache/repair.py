@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from selectkd.durable import write_whole
@@ -21,7 +23,7 @@ from selectkd.teachers.cache.index import (
     TEXT,
     Record,
     cut_into_shards,
-    entries_of,
+    described,
     fingerprint,
     read_index,
     text_bytes,
@@ -29,7 +31,11 @@ from selectkd.teachers.cache.index import (
     write_index,
 )
 from selectkd.teachers.cache.origin import ModelOrigin, Origin, head_bytes
+from selectkd.teachers.cache.payloads import Examined, payload_of
 from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
+
+EXAMINED = 4096
+"""Rows that are looked at together."""
 
 
 @dataclass
@@ -45,7 +51,9 @@ class Findings:
 
 
 def verify(folder: Path) -> Findings:
-    """Every byte of a cache checked against its checksums, every record against the text."""
+    """Every byte of a cache checked against its checksums, every record against the text, and every row against what a
+    teacher can give.
+    """
     found = Findings()
     index = _description(folder, found)
     if index is None:
@@ -56,6 +64,12 @@ def verify(folder: Path) -> Findings:
         if xxhash.xxh3_128(content).hexdigest() != index["head"]["checksum"]:
             found.told.append(f"{path} is missing or damaged.")
             found.files.append(HEAD)
+    if INDEX not in found.files:
+        try:
+            described(folder / INDEX)
+        except CacheError as error:
+            found.told.append(str(error))
+            return found
     records: list[Record] | None = None
     try:
         records = text_of(folder, index)
@@ -66,18 +80,43 @@ def verify(folder: Path) -> Findings:
     own = fingerprint(index)
     entries = index.get("shards")
     for number in range(len(shards or entries or ())):
-        try:
-            entry = None if entries is None else ShardEntry(**entries[number])
-            shard = Shard(folder / SHARDS / shard_name(number), number, own, entry)
-            damaged = shard.damaged()
-            if not damaged and shards is not None and shard.keys != [r.key for r in shards[number]]:
-                damaged = [str(shard.broken("holds other records than the text"))]
-        except CacheError as error:
-            damaged = [str(error)]
+        entry = None if entries is None else ShardEntry(**entries[number])
+        damaged = _looked_over(folder, number, own, entry, index, None if shards is None else shards[number])
         if damaged:
             found.told += damaged
             found.shards.append(number)
     return found
+
+
+def _looked_over(
+    folder: Path, number: int, own: bytes, entry: ShardEntry | None, index: dict[str, Any], records: Any
+) -> list[str]:
+    """What is wrong with a shard: bytes, records other than the text's, rows that no teacher gives."""
+    payload = payload_of(index)
+    try:
+        with closing(Shard(folder / SHARDS / shard_name(number), number, own, entry)) as shard:
+            damaged = shard.damaged()
+            if damaged:
+                return damaged
+            if shard.width != payload.row_bytes:
+                return [str(shard.broken(f"has rows of {shard.width} bytes, not {payload.row_bytes}"))]
+            if records is not None and (
+                shard.keys != [record.key for record in records]
+                or shard.places.tolist() != [place for record in records for place in record.places]
+            ):
+                return [str(shard.broken("holds other records than the text"))]
+            rows = nonfinite = 0
+            for low in range(0, shard.count, EXAMINED):
+                high = min(low + EXAMINED, shard.count)
+                seen = payload.examined(shard.rows(np.arange(low, high)))
+                if seen.wrong is not None:
+                    row, told = low + seen.wrong[0], f"{seen.wrong[1]}: no teacher gives that"
+                    return [str(shard.broken(f"row {row} {told}", shard.record_of(row)))]
+                rows, nonfinite = rows + seen.rows, nonfinite + seen.nonfinite
+            told = Examined(rows, nonfinite).told()
+            return [] if told is None else [str(shard.broken(f"has a broken teacher's rows: {told}"))]
+    except CacheError as error:
+        return [str(error)]
 
 
 def repair(
@@ -96,6 +135,8 @@ def repair(
     found = verify(folder)
     if not found:
         return found
+    if not found.files and not found.shards:
+        raise CacheError(found.told[0])
     index = _description(folder, Findings())
     if index is None:
         raise CacheError(
@@ -113,7 +154,7 @@ def repair(
     if found.shards or HEAD in found.files:
         said = index["teacher"]
         origin = _origin(folder, index) if origin is None else origin
-        if origin.teacher["weights"] != said["weights"]:
+        if any(origin.teacher.get(key) != said[key] for key in ("weights", "fingerprint") if key in said):
             raise CacheError(
                 f"{said['model']} has other weights than the cache was built with. Build it again: "
                 "selectkd cache build RECIPE."
@@ -129,7 +170,7 @@ def repair(
                     f"shard {number} comes out otherwise than it was built: this machine computes other digits "
                     f"(built with {index['engine']}). Repair it there, or build the cache again."
                 )
-            write_whole(folder / SHARDS / shard_name(number), content)
+            write_whole(folder / SHARDS / shard_name(number), bytes(content))
             say(f"shard {number} computed again")
     plan = {key: value for key, value in index.items() if key not in ("shards", "checksum")}
     if PLAN in found.files:
@@ -137,8 +178,11 @@ def repair(
     if INDEX in found.files:
         own = fingerprint(plan)
         count = len(cut_into_shards(records, index["shard_rows"]))
-        there = [Shard(folder / SHARDS / shard_name(i), i, own) for i in range(count)]
-        write_index(folder / INDEX, {**plan, "shards": entries_of(there)})
+        there = []
+        for number in range(count):
+            with closing(Shard(folder / SHARDS / shard_name(number), number, own)) as shard:
+                there.append(asdict(shard.entry))
+        write_index(folder / INDEX, {**plan, "shards": there})
     return found
 
 
