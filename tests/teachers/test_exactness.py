@@ -129,6 +129,18 @@ def test_fewer_stored_tokens_than_the_verifier_needs_are_refused_with_both_numbe
     check(objective, "hidden")
 
 
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_a_verifier_that_compares_distributions_is_refused_a_single_best_token(name):
+    objective = Objective("forward_kl", {"name": name})
+    verdict = of_verifier(VERIFIERS[name](), "top_k", k=2).verdict
+    if "bound" in verdict:
+        with pytest.raises(ConfigError, match=r"gives its 1 best tokens, and it compares.*Use greedy_topk"):
+            check(objective, "top_k", k=1)
+        check(objective, "top_k", k=2)
+    if name.startswith("spec_k"):
+        assert verdict == "upper bound"
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys", "todi", "taid", "adaptive_kl"])
 def test_what_a_top_k_teacher_cannot_give_is_refused_and_says_what_would_work(divergence):
     objective = Objective(divergence)

@@ -40,6 +40,7 @@ BATCH_ACROSS = Exactness(
 SILENT = Exactness(
     "refused", "it needs the whole vocabulary, and does not declare what a top-K teacher does to it"
 )
+SINGLE = "it compares the two distributions, of which one token and the rest say next to nothing"
 WHY = {
     "upper bound": "merging the tail into one outcome never lowers the acceptance, and can raise it",
     "lower bound": "merging the tail into one outcome never raises the acceptance, and can lower it",
@@ -97,6 +98,8 @@ def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exa
     need = teacher_tokens_of(verifier)
     if need is None:
         verdict = getattr(verifier, "from_top_k", None)
+        if verdict is not None and k == 1:
+            return Exactness("refused", SINGLE)
         if verdict is not None:
             return Exactness(verdict, WHY[verdict])
         return BATCH if hasattr(verifier, "keep") else SILENT
