@@ -105,9 +105,10 @@ def assemble(
     device: torch.device | str = "cpu",
     stage: Callable[[str], None] | None = None,
     kept: Sequence[int] | None = None,
+    plan: Plan | None = None,
 ) -> Assembly:
-    """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what
-    is going on.
+    """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what is going
+    on. plan: what ``prepare`` made of the recipe, where that is done.
 
     kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose.
     Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
@@ -115,7 +116,7 @@ def assemble(
     say = stage if stage is not None else lambda _: None
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
-    plan = prepare(recipe, device=device)
+    plan = prepare(recipe, device=device) if plan is None else plan
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]

@@ -29,7 +29,7 @@ def kept(tmp_path: Path, monkeypatch: Any) -> None:
 
 def shards(folder: Path) -> list[bytes]:
     cache = open_cache(folder)
-    return [shard.rows(np.arange(shard.count)).tobytes() for shard in cache.shards]
+    return [cache.shard(i).rows(np.arange(cache.shard(i).count)).tobytes() for i in range(len(cache.entries))]
 
 
 @pytest.mark.parametrize("payload", [{}, {"payload": "top_k", "k": 12}, {"payload": "sampled", "k": 12}])

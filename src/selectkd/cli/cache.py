@@ -52,9 +52,9 @@ def build(
     checked = _recipe(recipe, changes)
     on = use_device(device)
     teacher, examples, wish, tokenizer = _text(checked, on)
-    origin = _origin(teacher, on)
-    plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
+    origin = _origin(teacher, on, folder)
+    plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
     with StopRequests() as stop:
         stop.at_once = False
 
@@ -106,7 +106,7 @@ def repair(target: Target, changes: Changes = None, device: Device = "auto", as_
     on = use_device(device)
     if _is_recipe(target):
         teacher, examples, _, _ = _text(_recipe(target, changes), on)
-        records, origin = records_of(examples), _origin(teacher, on)
+        records, origin = records_of(examples), _origin(teacher, on, folder)
     found = mend(folder, records=records, origin=origin, say=told if as_json else say)
     if as_json:
         say(json.dumps({"shards": found.shards, "files": found.files}))
@@ -161,14 +161,18 @@ def _folder(target: str, changes: list[str] | None) -> Path:
     return Path(_recipe(target, changes).teacher.cache).expanduser()  # type: ignore[union-attr]
 
 
-def _origin(teacher: Any, device: Any) -> Any:
-    """Where the rows come from: the model, loaded, or the server."""
-    from selectkd.teachers.cache import ModelOrigin
+def _origin(teacher: Any, device: Any, folder: Path) -> Any:
+    """Where the rows come from: the model, loaded, or the server, if it has the model ``folder`` was begun with."""
+    from selectkd.teachers.cache import ModelOrigin, read_index
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.remote.origin import RemoteOrigin
 
     if not isinstance(teacher, ModelPlan):
-        return RemoteOrigin(teacher)
+        try:
+            noted = read_index(folder / "plan.json")["teacher"].get("fingerprint")
+        except CacheError:
+            noted = None
+        return RemoteOrigin(teacher, noted)
     loaded = teacher.loaded().on(device)
     return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
 
@@ -179,7 +183,6 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any]:
     from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
     from selectkd.teachers.cache import Wish
-    from selectkd.teachers.cache.build import SHARD_ROWS
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.open import plan_teacher
 
@@ -208,7 +211,7 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any]:
                 f"teacher.server gives its {teacher.k} best tokens, and the cache is to hold payload {payload} with "
                 f"k = {k}. Leave both out of the cache, or ask a server of kind selectkd without k for hidden states."
             )
-    wish = Wish(payload, k, spec.precision, spec.shard_rows or SHARD_ROWS)
+    wish = Wish(payload, k, spec.precision, spec.shard_rows)
     plan = prepare(recipe, teacher, device=device)
     temperature = recipe.objective.temperature
     stored: Any = wish.payload

@@ -119,7 +119,9 @@ class RemoteTeacher(Section):
 
     timeout: seconds an answer may take in all. wait: seconds a server that is away, busy or stalled is asked again
     after its first failure, three times the outage the tests make. retries: how often an answer that is wrong is asked
-    for again. concurrency: questions under way at once, a micro-batch of usual size.
+    for again. concurrency: questions under way at once, a micro-batch of usual size. check_every: batches from one look
+    at whether the server still has the same model to the next; a look is two prompts of at most 24 tokens, asked beside
+    the batch's, and every reconnect has one more.
     """
 
     url: Url
@@ -133,6 +135,7 @@ class RemoteTeacher(Section):
     wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
     retries: Annotated[Whole, Field(ge=0, le=100)] = 3
     concurrency: Annotated[Count, Field(le=256)] = 8
+    check_every: Count = 1
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:

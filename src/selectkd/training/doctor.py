@@ -23,6 +23,7 @@ from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
 from selectkd.rows import Head, LiveRows
+from selectkd.teachers import exactness
 from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.training import zero
 from selectkd.training.checkpoint.folder import all_in
@@ -34,7 +35,15 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.metrics import check_loggers
 from selectkd.training.run import COLD_TAR, cold
-from selectkd.training.rundir import CHECKPOINTS, check_output_dir, check_same, identity, read_run
+from selectkd.training.rundir import (
+    CHECKPOINTS,
+    RUN,
+    check_output_dir,
+    check_same,
+    identity,
+    read_run,
+    same_servers,
+)
 from selectkd.training.step import DistillationModel
 from selectkd.training.watch import tar_of
 
@@ -80,6 +89,9 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     plan: Plan | None = None
     try:
         plan = prepare(recipe, device=device)
+        folder = Path(recipe.training.output_dir)
+        if (folder / RUN).is_file():
+            same_servers(plan.teacher, read_run(folder).get("teacher_weights"))
     except SelectKDError as error:
         names = {DataError: "text", TeacherError: "teacher", ConfigError: "names and tokenizers"}
         check = next((name for kind, name in names.items() if isinstance(error, kind)), "teacher")
@@ -160,7 +172,14 @@ def _tokenizer(plan: Plan) -> str:
 
 def _objective(plan: Plan, spec: Any) -> str:
     of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
-    return f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
+    told = f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
+    parts = exactness.of(plan.objective, plan.teacher.payload, k=plan.teacher.k)
+    bounds = [
+        f"the {part} is a {one.verdict}: {one.reason}"
+        for part, one in parts.items()
+        if "bound" in one.verdict
+    ]
+    return ". ".join([told, *bounds])
 
 
 def _said(component: dict[str, Any]) -> str:

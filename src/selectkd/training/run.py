@@ -15,7 +15,7 @@ from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from selectkd.assembly import Assembly, assemble
+from selectkd.assembly import Assembly, assemble, prepare
 from selectkd.devices import training_device
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.gathered import gathered
@@ -34,7 +34,7 @@ from selectkd.training.manifest import write_manifest
 from selectkd.training.metrics import MetricsLog
 from selectkd.training.optimizer import arguments
 from selectkd.training.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
-from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity
+from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity, same_servers
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
 from selectkd.training.trainer import DistillTrainer, on_device
@@ -105,11 +105,16 @@ def _train(
     training, run_dir = recipe.training, claim.folder
     set_seed(training.seed)
     said = None if claim.opened is None else read_part(claim.opened.path, "origin")
+    if progress is not None:
+        progress.stage("reading tokenizers and text")
+    plan = prepare(recipe, device=device)
+    same_servers(plan.teacher, claim.run.get("teacher_weights"), allow_change)
     made = assemble(
         recipe,
         device=device,
         stage=None if progress is None else progress.stage,
         kept=None if said is None else said["kept"],
+        plan=plan,
     )
     claim.settle(identity(recipe, facts(made)), allow_change)
     if isinstance(

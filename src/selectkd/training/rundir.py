@@ -25,14 +25,23 @@ from selectkd.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.registry import did_you_mean
 from selectkd.teachers.cache.origin import weights_checksum
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
+from selectkd.teachers.remote.own_plan import OwnPlan
+from selectkd.teachers.remote.plan import RemotePlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
 from selectkd.training.counts import rank, ranks, total
 from selectkd.training.manifest import data_fingerprint
 
 RUN, LOCK, CHECKPOINTS, FINISHED = "run.json", ".lock", "checkpoints", "manifest.json"
-FREE = ("training.output_dir", "training.save_every", "training.keep", "training.report_to")
+FREE = (
+    *(f"training.{key}" for key in ("output_dir", "save_every", "keep", "report_to")),
+    *(
+        f"teacher.{key}"
+        for key in ("timeout", "wait", "retries", "concurrency", "check_every", "ca", "api_key_env")
+    ),
+)
 """Keys that change nothing in what a step computes, so a run may go on with other values."""
 
 FACTS = ("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks", "precision")
@@ -186,12 +195,30 @@ def facts(made: Any) -> dict[str, Any]:
 
 
 def _weights(plan: Any) -> Any:
-    """The commit or checksum a teacher's weights are known by; None where its plan knows none."""
+    """The commit, checksum or fingerprint a teacher's weights are known by; None where its plan knows none."""
     if isinstance(plan, SeveralPlan):
         return [_weights(each) for each in plan.plans]
+    if isinstance(plan, RemotePlan | OwnPlan):
+        return None if plan.fingerprint is None else plan.fingerprint.noted()
+    if isinstance(plan, CachePlan):
+        said = plan.index["teacher"]
+        return {key: said.get(key) for key in ("revision", "weights", "fingerprint")}
     if plan.revision is None and isinstance(plan, ModelPlan):
         return weights_checksum(plan.loaded().model)
     return plan.revision
+
+
+def same_servers(plan: Any, noted: Any, allowed: Sequence[str] = ()) -> None:
+    """TeacherError where a server of ``plan`` has another model than the run was begun with: ``noted`` is the run's
+    ``teacher_weights``. Where it has the same, the run's own fingerprint goes on being the one to compare with.
+    """
+    if "teacher_weights" in allowed:
+        return
+    if isinstance(plan, SeveralPlan) and isinstance(noted, list) and len(noted) == len(plan.plans):
+        for each, one in zip(plan.plans, noted, strict=True):
+            same_servers(each, one)
+    elif isinstance(plan, RemotePlan | OwnPlan):
+        plan.went_on(noted)
 
 
 @contextmanager

@@ -25,12 +25,15 @@ BATCH = 64
 class RemoteOrigin:
     """The rows of a server whose plan has checked tokenizer and text. Its address is not part of what it is.
 
-    Whose weights a server has, only our own tells; a cache of another's is known by the model's name alone.
+    Whose weights a server has, only our own tells; a cache of another's is known by the model's name and by the rows of
+    fixed prompts. noted: those of the build that this one finishes or repairs; TeacherError where they are another
+    model's.
     """
 
     batch = BATCH
 
-    def __init__(self, plan: RemotePlan | OwnPlan) -> None:
+    def __init__(self, plan: RemotePlan | OwnPlan, noted: Any = None) -> None:
+        plan.went_on(noted)
         server = plan.server()
         self.server: TopKSource = server
         self.engine: dict[str, Any] = {"server": plan.spec.kind}
@@ -43,7 +46,8 @@ class RemoteOrigin:
         else:
             self.vocabulary = server.vocabulary
             known = {"model": server.model, "revision": None, "dtype": None, "weights": None}
-        self.teacher: dict[str, Any] = {**known, "quantization": None}
+        seen = None if plan.fingerprint is None else plan.fingerprint.noted()
+        self.teacher: dict[str, Any] = {**known, "quantization": None, "fingerprint": seen}
 
     def rows(self, records: Sequence[Record], payload: Stored) -> list[Bytes]:
         """The encoded rows of each record at its places; TeacherError where one has no sound answer."""

@@ -17,8 +17,10 @@ from torch import Tensor
 from selectkd.durable import write_whole
 from selectkd.errors import TeacherError
 from selectkd.rows import Head
+from selectkd.teachers.cache.payloads import unsound_head
 from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, checked, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
+from selectkd.teachers.remote.fingerprint import Guarded
 from selectkd.teachers.remote.server import Sample
 from selectkd.teachers.remote.wire import HEAD, HEADER, ROWS, TEACHER, question_bytes, read_answer
 from selectkd.teachers.sound import ROUNDING
@@ -29,10 +31,13 @@ HEAD_KEYS = {"checksum", "size", "scale", "softcap"}
 
 @dataclass
 class OwnServer:
-    """The server at the end of a connection. k: how many best tokens ``top_k`` asks for."""
+    """The server at the end of a connection. k: how many best tokens ``top_k`` asks for. guard: what sees to it that
+    the model stays the same.
+    """
 
     connection: Connection
     k: int | None = None
+    guard: Guarded | None = None
     _about: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -45,17 +50,25 @@ class OwnServer:
 
     def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
         """The K best tokens of each sample at its places."""
-        k, vocabulary = self.k, self.about["vocabulary"]
+        return self._guarded(self._best(samples, self.k))
+
+    def looks(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
+        """Questions for the ``k`` best tokens, or fewer where there are fewer, of all of each prompt."""
+        samples = [(ids, list(range(len(ids) - 1))) for ids in prompts]
+        return self._best(samples, min(k, self.about["vocabulary"]))
+
+    def _best(self, samples: Sequence[Sample], k: int | None) -> list[Question[TopK]]:
+        vocabulary = self.about["vocabulary"]
         if k is None or k > vocabulary:
             raise TeacherError(
                 f"{self.connection.url} has {vocabulary} tokens, and k = {k} of them are wanted."
             )
-        asked = [Asked(ids, places, k, vocabulary, vocabulary) for ids, places in samples]
 
-        def read(body: bytes, question: bytes, one: Asked) -> TopK:
-            return _top_k(self._read(body, question, len(one.places)), one)
+        def read(body: bytes, question: bytes, one: Sample) -> TopK:
+            rows = self._read(body, question, len(one[1]))
+            return _top_k(rows, Asked(one[0], one[1], k, vocabulary, vocabulary))
 
-        return self._ask([(one.ids, one.places) for one in asked], 8 * k + 4, read, asked)
+        return self._questions(samples, 8 * k + 4, read, k)
 
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
         """The last hidden states [n, e] of each sample at its places, in the precision of the model."""
@@ -67,7 +80,7 @@ class OwnServer:
                 raise WrongAnswer(f"no hidden states of width {width}")
             return found
 
-        return self._ask(samples, 4 * width, read, samples, k=False)
+        return self._guarded(self._questions(samples, 4 * width, read, None))
 
     def head(self) -> Head:
         """The model's head, fetched the first time and then kept by its checksum; TeacherError for another one."""
@@ -85,21 +98,26 @@ class OwnServer:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
         tensors = load(content)
-        return Head(tensors["weight"], tensors.get("bias"), told["scale"], told["softcap"])
+        head = Head(tensors["weight"], tensors.get("bias"), told["scale"], told["softcap"])
+        wrong = unsound_head(head)
+        if wrong is not None or tuple(head.weight.shape) != (self.about["vocabulary"], self.about["width"]):
+            raise TeacherError(f"{self.connection.url} has a head that {wrong or 'is of another shape'}.")
+        return head
 
-    def _ask(
-        self, samples: Any, row_bytes: int, read: Any, extra: Sequence[Any], *, k: bool = True
-    ) -> list[Any]:
+    def _guarded(self, questions: list[Question[Any]]) -> list[Any]:
+        return self.connection.ask(questions) if self.guard is None else self.guard.ask(questions)
+
+    def _questions(self, samples: Sequence[Sample], row_bytes: int, read: Any, k: int | None) -> list[Any]:
         questions = []
-        for (ids, places), more in zip(samples, extra, strict=True):
-            content = question_bytes(ids, places, self.k if k else None)
+        for ids, places in samples:
+            content = question_bytes(ids, places, k)
             cap = HEADER + len(places) * row_bytes + 8
 
-            def reader(reply: Reply, content: bytes = content, more: Any = more) -> Any:
-                return read(reply.body, content, more)
+            def reader(reply: Reply, content: bytes = content, one: Sample = (ids, places)) -> Any:
+                return read(reply.body, content, one)
 
             questions.append(Question(ROWS, content, cap, reader))
-        return self.connection.ask(questions)
+        return questions
 
     def _read(self, body: bytes, question: bytes, rows: int) -> dict[str, Tensor]:
         return read_answer(body, question=question, weights=self.about["weights"], rows=rows)

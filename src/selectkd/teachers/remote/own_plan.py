@@ -16,6 +16,7 @@ from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
 from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.fingerprint import Fingerprint, Guarded, read, same, take
 from selectkd.teachers.remote.own import OwnServer
 from selectkd.teachers.remote.teacher import RemoteHiddenTeacher, RemoteTeacher
 
@@ -27,6 +28,7 @@ class OwnPlan:
     spec: Section
     connection: Connection
     model: str | None = None
+    fingerprint: Fingerprint | None = field(default=None, repr=False)
     _server: OwnServer | None = field(default=None, repr=False)
 
     @property
@@ -55,6 +57,7 @@ class OwnPlan:
                     f"{self.spec.url} serves {server.about['model']}, and teacher.model = {self.spec.model}."
                 )
             self._server = server
+        self._server.guard = Guarded(self._server, self.fingerprint, self.spec.check_every)
         return self._server
 
     def tokenizer(self) -> Any | None:
@@ -76,7 +79,9 @@ class OwnPlan:
             )
 
     def check_text(self, examples: Sequence[Any]) -> None:
-        """DataError for a sample that is longer than the model takes; nothing else can be wrong with one."""
+        """DataError for a sample that is longer than the model takes; nothing else can be wrong with one.
+        Then the server's fingerprint is taken.
+        """
         most = self.server().about["max_length"]
         longest = max(examples, key=lambda example: len(example.input_ids), default=None)
         if most is not None and longest is not None and len(longest.input_ids) > most:
@@ -84,6 +89,16 @@ class OwnPlan:
                 f"{longest.origin} has {len(longest.input_ids)} tokens; {self.spec.url} takes {most}. "
                 f"Set training.max_length to {most}."
             )
+        self.fingerprint = take(self.server(), examples, self.server().about["weights"])
+
+    def went_on(self, noted: Any) -> None:
+        """Takes the fingerprint a run or a cache was begun with for its own; TeacherError where the server's model is
+        another one.
+        """
+        before = read(noted)
+        if before is not None and self.fingerprint is not None:
+            same(self.server(), before, self.server().about["weights"], "this run or cache")
+            self.fingerprint = before
 
     def loaded(self) -> Loaded:
         raise ConfigError(

@@ -18,6 +18,7 @@ from selectkd.errors import ConfigError, DataError, TeacherError
 from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.protocol import Payload, Teacher
 from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.fingerprint import Fingerprint, Guarded, read, same, take
 from selectkd.teachers.remote.probe import UNSTEADY, Findings, probe
 from selectkd.teachers.remote.secrets import key_of, named
 from selectkd.teachers.remote.server import TopKServer
@@ -34,6 +35,7 @@ class RemotePlan:
     spec: Section
     connection: Connection
     findings: Findings | None = None
+    fingerprint: Fingerprint | None = field(default=None, repr=False)
     model: str | None = None
     payload: Payload = "top_k"
     _vocabulary: int = field(default=0, repr=False)
@@ -88,6 +90,16 @@ class RemotePlan:
                     f"Set training.max_length to {found.max_length - 1}, or start it with a longer --max-model-len."
                 )
         self.findings = found
+        self.fingerprint = take(self.server(), examples)
+
+    def went_on(self, noted: Any) -> None:
+        """Takes the fingerprint a run or a cache was begun with for its own; TeacherError where the server's model is
+        another one.
+        """
+        before = read(noted)
+        if before is not None and self.fingerprint is not None:
+            same(self.server(), before, None, "this run or cache")
+            self.fingerprint = before
 
     def loaded(self) -> Loaded:
         raise ConfigError(
@@ -95,9 +107,11 @@ class RemotePlan:
         )
 
     def server(self) -> TopKServer:
-        """The server as a source of rows."""
+        """The server as a source of rows, guarded once its fingerprint is taken."""
         named = self.spec.model if self.findings is None else self.findings.model
-        return TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named, self._width)
+        server = TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named, self._width)
+        server.guard = Guarded(server, self.fingerprint, self.spec.check_every)
+        return server
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> RemoteTeacher:
         if reference is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import Asked, TopK, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, NotThere, Question, TooMany
+from selectkd.teachers.remote.fingerprint import difference
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.wire import TEACHER
 
@@ -160,19 +158,3 @@ def largest_k(server: TopKServer, ids: Sequence[int]) -> int:
             low, high = (guess, high) if got >= guess else (low, min(got, guess - 1))
         guess = (low + high + 1) // 2
     return low
-
-
-def difference(one: TopK, other: TopK) -> float:
-    """The most nats by which a log-probability of ``one`` differs in ``other``, [n, K] each; 0 where both agree.
-
-    An id that the other row lacks counts by how far it is above that row's last.
-    """
-    worst = 0.0
-    for ids, logp, ids2, logp2 in zip(one.ids, one.logp, other.ids, other.logp, strict=True):
-        known = dict(zip(ids2.tolist(), logp2.tolist(), strict=True))
-        least = float(np.min(logp2))
-        for token, value in zip(ids.tolist(), logp.tolist(), strict=True):
-            here = known.get(token)
-            gap = max(0.0, value - least) if here is None else 0.0 if here == value else abs(here - value)
-            worst = max(worst, gap if not math.isnan(gap) else math.inf)
-    return worst

@@ -11,6 +11,7 @@ from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.dialects import DIALECTS, Dialect
+from selectkd.teachers.remote.fingerprint import Guarded
 
 Sample = tuple[Sequence[int], Sequence[int]]
 """Token ids, and the places whose rows are wanted."""
@@ -27,7 +28,7 @@ class Served:
 @dataclass
 class TopKServer:
     """A server that gives K best tokens. model None: the only one it serves. vocabulary: ids lie below it. width: rows
-    of its model's head, where that is known.
+    of its model's head, where that is known. guard: what sees to it that the model stays the same.
     """
 
     connection: Connection
@@ -36,6 +37,7 @@ class TopKServer:
     vocabulary: int
     model: str | None = None
     width: int | None = None
+    guard: Guarded | None = None
 
     @property
     def dialect(self) -> Dialect:
@@ -43,8 +45,12 @@ class TopKServer:
 
     def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
         """The K best tokens of each sample at its places."""
-        asked = [self.asked(ids, places) for ids, places in samples]
-        return self.connection.ask([self.question(one) for one in asked])
+        questions = [self.question(self.asked(ids, places)) for ids, places in samples]
+        return self.connection.ask(questions) if self.guard is None else self.guard.ask(questions)
+
+    def looks(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
+        """Questions for the K best tokens of all of each prompt."""
+        return [self.question(self.asked(ids, range(len(ids) - 1))) for ids in prompts]
 
     def asked(self, ids: Sequence[int], places: Sequence[int]) -> Asked:
         """One sample and the places whose rows are wanted."""
