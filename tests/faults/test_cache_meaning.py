@@ -306,7 +306,7 @@ def test_builders_at_once_share_the_shards_and_all_end_with_a_whole_cache(
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    told = [one.communicate(timeout=240) for one in both]
+    told = [one.communicate(timeout=900) for one in both]
     assert [one.returncode for one in both] == [0, 0], told
     assert not verify(tmp_path / "built") and not list((tmp_path / "built").rglob("*.partial-*"))
     assert len(list((tmp_path / "built" / "shards").iterdir())) == len(
