@@ -57,24 +57,30 @@ class Work:
 @torch.no_grad()
 def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = _scores(hidden, head, work, width)
-    sequence = work.sequence
+    scores, sequence = scored(hidden, head, work, width), work.sequence
     if sequence is None:
         sequence = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     return work.objective.verifier.keep(scores, sequence)
 
 
+@torch.no_grad()
+def scored(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+    """The scores of every row, [n, m], from an objective that ranks; nan where the teacher's row is not finite."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _scores(hidden, head, work, width)
+
+
 def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
-    """The selector's scores of every row, [n, m]."""
     selector = work.objective.verifier
+    beside = work.teacher.reference
+    if beside is not None:  # a reference of fewer ids: all three are compared on what they share
+        width = min(width, beside.shared_width(width))
     head = replace(head, weight=head.weight.to(work.products or head.weight.dtype))
     scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
     settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
         teacher = work.teacher.open(rows, width, scratch)
-        beside = work.teacher.reference
         reference = None if beside is None else beside.open(rows, width, scratch)
         for block in cuts(0, raw.shape[0], scored_rows(width, raw.device)):
             at = work.rows(rows, block)

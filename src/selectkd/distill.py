@@ -33,6 +33,7 @@ def distillation_loss(
     chunk: int | None = None,
     labels: Int[Tensor, " n"] | None = None,
     sequence: Int[Tensor, " n"] | None = None,
+    acceptance: Float[Tensor, " n"] | None = None,
     also_kl: bool = False,
     gradient_filter: float = 0.0,
     compiled: bool = False,
@@ -45,8 +46,10 @@ def distillation_loss(
     objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
     1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
-    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. also_kl: sums
-    hold ``kl`` as well, the sum of KL(p || q) at temperature 1 over all rows, from the same logits.
+    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. acceptance [n]:
+    verdicts in place of the verifier's; a selector ranks the rows of one call, so a step of several calls ranks them
+    beforehand, as training does (``terms.LossPlan``). also_kl: sums hold ``kl`` as well, the sum of KL(p || q) at
+    temperature 1 over all rows, from the same logits.
     gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
     take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
     states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens;
@@ -93,7 +96,8 @@ def distillation_loss(
         )
     if compiled:
         check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
-    for name, value in (("row_scale", row_scale), ("labels", labels), ("sequence", sequence)):
+    columns = {"row_scale": row_scale, "labels": labels, "sequence": sequence, "acceptance": acceptance}
+    for name, value in columns.items():
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
                 f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
@@ -114,6 +118,7 @@ def distillation_loss(
         also_kl=also_kl,
         gradient_filter=gradient_filter,
         compiled=compiled,
+        acceptance=acceptance,
         products=products,
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -139,7 +144,7 @@ def _fused(
     """(loss, bad rows, KL, columns [n]) of all rows."""
     if isinstance(teacher, AlignedRows):
         return _by_spans(hidden, student, teacher, work)
-    if work.objective.ranks_the_batch and hidden.shape[0]:
+    if work.acceptance is None and work.objective.ranks_the_batch and hidden.shape[0]:
         work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
     loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
     return loss, bad, kl, dict(zip(ROWS, rows, strict=True))

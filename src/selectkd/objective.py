@@ -94,7 +94,8 @@ class Objective:
 
     @property
     def ranks_the_batch(self) -> bool:
-        """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``."""
+        """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``. Rows are ranked
+        over what the caller hands in at once; a training step hands in the acceptance of its ranking over all of it."""
         return hasattr(self.verifier, "keep")
 
     @torch.no_grad()

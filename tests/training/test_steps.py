@@ -187,8 +187,10 @@ def test_an_unknown_reduction_is_refused() -> None:
         Ledger(Objective(), "sum")
 
 
-def test_weight_mean_of_nothing_accepted_is_zero() -> None:
-    assert correction(Counts(2, 10), torch.tensor(0.0)) == 0.0
+def test_weight_mean_of_nothing_accepted_leaves_what_stands_beside_it_alone() -> None:
+    assert (
+        correction(Counts(2, 10), torch.tensor(0.0)) == 1.0
+    )  # of a gradient of 0, but for the text's own loss
     assert correction(Counts(2, 10), torch.tensor(5.0)) == 2.0
 
 

@@ -1,7 +1,8 @@
-"""Selectors that rank the whole batch: a score per row times a keep rule. SELECTORS names them all.
+"""Selectors that rank rows: a score per row times a keep rule. SELECTORS names them all.
 
 A selector is a frozen dataclass with ``score(pair, uniform) -> [n, m]`` (token-local, gathered in a first pass over
-the vocabulary) and ``keep(scores, sequence) -> acceptance [n]``. An Objective takes one in place of a verifier.
+the vocabulary) and ``keep(scores, sequence) -> acceptance [n]``. In training it is handed the rows of a whole optimizer
+step, or, where it has ``scope = "sequence"``, whole sequences at least. An Objective takes one in place of a verifier.
 """
 
 from __future__ import annotations

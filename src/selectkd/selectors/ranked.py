@@ -1,13 +1,14 @@
 """Published token selectors, each a score and a share of the batch to keep. n rows, s support columns, m scores a row.
 
-Class names are the registry's names. ``share`` is the part of the batch's rows that gets a = 1, the best scores first,
-ties in row order; at least one row is kept.
+Class names are the registry's names. ``share`` is the part of the rows that gets a = 1, the best scores first, ties in
+row order; at least one row is kept. ``scope``: the rows that are ranked together, those of an optimizer step, over its
+micro-batches and all ranks, or those of each sequence.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from selectkd.errors import ConfigError
 from selectkd.pair import TokenPair
 from selectkd.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
 
+SCOPES = ("step", "sequence")
 QUANTILE = 0.05
 """Where teachability clips what it multiplies, at each end."""
 
@@ -70,6 +72,7 @@ class Ranked:
     """score x top share; the parent of every selector here."""
 
     share: float = 0.5
+    scope: str = field(default="step", kw_only=True)
     uniforms_per_token = 0
     teacher_tokens = None
     needs_reference = False  # whether it compares with a reference student
@@ -77,12 +80,24 @@ class Ranked:
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise ConfigError(f"{type(self).__name__}(share={self.share}): share must lie in (0, 1].")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"{type(self).__name__}(scope={self.scope!r}): scope is step or sequence.")
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         raise TypeError(f"{type(self).__name__} states no score")
 
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+        """The one number by which rows are ranked, of all that are ranked together."""
+        return scores[:, 0]
+
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return top_share(scores[:, 0], self.share)
+        if self.scope == "step":
+            return top_share(self.rank(scores), self.share)
+        kept = torch.zeros_like(scores[:, 0])
+        for one in sequence.unique():
+            rows = (sequence == one).nonzero()[:, 0]
+            kept[rows] = top_share(self.rank(scores[rows]), self.share)
+        return kept
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
@@ -90,7 +105,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class se_kd(Ranked):
-    """SE-KD: the 20% of rows where the student's entropy is highest."""
+    """SE-KD: the 20% of rows where the student's entropy is highest; its release has ``scope: sequence``."""
 
     share: float = 0.2
 
@@ -101,14 +116,14 @@ class se_kd(Ranked):
 @dataclass(frozen=True)
 class tip(Ranked):
     """TIP: the 50% of rows with the highest 1 - (1 - h)(1 - d), h student entropy and d KL(p || q), each scaled to
-    [0, 1] over the batch."""
+    [0, 1] over the rows that are ranked together."""
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return torch.stack([entropy(pair.logq), forward_kl(pair.logp, pair.logq)], -1)  # [n, 2]
 
-    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
         h, d = normalised(scores[:, 0]), normalised(scores[:, 1])
-        return top_share(1.0 - (1.0 - h) * (1.0 - d), self.share)
+        return 1.0 - (1.0 - h) * (1.0 - d)
 
 
 @dataclass(frozen=True)
@@ -127,9 +142,9 @@ class teachability(Ranked):
         mass = pair.ranked.gather(-1, best).exp().sum(-1)
         return torch.stack([forward_kl(pair.logp, pair.logq), mass], -1)  # [n, 2]
 
-    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
         d, m = (normalised(one, clip=QUANTILE) for one in scores.unbind(-1))
-        return top_share(d * m, self.share)
+        return d * m
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ class adaspec(Ranked):
 
 @dataclass(frozen=True)
 class atkd(Ranked):
-    """ATKD's hard rows: the half of the batch with the highest uncertainty u = 1 - p(label).
+    """ATKD's hard rows: the half with the highest uncertainty u = 1 - p(label).
 
     Source: ATKD (arXiv 2402.11890).
     """

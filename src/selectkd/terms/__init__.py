@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from selectkd.terms.adaptive_alpha import adaptive_alpha
 from selectkd.terms.atkd import atkd
-from selectkd.terms.plan import Extra, LossPlan, StreamLoss, StreamSpec
+from selectkd.terms.plan import Extra, FirstPass, LossPlan, StreamLoss, StreamSpec
 from selectkd.terms.policy_gradient import policy_gradient
 from selectkd.terms.term import Forward, Term, weighted_sum
 
@@ -23,6 +23,7 @@ EXTRAS: Mapping[str, Callable[..., Extra]] = MappingProxyType(
 __all__ = [
     "EXTRAS",
     "Extra",
+    "FirstPass",
     "Forward",
     "LossPlan",
     "StreamLoss",

@@ -79,9 +79,11 @@ class adaptive_alpha:
     def _gaps(self, forward: Forward, term: Term, name: str) -> tuple[Tensor, Tensor]:
         """The term's sequences and the gap of each, [s] and [s]."""
         which, place, length = term.of(forward.sequence).unique(return_inverse=True, return_counts=True)
-        labels = forward.label_log_probs if term.rows is None else forward.label_log_probs[term.rows]
+        labels = term.of(forward.seen_label_log_probs)
+        known = ~labels.isnan().any(-1)  # rows whose teacher is finite
+        length = torch.zeros_like(length).index_add_(0, place, known.to(length.dtype))
         mean = torch.zeros(which.shape[0], 2, dtype=labels.dtype, device=labels.device)
-        mean = mean.index_add_(0, place, labels) / length[:, None]
+        mean = mean.index_add_(0, place, labels.nan_to_num(nan=0.0)) / length.clamp(min=1)[:, None]
         p, q = mean.exp().unbind(-1)
         return which, SIGN[name] * (p - q)
 

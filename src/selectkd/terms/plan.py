@@ -7,15 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from selectkd.objective import Objective
-from selectkd.terms.term import Forward, Term
+from selectkd.rows import TeacherRows, wide
+from selectkd.terms.ranking import Contest, Kept, decided
+from selectkd.terms.term import Forward, Term, weighted_sum
 from selectkd.verifiers import uniforms_of
 
 
 @runtime_checkable
 class Extra(Protocol):
-    """Changes the terms of optimizer step ``step`` (from 0): splits them, scales them, or adds to them."""
+    """Changes the terms of optimizer step ``step`` (from 0): splits them, scales them, or adds to them.
+
+    One that ranks the rows of the step has ``score(forward) -> [n, m]`` and ``keep(scores, sequence)`` as a selector
+    does, and is handed what ``keep`` gave its rows as ``standing``.
+    """
 
     def __call__(self, forward: Forward, terms: list[Term], *, step: int) -> list[Term]: ...
 
@@ -69,11 +76,20 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class LossPlan:
-    """The losses of the streams by number (one alone is every stream's), the extras, and the optimizer step."""
+    """The losses of the streams by number (one alone is every stream's), the extras, and the optimizer step.
+
+    What a first pass over the step has found for the rows of one batch: kept, what each contest decided; teacher, the
+    teacher's rows. None: rows are ranked within the batch, in ``order`` where ties have one. beside: the factor of the
+    language-modelling losses that undoes what the reduction does to the objective.
+    """
 
     streams: tuple[StreamLoss, ...]
     extras: Sequence[Extra] = ()
     step: int = 0
+    kept: Kept | None = None
+    order: Tensor | None = None
+    teacher: TeacherRows | None = None
+    beside: Tensor | None = None
 
     @classmethod
     def of(cls, objective: Objective | LossPlan) -> LossPlan:
@@ -86,17 +102,54 @@ class LossPlan:
         needs = [stream.objective.uniforms_per_token for stream in self.streams]
         return max(needs + [uniforms_of(stream.selector) for stream in self.streams if stream.selector])
 
+    @property
+    def contests(self) -> list[Contest]:
+        """Everything that ranks rows, a stream's selector before its verifier."""
+        found = []
+        for number, stream in enumerate(self.streams):
+            of, apart = None if len(self.streams) == 1 else number, None
+            if stream.selector is not None:
+                apart = ("selector", number)
+                found.append(Contest(apart, stream.selector, of))
+            if stream.objective.ranks_the_batch:
+                judge, temperature = stream.objective.verifier, stream.objective.verify_temperature
+                found.append(Contest(("verifier", number), judge, of, temperature, apart))
+        extras = enumerate(self.extras)
+        return found + [Contest(("extra", number), one) for number, one in extras if hasattr(one, "keep")]
+
+    @property
+    def models_language(self) -> bool:
+        """Whether a language-modelling loss stands beside the objective."""
+        return any(stream.language_model > 0 for stream in self.streams)
+
+    def _decided(self, forward: Forward) -> Kept:
+        kept, contests = self.kept, self.contests
+        if kept is None:
+            scores = [contest.scores(forward) for contest in contests]
+            kept = decided(
+                contests, scores, stream=forward.stream, sequence=forward.sequence, order=self.order
+            )
+        fp = wide(forward.head.weight.dtype)
+        return {key: values.to(fp) for key, values in kept.items()}
+
     def terms(self, forward: Forward) -> list[Term]:
         """The terms of a forward pass; each row is in one that is not ``beside``."""
         terms: list[Term] = []
+        kept = self._decided(forward)
         for number, stream in enumerate(self.streams):
             rows = None if len(self.streams) == 1 else forward.rows_of(number)
             if rows is not None and not rows.numel():
                 continue
-            term = Term(stream.objective, rows, stream.weight, weighs=stream.weight > 0)
-            terms += [term] if stream.selector is None else _split(term, stream.selector, forward)
-        for extra in self.extras:
-            terms = extra(forward, terms, step=self.step)
+            verdicts = kept.get(("verifier", number))
+            if verdicts is not None and rows is not None:
+                verdicts = verdicts[rows]
+            term = Term(stream.objective, rows, stream.weight, weighs=stream.weight > 0, acceptance=verdicts)
+            chosen = kept.get(("selector", number))
+            terms += [term] if chosen is None else _split(term, term.of(chosen) > 0)
+        for number, extra in enumerate(self.extras):
+            standing = kept.get(("extra", number))
+            given = {} if standing is None else {"standing": standing}
+            terms = extra(forward, terms, step=self.step, **given)
         return terms + self._language_model(forward)
 
     def _language_model(self, forward: Forward) -> list[Term]:
@@ -104,7 +157,11 @@ class LossPlan:
         for number, stream in enumerate(self.streams):
             if stream.language_model > 0:
                 rows = None if len(self.streams) == 1 else forward.rows_of(number)
-                terms.append(Term(LABELS, rows, stream.language_model, beside=True, alone=True))
+                scale: float | Tensor = stream.language_model
+                if self.beside is not None:
+                    of = forward.labels if rows is None else rows
+                    scale = (self.beside * scale).expand(of.shape[0])
+                terms.append(Term(LABELS, rows, scale, beside=True, alone=True))
         return terms
 
 
@@ -112,26 +169,30 @@ LABELS = Objective("cross_entropy", "always", beta=1.0)
 """The language-modelling loss: cross-entropy of every token, gated by nothing."""
 
 
-def _split(term: Term, selector: Any, forward: Forward) -> list[Term]:
+def _split(term: Term, kept: Tensor) -> list[Term]:
     """The rows of a term that a selector keeps, and the others, which count nothing."""
-    part = forward if term.rows is None else taken(forward, term.rows)
-    kept = part.scores(selector) > 0
     return [
         term.within(kept.nonzero()[:, 0]),
         term.within((~kept).nonzero()[:, 0], weighs=False),
     ]
 
 
-def taken(forward: Forward, rows: torch.Tensor) -> Forward:
-    """Some rows of a forward pass."""
-    return Forward(
-        forward.hidden[rows],
-        forward.head,
-        forward.teacher.take(rows),
-        forward.labels[rows],
-        forward.sequence[rows],
-        forward.stream[rows],
-        forward.uniform[rows],
-        forward.temperature,
-        forward.chunk,
-    )
+@dataclass
+class FirstPass:
+    """What a model is asked for in place of its loss where a step must know of all its rows first.
+
+    weighs: the sum of the objective's weights [1]; else the scores of each contest. teacher: its rows, which the model
+    leaves here, so that it asks for them once.
+    """
+
+    plan: LossPlan
+    weighs: bool = False
+    teacher: TeacherRows | None = None
+
+    @torch.no_grad()
+    def __call__(self, forward: Forward, row_scale: Tensor) -> list[Tensor]:
+        if not self.weighs:
+            return [contest.scores(forward) for contest in self.plan.contests]
+        plain = replace(self.plan, extras=())  # none of them changes a weight
+        terms = [term for term in plain.terms(forward) if not term.beside]
+        return [weighted_sum(terms, forward, row_scale)[1]["weight"].reshape(1)]

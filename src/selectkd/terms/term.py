@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from selectkd.by_device import chunk_rows
-from selectkd.chunked import ROWS, Work, first_pass
+from selectkd.chunked import ROWS, Work, scored
 from selectkd.distill import distillation_loss
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
-from selectkd.rows import Head, Scratch, TeacherRows, log_softmax, product_dtype
+from selectkd.rows import Head, LiveRows, Scratch, TeacherRows, log_softmax, product_dtype
 from selectkd.selectors.ranked import label_log_prob
+from selectkd.spans import AlignedRows
 
 SCALARS = (
     "n",
@@ -57,15 +58,23 @@ class Forward:
             return (self.stream == stream).nonzero()[:, 0]
         return self.of_stream.get(stream, self.stream[:0])
 
+    def take(self, rows: Int[Tensor, " m"]) -> Forward:
+        """Some rows of the forward pass."""
+        columns = {
+            name: getattr(self, name)[rows] for name in ("hidden", "labels", "sequence", "stream", "uniform")
+        }
+        return replace(self, teacher=self.teacher.take(rows), of_stream=None, **columns)
+
     @torch.no_grad()
-    def scores(self, selector: object, *, uniform: Float[Tensor, "n r"] | None = None) -> Tensor:
-        """What ``selector`` keeps, from a first pass over all rows: its ``keep`` of its ``score``."""
+    def scores(self, selector: object, *, temperature: float = 1.0) -> Float[Tensor, "n m"]:
+        """``selector``'s score of all rows at a temperature, from a first pass over them; nan where the teacher's row
+        is not finite."""
         n, width = self.hidden.shape[0], self.teacher.shared_width(self.head.width)
         products = product_dtype(self.head.weight)
         work = Work(
             teacher=self.teacher,
-            objective=Objective("forward_kl", selector, beta=0.0),
-            uniform=self.uniform if uniform is None else uniform,
+            objective=Objective("forward_kl", selector, beta=0.0, verify_temperature=temperature),
+            uniform=self.uniform,
             row_scale=torch.zeros(n, device=self.hidden.device),
             temperature=1.0,
             chunk=chunk_rows(n, width, self.chunk, products, self.hidden.device),
@@ -73,16 +82,20 @@ class Forward:
             sequence=self.sequence,
             products=products,
         )
-        return first_pass(self.hidden.detach(), self.head.detach(), work, width)
+        return scored(self.hidden.detach(), self.head.detach(), work, width)
+
+    @cached_property
+    def seen_label_log_probs(self) -> Float[Tensor, "n 2"]:
+        """log p(y) and log q(y) of the text's tokens at temperature 1, [n, 2], nan where the teacher's row is not
+        finite; costs a head product of both models."""
+        if not self.hidden.shape[0]:
+            return torch.empty(0, 2, device=self.hidden.device)
+        return self.scores(_LabelLogProbs())
 
     @cached_property
     def label_log_probs(self) -> Float[Tensor, "n 2"]:
-        """log p(y) and log q(y) of the text's tokens at temperature 1, [n, 2]; costs a head product of both models."""
-        if not self.hidden.shape[0]:
-            return torch.empty(0, 2, device=self.hidden.device)
-        return self.scores(_LabelLogProbs()).nan_to_num(
-            nan=0.0
-        )  # a teacher row that is not finite has weight 0
+        """The same, 0 where the teacher's row is not finite: such a row has weight 0."""
+        return self.seen_label_log_probs.nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ class Term:
 
     weighs: False for rows that are judged for the metrics alone: weight 0, no gradient. beside: on top of what the rows
     cost in another term, and in no metric. alone: beside, and without the teacher: the student and the labels.
+    acceptance: the verifier's verdicts where a ranking has given them.
     """
 
     objective: Objective
@@ -99,11 +113,14 @@ class Term:
     weighs: bool = True
     beside: bool = False
     alone: bool = False
+    acceptance: Float[Tensor, " m"] | None = None
 
     def within(self, rows: Int[Tensor, " m"], **changed: object) -> Term:
         """The same term on fewer rows: ``rows`` counts within the term's own."""
         scale = self.scale[rows] if isinstance(self.scale, Tensor) else self.scale
-        return replace(self, rows=rows if self.rows is None else self.rows[rows], scale=scale, **changed)
+        acceptance = None if self.acceptance is None else self.acceptance[rows]
+        chosen = rows if self.rows is None else self.rows[rows]
+        return replace(self, rows=chosen, scale=scale, acceptance=acceptance, **changed)
 
     def of(self, values: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
         """The entries of a column [n], or of any [n, ...], that belong to the term's rows."""
@@ -133,7 +150,7 @@ def weighted_sum(
         hidden = term.of(forward.hidden)
         teacher = forward.teacher if whole else None
         if term.alone:
-            teacher = LabelsAlone(hidden.shape[0])
+            teacher = LabelsAlone(hidden.shape[0], unshared_of(forward.teacher, forward.head.width))
         elif teacher is None:
             teacher = forward.teacher.take(term.rows)  # type: ignore[arg-type]
         with torch.set_grad_enabled(torch.is_grad_enabled() and term.weighs):
@@ -148,6 +165,7 @@ def weighted_sum(
                 chunk=forward.chunk,
                 labels=term.of(forward.labels),
                 sequence=term.of(forward.sequence),
+                acceptance=term.acceptance,
                 also_kl=forward.also_kl and not term.beside,
                 gradient_filter=forward.gradient_filter,
                 compiled=forward.compiled,
@@ -173,23 +191,41 @@ def weighted_sum(
 
 @dataclass(frozen=True)
 class LabelsAlone:
-    """Rows of no teacher, for a loss that reads the student and the labels: the pair of the student with itself."""
+    """Rows of no teacher, for a loss that reads the student and the labels: the pair of the student with itself.
+
+    unshared: [v], the ids that are none of the text's vocabulary: dead rows of the student's head take no part.
+    """
 
     count: int
+    unshared: Bool[Tensor, " v"] | None = None
     reference: TeacherRows | None = None
 
     def shared_width(self, student_width: int) -> int:
         return student_width
 
     def take(self, index: Int[Tensor, " m"]) -> LabelsAlone:
-        return LabelsAlone(int(index.shape[0]))
+        return replace(self, count=int(index.shape[0]))
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> LabelsAlone:
         return self
 
     def pair(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
+        if self.unshared is not None:
+            logits = logits.masked_fill(self.unshared, -torch.inf)
         logq = log_softmax(logits, temperature)
         return TokenPair(logp=logq.detach(), logq=logq, student_top=logits.detach().argmax(-1))
+
+
+def unshared_of(teacher: TeacherRows, width: int) -> Bool[Tensor, " v"] | None:
+    """Which rows of the student's head, of ``width``, stand for no token as far as the teacher's rows tell, or None."""
+    if isinstance(teacher, AlignedRows):
+        return teacher.vocabularies.dead(width)
+    if not isinstance(teacher, LiveRows) or (teacher.shared is None and teacher.shared_width(width) == width):
+        return None
+    dead = torch.ones(width, dtype=torch.bool, device=teacher.hidden.device)
+    both = teacher.shared_width(width)
+    dead[:both] = False if teacher.shared is None else ~teacher.shared[:both]
+    return dead
 
 
 @dataclass(frozen=True)

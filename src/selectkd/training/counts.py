@@ -46,6 +46,25 @@ def total(values: Sequence[int]) -> list[int]:
     return summed(torch.tensor([int(value) for value in values], device=device)).tolist()
 
 
+def gathered_rows(values: Tensor) -> tuple[Tensor, int]:
+    """The rows [n, c] of all ranks one after the other, [N, c], and where this rank's begin; n and c may differ, and
+    columns that a rank has not are nan there (0 of integers)."""
+    if ranks() == 1:
+        return values, 0
+    size = torch.tensor(values.shape, device=values.device)
+    sizes = [torch.empty_like(size) for _ in range(ranks())]
+    dist.all_gather(sizes, size)
+    most = torch.stack(sizes).amax(0).tolist()
+    blank = torch.nan if values.is_floating_point() else 0
+    padded = values.new_full(most, blank)  # type: ignore[arg-type]
+    padded[: values.shape[0], : values.shape[1]] = values
+    parts = [torch.empty_like(padded) for _ in range(ranks())]
+    dist.all_gather(parts, padded)
+    lengths = [int(one[0]) for one in sizes]
+    rows = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return rows, sum(lengths[: rank()])
+
+
 @dataclass(frozen=True)
 class Counts:
     """Supervised tokens, and sequences with at least one of them, of one optimizer step over all ranks."""
@@ -80,9 +99,9 @@ def correction(counts: Counts, weight: Tensor) -> Tensor:
 
     The weights carry no gradient, so dividing the finished gradient is exact, needs no first pass over the models, and
     sees the very weights (dropout included) that made the gradient. It costs one pass over the gradients. A step that
-    accepted nothing at beta = 0 has no gradient, and the factor is 0.
+    accepted nothing at beta = 0 has no gradient but of what stands beside the objective, and the factor is 1.
     """
-    return torch.where(weight != 0, counts.tokens / weight, torch.zeros_like(weight))
+    return torch.where(weight != 0, counts.tokens / weight, torch.ones_like(weight))
 
 
 def sequence_means(values: Tensor, seen: Any) -> Tensor:

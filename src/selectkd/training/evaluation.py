@@ -20,7 +20,8 @@ from selectkd.objective import Objective
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.draws import draws
-from selectkd.training.ledger import FIELDS, STREAM_FIELDS, Portion, named, rates, step_sums, stream_rates
+from selectkd.training.first_pass import Portion
+from selectkd.training.ledger import FIELDS, STREAM_FIELDS, named, rates, step_sums, stream_rates
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from selectkd.training.counts import (
     summed,
 )
 from selectkd.training.draws import draws
+from selectkd.training.first_pass import Ask, Portion, planned
 from selectkd.training.spikes import Spikes
 
 FIELDS = (
@@ -50,17 +51,6 @@ class HasGradient(Protocol):
     """A parameter, or what lies in its place where gradients are kept elsewhere."""
 
     grad: Tensor | None
-
-
-@dataclass(frozen=True)
-class Portion:
-    """One micro-batch and what it counts: row_scale [n], uniform [n, r]."""
-
-    batch: Any
-    seen: Any
-    row_scale: Tensor
-    uniform: Tensor
-    last: bool
 
 
 @dataclass
@@ -142,9 +132,9 @@ class Ledger:
                 self.taid, **{key: state["taid"][key] for key in ("t", "mean_fall", "last_loss")}
             )
 
-    def begin(self, micro: Sequence[Any]) -> list[Portion]:
+    def begin(self, micro: Sequence[Any], ask: Ask | None = None) -> list[Portion]:
         """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
-        the step.
+        the step. ask: a first pass of the model over a micro-batch, for what must be known of the whole step.
         """
         if self.write is not None:
             micro = [self.write(batch, self.step) for batch in micro]
@@ -169,6 +159,10 @@ class Ledger:
                 last=index == len(micro) - 1,
             )
             for index, (batch, rows) in enumerate(zip(micro, seen, strict=True))
+        ]
+        plans = planned(self.plan, self._portions, ask, counts=self._counts, reduction=self.reduction)
+        self._portions = [
+            replace(portion, plan=plan) for portion, plan in zip(self._portions, plans, strict=True)
         ]
         return self._portions
 

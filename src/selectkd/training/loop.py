@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from selectkd.models.precision import FP32, Precision
+from selectkd.terms import FirstPass
 from selectkd.training.checkpoint import Checkpoints, Stateful
 from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks
 from selectkd.training.feed import Feed
+from selectkd.training.first_pass import Portion
 from selectkd.training.ledger import Ledger
 from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
@@ -60,17 +63,23 @@ def train_loop(
     )
     lr = get_scheduler(SCHEDULES[schedule], stepper, num_warmup_steps=warmup_steps, num_training_steps=steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def ask(portion: Portion, first: FirstPass) -> list[Tensor]:
+        with precision.autocast(ledger.device):
+            return wrapped(portion.batch, portion.row_scale, portion.uniform, first)
+
     if checkpoints is not None:
         checkpoints.register("ledger", ledger)
         register_engine(checkpoints, model, feed, stepper, lr)
         checkpoints.begin()
 
     for micro in feed.steps(accumulation):
-        for portion in ledger.begin(micro):
+        for portion in ledger.begin(micro, ask):
             waits = contextlib.nullcontext() if portion.last or ranks() == 1 else wrapped.no_sync()
             with waits:
                 with precision.autocast(ledger.device):
-                    loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+                    loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, portion.plan)
                 loss.backward()
             ledger.add(portion, loss, sums)
         ledger.settle(parameters)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from selectkd.models.head import backbone, head_of
 from selectkd.objective import Objective
 from selectkd.rows import product_dtype
 from selectkd.teachers.protocol import Teacher
-from selectkd.terms import Forward, LossPlan, weighted_sum
+from selectkd.terms import Extra, FirstPass, Forward, LossPlan, weighted_sum
 from selectkd.training.activations import activations_offloaded
 from selectkd.training.checkpoint import Stateful
 
+T = TypeVar("T")
 _LOG = logging.getLogger("selectkd")
 
 
@@ -66,37 +68,43 @@ class DistillationModel(nn.Module):
         return self.student.config
 
     def forward(
-        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan | FirstPass
+    ) -> Any:
         """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence, by the terms of
-        a plan where there is one."""
-        plan = LossPlan.of(objective)
+        a plan where there is one; of a first pass what it asks for."""
+        first = objective if isinstance(objective, FirstPass) else None
+        plan = LossPlan.of(objective if first is None else first.plan)
         seen = supervised(batch)
         head = head_of(self.student)
         offload = self.offload and batch.input_ids.device.type != "cpu"
         with activations_offloaded(self.student) if offload else contextlib.nullcontext():
             hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
-        teacher = self.teacher(batch, seen.position)
+        teacher = self.teacher(batch, seen.position) if plan.teacher is None else plan.teacher
         here = Forward(
             rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
             also_kl=self.also_kl, gradient_filter=self.gradient_filter,
             compiled=self.compile_loss, of_stream=seen.of_stream,
         )  # fmt: skip
-        loss, sums = self._loss(plan, here, row_scale)
+        if first is not None:
+            first.teacher = teacher
+            return self._in_chunks(lambda here: first(here, row_scale), here, ())
+        loss, sums = self._in_chunks(
+            lambda here: weighted_sum(plan.terms(here), here, row_scale), here, plan.extras
+        )
         return loss, {"kl": sums["divergence"]} | sums
 
-    def _loss(self, plan: LossPlan, here: Forward, row_scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss; where memory runs out, again with half the rows a chunk, which changes nothing but speed: what the
-        extras had summed up by then is taken back.
+    def _in_chunks(self, ask: Callable[[Forward], T], here: Forward, extras: Sequence[Extra]) -> T:
+        """What is asked of a forward pass; where memory runs out, again with half the rows a chunk, which changes
+        nothing but speed: what the extras had summed up by then is taken back.
 
         The smaller chunk stays for the steps to come.
         """
-        before = [(one, one.state_dict()) for one in plan.extras if isinstance(one, Stateful)]
+        before = [(one, one.state_dict()) for one in extras if isinstance(one, Stateful)]
         while True:
             try:
                 here = replace(here, chunk=self.chunk)
-                return weighted_sum(plan.terms(here), here, row_scale)
+                return ask(here)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 n, head = here.hidden.shape[0], here.head
                 products, device = product_dtype(head.weight), here.hidden.device

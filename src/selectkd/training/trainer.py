@@ -16,11 +16,12 @@ from selectkd.models.gathered import gathered
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
 from selectkd.teachers.protocol import ReadsAhead
-from selectkd.terms import Extra, StreamSpec
+from selectkd.terms import Extra, FirstPass, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.counts import rank
 from selectkd.training.feed import Feed
-from selectkd.training.ledger import Ledger, Portion
+from selectkd.training.first_pass import Portion
+from selectkd.training.ledger import Ledger
 from selectkd.training.loop import AfterStep, OnLine, register_engine
 from selectkd.training.optimizer import decaying
 from selectkd.training.step import DistillationModel, Teacher
@@ -148,7 +149,14 @@ class DistillTrainer(Trainer):
         if self.checkpoints is not None and not self._begun:
             self.checkpoints.begin()
         self._begun = True
-        return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)]), None
+        return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)], self._ask), None
+
+    @torch.no_grad()
+    def _ask(self, portion: Portion, first: FirstPass) -> list[Tensor]:
+        """A first pass over a micro-batch, by the wrapped model as its loss will be."""
+        self.model_wrapped.train()
+        with self.compute_loss_context_manager():
+            return self.model_wrapped(portion.batch, portion.row_scale, portion.uniform, first)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
@@ -161,7 +169,7 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: Portion, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss of one micro-batch, computed inside the wrapped forward."""
-        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, self.ledger.plan)
+        loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, inputs.plan)
         self.ledger.add(inputs, loss, sums)
         return (loss, sums) if return_outputs else loss
 

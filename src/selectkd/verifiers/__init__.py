@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.pair import TokenPair
-from selectkd.verifiers.controls import always, matched_random, matched_shuffle
+from selectkd.verifiers.controls import always, matched_position, matched_random, matched_shuffle
 from selectkd.verifiers.gates import hellinger, label_top_k, prefix_gate, student_entropy, teacher_entropy
 from selectkd.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
 from selectkd.verifiers.statistics import STATISTICS, RowStatistics
@@ -66,6 +66,7 @@ VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
         "always": always,
         "matched_random": matched_random,
         "matched_shuffle": matched_shuffle,
+        "matched_position": matched_position,
     }
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "greedy_topk",
     "hellinger",
     "label_top_k",
+    "matched_position",
     "matched_random",
     "matched_shuffle",
     "prefix_gate",

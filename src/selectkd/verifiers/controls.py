@@ -65,7 +65,7 @@ class matched_random:
 
 @dataclass(frozen=True)
 class matched_shuffle:
-    """The verdicts of greedy top-k dealt out to random rows of the batch: the same rate at every step, random places.
+    """The verdicts of greedy top-k dealt out to random rows of the step: the same rate at every step, random places.
 
     Not token-local: the loss scores every row first.
     """
@@ -74,7 +74,7 @@ class matched_shuffle:
     uniforms_per_token = 1
 
     def __post_init__(self) -> None:
-        at_least_one("matched_shuffle", self.k)
+        at_least_one(type(self).__name__, self.k)
 
     @property
     def teacher_tokens(self) -> int:
@@ -90,3 +90,34 @@ class matched_shuffle:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
+
+
+@dataclass(frozen=True)
+class matched_position(matched_shuffle):
+    """The verdicts of greedy top-k dealt out among the rows of the step that stand at like places of their sequences:
+    the same rate at every step and at every place, whichever rows they are.
+
+    Like places are 0, 1 to 2, 3 to 6, 7 to 14, and so on. What a run gains over this control is not gained by where in
+    an answer the gate lets tokens pass. Rows of one sequence must stand in order (``pair.sequence``).
+    """
+
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        scores = scores.nan_to_num(nan=0.0)
+        place = place_of(sequence)
+        bins = (place + 1).double().log2().floor().long()
+        chance = torch.argsort(scores[:, 1], stable=True)
+        drawn = chance[torch.argsort(bins[chance], stable=True)]
+        kept = torch.empty_like(scores[:, 0])
+        kept[torch.argsort(bins, stable=True)] = scores[drawn, 0]
+        return kept
+
+
+def place_of(sequence: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """How many rows of its sequence stand before each row, [n]."""
+    order = torch.argsort(sequence, stable=True)
+    grouped = sequence[order]
+    at = torch.arange(sequence.shape[0], device=sequence.device)
+    begins = torch.ones_like(grouped, dtype=torch.bool)
+    begins[1:] = grouped[1:] != grouped[:-1]
+    start = at[begins][begins.long().cumsum(0) - 1]
+    return torch.empty_like(at).scatter_(0, order, at - start)

@@ -124,6 +124,7 @@ class prefix_gate:
 
     k: int = 5
     uniforms_per_token = 0
+    scope = "sequence"
 
     def __post_init__(self) -> None:
         at_least_one("prefix_gate", self.k)
