@@ -104,11 +104,15 @@ class Harness:
             **described(loaded), "harness": lm_eval.__version__, "chat": self.chat, "limit": self.limit,
             "batch_size": self.batch_size,
         }  # fmt: skip
-        return [
+        rows = [
             one
             for task in found["samples"]
-            for one in _metrics(name, task, found, {**settings, **_of_task(task, found)})
+            for one in _metrics(name, task, [task], found, {**settings, **_of_task(task, found)})
         ]
+        for group in found.get("groups") or {}:
+            tasks = _tasks_of(group, found)
+            rows += _metrics(name, group, tasks, found, {**settings, "tasks": tasks})
+        return rows
 
 
 @dataclass
@@ -186,15 +190,28 @@ def _of_task(task: str, found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _metrics(name: str, task: str, found: dict[str, Any], settings: dict[str, Any]) -> list[Scores]:
-    """One row for each metric and answer filter of a task."""
+def _tasks_of(group: str, found: dict[str, Any]) -> list[str]:
+    """The tasks of a group, those of its own groups among them, each once."""
+    inside = found["group_subtasks"].get(group, [])
+    tasks = [task for one in inside for task in ([one] if one in found["samples"] else _tasks_of(one, found))]
+    return list(dict.fromkeys(tasks))
+
+
+def _metrics(
+    name: str, task: str, parts: Sequence[str], found: dict[str, Any], settings: dict[str, Any]
+) -> list[Scores]:
+    """One row for each metric and answer filter of a task, or of a group whose tasks are ``parts``."""
     rows, told = [], found["results"][task]
     for key, value in told.items():
         metric, _, answer_filter = key.partition(",")
         if not answer_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        samples = [one for one in found["samples"][task] if one["filter"] == answer_filter]
-        samples.sort(key=lambda one: one["doc_id"])
+        samples = [
+            one
+            for part in parts
+            for one in sorted(found["samples"][part], key=lambda one: one["doc_id"])
+            if one["filter"] == answer_filter
+        ]
         given = [one.get(metric) for one in samples]
         scores = _scores(given, float(value))
         shown = metric if answer_filter == "none" else f"{metric},{answer_filter}"
