@@ -176,14 +176,26 @@ def test_a_group_has_its_own_number_with_the_problems_behind_it(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     write_tasks(tmp_path)
-    other = yaml.safe_load((tmp_path / "local_choice.yaml").read_text()) | {"task": "local_other", "num_fewshot": 0}
+    other = yaml.safe_load((tmp_path / "local_choice.yaml").read_text()) | {
+        "task": "local_other",
+        "num_fewshot": 0,
+    }
     (tmp_path / "local_other.yaml").write_text(yaml.safe_dump(other))
     mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
     group = {"group": "local_all", "task": ["local_choice", "local_other"], "aggregate_metric_list": [mean]}
     (tmp_path / "local_all.yaml").write_text(yaml.safe_dump(group))
     tiny(0, width=257).float().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--suite", "harness", "--tasks", "local_all", "--task-folder", str(tmp_path), "--json", "found.json"]
+    flags = [
+        "--suite",
+        "harness",
+        "--tasks",
+        "local_all",
+        "--task-folder",
+        str(tmp_path),
+        "--json",
+        "found.json",
+    ]
     assert main(["eval", str(tmp_path / "model"), *flags]) == 0
     rows = {(row["task"], row["metric"]): row for row in json.loads(Path("found.json").read_text())["rows"]}
     parts = [rows[task, "acc"] for task in ("local_choice", "local_other")]

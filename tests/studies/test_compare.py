@@ -12,8 +12,8 @@ import yaml
 from selectkd.cli.app import main
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
-from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, arms, controlled
-from selectkd.studies.compare import differences, read_rows
+from selectkd.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
+from selectkd.studies.compare import compare, differences, read_rows
 from selectkd.studies.one_run import measured
 from training.tiny import recipe_of, tiny_llama, write_pair
 
@@ -90,7 +90,7 @@ def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(
     assert main([*command, "--dry-run"]) == 0
     assert "4 runs, 4 done, 0 to go" in capsys.readouterr().out
     assert main([*command, "--seeds", "2", "--dry-run"]) == 0
-    assert "8 runs, 4 done, 4 to go, about 0 min" in capsys.readouterr().out
+    assert "8 runs, 4 done, 4 to go, about " in capsys.readouterr().out
     assert again == json.loads(file.read_text("utf-8"))
     assert again[:2] == good  # not run again, to the last digit of the clock
     assert all("error" not in row and row["held_out_kl"] > 0 for row in again[2:])
@@ -106,22 +106,31 @@ def test_every_arm_of_a_seed_starts_alike_and_differs_in_its_method_alone() -> N
         "training": {"output_dir": "o", "max_steps": 1, "batch_size": 1, "seed": 7, "learning_rate": 1e-3},
     }
     found = arms({"one": base}, ["kd", "gkd+on_policy"], seeds=2, controls=True)
-    assert [arm.selection for arm in found[:4]] == [PLAIN, SELECTED, RANDOM, RATE]
+    assert [arm.selection for arm in found[:4]] == [PLAIN, SELECTED, RANDOM, POSITION]
     assert [arm.seed for arm in found] == [7] * 8 + [8] * 8
-    plain, selected, random, rate = (recipe_from(arm.values) for arm in found[:4])
+    plain, selected, random, position = (recipe_from(arm.values) for arm in found[:4])
     assert plain.objective.divergence == {"name": "forward_kl"} and plain.objective.temperature == 2.0
     assert plain.objective.verifier == {"name": "always"}
     assert selected.objective.verifier == {"name": "greedy_topk", "k": 5} and selected.objective.beta == 0.01
     assert (
-        plain.data == selected.data and plain.training == selected.training and plain.student == rate.student
+        plain.data == selected.data
+        and plain.training == position.training
+        and plain.student == position.student
     )
-    row = {"acceptance": 0.3, "mean_weight": 0.25}
-    random, rate = (recipe_from(controlled(arm, row).values) for arm in found[2:4])
+    random = recipe_from(controlled(found[2], {"acceptance": 0.3}).values)
     assert (
         random.objective.verifier == {"name": "matched_random", "rate": 0.3} and random.objective.beta == 0.01
     )
-    assert rate.training.learning_rate == pytest.approx(2.5e-4)
-    assert rate.objective.verifier == {"name": "always"}
+    assert (
+        position.objective.verifier == {"name": "matched_position", "k": 5}
+        and position.objective.beta == 0.01
+    )
+    other = {**base, "selection": {"verifier": "spec_k", "k": 5, "beta": 0.01}}
+    assert [arm.selection for arm in arms({"one": other}, ["kd"], seeds=1, controls=True)] == [
+        PLAIN,
+        SELECTED,
+        RANDOM,
+    ]
     assert recipe_from(found[4].values).data.policy.probability == 1.0  # type: ignore[union-attr]
 
 
@@ -152,7 +161,8 @@ def test_a_gate_that_lets_everything_pass_is_no_gate_under_any_method(
 
 def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
     def row(method: str, selection: str, seed: int, kl: list[float]) -> dict[str, Any]:
-        return {"method": method, "selection": selection, "seed": seed, "held_out_kl_of": kl}
+        own = {"method": method, "selection": selection, "seed": seed}
+        return own | {"held_out_kl_of": kl, "held_out_tokens_of": [10, 10, 10]}
 
     rows = [
         row("kd", PLAIN, 1, [1.0, 2.0, 3.0]), row("kd", PLAIN, 2, [1.0, 2.0, 3.0]),
@@ -166,6 +176,30 @@ def test_differences_are_paired_by_sequence_and_say_each_seeds_own() -> None:
     assert pair.by_seed == pytest.approx((0.5, 0.1))
     over = pair.over_seeds  # t(.975, 1) = 12.7062 and a standard error of .2
     assert (over.low, over.value, over.high) == pytest.approx((0.3 - 2.54124, 0.3, 0.3 + 2.54124), abs=1e-4)
+
+
+def test_a_difference_is_that_of_the_table_and_counts_every_token_alike() -> None:
+    rows = [
+        {"method": "kd", "selection": selection, "seed": 1, "held_out_kl_of": kl, "held_out_tokens_of": [90, 10],
+         "held_out_kl": (90 * kl[0] + 10 * kl[1]) / 100}
+        for selection, kl in ((PLAIN, [1.0, 1.0]), (SELECTED, [1.1, 0.5]))
+    ]  # fmt: skip
+    (pair,) = differences(rows)
+    assert (
+        pair.difference.value
+        == pytest.approx(rows[1]["held_out_kl"] - rows[0]["held_out_kl"])
+        == pytest.approx(0.04)
+    )
+    assert pair.by_seed == pytest.approx((0.04,))
+
+
+def test_an_arm_that_diverges_leaves_the_others_their_rows(recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text("utf-8"))
+    made = arms({"one": values}, ["kd"], seeds=1)
+    made[0].values["training"]["learning_rate"] = 1e30  # type: ignore[index]
+    rows = compare(made, tmp_path / "rows.json", tmp_path / "runs")
+    assert rows[0]["error"] and rows[0]["held_out_kl"] is None and rows[1]["held_out_kl"] > 0
+    assert read_rows(tmp_path / "rows.json") == json.loads(json.dumps(rows))
 
 
 def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path, tmp_path: Path) -> None:

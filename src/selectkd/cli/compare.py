@@ -31,7 +31,8 @@ def compare(
     controls: Annotated[
         bool,
         typer.Option(
-            "--controls", help="Also random rows at the same rate, and the learning rate cut alike."
+            "--controls",
+            help="Also random rows at the same rate, and at the same rate at each place of an answer.",
         ),
     ] = False,
     changes: Annotated[

@@ -137,11 +137,13 @@ def paired_bootstrap(
     first: ArrayLike,
     second: ArrayLike,
     *,
+    weights: ArrayLike | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """mean(second - first) on the same n units, with the percentile bootstrap of the pairs.
+    """mean(second - first) on the same n units, with the percentile bootstrap of the pairs; with weights [n], such as
+    the tokens of each sequence, sum(weights (second - first)) / sum(weights).
 
     p is twice the smaller share of resamples on either side of 0, one added to count and total so that it is never 0.
     Source: Koehn, Statistical significance tests for machine translation evaluation, EMNLP 2004.
@@ -156,9 +158,10 @@ def paired_bootstrap(
     n = len(apart)
     if n == 0:
         return Difference(float("nan"), float("nan"), float("nan"), 1.0, 0)
-    drawn = _resampled((apart,), _mean, resamples=resamples, seed=seed)
+    worth = np.ones_like(apart) if weights is None else _vector(weights)
+    drawn = _resampled((worth * apart, worth), _ratio, resamples=resamples, seed=seed)
     low, high = _percentiles(drawn, level)
-    value = float(apart.mean())
+    value = float((worth * apart).sum() / worth.sum())
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
     return Difference(value, min(low, value), max(high, value), p, n)

@@ -19,9 +19,9 @@ SET_ASIDE = (
 SELECTION = {"verifier": "greedy_topk", "k": 5, "beta": 0.01}
 """The paper's, where the recipe has no selection of its own."""
 
-PLAIN, SELECTED, RANDOM, RATE = "none", "selected", "matched_random", "matched_rate"
+PLAIN, SELECTED, RANDOM, POSITION = "none", "selected", "matched_random", "matched_position"
 """What an arm does with rows: nothing; the selection; random rows at the rate the selection had in the arm it controls
-for; nothing, at the learning rate times the mean weight of that arm."""
+for; the verdicts of greedy top-k dealt out among rows at like places of their sequences."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def arms(
     seed.
 
     The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by the two that
-    say what its number of rows and its smaller steps alone would have done.
+    say what its number of rows, and that number at each place of an answer, would have done; the second where the
+    selection is greedy top-k, whose verdicts it deals out.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} makes no run; give 1 or more.")
@@ -80,12 +81,17 @@ def arms(
         first = int((values.get("training") or {}).get("seed", 42))
         for seed in range(first, first + seeds):
             for word in methods or ("",):
-                for selection in (PLAIN, SELECTED, *((RANDOM, RATE) if controls else ())):
+                for selection in (PLAIN, SELECTED, *(_controls_of(values) if controls else ())):
                     made = _values(values, word, selection, seed)
                     found.append(
                         Arm(name if len(recipes) > 1 else "", word or "recipe", selection, seed, made)
                     )
     return found
+
+
+def _controls_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    chosen = values.get("selection") or SELECTION
+    return (RANDOM, POSITION) if chosen.get("verifier") == "greedy_topk" else (RANDOM,)
 
 
 def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> dict[str, Any]:
@@ -99,20 +105,16 @@ def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> 
         made["objective"] = objective
         if "reference" not in METHODS[word.split("+")[0]].needs:
             made.pop("reference", None)  # it costs memory and a forward pass, and nobody would look at it
-    if selection != PLAIN and selection != RATE:
+    if selection != PLAIN:
         objective = made.get("objective") or {}
         made["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
-        made["selection"] = chosen
+        made["selection"] = {**chosen, "verifier": "matched_position"} if selection == POSITION else chosen
     return made
 
 
 def controlled(arm: Arm, selected: Mapping[str, Any]) -> Arm:
-    """A control once the row of the selected arm is there: its rate of acceptance, or its mean weight."""
+    """The arm of random rows once the row of the selected arm is there, at its rate of acceptance."""
     values: dict[str, Any] = copy.deepcopy(dict(arm.values))
-    if arm.selection == RANDOM:
-        beta = values["selection"].get("beta", 0.01)
-        values["selection"] = {"verifier": "matched_random", "rate": selected["acceptance"], "beta": beta}
-    elif arm.selection == RATE:
-        rate = values["training"].get("learning_rate", 5e-5)
-        values["training"] = {**values["training"], "learning_rate": rate * selected["mean_weight"]}
+    beta = values["selection"].get("beta", 0.01)
+    values["selection"] = {"verifier": "matched_random", "rate": selected["acceptance"], "beta": beta}
     return Arm(arm.recipe, arm.method, arm.selection, arm.seed, values)

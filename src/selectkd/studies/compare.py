@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from selectkd.errors import ConfigError
 from selectkd.evals.statistics import Difference, Interval, paired_bootstrap, t_interval
-from selectkd.studies.arms import PLAIN, RANDOM, RATE, SELECTED, Arm, controlled
+from selectkd.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, Arm, controlled
 from selectkd.studies.one_run import FIELDS, run_apart
 
 NAMES = ("recipe", "method", "selection", "seed")
@@ -93,13 +94,21 @@ def _stands(row: Mapping[str, Any] | None, arm: Arm) -> TypeGuard[dict[str, Any]
 def _run(
     arm: Arm, rows: Sequence[Mapping[str, Any]], folder: Path, keep: bool, device: str
 ) -> dict[str, Any]:
-    if arm.selection in (RANDOM, RATE):
+    if arm.selection == RANDOM:
         key = (arm.recipe, arm.method, SELECTED, arm.seed)
         selected = next((row for row in rows if _key(row) == key), None)
         if selected is None or selected.get("error"):
             return {"error": "the selected run that this one controls for failed"}
         arm = controlled(arm, selected)
-    return run_apart(arm.values, folder / arm.folder, keep=keep, device=device)
+    row = run_apart(arm.values, folder / arm.folder, keep=keep, device=device)
+    wrong = {
+        name: value for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    if wrong:  # no number of such a run says anything, and JSON has no word for them
+        return {
+            "error": f"the run diverged: {', '.join(f'{name} is {value}' for name, value in wrong.items())}"
+        }
+    return row
 
 
 def _named(arm: Arm) -> dict[str, Any]:
@@ -139,7 +148,8 @@ def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two arms on the same held-out sequences and seeds: second minus first, in nats of held-out KL a sequence.
+    """Two arms on the same held-out sequences and seeds: second minus first, in nats of held-out KL a token, as a row's
+    ``held_out_kl`` is.
 
     ``difference`` has its interval over the held-out sequences, each the mean over the seeds both have; ``by_seed`` is
     the difference of each seed, and ``over_seeds`` their mean with Student's t interval.
@@ -167,10 +177,12 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
         asked += [
             ((method, PLAIN), (method, selection))
             for method in methods
-            for selection in (SELECTED, RANDOM, RATE)
+            for selection in (SELECTED, RANDOM, POSITION)
         ]
         asked += [
-            ((method, selection), (method, SELECTED)) for method in methods for selection in (RANDOM, RATE)
+            ((method, selection), (method, SELECTED))
+            for method in methods
+            for selection in (RANDOM, POSITION)
         ]
         found += [pair for one, other in asked if (pair := _paired(recipe, mine, one, other)) is not None]
     return found
@@ -179,19 +191,17 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
 def _paired(
     recipe: str, rows: Sequence[Mapping[str, Any]], first: tuple[str, str], second: tuple[str, str]
 ) -> Paired | None:
-    kl_of = [
-        {
-            row["seed"]: np.asarray(row["held_out_kl_of"])
-            for row in rows
-            if (row["method"], row["selection"]) == one
-        }
-        for one in (first, second)
-    ]
+    kl_of, tokens_of = ({}, {}), {}
+    for row in rows:
+        for arm, seen in zip((first, second), kl_of, strict=True):
+            if (row["method"], row["selection"]) == arm:
+                seen[row["seed"]] = np.asarray(row["held_out_kl_of"])
+                tokens_of[row["seed"]] = np.asarray(row["held_out_tokens_of"])
     seeds = sorted(set(kl_of[0]) & set(kl_of[1]))
     if not seeds:
         return None
     one, other = (np.stack([arm[seed] for seed in seeds]) for arm in kl_of)  # [seeds, sequences]
-    by_seed = tuple(float(value) for value in (other - one).mean(1))
-    return Paired(
-        recipe, first, second, paired_bootstrap(one.mean(0), other.mean(0)), by_seed, t_interval(by_seed)
-    )
+    tokens = tokens_of[seeds[0]]  # [sequences], the same for every run of a recipe
+    by_seed = tuple(float(value) for value in (other - one) @ tokens / tokens.sum())
+    apart = paired_bootstrap(one.mean(0), other.mean(0), weights=tokens)
+    return Paired(recipe, first, second, apart, by_seed, t_interval(by_seed))

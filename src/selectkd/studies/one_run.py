@@ -53,7 +53,7 @@ def _child(values: dict[str, Any], folder: str, keep: bool, device: str, sender:
     logging.getLogger("selectkd").setLevel(logging.ERROR)  # what it warns of is in the row
     try:
         sender.send(measured(values, Path(folder), keep=keep, device=device))
-    except (SelectKDError, OSError, MemoryError, RuntimeError) as error:
+    except (SelectKDError, OSError, MemoryError, RuntimeError, ValueError, ArithmeticError) as error:
         sender.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
     finally:
         sender.close()
