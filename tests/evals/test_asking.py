@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from selectkd.evals.asking import Decoding, complete
+from selectkd.evals.run_suite import run_suite
+from selectkd.evals.suites import written_mathematics
 from selectkd.models.load import Loaded, load_model
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 2, 6, 5]]
@@ -45,3 +49,20 @@ def test_an_answer_ends_before_a_stop_string_and_every_batch_is_heard_of(loaded:
     word = whole[0].split()[2]
     (cut,) = complete(loaded, PROMPTS[:1], Decoding(6, stop=(word,)))
     assert cut == whole[0][: whole[0].index(word)]
+
+
+def test_answers_that_the_limit_ended_are_counted_and_graders_that_disagree(
+    loaded: Loaded, tmp_path: Path
+) -> None:
+    problems = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in problems), "utf-8")
+    heard: list[str] = []
+    suite = written_mathematics(file, None, tokens=1)
+    disagreeing = replace(suite, score=lambda i, said: 0.0, second=lambda i, said: float(i == 1))
+    seen = run_suite("tiny", loaded, disagreeing, heard=heard.append)
+    assert seen.disputed == [1] and seen.as_row()["settings"]["disputed"] == 1
+    assert [row["disputed"] for row in seen.answer_rows()] == [False, True]
+    assert seen.cut > 0 and f"{seen.cut} of 2 answers cut at 1 tokens; 1 scored otherwise" in heard[-1]
+    ended = run_suite("tiny", loaded, replace(suite, decoding=Decoding(1, stop=("",))))
+    assert ended.cut == 0

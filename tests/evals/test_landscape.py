@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_the_divergence_from_itself_is_a_minimum() -> None:
     parameters = list(model.parameters())
     assert value(loss) == pytest.approx(0.0, abs=1e-6)  # fp32 logits of some nats: 1e-7 a term
     assert sharpness(parameters, loss, kicks=3).value > 1e-3
+
+
+def test_the_divergence_of_heads_of_two_widths_counts_shared_ids_alone() -> None:
+    narrow = tiny_llama(0)
+    wide = copy.deepcopy(narrow)
+    wide.resize_token_embeddings(narrow.config.vocab_size + 16, mean_resizing=False)
+    batch = padded(texts(3), 3)[0]
+    for student, teacher in ((narrow, wide), (wide, narrow)):
+        assert divergence_loss(student, teacher, batch)().item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_landscape_of_a_run_and_of_its_student_before(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from selectkd.evals.suites import Suite
     from selectkd.models.load import Loaded
 
-SuiteName = Literal["quick", "math", "code", "instruct", "perplexity", "harness"]
+SuiteName = Literal["own", "quick", "math", "code", "instruct", "perplexity", "harness"]
 MATH, QUICK_MATH, QUICK_CODE = 100, 20, 10
 """Problems where --limit names none: made problems have no end of their own."""
 
@@ -47,7 +48,10 @@ class Asked:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, a .gguf file or a hub name.")],
-    suite: Annotated[SuiteName, typer.Option("--suite", help="What to measure.")] = "quick",
+    suite: Annotated[
+        SuiteName | None,
+        typer.Option("--suite", help="What to measure. Of a run folder: own, its held-out text; else quick."),
+    ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", help="Another model on the same problems. May stand several times."),
@@ -130,6 +134,13 @@ def evaluate(
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
     check_answer(json_file)
     check_answer(answers, flag="--answers")
+    is_run = (Path(model).expanduser() / "manifest.json").is_file()
+    if suite is None:
+        suite = "own" if is_run else "quick"
+    if suite == "own" and not is_run:
+        raise ConfigError(
+            f"--suite own measures the text a run held out, and {model} is no finished run's folder."
+        )
     if k > samples:
         raise ConfigError(f"--k {k} needs --samples {k} or more; it is {samples}.")
     if suite in ("perplexity", "instruct") and data is None:
@@ -158,7 +169,15 @@ def evaluate(
     from selectkd.evals.memory import Memory
 
     names = [model, *(compare or [])]
-    if suite == "perplexity":
+    if suite == "own":
+        from selectkd.evals.own_text import own_text
+        from selectkd.evals.runs import load_student
+
+        loaders = [(name, partial(load_student, name, dtype=dtype, device=on)) for name in names]
+        rows, comparisons = own_text(
+            model, loaders, limit=limit, batch_size=batch_size, device=on, heard=told
+        )
+    elif suite == "perplexity":
         rows, comparisons = _perplexity(names, asked, dtype)
     elif suite == "instruct":
         voice = _judge(judge, judge_model, judge_key, dtype, on, judge_tokens)

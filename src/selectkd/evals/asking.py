@@ -34,8 +34,10 @@ def complete(
     batch_size: int = 8,
     memory: Memory | None = None,
     heard: Callable[[int], None] | None = None,
+    cut: list[bool] | None = None,
 ) -> list[str]:
-    """The answer to each prompt (token ids), in order. ``heard`` is told how many are done.
+    """The answer to each prompt (token ids), in order. ``heard`` is told how many are done; ``cut`` gets, for each
+    answer, whether max_new_tokens ended it.
 
     A prompt that stands several times has as many texts, each a draw of its own. A text is a function of (seed, prompt,
     which of its texts): batches change it by rounding alone. ``memory``: answers that are in it are not written again,
@@ -71,7 +73,15 @@ def complete(
             memory.keep({keys[i]: written[i] for i in chosen}, model=loaded.source)
         if heard is not None:
             heard(len(written))
-    return [_text(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
+    texts = [_text(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
+    if cut is not None:
+        cut += [
+            len(ids) >= decoding.max_new_tokens
+            and ids[-1] not in ends
+            and not any(stop in tokenizer.decode(ids) for stop in decoding.stop)
+            for ids in (written[i] for i in range(len(requests)))
+        ]
+    return texts
 
 
 def identity(loaded: Loaded) -> list[str]:

@@ -38,13 +38,17 @@ def text_loss(model: nn.Module, batch: Any) -> Callable[[], Tensor]:
 
 
 def divergence_loss(model: nn.Module, teacher: nn.Module, batch: Any) -> Callable[[], Tensor]:
-    """A closure: the mean of KL(p || q) over the same tokens; the teacher is asked once. Same vocabulary width."""
+    """A closure: the mean of KL(p || q) over the same tokens; the teacher is asked once. Ids that one head lacks are
+    impossible on both sides, as in training.
+    """
     seen = supervised(batch)
     with torch.no_grad():
-        logp = torch.log_softmax(_logits(teacher, batch, seen.position), -1)  # [n, v]
+        logits = _logits(teacher, batch, seen.position)  # [n, v]
 
     def loss() -> Tensor:
-        logq = torch.log_softmax(_logits(model, batch, seen.position), -1)
+        own = _logits(model, batch, seen.position)
+        shared = min(own.shape[-1], logits.shape[-1])
+        logp, logq = (torch.log_softmax(x[:, :shared], -1) for x in (logits, own))
         return nn.functional.kl_div(logq, logp, reduction="batchmean", log_target=True)
 
     return loss

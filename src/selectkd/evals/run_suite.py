@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from selectkd.data.alignment import template_fingerprint
@@ -18,7 +18,10 @@ from selectkd.models.load import Loaded
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one suite: a score a problem, in the suite's order, and its answers."""
+    """One model on one suite: a score a problem, in the suite's order, and its answers.
+
+    cut: answers that the limit of tokens ended. disputed: problems that a second grader would score otherwise.
+    """
 
     model: str
     task: str
@@ -27,6 +30,8 @@ class Scores:
     interval: Interval
     settings: dict[str, Any]
     answers: list[list[str]]
+    cut: int = 0
+    disputed: list[int] = field(default_factory=list)
 
     @property
     def right_or_wrong(self) -> bool:
@@ -38,7 +43,8 @@ class Scores:
         seen = self.interval
         return {
             "model": self.model, "task": self.task, "metric": self.metric, "value": seen.value, "low": seen.low,
-            "high": seen.high, "n": seen.n, "settings": self.settings,
+            "high": seen.high, "n": seen.n,
+            "settings": {**self.settings, "cut": self.cut, "disputed": len(self.disputed)},
         }  # fmt: skip
 
     def answer_rows(self) -> list[dict[str, Any]]:
@@ -51,6 +57,7 @@ class Scores:
                 "metric": self.metric,
                 "index": i,
                 "score": score,
+                "disputed": i in self.disputed,
                 "answers": said,
             }
             for i, (said, score) in enumerate(zip(self.answers, scores, strict=True))
@@ -78,8 +85,9 @@ def run_suite(
         prompts = [prompt_ids(text, tokenizer) for text in suite.prompts]
     every = [ids for ids in prompts for _ in range(suite.samples)]
     total = len(every)
+    cut: list[bool] = []
     said = complete(
-        loaded, every, decoding, batch_size=batch_size, memory=memory,
+        loaded, every, decoding, batch_size=batch_size, memory=memory, cut=cut,
         heard=None if heard is None else lambda done: heard(f"{name}, {suite.task}: {done} of {total} answers"),
     )  # fmt: skip
     answers = [said[i : i + suite.samples] for i in range(0, total, suite.samples)]
@@ -87,7 +95,16 @@ def run_suite(
     settings = {
         **suite.settings, **asdict(decoding), "samples": suite.samples, "batch_size": batch_size, **described(loaded)
     }  # fmt: skip
-    return Scores(name, suite.task, suite.metric, scores, interval_of(scores), settings, answers)
+    disputed = [
+        i for i, one in enumerate(answers) if suite.second is not None and suite.second(i, one) != scores[i]
+    ]
+    if heard is not None and (any(cut) or disputed):
+        graders = f"; {len(disputed)} scored otherwise by math-verify" if disputed else ""
+        heard(
+            f"{name}, {suite.task}: {sum(cut)} of {total} answers cut at {decoding.max_new_tokens} tokens{graders}"
+        )
+    interval = interval_of(scores)
+    return Scores(name, suite.task, suite.metric, scores, interval, settings, answers, sum(cut), disputed)
 
 
 def described(loaded: Loaded) -> dict[str, Any]:

@@ -29,6 +29,7 @@ BOXED_PROMPT = "{question}\n\nThink step by step, and put the final answer in \\
 class Suite:
     """Named problems. score(index, answers) -> the problem's score from its samples, in [0, 1].
 
+    second: another grader of the same, whose disagreement is counted and never scored.
     prefilled: what a model without a chat template goes on from, per problem. settings: all that decides the numbers.
     """
 
@@ -38,6 +39,7 @@ class Suite:
     score: Callable[[int, Sequence[str]], float]
     decoding: Decoding
     samples: int = 1
+    second: Callable[[int, Sequence[str]], float] | None = None
     prefilled: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -83,9 +85,19 @@ def written_mathematics(path: Path, limit: int | None, *, tokens: int) -> Suite:
         right.append(str(reference))
     if not by_number:
         answers.check_math_verify()
-    same = answers.same_number if by_number else answers.same_mathematics
+    same, other = answers.same_number, answers.same_mathematics
+    if not by_number:
+        same, other = other, same
+
+    def second(i: int, said: Sequence[str]) -> float:
+        # where ours finds no number in the right answer, only mathematics can compare
+        if not by_number and answers.final_number(right[i]) is None:
+            return float(same(said[0], right[i]))
+        return float(other(said[0], right[i]))
+
     return Suite(
         task=path.stem, metric="accuracy", prompts=asked, score=lambda i, said: float(same(said[0], right[i])),
+        second=second if answers.has_math_verify() else None,
         decoding=Decoding(tokens),
         settings={"data": str(path), "grader": "final number" if by_number else "math-verify", "shots": 0},
     )  # fmt: skip

@@ -112,29 +112,14 @@ def measured(
 def held_out(made: Any, seed: int) -> dict[str, Any]:
     """The held-out measures of an assembled run's student, with the KL of each sequence; one verifier for every arm."""
     from selectkd.errors import ConfigError
-    from selectkd.objective import Objective
-    from selectkd.training.evaluation import evaluate
+    from selectkd.evals.own_text import each_sequence
 
     if not made.heldout:
         raise ConfigError("a comparison needs held-out text; set data.evaluation to {path: ...} or a share.")
-    judge = Objective("forward_kl", {"name": "greedy_topk", "k": 5}, beta=0.01)
-    device = next(made.student.parameters()).device
-    each = []
-    for batch in made.heldout:
-        for sample in apart(batch):
-            each.append(
-                evaluate(
-                    made.student,
-                    made.teacher,
-                    [sample],
-                    judge,
-                    seed=seed,
-                    streams=made.streams,
-                    device=device,
-                    precision=made.precision,
-                )
-            )
-    each = [one for one in each if one.tokens]
+    each = each_sequence(
+        made.student, made.teacher, made.heldout, seed=seed, streams=made.streams,
+        device=next(made.student.parameters()).device, precision=made.precision,
+    )  # fmt: skip
     tokens = sum(one.tokens for one in each)
 
     def mean(value: Any) -> float:
@@ -148,14 +133,6 @@ def held_out(made: Any, seed: int) -> dict[str, Any]:
         "held_out_kl_of": [one.kl for one in each],
         "held_out_tokens_of": [one.tokens for one in each],
     }
-
-
-def apart(batch: Any) -> list[Any]:
-    """The samples of a batch as batches of one."""
-    from selectkd.data.collate import collate
-    from selectkd.data.rewrite import examples_of
-
-    return [collate([example], pad_id=0) for example in examples_of(batch)]
 
 
 def _bite(each: list[Any]) -> float:
