@@ -16,7 +16,7 @@ from selectkd.registry import did_you_mean
 TAGS = {"source", "share", "constant", "change"}
 """Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""
 
-RENAMED = {
+RENAMED: dict[tuple[str | int, ...], str] = {
     (
         "training",
         "dtype",
