@@ -24,6 +24,7 @@ from selectkd.models.head import head_of
 from selectkd.models.load import DTYPES, check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import FP32, Precision, check_launched, precision_of, told_of
+from selectkd.models.sharded import Spread, shard
 from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
 from selectkd.schedules import BetaSchedule
@@ -151,10 +152,7 @@ def assemble(
     elif recipe.student.model is not None:  # a cut has loaded it
         say("loading the teacher")
     teacher = plan.teacher.open(plan.tokenizer, student=student, reference=reference)
-    names = tuple(stream.name for stream in plan.streams)
-    writer = writer_for(recipe, plan.streams, student, plan.teacher, plan.tokenizer, precision=plan.precision)
-    training = recipe.training
-    samples = (plan.heldout or examples)[: training.probe_samples]
+    samples = (plan.heldout or examples)[: recipe.training.probe_samples]
     probe = collate(samples, pad_id=pad).to(device) if samples else None
     return Assembly(
         teacher=teacher,
@@ -164,7 +162,7 @@ def assemble(
         beta=plan.beta,
         taid_follows=plan.taid,
         micro_batches=partial(_epoch, plan.sources, recipe, pad),
-        streams=names,
+        streams=tuple(stream.name for stream in plan.streams),
         sources=plan.sources,
         heldout=heldout,
         probe=probe,
@@ -176,7 +174,9 @@ def assemble(
         told=told,
         losses=plan.losses,
         extras=plan.extras,
-        writer=writer,
+        writer=writer_for(
+            recipe, plan.streams, student, plan.teacher, plan.tokenizer, precision=plan.precision
+        ),
         precision=plan.precision,
     )
 
@@ -190,7 +190,8 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None, *, device: torch.de
     if not asked_for():  # whose own settings are checked with the rest of them
         check_launched(precision)
     check_optimizer(recipe.training.optimizer)
-    teacher = plan_teacher(recipe.teacher, dtype=precision.frozen) if teacher is None else teacher
+    sharding = recipe.training.sharding
+    teacher = teacher or plan_teacher(recipe.teacher, dtype=precision.frozen, sharding=sharding)
     named, attention = recipe.student.model, recipe.student.attn_implementation
     if named is None and teacher.model is None:
         raise ConfigError(
@@ -337,13 +338,14 @@ def _student(
     """(student, source, revision, kept layers, how they were chosen)."""
     # what adapters sit on does not train
     dtype = plan.precision.weights if recipe.training.lora is None else plan.precision.frozen
-    spec = recipe.student
+    spec, spread = recipe.student, recipe.training.sharding and Spread.of(recipe.training.sharding)
     if spec.model is not None:
         say("loading the student")
         own = load_model(
-            spec.model, dtype=dtype, revision=spec.revision, attn_implementation=spec.attn_implementation
-        )
-        return own.model.to(device), own.source, own.revision, None, None
+            spec.model, dtype=dtype, revision=spec.revision, attn_implementation=spec.attn_implementation,
+            spread=spread,
+        )  # fmt: skip
+        return own.model if spread else own.model.to(device), own.source, own.revision, None, None
     wanted = recipe.student.from_teacher
     say("loading the teacher")
     loaded = plan.teacher.loaded()
@@ -364,6 +366,7 @@ def _student(
     student, kept, report = cut_student(loaded.model, wanted.layers, choose, texts, on_progress=removed)
     student.requires_grad_(True)
     student.to(DTYPES[dtype])
+    student = shard(student, spread) if spread else student
     return student, f"{loaded.source} with layers {', '.join(map(str, kept))}", loaded.revision, kept, report
 
 

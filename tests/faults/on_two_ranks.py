@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 
-def run_on_two_ranks(script: Path, *arguments: str, codes: tuple[int, int] = (0, 0)) -> str:
-    """What rank 0 printed. The processes end with ``codes``, or the test fails with what they said."""
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = []
+        return str(free.getsockname()[1])
+
+
+def run_on_two_ranks(script: Path, *arguments: str, codes: tuple[int, int] = (0, 0)) -> str:
+    """What rank 0 printed. The processes end with ``codes``, or the test fails with what they said."""
+    port, both = free_port(), []
     for rank in ("0", "1"):
         said = {
             "RANK": rank,

@@ -1,4 +1,5 @@
-"""A student sharded over two ranks by FSDP2 (gloo): trained whole, in two halves, and beside the plain loop's DDP.
+"""A student sharded over two ranks as accelerate does it, the loss around it being FSDP2's root (gloo): measured,
+trained whole, in two halves, and beside the plain loop's DDP.
 
 torchrun --nproc-per-node 2 sharded_runs.py FOLDER
 """
@@ -17,11 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from selectkd import Objective
+from selectkd.generation import Draw, Request, Sampling, generate
+from selectkd.models.sharded import is_sharded, plain_copy
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.checkpoint.folder import Found, find
 from selectkd.training.counts import rank
+from selectkd.training.evaluation import evaluate, probe
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import register_engine, train_loop
@@ -39,12 +43,47 @@ def parts() -> tuple[DistillationModel, Feed, Ledger]:
     return model.train(), Feed(lambda epoch: padded(texts(12), 2)), ledger
 
 
+def in_parts() -> tuple[DistillationModel, Feed, Ledger]:
+    """``parts``, sharded by the layers that accelerate finds by their names."""
+    model, feed, ledger = parts()
+    kinds = model._no_split_modules
+    for layer in model.modules():
+        if type(layer).__name__ in kinds:
+            fully_shard(layer)
+    fully_shard(model)
+    return model, feed, ledger
+
+
+def measured(model: DistillationModel) -> tuple[Any, ...]:
+    """What evaluation, probe and generation say of a student, and its weights as a plain copy has them."""
+    objective = Objective("forward_kl", {"name": "spec_k", "k": 2}, beta=0.1)
+    batches = padded(texts(4), 2)
+    seen = evaluate(model.student, model.teacher, batches, objective, streams=("a", "b"))
+    verdicts = probe(model.student, model.teacher, batches[0], objective)
+    prompts = [Request([5, 9, 17], 6), Request([4], 6)]
+    written = generate([model.student], prompts, Draw(Sampling()), ends={2}, width=64)
+    copied = plain_copy(model.student) if is_sharded(model.student) else model.student
+    weights = {} if copied is None else copied.state_dict()
+    return seen, verdicts, written, weights
+
+
+def check_measured() -> None:
+    """A student that accelerate has sharded says what a whole one does, before and after a step."""
+    (whole_model, feed, _), (model, _, ledger) = parts(), in_parts()
+    for _ in range(2):
+        (seen, verdicts, written, weights), other = measured(whole_model), measured(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert other[0] == seen and torch.equal(other[1], verdicts) and other[2] == written
+        if rank() == 0:
+            assert weights.keys() == other[3].keys()
+            assert all(torch.equal(weights[name], value) for name, value in other[3].items())
+        (portion,) = ledger.begin(next(iter(feed.steps(1))))
+        model.train()(portion.batch, portion.row_scale, portion.uniform, ledger.plan)[0].backward()
+
+
 def sharded(folder: Path, opened: Found | None, steps: int) -> dict[str, torch.Tensor]:
     """The whole weights and the optimizer's moments after step ``steps``, from the beginning or from ``opened``."""
-    model, feed, ledger = parts()
-    for layer in model.student.get_decoder().layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model, feed, ledger = in_parts()
     parameters = list(model.parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters)
     optimizer = optimizer_for(model, learning_rate=RATE, weight_decay=0.0)
@@ -88,6 +127,7 @@ def on_both(what: Callable[[], Any]) -> Any:
 
 
 def main(folder: Path) -> None:
+    on_both(check_measured)
     reference = on_both(lambda: sharded(folder / "whole", None, STEPS))
     on_both(lambda: sharded(folder / "halves", None, HALF))
     opened, _ = find(folder / "halves")

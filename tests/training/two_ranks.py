@@ -1,5 +1,5 @@
-"""One optimizer step on one of two ranks under DistributedDataParallel; writes the loss and gradients it
-ended with.
+"""One optimizer step on one of two ranks, replicated (DDP) or sharded (FSDP2); writes the loss and gradients it ends
+with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+from selectkd.models.sharded import Spread, shard, whole
 from selectkd.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
@@ -21,20 +22,26 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts
 
+KINDS = ("ddp", "fsdp")
+
 
 def main(rank: int, folder: Path, reductions: list[str]) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meeting"), 2), rank=rank, world_size=2)
     for reduction in reductions:
-        one_step(rank, folder, reduction)
+        for kind in KINDS:
+            one_step(rank, folder, reduction, kind)
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
     dist.barrier()
     dist.destroy_process_group()
 
 
-def one_step(rank: int, folder: Path, reduction: str) -> None:
+def one_step(rank: int, folder: Path, reduction: str, kind: str) -> None:
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-    model = DistributedDataParallel(DistillationModel(student, LiveTeacher(teacher)).train())
+    if kind == "fsdp":
+        student = shard(student, Spread(2))
+    own = DistillationModel(student, LiveTeacher(teacher)).train()
+    model = own if kind == "fsdp" else DistributedDataParallel(own)
     ledger = Ledger(
         Objective("forward_kl", {"name": "spec_k", "k": 2}, beta=0.1), reduction, streams=("a", "b")
     )
@@ -44,9 +51,10 @@ def one_step(rank: int, folder: Path, reduction: str) -> None:
             loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
             loss.backward()
         ledger.add(portion, loss, sums)
+    own.finish_gradient()
     total = ledger.settle(student.parameters())
-    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    save_file({**gradients, "loss": total.float()}, folder / f"{reduction}-{rank}.safetensors")
+    gradients = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+    save_file({**gradients, "loss": total.float()}, folder / f"{reduction}-{kind}-{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from selectkd.data.render import Example
+from selectkd.models.sharded import Spread, shard, whole
 from selectkd.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.terms import StreamSpec
@@ -35,6 +36,7 @@ CASES = (
     ("weightless_last", "loop"),
     ("one_expert", "loop"),
     ("weightless", "trainer"),
+    ("weightless", "fsdp"),
 )
 """What the batches of a rank do not reach, and the engine."""
 
@@ -79,7 +81,9 @@ def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[
     student, teacher = student_of(case), LiveTeacher(tiny_llama(1))
     objective, micro = Objective("forward_kl", {"name": "greedy_topk", "k": 9}, beta=0.5), micro_of(case)
     losses: Any = {"streams": ("a", "b"), "losses": [StreamSpec(), StreamSpec(weight=(0.0, 0.0, 1.0))]}
-    if engine == "loop":
+    if engine == "fsdp" and dist.is_initialized():
+        student = shard(student, Spread(2))
+    if engine != "trainer":
         train_loop(
             DistillationModel(student, teacher), Feed(micro), Ledger(objective, **losses), steps=STEPS,
             learning_rate=RATE, schedule="constant", weight_decay=0.1, accumulation=accumulation,
@@ -91,7 +95,7 @@ def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[
             save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         DistillTrainer(student, teacher, objective, micro, args, **losses).train()
-    return {name: p.detach().clone() for name, p in student.named_parameters()}
+    return {name: whole(p).clone() for name, p in student.named_parameters()}
 
 
 def main(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from selectkd.config.section import Count, Section, Share, Text, Whole, refuse
+from selectkd.config.sharding import Sharding
 
 
 class Lora(Section):
@@ -80,6 +81,7 @@ class Training(Section):
     log_every: Count = 1
     probe_samples: Annotated[Whole, Field(ge=0)] = 16
     engine: Literal["trainer", "loop"] = "trainer"
+    sharding: Sharding | None = None
     report_to: list[
         Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio"]
     ] = []

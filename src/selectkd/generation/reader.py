@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from selectkd.data.collate import sent
 from selectkd.models.head import backbone, head_of, unwrapped
+from selectkd.models.sharded import inside, is_sharded
 
 ROOM = 1.5
 """A full buffer grows by this factor: copies are then a third of a token's cost on the average, and memory half idle at
@@ -30,11 +31,15 @@ class Reader:
     def __init__(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int
     ) -> None:
-        self.model, self.head = model, head_of(model)
-        self.decode = backbone(model)
-        self.width = min(width, self.head.width)
+        self.model, self.decode = model, backbone(model)
+        head = head_of(model)
+        self.head, self.dtype = (
+            None if is_sharded(model) else head,
+            head.weight.dtype,
+        )  # whole within a pass alone
+        self.width = min(width, head.width)
         self.cache = roomy_cache(unwrapped(model).config)
-        device = self.head.weight.device
+        device = head.weight.device
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
         self.mask = torch.zeros_like(ids)
@@ -62,14 +67,17 @@ class Reader:
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
     def _read(self, ids: Tensor, position: Tensor) -> Tensor:
-        hidden = self.decode(
-            input_ids=ids,
-            attention_mask=self._mask(ids.shape[1]),
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-        )  # [b, t, d]
-        return self.head.logits(hidden[:, -1], self.width)
+        def read() -> Tensor:
+            hidden = self.decode(
+                input_ids=ids,
+                attention_mask=self._mask(ids.shape[1]),
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+            )  # [b, t, d]
+            return (self.head or head_of(self.model)).logits(hidden[:, -1], self.width)
+
+        return inside(self.model, read)
 
     def _mask(self, new: int) -> Tensor | None:
         """What hides the padding from ``new`` tokens of each text: None where there is none to hide.
@@ -89,9 +97,8 @@ class Reader:
         seen = self.mask[:, None, None, :] > 0
         if kind == "sdpa":
             return seen
-        dtype = self.head.weight.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-            ~seen, torch.finfo(dtype).min
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(
+            ~seen, torch.finfo(self.dtype).min
         )
 
 

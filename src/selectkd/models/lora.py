@@ -34,7 +34,7 @@ def add_lora(
     model, for the head (its weight is used by reference), and for r, alpha or dropout out of range.
     Source: Hu et al. 2021, equation 3.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, prepare_model_for_kbit_training
 
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ConfigError(
@@ -51,14 +51,24 @@ def add_lora(
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
+    return adapted(
+        model,
+        LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(target_modules),
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+        in_fp32=in_fp32,
     )
+
+
+def adapted(model: Any, config: Any, *, in_fp32: bool = False) -> nn.Module:
+    """The model in peft's wrapper with the adapters of ``config``, new; in_fp32: as of ``add_lora``."""
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         # peft asks for a name that transformers has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -18,6 +18,7 @@ from selectkd.durable import disk_error, os_error_of, replace_folder, sync_folde
 from selectkd.errors import ConfigError
 from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge
+from selectkd.models.sharded import is_sharded, plain_copy
 
 
 def save_student(
@@ -28,17 +29,23 @@ def save_student(
     AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
     folder first and renamed when complete; a model folder that stood there is replaced. An adapter is merged
     in a copy, so the model in memory goes on training. dtype: fp32 weights are written as this, default as they are.
-    ConfigError where ``folder`` is a file or holds
+    A sharded model is put together first, a collective call, and rank 0 alone writes. ConfigError where ``folder`` is a
+    file or holds
     anything but a model, ResourceError where the disk is full.
     """
     folder = Path(folder)
     check_target(folder)
+    if is_sharded(model):
+        model = plain_copy(model)
+        if model is None:
+            return folder
+    elif hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    if hasattr(model, "merge_and_unload"):
-        model = merge(copy.deepcopy(model))
     try:
+        model = merge(model)
         partial.mkdir()
         _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)

@@ -18,6 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.generation import Draw, Interleaved, Mixed, Request, Rule, Sampling, generate, prompt_key
 from selectkd.generation.served import ServedStudent
 from selectkd.models.precision import FP32, Precision
+from selectkd.models.sharded import whole_while
 from selectkd.policies.adaptive import AdaptiveScheduler
 from selectkd.policies.replay import ReplayBuffer
 from selectkd.policies.streams import Stream
@@ -80,6 +81,10 @@ class Writer:
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """The batch of optimizer step ``step`` with its text written; one without generated text as it is."""
+        with whole_while(self.student):  # the ranks write as many tokens as their own texts have
+            return self._written(batch, step)
+
+    def _written(self, batch: Batch, step: int) -> Batch:
         if all(self.policies[source].name == "dataset" for source in batch.stream.tolist()):
             return batch
         started = time.perf_counter()

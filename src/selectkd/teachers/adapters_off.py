@@ -33,7 +33,10 @@ class AdaptersOffTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
-        """The rows at ``position`` [n], flat indices into the batch's b * t hidden states, and the student's head."""
+        """The rows at ``position`` [n], flat indices into the batch's b * t hidden states, and the student's head.
+
+        Asked ``inside`` the student where that is sharded, as its loss and measures are.
+        """
         head = head_of(self.student)
         with adapters_off(self.student), torch.autocast(position.device.type, enabled=False):
             hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]

@@ -21,12 +21,13 @@ from selectkd.errors import ConfigError
 from selectkd.log_probs import token_log_probs
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
+from selectkd.models.sharded import inside, whole_head
 from selectkd.objective import Objective
 from selectkd.registry import name_of
 from selectkd.rows import LiveRows
 from selectkd.spans import AlignedRows, Side, Vocabularies
 from selectkd.teachers.model import ModelPlan
-from selectkd.teachers.placement import Placement, check_placement, place_on
+from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Payload, Teacher
 
 Pairing = Literal["spans", "index"]
@@ -72,7 +73,7 @@ class AlignedTeacher:
         """Puts the model where its rows are wanted; nothing to do where it is there."""
         if self.on != device:
             place_on(self.model, device, self.placement)
-            self.head, self.on = head_of(self.model), device
+            self.head, self.on = whole_head(head_of(self.model)), device
         self.vocabularies = self.vocabularies.to(device)
 
     @torch.no_grad()
@@ -105,10 +106,9 @@ class AlignedTeacher:
             for reading in readings
         ]
         batch = collate(kept, pad_id=0).to(device)
+        inputs = batch.model_inputs(dtype=self.head.weight.dtype)
         with torch.autocast(batch.input_ids.device.type, enabled=False):  # autocast is the student's
-            hidden = backbone(self.model)(
-                **batch.model_inputs(dtype=self.head.weight.dtype)
-            )  # [samples, t, e]
+            hidden = inside(self.model, lambda: backbone(self.model)(**inputs))  # [samples, t, e]
         width = hidden.shape[1]
         return hidden.reshape(-1, hidden.shape[-1]), [sample * width for sample in range(len(readings))]
 
@@ -299,7 +299,6 @@ class AlignedPlan:
         return self.own.loaded()
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> AlignedTeacher:
-        check_placement(self.own.placement)
         if reference is not None:
             raise ConfigError(
                 "a reference student has no place beside a teacher of another tokenizer. "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.models.head import backbone, head_of
+from selectkd.models.sharded import inside, whole_head
 from selectkd.rows import LiveRows
 from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Teacher
@@ -43,15 +44,16 @@ class LiveTeacher:
         """Puts the model where its rows are wanted; nothing to do where it is there."""
         if self.on != device:
             place_on(self.model, device, self.placement)
-            self.head, self.on = head_of(self.model), device
+            self.head, self.on = whole_head(head_of(self.model)), device
 
     @torch.no_grad()
     def __call__(self, batch: Any, position: Tensor) -> LiveRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
         self.place(device)
+        inputs = batch.model_inputs(dtype=self.head.weight.dtype)
         with torch.autocast(device.type, enabled=False):  # autocast is the student's
-            hidden = backbone(self.model)(**batch.model_inputs(dtype=self.head.weight.dtype))  # [b, t, e]
+            hidden = inside(self.model, lambda: backbone(self.model)(**inputs))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)

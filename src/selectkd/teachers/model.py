@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from selectkd.data.alignment import align
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, check_model, load_model, load_tokenizer
+from selectkd.models.sharded import Spread
 from selectkd.teachers.live import LiveTeacher
-from selectkd.teachers.placement import Placement, check_placement
+from selectkd.teachers.placement import PLACEMENT, Placement
 from selectkd.teachers.protocol import Payload, Teacher
 
 
 @dataclass
 class ModelPlan:
-    """The plan of ``teacher: {model: ...}``; exact for every divergence and verifier. placement: as of ``place_on``."""
+    """The plan of ``teacher: {model: ...}``; exact for every divergence and verifier.
+
+    placement: as of ``place_on``. sharding: the recipe's section, None for one copy over all ranks.
+    """
 
     model: str
     dtype: str = "float32"
@@ -26,6 +30,7 @@ class ModelPlan:
     wanted_revision: str | None = None
     placement: Placement = "device"
     attn_implementation: str | None = None
+    sharding: Any = None
     payload: Payload = "live"
     k: int | None = None
     _loaded: Loaded | None = field(default=None, repr=False)
@@ -56,6 +61,7 @@ class ModelPlan:
                 quantization=self.quantization,
                 revision=self.wanted_revision,
                 attn_implementation=self.attn_implementation,
+                spread=Spread.of(self.sharding, PLACEMENT) if self.placement == "sharded" else None,
             )
         return self._loaded
 
@@ -67,7 +73,6 @@ class ModelPlan:
         )  # fmt: skip
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> LiveTeacher:
-        check_placement(self.placement)
         loaded = self.loaded()
         shared = shared_rows(
             loaded.tokenizer,

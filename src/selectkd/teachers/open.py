@@ -19,10 +19,12 @@ from selectkd.teachers.remote.plan import RemotePlan, connection_of
 from selectkd.teachers.several import SeveralPlan
 
 
-def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> TeacherPlan:
-    """The plan of a recipe's teacher; ``dtype`` is used where the section names none."""
+def plan_teacher(
+    spec: Section | list[Member], *, dtype: str = "float32", sharding: Any = None
+) -> TeacherPlan:
+    """The plan of a recipe's teacher. dtype: where the section names none; sharding: of a teacher over the ranks."""
     if isinstance(spec, list):
-        plans = [plan_teacher(member.teacher, dtype=dtype) for member in spec]
+        plans = [plan_teacher(member.teacher, dtype=dtype, sharding=sharding) for member in spec]
         weights = [member.weight for member in spec if member.weight is not None]
         streams = [member.streams for member in spec if member.streams is not None]
         when = [member.when for member in spec if member.when is not None]
@@ -35,6 +37,7 @@ def plan_teacher(spec: Section | list[Member], *, dtype: str = "float32") -> Tea
             wanted_revision=spec.revision,
             placement=spec.placement,
             attn_implementation=spec.attn_implementation,
+            sharding=sharding,
         )
         own.check()
         if spec.cross_tokenizer is None:

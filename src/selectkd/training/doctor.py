@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from selectkd.devices import free_memory, training_device, wait_for
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
+from selectkd.models.sharded import inside
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers import exactness
 from selectkd.teachers.cache.origin import weights_checksum
@@ -44,6 +46,7 @@ from selectkd.training.rundir import (
     read_run,
     same_servers,
 )
+from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.watch import tar_of
 
@@ -72,11 +75,18 @@ def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Find
     are not loaded. device: where the run will be, as of ``training_device``.
     """
     fine, device = True, training_device(device)
-    for finding in without_weights(recipe, device):
-        fine = fine and finding.ok
-        yield finding
-    if fine:
-        yield from with_weights(recipe, device)
+    with ExitStack() as stack:
+        try:
+            recipe = stack.enter_context(as_launched(recipe))
+        except ConfigError as error:
+            yield Finding("sharding", False, str(error), error.exit_code)
+            return
+        ranks_meet(device)
+        for finding in without_weights(recipe, device):
+            fine = fine and finding.ok
+            yield finding
+        if fine:
+            yield from with_weights(recipe, device)
 
 
 def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
@@ -86,6 +96,9 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     yield tried("weights", lambda: _weights(recipe))
     if zero.asked_for():
         yield tried("deepspeed", lambda: _zero(recipe))
+    sharded = tried("sharding", lambda: check_sharding(recipe, device) or "")
+    if sharded.message:
+        yield sharded
     plan: Plan | None = None
     try:
         plan = prepare(recipe, device=device)
@@ -243,7 +256,7 @@ def _disk(recipe: Any, memory: Memory) -> str:
 
 def _teacher(made: Assembly) -> str:
     started = time.perf_counter()
-    rows = made.teacher(made.probe, supervised(made.probe).position)
+    rows = inside(made.student, lambda: made.teacher(made.probe, supervised(made.probe).position))
     wait_for(made.probe.input_ids.device)
     seconds = time.perf_counter() - started
     if isinstance(rows, LiveRows):
@@ -288,14 +301,17 @@ def _calibration(made: Assembly) -> str:
     """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
     seen = supervised(made.probe)
     made.student.eval()
-    head = head_of(made.student)
-    with made.precision.autocast(made.probe.input_ids.device):
-        hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
-    told = ["student " + _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)]
-    rows = made.teacher(made.probe, seen.position)
-    if isinstance(rows, LiveRows):
-        told.insert(0, "teacher " + _calibrated(rows.hidden, rows.head, seen.labels))
-    return "; ".join(told)
+
+    def look() -> list[str]:
+        head = head_of(made.student)
+        with made.precision.autocast(made.probe.input_ids.device):
+            hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
+        rows = made.teacher(made.probe, seen.position)
+        own = _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)
+        theirs = _calibrated(rows.hidden, rows.head, seen.labels) if isinstance(rows, LiveRows) else None
+        return [f"student {own}"] if theirs is None else [f"teacher {theirs}", f"student {own}"]
+
+    return "; ".join(inside(made.student, look))
 
 
 def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:

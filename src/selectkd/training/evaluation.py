@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from selectkd.log_probs import token_log_probs
 from selectkd.models.gathered import gathered, head_parameters
 from selectkd.models.head import backbone, head_of
 from selectkd.models.precision import FP32, Precision
+from selectkd.models.sharded import inside
 from selectkd.objective import Objective
 from selectkd.rows import Head, LiveRows
 from selectkd.teachers.protocol import Teacher
@@ -78,31 +80,13 @@ def evaluate(
             seen = supervised(batch)
             if not seen.position.shape[0]:
                 continue
-            head = head_of(student)
-            with precision.autocast(batch.input_ids.device):
-                hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
-            hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
-            rows = teacher(batch, seen.position)
             uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-            with gathered(head_parameters(head)), precision.autocast(hidden.device):
-                loss, sums = distillation_loss(
-                    hidden,
-                    head,
-                    rows,
-                    measured,
-                    uniform,
-                    chunk=chunk,
-                    labels=seen.labels,
-                    sequence=seen.sequence,
-                )
-                surprise[0] += label_surprise(hidden, head, seen.labels, chunk=chunk)
+            look = partial(_measured, student, teacher, batch, seen, measured, uniform, chunk, precision)
+            loss, sums, own = inside(student, look)
             sums["kl"] = sums["divergence"]
             portion = Portion(batch, seen, torch.empty(0), uniform, last=True)
             total += step_sums(portion, loss, sums, streams=len(streams)).cpu()
-            if isinstance(rows, LiveRows):
-                surprise[1] += label_surprise(rows.hidden, rows.head, seen.labels, chunk=chunk)
-            else:
-                surprise[1] = math.nan
+            surprise += torch.tensor(own, dtype=torch.float64)
     finally:
         student.train(was_training)
     sums, n = named(total), float(total[FIELDS.index("n")])
@@ -121,6 +105,26 @@ def evaluate(
         streams=stream_rates(total, streams),
         unverified=told["unverified"],
     )
+
+
+def _measured(
+    student: nn.Module, teacher: Teacher, batch: Any, seen: Any, measured: Objective, uniform: Tensor,
+    chunk: int | None, precision: Precision,
+) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:  # fmt: skip
+    """(loss, sums, the surprise of student and teacher, NaN where the teacher's is not known) of a batch."""
+    head = head_of(student)
+    with precision.autocast(batch.input_ids.device):
+        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
+    rows = teacher(batch, seen.position)
+    with gathered(head_parameters(head)), precision.autocast(hidden.device):
+        loss, sums = distillation_loss(
+            hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
+        )
+        own = label_surprise(hidden, head, seen.labels, chunk=chunk)
+    known = isinstance(rows, LiveRows)
+    theirs = label_surprise(rows.hidden, rows.head, seen.labels, chunk=chunk) if known else math.nan
+    return loss, sums, (own, theirs)
 
 
 @torch.no_grad()
@@ -145,25 +149,26 @@ def probe(
     was_training = student.training
     student.eval()
     try:
-        head = head_of(student)
-        with precision.autocast(batch.input_ids.device):
-            hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
-        hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
         uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-        rows = teacher(batch, seen.position)
-        with gathered(head_parameters(head)), precision.autocast(hidden.device):
-            sums = distillation_loss(
-                hidden,
-                head,
-                rows,
-                objective,
-                uniform,
-                chunk=chunk,
-                labels=seen.labels,
-                sequence=seen.sequence,
-            )[1]
+        look = partial(_judged, student, teacher, batch, seen, objective, uniform, chunk, precision)
+        return inside(student, look)
     finally:
         student.train(was_training)
+
+
+def _judged(
+    student: nn.Module, teacher: Teacher, batch: Any, seen: Any, objective: Objective, uniform: Tensor,
+    chunk: int | None, precision: Precision,
+) -> Tensor:  # fmt: skip
+    head = head_of(student)
+    with precision.autocast(batch.input_ids.device):
+        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
+    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
+    rows = teacher(batch, seen.position)
+    with gathered(head_parameters(head)), precision.autocast(hidden.device):
+        sums = distillation_loss(
+            hidden, head, rows, objective, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
+        )[1]
     return sums["row_acceptance"]
 
 

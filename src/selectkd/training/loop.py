@@ -56,8 +56,7 @@ def train_loop(
     they are. max_grad_norm = 0 does not clip. ``on_line`` gets every log line. With ``checkpoints`` the run goes on
     from the opened one and saves as they say. Raises NumericsError when too many steps were left out.
     """
-    model.to(ledger.device).train()
-    wrapped: Any = replicated(model) if ranks() > 1 else model
+    wrapped = wrapped_for(model.train(), ledger.device)
     stepper = optimizer_for(
         model, name=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps
     )
@@ -76,12 +75,13 @@ def train_loop(
 
     for micro in feed.steps(accumulation):
         for portion in ledger.begin(micro, ask):
-            waits = contextlib.nullcontext() if portion.last or ranks() == 1 else wrapped.no_sync()
+            waits = contextlib.nullcontext() if portion.last else wrapped.no_sync()
             with waits:
                 with precision.autocast(ledger.device):
                     loss, sums = wrapped(portion.batch, portion.row_scale, portion.uniform, portion.plan)
                 loss.backward()
             ledger.add(portion, loss, sums)
+        model.finish_gradient()
         ledger.settle(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
         rate = stepper.param_groups[0]["lr"]
@@ -103,13 +103,17 @@ def train_loop(
             return
 
 
-def replicated(model: nn.Module) -> nn.parallel.DistributedDataParallel:
-    """The model of each rank, its gradients averaged; a parameter that a rank's rows do not reach has its 0 there.
+def wrapped_for(model: DistillationModel, device: torch.device | str) -> Any:
+    """The model on its device, and around it what averages gradients over ranks; a sharded student does so itself.
 
-    Without ``find_unused_parameters`` the ranks wait for the gradient of such a parameter (a head where no row weighs
-    anything), or take another's for it. One that no rank reaches keeps no gradient, as in one process.
+    Among replicas a parameter that a rank's rows do not reach counts as 0 there. Without ``find_unused_parameters`` the
+    ranks wait for its gradient (a head where no row weighs anything), or take another's for it. One that no rank
+    reaches keeps no gradient, as in one process.
     """
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    if model.is_distributed_loading_by_transformers:
+        return model
+    model.to(device)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if ranks() > 1 else model
 
 
 def register_engine(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import PartialState
 from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -21,6 +19,7 @@ from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.gathered import gathered
 from selectkd.models.precision import precision_of
 from selectkd.models.save import save_student
+from selectkd.models.sharded import is_sharded
 from selectkd.registry import name_of
 from selectkd.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
@@ -35,6 +34,7 @@ from selectkd.training.metrics import MetricsLog
 from selectkd.training.optimizer import arguments
 from selectkd.training.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
 from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity, same_servers
+from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
 from selectkd.training.trainer import DistillTrainer, on_device
@@ -75,21 +75,20 @@ def train(
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
     """
-    check_recipe(recipe)
     device = training_device(device)
     started = time.perf_counter()
-    run_dir = Path(recipe.training.output_dir)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(
-            cpu=device.type == "cpu" and not asked_for()
-        )  # the ranks meet now, so that one alone claims the folder
-    with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
-        finished = finished_run(run_dir, recipe, claim)
-        if finished:
-            return finished
-        precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
-        with precision.products(device):
-            return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
+    with as_launched(recipe) as recipe:
+        check_recipe(recipe)
+        ranks_meet(device)  # now, so that one alone claims the folder
+        check_sharding(recipe, device)
+        run_dir = Path(recipe.training.output_dir)
+        with StopRequests() as stop, claimed(run_dir, recipe, resume=resume, allowed=allow_change) as claim:
+            finished = finished_run(run_dir, recipe, claim)
+            if finished:
+                return finished
+            precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
+            with precision.products(device):
+                return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
 
 
 def _train(
@@ -180,9 +179,10 @@ def _train(
         resumed_from=None if claim.opened is None else claim.opened.step,
     )
     with gathered(made.student.parameters()):
-        if rank() == 0:
+        if rank() == 0 or is_sharded(made.student):
             card = card_of(recipe, made, watch.before, after, ledger)
             save_student(made.student, made.tokenizer, run_dir / "student", card, dtype=made.precision.saved)
+        if rank() == 0:
             write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from selectkd.by_device import chunk_rows
 from selectkd.data.supervised import supervised
 from selectkd.devices import out_of_memory
 from selectkd.errors import ResourceError
-from selectkd.models.head import backbone, head_of
+from selectkd.models.gathered import head_parameters
+from selectkd.models.head import backbone, head_of, unwrapped
+from selectkd.models.sharded import at_work, average_gradients, head_whole, held_by, inside, is_sharded
 from selectkd.objective import Objective
 from selectkd.rows import product_dtype
 from selectkd.teachers.protocol import Teacher
@@ -56,6 +61,7 @@ class DistillationModel(nn.Module):
         self.student = student
         self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
         self.gradient_filter, self.compile_loss, self.offload = gradient_filter, compile_loss, offload
+        held_by(student, self)
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
     @property
@@ -67,11 +73,50 @@ class DistillationModel(nn.Module):
         """The student's configuration, for those who wrap models."""
         return self.student.config
 
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """Whether the student is FSDP's root already: the Trainer then neither moves nor wraps what holds it."""
+        return isinstance(unwrapped(self.student), FSDPModule)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers that accelerate shards each by itself."""
+        return getattr(unwrapped(self.student), "_no_split_modules", None)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Micro-batches before the last one of a step. Replicas of a sharded student are not averaged yet; within a
+        replica the gradient is reduced each time, since it would lie whole on every rank otherwise.
+        """
+        root = unwrapped(self.student)
+        if not isinstance(root, FSDPModule):
+            yield
+            return
+        root.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            root.set_requires_all_reduce(True)
+
+    def finish_gradient(self) -> None:
+        """After the last micro-batch of a step: averages adapters on a sharded student, which FSDP does not know."""
+        if self.is_distributed_loading_by_transformers:
+            average_gradients(self.student.parameters())
+
     def forward(
         self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan | FirstPass
     ) -> Any:
         """(loss, sums) of a batch: sum over its supervised rows of row_scale [n] * weight * divergence, by the terms of
         a plan where there is one; of a first pass what it asks for."""
+        if isinstance(self, FSDPModule):  # accelerate has sharded what holds the student
+            with at_work(self):
+                head_whole(self.student)
+                return self._forward(batch, row_scale, uniform, objective)
+        return inside(self.student, partial(self._forward, batch, row_scale, uniform, objective))
+
+    def _forward(
+        self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan | FirstPass
+    ) -> Any:
         first = objective if isinstance(objective, FirstPass) else None
         plan = LossPlan.of(objective if first is None else first.plan)
         seen = supervised(batch)
@@ -92,6 +137,8 @@ class DistillationModel(nn.Module):
         loss, sums = self._in_chunks(
             lambda here: weighted_sum(plan.terms(here), here, row_scale), here, plan.extras
         )
+        if is_sharded(self.student) and torch.is_grad_enabled() and head.weight.requires_grad:
+            loss = _Reaching.apply(loss, *head_parameters(head))
         return loss, {"kl": sums["divergence"]} | sums
 
     def _in_chunks(self, ask: Callable[[Forward], T], here: Forward, extras: Sequence[Extra]) -> T:
@@ -120,3 +167,19 @@ class DistillationModel(nn.Module):
                 for extra, state in before:
                     extra.load_state_dict(state)
             _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
+
+
+class _Reaching(torch.autograd.Function):
+    """The loss, with a gradient of 0 for tensors that no row of it may reach.
+
+    FSDP2 reduces the parts of a module that have a gradient: all ranks must agree on which those are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *reached: Tensor) -> Tensor:
+        ctx.like = reached
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(one.new_zeros(()).expand(one.shape) for one in ctx.like)

@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.devices import use_device
 from selectkd.errors import ConfigError
 from selectkd.models.gathered import gathered
+from selectkd.models.sharded import is_sharded, plain_copy, whole
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
 from selectkd.teachers.protocol import ReadsAhead
 from selectkd.terms import Extra, FirstPass, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
-from selectkd.training.counts import rank
+from selectkd.training.counts import rank, ranks
 from selectkd.training.feed import Feed
 from selectkd.training.first_pass import Portion
 from selectkd.training.ledger import Ledger
@@ -177,11 +180,13 @@ class DistillTrainer(Trainer):
         """Forward and backward of one micro-batch; after the last one the gradient is finished."""
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         if inputs.last:
+            self.distillation.finish_gradient()
             self.ledger.settle(model.parameters() if self.held is None else self.held.pieces())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
         good = self.ledger.accept(norm)  # type: ignore[arg-type]
         if self.held is not None:
             self.held.take() if good else self.held.leave_out()
@@ -190,6 +195,12 @@ class DistillTrainer(Trainer):
                 set_to_none=True
             )  # AdamW leaves a parameter without a gradient, and its state, alone
         return norm
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Adapters on a sharded student begin alike on all ranks; ``finish_gradient`` averages their gradients."""
+        for parameter in model.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and ranks() > 1:
+                dist.broadcast(parameter.data, src=0)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices, as in ``train_loop``."""
@@ -216,7 +227,13 @@ class DistillTrainer(Trainer):
                 self.checkpoints.after(step, last=self.control.should_training_stop)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student as a plain Hugging Face folder, put together first where DeepSpeed has it in parts."""
+        """The student as a plain Hugging Face folder, put together first where it lies in parts over the ranks."""
+        if is_sharded(self.student):
+            made = plain_copy(self.student)
+            if made is not None:
+                self._write(made, output_dir)
+            self.accelerator.wait_for_everyone()
+            return
         if self.held is None:
             super().save_model(output_dir, _internal_call)
             return
@@ -228,10 +245,12 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = str(output_dir if output_dir is not None else self.args.output_dir)
         if state_dict is not None:
             state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
-        student: Any = self.student
+        self._write(self.student, output_dir, state_dict)
+
+    def _write(self, student: Any, output_dir: str | None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
         student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selectkd.data.supervised import supervised
 from selectkd.models.gathered import gathered
+from selectkd.models.sharded import like
 from selectkd.training.breakdown import Breakdown, breakdown
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.counts import rank, sequence_means
@@ -136,7 +137,7 @@ class Watch:
             for name, parameter in self.made.student.named_parameters():
                 if name in self.best:
                     with gathered([parameter], changed=True):
-                        parameter.copy_(self.best[name])
+                        parameter.copy_(like(self.best[name], parameter))
         return self.best_seen
 
 

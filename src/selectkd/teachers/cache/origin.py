@@ -15,6 +15,7 @@ from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
+from selectkd.models.sharded import whole
 from selectkd.rows import Head
 from selectkd.teachers.cache.codec import Bytes
 from selectkd.teachers.cache.index import Record
@@ -105,9 +106,10 @@ def head_bytes(head: Head) -> bytes:
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """The xxh3-128 of every weight and buffer, in order of their names."""
+    """The xxh3-128 of every weight and buffer, in order of their names; a collective call for a sharded model."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        here: Any = whole(tensor).cpu()
+        digest.update(here.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

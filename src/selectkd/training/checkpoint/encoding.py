@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import IntegrityError
+from selectkd.models import sharded
 from selectkd.models.gathered import gathered, in_parts
 
 MARK = "$"
@@ -94,8 +95,10 @@ def gather(state: Any) -> None:
     rank. Whole tensors are not copied.
     """
     if isinstance(state, Tensor):
-        if in_parts(state) or hasattr(state, "full_tensor"):
+        if in_parts(state):
             whole(state)
+        else:
+            sharded.whole(state)
     elif isinstance(state, dict):
         for each in state.values():
             gather(each)
@@ -109,10 +112,7 @@ def whole(tensor: Tensor) -> Tensor:
     if in_parts(tensor):
         with gathered([tensor]):
             return tensor.detach().to("cpu", copy=True).contiguous()
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()  # type: ignore[operator]
-    return tensor.cpu().contiguous()
+    return sharded.whole(tensor).cpu().contiguous()
 
 
 def _signed(array: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selectkd.errors import IntegrityError
 from selectkd.models.gathered import gathered
+from selectkd.models.sharded import like
 
 
 class Weights:
@@ -43,7 +44,7 @@ class Weights:
                         f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
                         "of another student."
                     )
-                tensor.copy_(_like(state[name], tensor))
+                tensor.copy_(like(state[name], tensor))
 
 
 class OptimizerState:
@@ -60,7 +61,7 @@ class OptimizerState:
         for index, entries in state["state"].items():
             for name, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim:
-                    entries[name] = _like(value, parameters[index])
+                    entries[name] = like(value, parameters[index])
         self.optimizer.load_state_dict(state)
         for index, entries in state["state"].items():  # torch gives all of it its parameter's dtype
             own = self.optimizer.state[parameters[index]]
@@ -81,13 +82,3 @@ class Named:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.names:
             setattr(self.owner, name, state[name])
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in the sharding of ``parameter``."""
-    if not hasattr(parameter, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
