@@ -5,7 +5,7 @@ weights load.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,24 +16,26 @@ from selectkd.compiled import check_compiled
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
-from selectkd.data.sources import Source, batches, dataset_source
+from selectkd.data.sources import Source, batches
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
 from selectkd.models.load import DTYPES, check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
+from selectkd.models.packing import check_packing
 from selectkd.models.precision import FP32, Precision, check_launched, precision_of, told_of
 from selectkd.models.sharded import Spread, shard
 from selectkd.objective import Objective
 from selectkd.policies import Stream, Writer, check_labels, extras_of, losses_of, streams_of, writer_for
+from selectkd.reading import Reading, read_text
 from selectkd.schedules import BetaSchedule
 from selectkd.teachers import exactness
 from selectkd.teachers.adapters_off import AdaptersOffPlan
 from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.live import LiveTeacher
-from selectkd.teachers.model import shared_rows
+from selectkd.teachers.model import ModelPlan, shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
@@ -81,6 +83,7 @@ class Assembly:
     extras: list[Extra] = field(default_factory=list)
     writer: Writer | None = None
     precision: Precision = FP32
+    text: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Plan:
     losses: list[StreamSpec]
     extras: list[Extra]
     precision: Precision
+    text: Reading
 
 
 def assemble(
@@ -107,21 +111,23 @@ def assemble(
     stage: Callable[[str], None] | None = None,
     kept: Sequence[int] | None = None,
     plan: Plan | None = None,
+    date: str | None = None,
 ) -> Assembly:
     """The objects of a recipe, everything checked that can be before any weight loads. ``stage`` hears what is going
     on. plan: what ``prepare`` made of the recipe, where that is done.
 
-    kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose.
+    kept: the layers that an earlier part of this run chose for a student cut from its teacher; None to choose. date:
+    the one that its templates were given.
     Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
     """
     say = stage if stage is not None else lambda _: None
     check_loggers(recipe.training.report_to)
     say("reading tokenizers and text")
-    plan = prepare(recipe, device=device) if plan is None else plan
+    plan = prepare(recipe, device=device, date=date) if plan is None else plan
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
-    told: list[str] = []
+    told: list[str] = plan.text.told
 
     student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:
@@ -178,13 +184,21 @@ def assemble(
             recipe, plan.streams, student, plan.teacher, plan.tokenizer, precision=plan.precision
         ),
         precision=plan.precision,
+        text=plan.text,
     )
 
 
-def prepare(recipe: Any, teacher: TeacherPlan | None = None, *, device: torch.device | str = "cpu") -> Plan:
+def prepare(
+    recipe: Any,
+    teacher: TeacherPlan | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    date: str | None = None,
+) -> Plan:
     """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text.
 
-    teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be.
+    teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be. date: as of
+    ``read_text``.
     """
     precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
     if not asked_for():  # whose own settings are checked with the rest of them
@@ -221,24 +235,14 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None, *, device: torch.de
             f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; "
             f"the vocabulary has {width}. Set objective.verifier.k to {width} or less."
         )
-    text = partial(
-        dataset_source,
-        tokenizer=tokenizer,
-        max_length=recipe.training.max_length,
-        max_prompt_length=recipe.training.max_prompt_length,
-        on_bad_record=recipe.data.on_bad_record,
-        on_too_long=recipe.data.on_too_long,
-        train_on=recipe.data.train_on,
-        route=teacher.route_of if isinstance(teacher, SeveralPlan) and teacher.when is not None else None,
-    )
-    sources = [text(spec.reading, stream=index) for index, spec in enumerate(recipe.data.sources)]
-    evaluation = recipe.data.evaluation
-    if evaluation is None:
-        heldout: list[Any] = []
-    elif isinstance(evaluation, int | float):
-        sources, heldout = hold_out(sources, float(evaluation))
-    else:
-        heldout = list(text(evaluation.reading, stream=0).examples)
+    if recipe.data.packing:
+        _check_packing(recipe, teacher)
+    routed = teacher.route_of if isinstance(teacher, SeveralPlan) and teacher.when is not None else None
+    text = read_text(recipe, tokenizer, date=date, route=routed)
+    sources, heldout = text.sources, text.heldout
+    for plan in teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]:
+        if isinstance(plan, CachePlan):
+            plan.check_template(text.template)
     if not any(any(example.completion) for source in sources for example in source.examples):
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
     streams = streams_of(
@@ -269,7 +273,7 @@ def prepare(recipe: Any, teacher: TeacherPlan | None = None, *, device: torch.de
         )
     teacher.check_text([*(example for source in sources for example in source.examples), *heldout])
     return Plan(
-        objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras, precision
+        objective, beta, taid, tokenizer, teacher, sources, heldout, streams, losses, extras, precision, text
     )
 
 
@@ -308,22 +312,16 @@ def always_accepted(tokens: Sequence[int | str], tokenizer: Any) -> tuple[int, .
     return tuple(ids)
 
 
-def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any]]:
-    """Every round(1 / share)-th sample of each source held out, the rest to train on; sample order decides
-    alone.
-    """
-    every = max(2, round(1 / share))
-    kept, held = [], []
-    for source in sources:
-        rest = [example for i, example in enumerate(source.examples) if i % every != every - 1]
-        held += [example for i, example in enumerate(source.examples) if i % every == every - 1]
-        kept.append(replace(source, examples=rest))
-    if not held:
-        raise ConfigError(
-            f"data.evaluation = {share} of {sum(len(s.examples) for s in sources)} samples holds none out. "
-            "Give a larger share, or a file of its own."
-        )
-    return kept, held
+def _check_packing(recipe: Any, teacher: TeacherPlan) -> None:
+    """ConfigError where a model that reads packed rows could not keep their samples apart."""
+    length = recipe.training.max_length
+    plans = teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]
+    models = [("the teacher", one.model, one.wanted_revision) for one in plans if isinstance(one, ModelPlan)]
+    for role, section in (("the student", recipe.student), ("the reference", recipe.reference)):
+        if section is not None and section.model is not None:
+            models.append((role, section.model, section.revision))
+    for role, model, revision in models:
+        check_packing(model, length, role=role, revision=revision)
 
 
 def _student(

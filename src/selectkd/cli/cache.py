@@ -51,10 +51,12 @@ def build(
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
     checked = _recipe(recipe, changes)
     on = use_device(device)
-    teacher, examples, wish, tokenizer = _text(checked, on)
+    teacher, examples, wish, tokenizer, text = _text(checked, on)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
     origin = _origin(teacher, on, folder)
-    plan, records = plan_of(origin, tokenizer=tokenizer, examples=examples, wish=wish)
+    plan, records = plan_of(
+        origin, tokenizer=tokenizer, examples=examples, wish=wish, template=text.template, ends=text.ends
+    )
     with StopRequests() as stop:
         stop.at_once = False
 
@@ -105,7 +107,7 @@ def repair(target: Target, changes: Changes = None, device: Device = "auto", as_
     records = origin = None
     on = use_device(device)
     if _is_recipe(target):
-        teacher, examples, _, _ = _text(_recipe(target, changes), on)
+        teacher, examples, *_ = _text(_recipe(target, changes), on)
         records, origin = records_of(examples), _origin(teacher, on, folder)
     found = mend(folder, records=records, origin=origin, say=told if as_json else say)
     if as_json:
@@ -177,8 +179,8 @@ def _origin(teacher: Any, device: Any, folder: Path) -> Any:
     return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
 
 
-def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any]:
-    """(the teacher's plan, all text, what to store, the tokenizer) of a cache that is to be built."""
+def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
+    """(the teacher's plan, all text, what to store, the tokenizer, the reading) of a cache that is to be built."""
     from selectkd.assembly import prepare
     from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
@@ -218,4 +220,4 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any]:
     exactness.check(plan.objective, stored, k=wish.k, temperature=temperature, source=teacher.source)
     exactness.check_edge(plan.objective, stored, k=wish.k)
     examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
-    return teacher, examples, wish, plan.tokenizer
+    return teacher, examples, wish, plan.tokenizer, plan.text

@@ -39,13 +39,21 @@ Bad = Annotated[str, typer.Option("--on-bad-record", help="error or skip; a reci
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to read and how to render it, from a recipe or from flags."""
+    """What to read and how: a recipe, or a file alone. tokenizer: whose, None where none is named."""
 
-    sources: list[dict[str, Any]]
-    held_out: dict[str, Any] | None
+    recipe: Recipe | None
+    path: str
     tokenizer: str | None
-    rendering: dict[str, Any]
     revision: str | None = None
+    max_length: int = 1024
+    on_bad_record: str = "error"
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources as the data room reads them."""
+        if self.recipe is None:
+            return [{"path": self.path}]
+        return [source.reading for source in self.recipe.data.sources]
 
 
 @app.command("check")
@@ -64,15 +72,14 @@ def check(
         return
     from selectkd.data import check as look
 
-    loaded = _tokenizer(wanted)
-    held = _source(wanted.held_out, loaded, wanted, 0) if wanted.held_out is not None else None
-    for index, spec in enumerate(wanted.sources):
-        source = _source(spec, loaded, wanted, index)
-        found = look(source, held_out=held if held is not None else ())
+    sources, held = _read(wanted, _tokenizer(wanted))
+    for source in sources:
+        found = look(source, held_out=held or ())
+        overlap = "no held-out text" if held is None else f"overlap with held-out text {found.overlap}"
         say(source.told)
         say(
             f"  examples {found.examples}, tokens {found.tokens}, trained on {found.trained_tokens}, "
-            f"duplicates {found.duplicates}, overlap with held-out text {found.overlap}"
+            f"duplicates {found.duplicates}, {overlap}"
         )
         say(f"  tokens a sample: {found.shortest} to {found.longest}")
         _histogram(found.lengths)
@@ -81,7 +88,7 @@ def check(
         for warning in found.warnings:
             say(f"  warning: {warning}")
     if held is not None:
-        say(f"held out: {held.told}")
+        say(f"held out: {len(held)} examples")
 
 
 @app.command("show")
@@ -96,12 +103,12 @@ def show(
 ) -> None:
     """Print samples; what is trained on stands in colour, or between [[ and ]] where there is none."""
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
-    few = [{**spec, "limit": min(samples, spec.get("limit") or samples)} for spec in wanted.sources]
     if wanted.tokenizer is None:
         from selectkd.data import read_records
 
-        for spec in few:
-            records = read_records(on_bad_record=_policy(on_bad_record), **_read(spec))
+        for spec in wanted.sources:
+            few = {**_reading(spec), "limit": min(samples, spec.get("limit") or samples)}
+            records = read_records(on_bad_record=_policy(on_bad_record), **few)
             say(records.told)
             for origin, record in records:
                 say(f"--- {origin}\n{json.dumps(record, ensure_ascii=False, indent=2, default=str)}")
@@ -110,8 +117,7 @@ def show(
     from selectkd.data import pieces
 
     loaded = _tokenizer(wanted)
-    for index, spec in enumerate(few):
-        source = _source(spec, loaded, wanted, index)
+    for source in _read(wanted, loaded, samples)[0]:
         say(source.told)
         for example in source.examples:
             say(f"--- {example.origin}: {len(example)} tokens, {sum(example.completion)} trained on")
@@ -140,8 +146,7 @@ def align(
     wanted = _of(recipe, None)
     student = _tokenizer(wanted)
     crossing = cross(student, load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision))
-    few = [{**spec, "limit": min(samples, spec.get("limit") or samples)} for spec in wanted.sources]
-    sources = [_source(spec, student, wanted, index) for index, spec in enumerate(few)]
+    sources, _ = _read(wanted, student, samples)
     told = [aligned(example, crossing) for source in sources for example in source.examples]
     say(
         json.dumps([one.as_dict() for one in told], ensure_ascii=False)
@@ -152,8 +157,7 @@ def align(
 
 def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: str) -> Wanted:
     if not target.lower().endswith((".yaml", ".yml")):
-        rendering = {"max_length": max_length, "on_bad_record": _policy(on_bad_record)}
-        return Wanted([{"path": target}], None, tokenizer, rendering)
+        return Wanted(None, target, tokenizer, None, max_length, _policy(on_bad_record))
 
     from selectkd.config import load_recipe
 
@@ -161,25 +165,10 @@ def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: 
 
 
 def _of(recipe: Recipe, tokenizer: str | None) -> Wanted:
-    evaluation = recipe.data.evaluation
-    named = tokenizer or recipe.student.model
-    return Wanted(
-        sources=[source.reading for source in recipe.data.sources],
-        held_out=None if evaluation is None or isinstance(evaluation, int | float) else evaluation.reading,
-        tokenizer=named or getattr(recipe.teacher, "model", None),
-        revision=None
-        if tokenizer
-        else recipe.student.revision
-        if named
-        else getattr(recipe.teacher, "revision", None),
-        rendering={
-            "max_length": recipe.training.max_length,
-            "max_prompt_length": recipe.training.max_prompt_length,
-            "on_too_long": recipe.data.on_too_long,
-            "on_bad_record": recipe.data.on_bad_record,
-            "train_on": recipe.data.train_on,
-        },
-    )
+    if tokenizer is not None:
+        return Wanted(recipe, "", tokenizer)
+    whose: Any = recipe.student if recipe.student.model else recipe.teacher
+    return Wanted(recipe, "", getattr(whose, "model", None), getattr(whose, "revision", None))
 
 
 def _policy(word: str) -> Any:
@@ -194,20 +183,36 @@ def _tokenizer(wanted: Wanted) -> Any:
     return load_tokenizer(str(wanted.tokenizer), revision=wanted.revision)
 
 
-def _source(spec: Mapping[str, Any], tokenizer: Any, wanted: Wanted, stream: int) -> Source:
+def _read(
+    wanted: Wanted, tokenizer: Any, samples: int | None = None
+) -> tuple[list[Source], list[Any] | None]:
+    """The sources, and what is held out, None where nothing is. samples: the first of each source alone, held out or
+    not.
+    """
     from selectkd.data import dataset_source
+    from selectkd.models.ends import end_ids
+    from selectkd.reading import read_text
 
-    return dataset_source(spec, tokenizer, stream=stream, **wanted.rendering)
+    if wanted.recipe is None:
+        ends = end_ids(str(wanted.tokenizer), tokenizer)
+        spec = {"path": wanted.path, "limit": samples}
+        options: Any = {"max_length": wanted.max_length, "on_bad_record": wanted.on_bad_record}
+        return [dataset_source(spec, tokenizer, eos_ids=ends, **options)], None
+    recipe = wanted.recipe
+    if samples is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluation": None})})
+    text = read_text(recipe, tokenizer, limit=samples)
+    return text.sources, text.heldout if recipe.data.evaluation is not None else None
 
 
-def _read(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _reading(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {key: spec[key] for key in ("path", "split", "config", "format", "limit") if key in spec}
 
 
 def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
     from selectkd.data import read_records, to_sample
 
-    records = read_records(on_bad_record=_policy(on_bad_record), **_read(spec))
+    records = read_records(on_bad_record=_policy(on_bad_record), **_reading(spec))
     say(records.told)
     seen: Counter[str] = Counter()
     sizes: list[int] = []

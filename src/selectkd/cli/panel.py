@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,12 +40,14 @@ def panel(
     from selectkd.devices import training_device
     from selectkd.studies.panel import judges
     from selectkd.studies.panel import panel as judge
+    from selectkd.training.rundir import date_of
 
     without_other_bars()
     on = training_device(device)
     with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
         training = checked.training.model_copy(update={"output_dir": empty})
-        made = assemble(checked.model_copy(update={"training": training}), device=on)
+        date = date_of(Path(checked.training.output_dir))
+        made = assemble(checked.model_copy(update={"training": training}), device=on, date=date)
     batches = made.heldout
     if not batches:
         examples = [example for source in made.sources for example in source.examples][:SAMPLES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from selectkd.config.methods import METHODS, Method
@@ -64,24 +65,55 @@ def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _selected(objective: Any, said: Any, selection: Any) -> Any:
-    """The objective with the selection's verifier and beta in it."""
+    """The objective with the selection's verifier or selector and its beta in it."""
     if not isinstance(selection, Mapping) or not isinstance(objective, Mapping | None):
         return objective  # told as a wrong type where the section is checked
-    chosen = {key: value for key, value in selection.items() if key not in OWN}
-    judge = selection.get("verifier", "greedy_topk")
-    verifier = {**({"name": judge} if isinstance(judge, str) else dict(judge)), **chosen}
-    if verifier == {"name": "greedy_topk"}:
-        verifier["k"] = 5
-    wanted = {"verifier": verifier, "beta": selection.get("beta", 0.01)}
+    wanted = {**_judges(selection), "beta": selection.get("beta", 0.01)}
     for key, value in wanted.items():
         own = said.get(key) if isinstance(said, Mapping) else None
-        own = {"name": own} if key == "verifier" and isinstance(own, str) else own
+        own = {"name": own} if key != "beta" and isinstance(own, str) else own
         if own is not None and own != value:
             raise refuse(
                 f"says {key} = {value} and objective.{key} says {own}; leave out one of the two",
                 at="selection",
             )
-    return {**(objective or {}), **wanted}
+    kept = dict(objective or {})
+    if not (isinstance(said, Mapping) and said.get("selector") is not None):
+        kept.pop("selector", None)  # a method's own
+    if "verifier" not in wanted and not (isinstance(said, Mapping) and said.get("verifier") is not None):
+        kept.pop("verifier", None)
+    return {**kept, **wanted}
+
+
+def _judges(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """The verifier and the selector that a selection names, with the parameters beside the name, which are those of the
+    one that is named, or of the verifier where none is.
+    """
+    named = [key for key in ("verifier", "selector") if selection.get(key) is not None]
+    params = {key: value for key, value in selection.items() if key not in OWN}
+    for key in params:
+        if near := get_close_matches(key, OWN, 1, 0.75):
+            raise refuse(f"has the key {key!r}. Did you mean {near[0]}?", at="selection")
+    if len(named) == 2 and params:
+        raise refuse(
+            f"names a verifier and a selector, and {next(iter(params))!r} could belong to either; write "
+            "{name: ..., parameter: value} for both",
+            at="selection",
+        )
+    found: dict[str, Any] = {}
+    for key in named or ["verifier"]:
+        spec = selection.get(key, "greedy_topk") if named else "greedy_topk"
+        if isinstance(spec, str):
+            spec = {"name": spec}
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+            raise refuse(
+                f"has {key} = {str(spec)[:60]!r}; it must be a name or {{name: ..., parameter: value}}",
+                at="selection",
+            )
+        found[key] = {**spec, **params}
+        if found[key] == {"name": "greedy_topk"}:
+            found[key]["k"] = 5
+    return found
 
 
 def _at(values: Any, key: str) -> Any:

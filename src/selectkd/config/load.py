@@ -16,7 +16,7 @@ from selectkd.config.yaml_text import MOST_BYTES, Document, read
 from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean
 
-OPEN = {"divergence", "verifier", "selector", "extras", "method", "selection", "policy"}
+OPEN = {"divergence", "verifier", "selector", "extras", "method", "selection", "policy", "template_arguments"}
 """Keys that hold {name, **params}; the component itself says which parameters it has."""
 
 

@@ -15,8 +15,10 @@ from selectkd.config.expand import expanded
 from selectkd.config.migration import VERSION
 from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import (
+    Arguments,
     Component,
     Count,
+    Moment,
     Name,
     Section,
     Share,
@@ -93,7 +95,9 @@ def _evaluation_kind(value: Any) -> str:
 class Data(Section):
     """The text: where it is, who writes it, what is held out, and what to do with records that do not fit.
 
-    max_new_tokens: for a policy that names no limit of its own.
+    max_new_tokens: for a policy that names no limit of its own. chat_template: a file, one of the tokenizer's by name,
+    or the template itself, instead of the tokenizer's; the student is saved with it. template_arguments: what it is
+    given beside the turns, such as enable_thinking. date: what it is given as today; a run and its cache keep theirs.
     """
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
@@ -112,6 +116,9 @@ class Data(Section):
     train_on: Literal["completion", "all"] = "completion"
     packing: bool = False
     bucket: bool = False
+    chat_template: Annotated[str, Field(min_length=1, max_length=400_000)] | None = None
+    template_arguments: Arguments = {}
+    date: Moment | None = None
 
     @model_validator(mode="after")
     def _one_way_to_save_padding(self) -> Self:

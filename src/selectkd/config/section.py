@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -40,6 +41,30 @@ def _component(value: Any) -> Any:
     return value
 
 
+OWN_OF_TEMPLATES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+
+
+def _arguments(value: Any) -> Any:
+    """Arguments of a chat template; those that a rendering sets itself are refused."""
+    own = [name for name in OWN_OF_TEMPLATES if isinstance(value, dict) and name in value]
+    if own:
+        raise refuse(f"sets {own[0]}, which every rendering sets itself; leave it out")
+    return value
+
+
+def _moment(value: Any) -> Any:
+    """A date, or a date and time, in ISO form."""
+    try:
+        datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise refuse(
+            f"= {str(value)[:40]!r} must be a date such as 2026-01-31, or with a time: 2026-01-31T12:00:00"
+        ) from None
+    return value
+
+
+Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
+Moment = Annotated[str, BeforeValidator(_moment)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -17,11 +17,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from selectkd.errors import ConfigError
 
-MOST_BYTES = 1_000_000
+MOST_BYTES = 250_000
 MOST_DEPTH = 32
 MOST_ALIASES = 64
-MOST_VALUES = 20_000
-"""A recipe has some fifty values and is three levels deep; the limits leave two orders of magnitude."""
+MOST_VALUES = 5_000
+"""A recipe has some fifty values and is three levels deep; the limits leave two orders of magnitude. A text above
+them is not parsed: the parser needs seconds for a megabyte."""
 
 CORE = "tag:yaml.org,2002:"
 Path = tuple[str | int, ...]
@@ -57,6 +58,8 @@ def read(text: str, *, source: str) -> Document:
             warnings.simplefilter("ignore")  # ruamel warns of a reused anchor name, which is legal
             _survey(text, source)
             node = YAML(typ="safe", pure=True).compose(text)
+    except ConfigError:
+        raise
     except MarkedYAMLError as error:
         raise _explained(error, text, source) from None
     except (YAMLError, ValueError) as error:
@@ -68,8 +71,8 @@ def read(text: str, *, source: str) -> Document:
 
 
 def _survey(text: str, source: str) -> None:
-    """Refuse depth, aliases, tags and further documents while nothing has been built."""
-    depth = aliases = documents = 0
+    """Refuse depth, aliases, further documents and too many values while nothing has been built."""
+    depth = aliases = documents = values = 0
     for event in YAML(typ="safe", pure=True).parse(text):
         kind = type(event).__name__
         line = event.start_mark.line + 1 if event.start_mark else 1
@@ -77,6 +80,10 @@ def _survey(text: str, source: str) -> None:
             documents += 1
             if documents > 1:
                 raise ConfigError(f"{source}:{line}: a recipe is one YAML document; remove the second '---'.")
+        elif kind == "ScalarEvent":
+            values += 1
+            if values > 2 * MOST_VALUES:  # with their keys
+                raise ConfigError(f"{source}:{line}: more than {MOST_VALUES:,} values; no recipe has.")
         elif kind == "AliasEvent":
             aliases += 1
             if aliases > MOST_ALIASES:

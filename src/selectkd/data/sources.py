@@ -19,6 +19,7 @@ from selectkd.data.collate import Batch, collate, collate_packed, pack
 from selectkd.data.files import OnBad, read_records
 from selectkd.data.formats import FORMATS, to_sample
 from selectkd.data.render import Dropped, Example, OnTooLong, TrainOn, render
+from selectkd.data.template import ChatTemplate
 from selectkd.errors import ConfigError, DataError
 
 SPEC_KEYS = ("path", "name", "format", "weight", "split", "limit", "config", "stream", "written_by")
@@ -66,12 +67,14 @@ def dataset_source(
     on_bad_record: OnBad = "error",
     stream: int = 0,
     eos_ids: Collection[int] = (),
+    template: ChatTemplate | None = None,
     route: Callable[[Mapping[str, Any], str], int] | None = None,
 ) -> Source:
     """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by}.
 
-    route: the teacher of a record, from its fields and its origin. Raises ConfigError for a key or weight that cannot
-    be, DataError naming file:line for a record that cannot be trained on (kept in ``problems`` instead under
+    eos_ids: what ends a turn beside the tokenizer's EOS and what the template writes. template: the tokenizer's, unless
+    given. route: the teacher of a record, from its fields and its origin. Raises ConfigError for a key or weight that
+    cannot be, DataError naming file:line for a record that cannot be trained on (kept in ``problems`` instead under
     ``on_bad_record="skip"``), and DataError when nothing is left.
     """
     given = {key: value for key, value in spec.items() if value is not None}
@@ -89,6 +92,7 @@ def dataset_source(
         limit=given.get("limit"),
         on_bad_record=on_bad_record,
     )
+    template = ChatTemplate.of(tokenizer) if template is None else template
     wanted = given.get("written_by")
     counts: Counter[str] = Counter(read=len(records))
     problems = list(records.skipped)
@@ -107,6 +111,7 @@ def dataset_source(
                 train_on=train_on,
                 stream=stream,
                 eos_ids=eos_ids,
+                template=template,
             )
             if route is not None and isinstance(result, Example):
                 result = replace(result, route=route(record, origin))
@@ -119,8 +124,11 @@ def dataset_source(
             counts[result.reason] += 1
             continue
         counts["truncated"] += result.truncated
+        counts[f"prompts cut to max_prompt_length {max_prompt_length}"] += result.cut_prompt
+        counts[f"cut to max_length {max_length}"] += result.truncated and len(result) == max_length
         examples.append(result)
-    dropped = {name: value for name, value in counts.items() if name not in ("read", "truncated") and value}
+    cuts = ("read", "truncated", *(name for name in counts if " cut to " in f" {name}"))
+    dropped = {name: value for name, value in counts.items() if name not in cuts and value}
     reasons = ", ".join(f"{value} {name}" for name, value in dropped.items())
     if not examples:
         bad = f"; {len(problems)} bad, the first: {problems[0]}" if problems else ""
@@ -132,7 +140,9 @@ def dataset_source(
     counts.update(kept=len(examples), bad=len(problems))
     told = f"{records.told}; {len(examples)} kept" + (f", {reasons}" if reasons else "")
     if counts["truncated"]:
-        told += f", {counts['truncated']} truncated"
+        told += f", {counts['truncated']} truncated" + "".join(
+            f", {counts[name]} {name}" for name in cuts[2:] if counts[name]
+        )
     name = str(given.get("name") or Path(str(given["path"])).stem.split(".")[0] or "data")
     return Source(examples, name, weight, records.format, told, dict(counts), tuple(problems))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from selectkd.assembly import Plan, prepare
 from selectkd.config import recipe_from
 from selectkd.data import collate, pad_id_of, supervised
 from selectkd.evals.runs import read_manifest
+from selectkd.training.rundir import date_of
 
 
 def plan_of(run: str | os.PathLike[str]) -> Plan:
     """The text, tokenizer and teacher of a run's recipe, from its manifest; no weight is loaded."""
-    return prepare(recipe_from(read_manifest(run)["config"]))
+    return prepare(recipe_from(read_manifest(run)["config"]), date=date_of(Path(run)))
 
 
 def heldout_batch(plan: Plan, samples: int) -> Any:

@@ -61,7 +61,9 @@ class Writer:
     schedulers: dict[int, AdaptiveScheduler] = field(default_factory=dict, init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
     seconds: float = field(default=0.0, init=False)
-    _teacher_text: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
+    _teacher_text: dict[tuple[int, Sampling, int], list[int]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         for number, policy in enumerate(self.policies):
@@ -183,8 +185,8 @@ class Writer:
         )
 
     def _by_teacher(self, policy: Any, turns: Sequence[Written]) -> list[Text]:
-        """The teacher's text of each prompt, written once."""
-        keys = [prompt_key(turn.prompt) for turn in turns]
+        """The teacher's text of each prompt, written once for each way of writing it: its sampling and its limit."""
+        keys = [(prompt_key(turn.prompt), _sampling(policy), self._most(policy, turn)) for turn in turns]
         new = {key: turn for key, turn in zip(keys, turns, strict=True) if key not in self._teacher_text}
         if new:
             rule = Draw(_sampling(policy))
@@ -206,8 +208,7 @@ class Writer:
         served: ServedStudent | None = None,
     ) -> list[Text]:  # fmt: skip
         """Each turn with a new completion, None where the prompt leaves no room."""
-        most = policy.max_new_tokens or self.max_new_tokens or self.max_length
-        room = [min(most, self.max_length - len(turn.prompt)) for turn in turns]
+        room = [self._most(policy, turn) for turn in turns]
         able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
         requests = [Request(turns[i].prompt, room[i]) for i in able]
         if served is not None:
@@ -229,6 +230,11 @@ class Writer:
             self.counts["replaced"] += text.replaced
             self.counts["ended"] += text.ended
         return result
+
+    def _most(self, policy: Any, turn: Written) -> int:
+        """How many tokens may follow a prompt; none or fewer where it leaves no room."""
+        most = policy.max_new_tokens or self.max_new_tokens or self.max_length
+        return min(most, self.max_length - len(turn.prompt))
 
     def _answered(
         self, as_it_is: list[list[Example]], texts: Sequence[Text], source: int, writer: str, *, drop: bool = False,

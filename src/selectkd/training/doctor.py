@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selectkd.assembly import Assembly, Plan, assemble, prepare
 from selectkd.data import inspect
+from selectkd.data.render import Example, eos_ids_of
 from selectkd.data.supervised import supervised
 from selectkd.devices import free_memory, training_device, wait_for
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
@@ -42,6 +43,7 @@ from selectkd.training.rundir import (
     RUN,
     check_output_dir,
     check_same,
+    date_of,
     identity,
     read_run,
     same_servers,
@@ -101,8 +103,8 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         yield sharded
     plan: Plan | None = None
     try:
-        plan = prepare(recipe, device=device)
         folder = Path(recipe.training.output_dir)
+        plan = prepare(recipe, device=device, date=date_of(folder))
         if (folder / RUN).is_file():
             same_servers(plan.teacher, read_run(folder).get("teacher_weights"))
     except SelectKDError as error:
@@ -124,7 +126,7 @@ def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
     made: Assembly | None = None
     try:
-        made = assemble(recipe, device=device)
+        made = assemble(recipe, device=device, date=date_of(Path(recipe.training.output_dir)))
     except SelectKDError as error:
         yield Finding("models", False, str(error), error.exit_code)
     if made is None:
@@ -204,13 +206,25 @@ def _said(component: dict[str, Any]) -> str:
 def _text(plan: Plan) -> str:
     examples = [example for source in plan.sources for example in source.examples]
     found = inspect.check(examples, held_out=plan.heldout)
-    ends = plan.tokenizer.eos_token_id
-    closed = sum(bool(e.completion and e.completion[-1] and e.input_ids[-1] == ends) for e in examples)
+    ends = ends_in(plan)
+    closed = sum(_closed(example, ends) for example in examples)
     told = (
         f"{found.examples:,} samples, {found.trained_tokens:,} of {found.tokens:,} tokens trained, "
         f"{found.shortest} to {found.longest} tokens; {closed:,} end with a trained end of sequence"
     )
-    return " ".join([f"{told}; {len(plan.heldout):,} held out.", *found.warnings])
+    return " ".join([f"{told}; {len(plan.heldout):,} held out.", *plan.text.told, *found.warnings])
+
+
+def ends_in(plan: Plan) -> frozenset[int]:
+    """The tokens that end a turn in a plan's text."""
+    found = plan.text.ends | eos_ids_of(plan.tokenizer)
+    return found.union(*plan.text.template.ends.values())
+
+
+def _closed(example: Example, ends: Collection[int]) -> bool:
+    """Whether the last token that is trained ends a turn or the text."""
+    trained = [index for index, one in zip(example.input_ids, example.completion, strict=True) if one]
+    return bool(trained) and trained[-1] in ends
 
 
 def _masks(plan: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from selectkd.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
-from selectkd.training.counts import rank
+from selectkd.training.counts import rank, total
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import SCHEDULES, train_loop
@@ -106,7 +107,7 @@ def _train(
     said = None if claim.opened is None else read_part(claim.opened.path, "origin")
     if progress is not None:
         progress.stage("reading tokenizers and text")
-    plan = prepare(recipe, device=device)
+    plan = prepare(recipe, device=device, date=claim.run.get("date") or _one_date())
     same_servers(plan.teacher, claim.run.get("teacher_weights"), allow_change)
     made = assemble(
         recipe,
@@ -187,6 +188,12 @@ def _train(
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     return result
+
+
+def _one_date() -> str:
+    """Now, as rank 0 has it: all ranks render the same text."""
+    seconds = total([int(time.time()) if rank() == 0 else 0])[0]
+    return datetime.fromtimestamp(seconds).isoformat()
 
 
 def cold(tar: float) -> str:

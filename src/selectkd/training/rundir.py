@@ -44,7 +44,10 @@ FREE = (
 )
 """Keys that change nothing in what a step computes, so a run may go on with other values."""
 
-FACTS = ("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks", "precision")
+FACTS = (
+    *("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks", "precision"),
+    "date",  # where the chat template asks for one
+)
 """What a run is made of beside its recipe; known once its parts are loaded."""
 
 MOST_TOLD = 3
@@ -190,8 +193,15 @@ def facts(made: Any) -> dict[str, Any]:
         "ranks": ranks(),
         "precision": made.precision.name,
     }
-    assert set(found) == set(FACTS)
+    if made.text is not None and made.text.template.dated:
+        found["date"] = made.text.template.moment
+    assert set(found) <= set(FACTS)
     return found
+
+
+def date_of(folder: Path) -> str | None:
+    """The date that the chat template of the run in ``folder`` is given; None without a run, or where it asks none."""
+    return read_run(folder).get("date") if (folder / RUN).is_file() else None
 
 
 def _weights(plan: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import xxhash
 
-from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
+from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.template import ChatTemplate
 from selectkd.durable import write_whole
 from selectkd.errors import CacheError, ConfigError, NumericsError, ResourceError
 from selectkd.teachers.cache.builders import fill
@@ -71,9 +72,19 @@ class Wish:
 
 
 def plan_of(
-    origin: Origin, *, tokenizer: Any, examples: Sequence[Any], wish: Wish
+    origin: Origin,
+    *,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    wish: Wish,
+    template: ChatTemplate | None = None,
+    ends: Collection[int] = (),
 ) -> tuple[dict[str, Any], list[Record]]:
-    """(everything the index says but the shards, the records): whose numbers, of what text, stored how."""
+    """(everything the index says but the shards, the records): whose numbers, of what text, stored how.
+
+    template, ends: what the text was rendered with, the tokenizer's own template unless given.
+    """
+    template = ChatTemplate.of(tokenizer) if template is None else template
     head = origin.head
     strange = None if head is None else unsound_head(head)
     if strange is not None:
@@ -101,7 +112,9 @@ def plan_of(
             else None,
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": template_fingerprint(tokenizer),
+        "template": template.fingerprint,
+        **({"date": template.moment} if template.dated else {}),
+        **({"ends": sorted(ends)} if ends else {}),
         "engine": {"selectkd": metadata.version("selectkd"), **origin.engine},
         "data": xxhash.xxh3_128(b"".join(record.key for record in records)).hexdigest(),
         "records": len(records),

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from selectkd.data.alignment import template_fingerprint, tokenizer_fingerprint
+from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.template import ChatTemplate
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
@@ -65,8 +66,14 @@ class CachePlan:
         return load_tokenizer(self.index["teacher"]["model"], revision=self._hub_revision())
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        own = {"tokenizer": tokenizer_fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
-        self._refuse(differences(self.index, own))
+        self._refuse(differences(self.index, {"tokenizer": tokenizer_fingerprint(tokenizer)}))
+
+    def check_template(self, template: ChatTemplate) -> None:
+        """CacheError where the text was rendered by another chat template, with other arguments or another date."""
+        said = {"template": template.fingerprint}
+        if template.dated and self.index.get("date") is not None:
+            said["date"] = template.moment
+        self._refuse(differences(self.index, said))
 
     def check_text(self, examples: Sequence[Any]) -> None:
         """CacheError unless every trained token has its row; more in the cache than in the text is fine."""

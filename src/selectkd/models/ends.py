@@ -1,0 +1,30 @@
+"""The tokens that end a text by what a model's folder says for generation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from selectkd.models.load import _local, _locate, _read_json
+
+FILES = ("generation_config.json", "config.json")
+
+
+def end_ids(spec: str | os.PathLike[str], tokenizer: Any, *, revision: str | None = None) -> frozenset[int]:
+    """The eos_token_id of a model's generation_config.json, or of its config.json where that says none.
+
+    Ids that are no added token of ``tokenizer`` are left out: a configuration's default may mean any word. Empty for a
+    GGUF file, whose tokenizer says it all. No weight is read.
+    """
+    path = _local(spec)
+    if path is not None and path.is_file():
+        return frozenset()
+    folder = _locate(spec, revision, None, weights=False)[0]
+    for name in FILES:
+        file = Path(folder) / name
+        said = _read_json(file).get("eos_token_id") if file.is_file() else None
+        if said is not None:
+            ids = said if isinstance(said, list) else [said]
+            return frozenset(one for one in ids if type(one) is int and one in tokenizer.added_tokens_decoder)
+    return frozenset()

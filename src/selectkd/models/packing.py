@@ -1,0 +1,73 @@
+"""Whether samples may share a row of a model: every token must see its own sample alone, from its first token on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from selectkd.errors import ConfigError
+from selectkd.models.load import _check_configuration, _locate
+
+WHOLE = ("full_attention", "attention", "full", "global", "moe", "mlp", "dense", "sparse")
+"""Kinds of layers that a mask keeps within a sample."""
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+STATE = (
+    "mamba", "ssm", "rwkv", "xlstm", "jamba", "bamba", "zamba", "recurrent", "lfm2", "falcon_h1", "nemotron_h",
+    "granitemoehybrid", "minimax", "kimi", "qwen3_next", "qwen3_5", "olmo_hybrid", "plamo", "hgrn", "retnet", "gla",
+)  # fmt: skip
+"""Parts of the names of models that carry a state from token to token, by convolution or recurrence."""
+PLACES = ("bloom", "mpt", "opt", "xglm", "biogpt", "t5", "ctrl", "xlnet", "transfo")
+"""Models that count places from the attention mask or have a bias by distance: a packed row has neither."""
+
+
+def check_packing(
+    spec: str | os.PathLike[str], length: int, *, role: str, revision: str | None = None
+) -> None:
+    """ConfigError, naming what it is, where several samples in a row of ``length`` tokens would change what the model
+    computes. Reads its configuration alone.
+    """
+    folder, _ = _locate(spec, revision, None, weights=False)
+    if folder.is_file():
+        return  # llama and its kin: what a GGUF file is converted to
+    _check_configuration(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    found = problem(config, length)
+    if found is not None:
+        raise ConfigError(
+            f"data.packing: {role} {spec} ({config.model_type}) {found}, so samples in one row would not be read as "
+            "they are alone. Set data.packing to false; data.bucket: true saves padding too."
+        )
+
+
+def problem(config: Any, length: int) -> str | None:
+    """What in a configuration keeps samples from sharing a row of ``length`` tokens, None where nothing does."""
+    text = config.get_text_config(decoder=True)
+    kinds = [str(kind) for kind in getattr(text, "layer_types", None) or ()]
+    kinds += [str(kind) for kind in getattr(text, "layers_block_type", None) or ()]
+    for kind in dict.fromkeys(kinds):
+        if kind in WINDOWS:
+            window = getattr(text, WINDOWS[kind], None)
+            if window is not None and window < length:
+                return f"has layers of {kind} with a window of {window} tokens, and a row has {length}"
+        elif kind not in WHOLE:
+            return f"has layers of {kind}, which carry a state from token to token"
+    window = getattr(text, "sliding_window", None)
+    if (
+        not kinds
+        and isinstance(window, int)
+        and getattr(text, "use_sliding_window", True)
+        and window < length
+    ):
+        return f"has a sliding window of {window} tokens, and a row has {length}"
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    chosen = mapping.get(type(text), None) or mapping.get(type(config), None)
+    classes = chosen if isinstance(chosen, tuple) else (chosen,)
+    name = str(text.model_type)
+    if any(getattr(each, "_is_stateful", False) for each in classes) or any(part in name for part in STATE):
+        return "carries a state from token to token"
+    if getattr(text, "alibi", False) or any(name.startswith(part) for part in PLACES):
+        return "takes places from the attention mask"
+    return None

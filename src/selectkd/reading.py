@@ -1,0 +1,146 @@
+"""The text of a recipe as it is trained on: under which chat template, with which ends of turns, and what is held out.
+
+Training, caches, `data` and `doctor` read it here, so that they all see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from math import floor
+from pathlib import Path
+from typing import Any
+
+from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.data.sources import Source, dataset_source
+from selectkd.data.template import ChatTemplate, source_of
+from selectkd.errors import CacheError, ConfigError
+from selectkd.models.ends import end_ids
+from selectkd.teachers.cache.index import INDEX, PLAN, read_index
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The text of a recipe: its sources without what is held out, and that. ends: the tokens that end a turn, beside
+    those its template writes itself.
+    """
+
+    template: ChatTemplate
+    ends: frozenset[int]
+    sources: list[Source]
+    heldout: list[Any]  # examples
+
+    @property
+    def told(self) -> list[str]:
+        """A line for each source that lost something on the way."""
+        return [line for source in self.sources if (line := lost(source)) is not None]
+
+
+def read_text(
+    recipe: Any,
+    tokenizer: Any,
+    *,
+    date: str | None = None,
+    route: Callable[[Mapping[str, Any], str], int] | None = None,
+    limit: int | None = None,
+) -> Reading:
+    """The text of ``recipe`` in tokens of its student. Reads no weights.
+
+    date: what templates are given where neither the recipe nor its cache says one; default now. route: the teacher of a
+    record, where several are told apart by it. limit: records of a source at most. Raises DataError, ConfigError.
+    """
+    template, ends = template_of(recipe, tokenizer, date=date), ends_of(recipe, tokenizer)
+    text = partial(
+        dataset_source,
+        tokenizer=tokenizer,
+        max_length=recipe.training.max_length,
+        max_prompt_length=recipe.training.max_prompt_length,
+        on_bad_record=recipe.data.on_bad_record,
+        on_too_long=recipe.data.on_too_long,
+        train_on=recipe.data.train_on,
+        eos_ids=ends,
+        template=template,
+    )
+
+    def few(reading: dict[str, Any]) -> dict[str, Any]:
+        return reading if limit is None else {**reading, "limit": min(limit, reading.get("limit") or limit)}
+
+    sources = [
+        text(few(spec.reading), stream=index, route=route) for index, spec in enumerate(recipe.data.sources)
+    ]
+    evaluation = recipe.data.evaluation
+    if evaluation is None:
+        return Reading(template, ends, sources, [])
+    if isinstance(evaluation, int | float):
+        return Reading(template, ends, *hold_out(sources, float(evaluation)))
+    return Reading(
+        template, ends, sources, list(text(few(evaluation.reading), stream=0, route=route).examples)
+    )
+
+
+def template_of(recipe: Any, tokenizer: Any, *, date: str | None = None) -> ChatTemplate:
+    """The chat template of a recipe; where it names one, the tokenizer has that from here on and is saved with it."""
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = source_of(recipe.data.chat_template, tokenizer)
+    moment = recipe.data.date or _cached(recipe).get("date") or date
+    return ChatTemplate.of(tokenizer, arguments=recipe.data.template_arguments, moment=moment)
+
+
+def ends_of(recipe: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a turn for the student and for teachers of its tokenizer, by their generation settings."""
+    ends = set(_cached(recipe).get("ends") or ())
+    if recipe.student.model is not None:
+        ends |= end_ids(recipe.student.model, tokenizer, revision=recipe.student.revision)
+    for teacher in recipe.teachers:
+        here = isinstance(teacher, ModelTeacher) and teacher.cross_tokenizer is None
+        to_build = isinstance(teacher, CacheTeacher) and teacher.model is not None and not _cached(recipe)
+        if here or to_build:
+            ends |= end_ids(teacher.model, tokenizer, revision=teacher.revision)
+    return frozenset(ends)
+
+
+def _cached(recipe: Any) -> dict[str, Any]:
+    """What a cache that is there, whole or in the making, says of its text; empty where there is none."""
+    for teacher in recipe.teachers:
+        for name in (INDEX, PLAN) if isinstance(teacher, CacheTeacher) else ():
+            path = Path(teacher.cache).expanduser() / name
+            try:
+                if path.is_file():
+                    return read_index(path)
+            except CacheError:  # told where the cache is opened; a repair reads the other file
+                continue
+    return {}
+
+
+def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any]]:
+    """A share of the samples of each source held out, spread evenly over it, the rest to train on; sample order decides
+    alone. Of n samples floor(n * share) are held out.
+    """
+    part = Fraction(repr(share))
+    kept, held = [], []
+    for source in sources:
+        chosen = [floor((i + 1) * part) > floor(i * part) for i in range(len(source.examples))]
+        held += [example for example, out in zip(source.examples, chosen, strict=True) if out]
+        rest = [example for example, out in zip(source.examples, chosen, strict=True) if not out]
+        kept.append(replace(source, examples=rest))
+    count = sum(len(source.examples) for source in sources)
+    if not held or len(held) == count:
+        what = "none" if not held else "all of them"
+        raise ConfigError(
+            f"data.evaluation = {share} of {count} samples holds {what} out. "
+            f"Give a {'larger' if not held else 'smaller'} share, or a file of its own."
+        )
+    return kept, held
+
+
+def lost(source: Source) -> str | None:
+    """What a source lost on its way to tokens, None where nothing."""
+    counts = source.counts
+    found = [
+        f"{counts[name]:,} {name}"
+        for name in counts
+        if name not in ("read", "kept", "truncated") and counts[name]
+    ]
+    return f"{source.name}: of {counts.get('read', 0):,} records {', '.join(found)}" if found else None

@@ -1,0 +1,195 @@
+"""The text of a recipe: ends of turns, templates, dates, held-out shares, what is lost, what cannot be packed."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import transformers
+from transformers import GenerationConfig
+
+from selectkd.config.load import recipe_from
+from selectkd.config.yaml_text import read
+from selectkd.data import Example, Source, pieces
+from selectkd.errors import ConfigError, DataError
+from selectkd.models.packing import check_packing, problem
+from selectkd.reading import hold_out, read_text
+
+CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"  # noqa: E501
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROWS = [
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2,
+]
+
+
+@pytest.fixture
+def made(tmp_path, make_tokenizer):
+    """(tokenizer, recipe) of a model folder without weights; changes: of the recipe's data."""
+
+    def make(template=CHAT, ends=("<|user|>",), rows=ROWS, training=None, **data):
+        roles = ["<|user|>", "<|assistant|>"]
+        tokenizer = make_tokenizer(template, additional_special_tokens=roles, eos_token="<|endoftext|>")
+        folder = tmp_path / "model"
+        transformers.LlamaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        ids = [*tokenizer.convert_tokens_to_ids(list(ends)), 7]
+        GenerationConfig(eos_token_id=ids).save_pretrained(folder)
+        file = tmp_path / "text.jsonl"
+        file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+        recipe = recipe_from(
+            {
+                "teacher": {"model": str(folder)},
+                "student": {"model": str(folder)},
+                "data": {"sources": [{"path": str(file)}], **data},
+                "training": {"output_dir": "r", "max_steps": 1, "batch_size": 1, **(training or {})},
+            }
+        )
+        return tokenizer, recipe
+
+    return make
+
+
+def trained(text, tokenizer):
+    return [piece for piece, one in pieces(text.sources[0].examples[0], tokenizer) if one]
+
+
+def test_a_turn_ends_in_a_token_of_the_generation_settings(made):
+    tokenizer, recipe = made()
+    text = read_text(recipe, tokenizer)
+    assert trained(text, tokenizer) == ["a<|user|>", "a<|endoftext|>"]
+    assert text.ends == frozenset(
+        tokenizer.convert_tokens_to_ids(["<|user|>"])
+    )  # 7 is a word, whatever a file says
+
+
+def test_a_template_of_the_recipe_takes_the_place_of_the_tokenizers_and_goes_with_the_student(made, tmp_path):
+    (tmp_path / "own.jinja").write_text(CHAT.replace("{{ m.content }}", "{{ m.content }}<|im_end|>"))
+    tokenizer, recipe = made(chat_template=str(tmp_path / "own.jinja"))
+    text = read_text(recipe, tokenizer)
+    assert trained(text, tokenizer) == ["a<|im_end|>", "a<|im_end|>"]
+    assert "<|im_end|>" in tokenizer.chat_template
+    as_text = made(chat_template=tokenizer.chat_template)[1]
+    assert read_text(as_text, tokenizer).sources[0].fingerprint == text.sources[0].fingerprint
+    for wrong in ("nowhere.jinja", "tool_usse"):
+        with pytest.raises(ConfigError, match=r"data\.chat_template"):
+            read_text(made(chat_template=wrong)[1], tokenizer)
+
+
+def test_arguments_are_part_of_a_templates_fingerprint(made):
+    tokenizer, recipe = made(template_arguments={"x": 1})
+    other = read_text(made()[1], tokenizer).template
+    assert read_text(recipe, tokenizer).template.fingerprint != other.fingerprint != ""
+
+
+def test_a_template_that_asks_for_the_date_is_given_one_for_the_whole_run(made):
+    tokenizer, recipe = made(DATED)
+    dated = read_text(recipe, tokenizer, date="2020-01-02T03:04:05")
+    assert "02 Jan 2020" in tokenizer.decode(dated.sources[0].examples[0].input_ids)
+    tokenizer, recipe = made(DATED, date="2021-05-06")
+    assert read_text(recipe, tokenizer, date="2020-01-02").template.moment == "2021-05-06"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.29, 0.4, 0.45, 0.5, 0.7, 0.9])
+def test_a_held_out_share_is_that_share_of_each_source_and_spread_over_it(share):
+    examples = [Example([1, 2], [False, True], 0, str(i)) for i in range(100)]
+    kept, held = hold_out([Source(examples), Source(examples[:20])], share)
+    assert len(held) == round(100 * share) + int(20 * share + 1e-9)
+    assert [len(source) for source in kept] == [100 - round(100 * share), 20 - int(20 * share + 1e-9)]
+    first = sum(int(one.origin) < 50 for one in held[: round(100 * share)])
+    assert abs(first - 50 * share) <= 1
+
+
+def test_what_is_cut_or_left_out_is_counted_by_reason(made):
+    long = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "a"}]
+    tokenizer, recipe = made(rows=[*ROWS, long], training={"max_length": 64, "max_prompt_length": 16})
+    text = read_text(recipe, tokenizer)
+    assert "1 prompts cut to max_prompt_length 16" in text.told[0] and "of 2 records" in text.told[0]
+
+
+def test_a_long_row_is_cut_before_it_is_tokenised(made):
+    rows = [
+        [{"role": "user", "content": "word " * 400_000}, {"role": "assistant", "content": "yes " * 400_000}]
+    ]
+    tokenizer, recipe = made(rows=rows, training={"max_length": 64, "max_prompt_length": 16})
+    start = time.process_time()
+    example = read_text(recipe, tokenizer).sources[0].examples[0]
+    assert len(example) == 64 and example.completion.index(True) == 16 and example.cut_prompt
+    assert "yes yes" in tokenizer.decode(example.input_ids[16:])
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**10 }}", "{{ 'a'.ljust(10**10) }}", "{{ [0] * 10**10 }}", "{{ 10 ** (10 ** 9) }}",
+        "{{ '%10000000000d' % 1 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}{% endfor %}"
+        "{% endfor %}",
+    ],
+)  # fmt: skip
+def test_a_template_that_asks_for_all_memory_or_time_is_refused_by_row(made, template):
+    tokenizer, recipe = made(template)
+    with pytest.raises(DataError, match=r"text\.jsonl:1: the chat template"):
+        read_text(recipe, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (transformers.Gemma3TextConfig(sliding_window=16), "sliding_attention with a window of 16"),
+        (transformers.MistralConfig(sliding_window=16), "sliding window of 16"),
+        (transformers.Qwen3_5TextConfig(), "linear_attention"),
+        (transformers.MambaConfig(), "state"),
+        (transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "conv"),
+        (transformers.JambaConfig(), "state"),
+        (transformers.MptConfig(), "places"),
+        (transformers.FalconConfig(alibi=True), "places"),
+        (transformers.LlamaConfig(), None),
+        (transformers.MistralConfig(sliding_window=4096), None),
+        (transformers.Qwen3Config(), None),
+        (transformers.FalconConfig(), None),
+    ],
+    ids=lambda one: getattr(one, "model_type", str(one)),
+)
+def test_models_that_would_mix_packed_samples_are_known_by_their_configuration(config, said):
+    found = problem(config, 64)
+    assert found is None if said is None else found is not None and said in found
+
+
+def test_a_model_that_cannot_pack_is_refused_by_name(tmp_path):
+    transformers.MistralConfig(sliding_window=16).save_pretrained(tmp_path)
+    check_packing(tmp_path, 16, role="the teacher")
+    with pytest.raises(ConfigError, match=r"packing: the teacher .*window of 16"):
+        check_packing(tmp_path, 64, role="the teacher")
+
+
+@pytest.mark.parametrize("text", ["a: [" + "1," * 490_000 + "1]", "a: [" + "1," * 100_000 + "1]"])
+def test_a_list_that_no_recipe_has_is_refused_quickly(text):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"no recipe"):
+        read(text, source="recipe.yaml")
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ({"selector": "tip"}, (None, "tip")),
+        ({"verifier": "spec_k", "k": 3}, ("spec_k", None)),
+        ({"verifer": "spec_k"}, "Did you mean verifier"),
+        ({"verifier": 5}, "must be a name"),
+        ({"verifier": "spec_k", "selector": "tip", "k": 5}, "could belong to either"),
+    ],
+)
+def test_selection_is_a_checked_section(made, selection, said):
+    values = made()[1].model_dump(exclude={"objective", "method"}, exclude_none=True)
+    values = {**values, "selection": selection}
+    if isinstance(said, str):
+        with pytest.raises(ConfigError, match=said):
+            recipe_from(values)
+        return
+    objective = recipe_from(values).objective
+    assert tuple(one and one["name"] for one in (objective.verifier, objective.selector)) == said
