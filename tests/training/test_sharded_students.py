@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from faults.on_two_ranks import run_on_two_ranks
+from faults.on_two_ranks import free_port, run_on_two_ranks
 from faults.tiny_run import left
 from selectkd.errors import ConfigError
 from selectkd.training.doctor import without_weights
@@ -71,6 +75,46 @@ def test_a_student_in_parts_over_two_ranks_is_that_of_one_process(pair: Path, tm
         strict=True,
     ):
         assert words in line and "training.sharding" in line, line
+
+
+def launched(command: list[str], recipe_file: Path, folder: Path) -> subprocess.Popen[str]:
+    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*command, "-m", "selectkd", "train", str(recipe_file)]
+    with (folder / "said.txt").open("a", encoding="utf-8") as said:
+        return subprocess.Popen(
+            command, env=room, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+
+def test_a_run_that_torchrun_began_and_a_kill_ended_goes_on_by_accelerate(pair: Path, tmp_path: Path) -> None:
+    """By the command line: all processes killed in mid-run, the same recipe again, and what one process leaves."""
+    case = {"verifier": GREEDY, "more": {"max_steps": 24}}
+    meant = recipe(pair, tmp_path / "run", case, sharding={})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(meant.model_dump(mode="json", exclude_none=True)), "utf-8")
+    two = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    first = launched([*ONLY, "torch.distributed.run", *two], file, tmp_path)
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "step-00000004").exists():
+            assert first.poll() is None, (tmp_path / "said.txt").read_text("utf-8")[-3000:]
+            time.sleep(0.005)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    fsdp = [
+        "--num_processes",
+        "2",
+        "--use_fsdp",
+        "--fsdp_version",
+        "2",
+        "--main_process_port",
+        free_port(),
+    ]
+    second = launched([*ONLY, "accelerate.commands.accelerate_cli", "launch", *fsdp], file, tmp_path)
+    assert second.wait(timeout=300) == 0, (tmp_path / "said.txt").read_text("utf-8")[-3000:]
+    train(recipe(pair, tmp_path / "one", case, ranks=2))
+    check_same(tmp_path / "one", tmp_path / "run")
 
 
 def test_one_process_refuses_to_shard_and_doctor_says_so(pair: Path, tmp_path: Path) -> None:
