@@ -61,7 +61,7 @@ def recipe_for(
                 "max_length": 96,
                 "max_prompt_length": 48,
                 "probe_samples": 0,
-                "dtype": dtype,
+                "precision": {"float32": "fp32", "bfloat16": "bf16-pure"}[dtype],
                 **training,
             },
         }

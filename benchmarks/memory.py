@@ -1,4 +1,4 @@
-"""``selectkd estimate`` beside what a run really took (the most resident memory of its process), on six settings.
+"""``selectkd estimate`` beside what a run really took (the most resident memory of its process), on seven settings.
 
     python benchmarks/memory.py [--json FILE]
 
@@ -29,7 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full fp32, plain loop, accumulation 2": {"engine": "loop", "gradient_accumulation": 2},
     "LoRA": {"lora": {"r": 16, "alpha": 32, "dropout": 0.0}},
     "activations recomputed": {"gradient_checkpointing": True},
-    "bfloat16": {"dtype": "bfloat16"},
+    "bf16": {"precision": "bf16"},
+    "bf16-pure": {"precision": "bf16-pure"},
     "batch of 6": {"batch_size": 6},
 }
 
