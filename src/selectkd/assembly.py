@@ -21,7 +21,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
-from selectkd.models.load import DTYPES, check_model, load_model, load_tokenizer
+from selectkd.models.load import DTYPES, check_local, check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.models.packing import check_packing
 from selectkd.models.precision import FP32, Precision, check_launched, precision_of, told_of
@@ -122,6 +122,7 @@ def assemble(
     """
     say = stage if stage is not None else lambda _: None
     check_loggers(recipe.training.report_to)
+    check_local(*recipe.models)
     say("reading tokenizers and text")
     plan = prepare(recipe, device=device, date=date) if plan is None else plan
     pad = pad_id_of(plan.tokenizer)

@@ -5,10 +5,13 @@ import torch
 import transformers as hf
 
 from selectkd.errors import ConfigError
-from selectkd.models.head import backbone, check_head, head_of
+from selectkd.models.check import check_head
+from selectkd.models.head import backbone, head_of
+from selectkd.models.load import load_model
 from selectkd.models.lora import add_lora
 
 from .conftest import SIZES
+from .every_type import tiny_model
 
 GEMMA = SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 ARCHITECTURES = {
@@ -74,3 +77,46 @@ def test_check_head_refuses_an_architecture_with_an_unknown_scale():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ConfigError, match="no language-model head"):
         head_of(hf.AutoModel.from_config(ARCHITECTURES["llama"]))
+
+
+SCALED = {
+    "recurrent_gemma": {"logits_soft_cap": 3.0},
+    "mpt": {"logit_scale": 0.25},  # in its configuration, and unused by its forward pass
+    "xlstm": {"output_logit_soft_cap": 3.0},
+    "inkling_text": {"logits_mup_width_multiplier": 4.0, "unpadded_vocab_size": None},
+}
+
+
+@pytest.mark.parametrize("model_type", SCALED)
+def test_a_scale_is_read_as_the_architecture_reads_it(model_type):
+    model = tiny_model(model_type)
+    for name, value in SCALED[model_type].items():
+        assert hasattr(model.config, name)
+        setattr(model.config, name, value)
+    check_head(model)
+
+
+def test_a_head_with_more_rows_than_there_are_logits_is_refused():
+    model = tiny_model("inkling_text")
+    model.config.unpadded_vocab_size = 60
+    with pytest.raises(ConfigError, match="60 of them, and 64 rows"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "prophetnet", "modernbert-decoder"])
+def test_a_head_with_a_transform_before_its_matrix_is_refused_at_every_load(model_type, tokenizer, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does something to its logits"):
+        load_model(tmp_path)
+
+
+def test_the_backbone_of_llama_4_is_found_where_it_has_another_name():
+    ours, theirs = logits_both_ways(tiny_model("llama4_text"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_gives_no_numbers_is_not_taken_for_one_with_another_head(llama):
+    with torch.no_grad():
+        llama.model.norm.weight.fill_(float("nan"))
+    check_head(llama)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from selectkd.errors import ConfigError
-from selectkd.models.lora import add_lora, merge
+from selectkd.models.lora import add_lora, linear_layers, merge
+
+from .every_type import tiny_model
 
 IDS = torch.tensor([[5, 9, 7]])
 
@@ -42,3 +44,24 @@ def test_an_unknown_module_is_answered_with_the_linear_layers_there_are(llama):
         add_lora(llama, target_modules=[])
     with pytest.raises(ConfigError, match="r = 0"):
         add_lora(llama, r=0)
+
+
+@pytest.mark.parametrize(
+    "model_type, wrong",
+    [("mamba2", "out_proj"), ("falcon_h1", "out_proj"), ("bamba", "out_proj"), ("phimoe", "router")],
+)
+def test_a_layer_whose_product_an_adapter_cannot_reach_is_not_offered(model_type, wrong):
+    model = tiny_model(model_type)
+    offered = linear_layers(model)
+    assert (
+        offered and wrong not in offered and wrong in {n.rpartition(".")[2] for n, _ in model.named_modules()}
+    )
+    with pytest.raises(ConfigError, match=wrong):
+        add_lora(model, target_modules=[offered[0], wrong])
+
+
+def test_what_peft_refuses_is_a_config_error(llama):
+    llama.model.layers[0].mlp.act_fn = torch.nn.Linear(3, 3)
+    llama.model.layers[1].mlp.act_fn = torch.nn.Bilinear(3, 3, 3)
+    with pytest.raises(ConfigError, match="peft puts no adapters on act_fn of LlamaForCausalLM"):
+        add_lora(llama, target_modules=["act_fn"])

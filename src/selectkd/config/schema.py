@@ -233,6 +233,12 @@ class Recipe(Section):
             [member.teacher for member in self.teacher] if isinstance(self.teacher, list) else [self.teacher]
         )
 
+    @property
+    def models(self) -> list[str]:
+        """The models that a run loads by name: teachers, student and reference student."""
+        named = [*(one.model for one in self.teachers if isinstance(one, ModelTeacher)), self.student.model]
+        return [one for one in [*named, self.reference and self.reference.model] if one is not None]
+
     @model_validator(mode="after")
     def _adapters_can_be_off(self) -> Self:
         if not any(isinstance(teacher, AdaptersOffTeacher) for teacher in self.teachers):

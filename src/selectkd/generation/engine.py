@@ -19,7 +19,7 @@ from selectkd.data.collate import sent
 from selectkd.devices import out_of_memory
 from selectkd.errors import ConfigError
 from selectkd.generation.few_rows import FewRows
-from selectkd.generation.reader import Reader
+from selectkd.generation.reader import reader
 from selectkd.generation.room import Request, Room
 from selectkd.generation.rules import Rule
 from selectkd.models.head import head_of, unwrapped
@@ -128,10 +128,10 @@ def _batch(
     written: list[list[int]] = [[] for _ in requests]
     replaced, ended = [0] * len(requests), [False] * len(requests)
     readers = [
-        Reader(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
+        reader(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
         for model in models
     ]
-    shared = min(reader.width for reader in readers)
+    shared = min(one.width for one in readers)
     device = readers[0].logits.device
     keys = [prompt_key(request.prompt, request.copy) for request in requests]
     counter = sent(torch.tensor(keys, dtype=torch.int64), device)
@@ -145,9 +145,9 @@ def _batch(
         rows = (counter + ahead[:, None]).flatten()  # [tokens b]
         uniform = uniforms(len(rows), rule.uniforms, seed=seed, step=step, counter=rows, device=device)
         for own in uniform.unflatten(0, (len(ahead), len(here))):
-            for reader in readers if token is not None else ():
-                reader.append(token)
-            logits = [reader.logits[:, :shared].to(device) for reader in readers]
+            for one in readers if token is not None else ():
+                one.append(token)
+            logits = [one.logits[:, :shared].to(device) for one in readers]
             token, overruled = rule(logits, own)
             found.append(torch.stack([token, overruled.to(token.dtype)]))
         for tokens, overruled in torch.stack(found).tolist():
@@ -161,8 +161,8 @@ def _batch(
         if 0 < len(kept) <= FEWER * len(here):
             index = sent(torch.tensor(kept), device)
             here, token, counter = [here[row] for row in kept], token[index], counter[index]  # type: ignore[index]
-            for reader in readers:
-                reader.keep(index)
+            for one in readers:
+                one.keep(index)
     return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
 
 

@@ -1,31 +1,151 @@
-"""A model that reads texts token by token: left padded, with a key-value cache that has room to grow. b texts, v
-vocabulary.
+"""A model that reads texts token by token: from its cache where that gives the logits of a full pass, else all again.
+
+b texts, v vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from selectkd.data.collate import sent
-from selectkd.models.head import backbone, head_of, unwrapped
+from selectkd.errors import ConfigError
+from selectkd.models.head import backbone, decoder_of, head_of, unwrapped
+from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.models.sharded import inside, is_sharded
+
+PROBES = (5, 2)
+"""Lengths of the texts that a cache is tried on: one of them padded, the padded one left alone at the end."""
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 ROOM = 1.5
 """A full buffer grows by this factor: copies are then a third of a token's cost on the average, and memory half idle at
 the most."""
 
 
-class Reader:
-    """Reads ``prompts`` at once, then one token a text at a time; the model is in evaluation mode while it does.
+class Reader(Protocol):
+    """Reads prompts at once, then one token a text at a time; the model is in evaluation mode while it does.
 
     ``logits`` is [b, width], fp32, of each text's next token. width: how many leading ids may be written; padding rows
     of a head stay out.
     """
+
+    width: int
+    logits: Tensor
+
+    def append(self, token: Tensor) -> None:
+        """One more token of each text, [b]; ``logits`` is then of the one after it."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the texts ``rows`` [m] alone."""
+
+
+def reader(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int) -> Reader:
+    """A reader of ``prompts`` whose logits are those of a full forward pass over each text alone.
+
+    From the model's cache, which costs a token what one token costs; where that is not the same, which a few tokens
+    show the first time a model reads, all of each text is read again for every token.
+    """
+    plain = unwrapped(model)
+    if plain not in _tried:
+        _tried[plain] = holds(CachedReader, model)
+        if not _tried[plain] and not holds(WholeReader, model):
+            raise ConfigError(
+                f"{type(plain).__name__} gives a text other logits beside a longer one than alone, so it cannot write "
+                "several. Use policy: dataset, or another model."
+            )
+    kind = CachedReader if _tried[plain] else WholeReader
+    return kind(model, prompts, width=width, pad_id=pad_id)
+
+
+def holds(kind: type[CachedReader] | type[WholeReader], model: nn.Module) -> bool:
+    """Whether reading two texts at once, one of which leaves, gives the logits of full passes over each alone.
+
+    Half of the digits must be the same: a text read without its history, or with its padding, is off by far more.
+    """
+    head = head_of(model)
+    ids = torch.linspace(1, head.width - 1, sum(PROBES)).long().tolist()
+    texts = [ids[: PROBES[0]], ids[PROBES[0] :]]
+    given: dict[str, Any] = {"width": head.width, "pad_id": 0}
+    alone = [WholeReader(model, [text], **given) for text in texts]
+    try:
+        read = kind(model, texts, **given)
+        same = _same(read, alone, head.weight.dtype)
+        for leaves in (False, True):
+            if leaves:
+                read.keep(torch.tensor([1]))
+                alone = alone[1:]
+            token = torch.full((len(alone),), ids[2], device=head.weight.device)
+            read.append(token)
+            for one in alone:
+                one.append(token[:1])
+            same = same and _same(read, alone, head.weight.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
+        return False
+    return same
+
+
+def _same(read: Reader, alone: Sequence[Reader], dtype: torch.dtype) -> bool:
+    wanted = torch.cat([one.logits for one in alone])
+    if read.logits.shape != wanted.shape:
+        return False
+    off = (read.logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+    return bool(off <= torch.finfo(dtype).eps ** 0.5)
+
+
+class WholeReader:
+    """Every text from its beginning for each token, padded on the right, where no token of a causal model looks."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int
+    ) -> None:
+        self.model, self.decode = model, backbone(model)
+        head = head_of(model)
+        self.head = None if is_sharded(model) else head  # whole within a pass alone
+        self.width = min(width, head.width)
+        self.pad_id = pad_id
+        device = head.weight.device
+        self.length = sent(torch.tensor([len(prompt) for prompt in prompts]), device)
+        self.ids = torch.full((len(prompts), max(map(len, prompts))), pad_id, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
+        self.ids = sent(self.ids, device)
+        self.logits = self._read()
+
+    @torch.no_grad()
+    def append(self, token: Tensor) -> None:
+        self.ids = torch.nn.functional.pad(self.ids, (0, 1), value=self.pad_id)
+        self.ids.scatter_(1, self.length[:, None], token.to(self.ids.device)[:, None])
+        self.length = self.length + 1
+        self.logits = self._read()
+
+    def keep(self, rows: Tensor) -> None:
+        rows = sent(rows, self.ids.device)
+        self.ids, self.length, self.logits = self.ids[rows], self.length[rows], self.logits[rows]
+
+    def _read(self) -> Tensor:
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        mask = (places < self.length[:, None]).long()
+
+        def read() -> Tensor:
+            hidden = self.decode(input_ids=self.ids, attention_mask=mask)  # [b, t, d]
+            last = hidden[torch.arange(len(hidden), device=hidden.device), self.length - 1]  # [b, d]
+            return (self.head or head_of(self.model)).logits(last, self.width)
+
+        return inside(self.model, read)
+
+
+class CachedReader:
+    """The texts padded on the left, beside the model's own kind of cache."""
 
     @torch.no_grad()
     def __init__(
@@ -39,6 +159,8 @@ class Reader:
         )  # whole within a pass alone
         self.width = min(width, head.width)
         self.cache = roomy_cache(unwrapped(model).config)
+        takes = inspect.signature(decoder_of(model).forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         device = head.weight.device
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
@@ -54,16 +176,14 @@ class Reader:
 
     @torch.no_grad()
     def append(self, token: Tensor) -> None:
-        """One more token of each text, [b]; ``logits`` is then of the one after it."""
         token = token.to(self.mask.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], 1)
         self.position = self.position + 1
         self.logits = self._read(token[:, None], self.position)
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the texts ``rows`` [m] alone."""
         rows = sent(rows, self.mask.device)
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
     def _read(self, ids: Tensor, position: Tensor) -> Tensor:
@@ -72,8 +192,8 @@ class Reader:
                 input_ids=ids,
                 attention_mask=self._mask(ids.shape[1]),
                 position_ids=position,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.cache_name: self.cache},
             )  # [b, t, d]
             return (self.head or head_of(self.model)).logits(hidden[:, -1], self.width)
 
@@ -125,8 +245,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :stop, :] for buffer in self.buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.buffers = [buffer[beam_idx] for buffer in self.buffers]
         self.keys, self.values = (buffer[..., : self.size, :] for buffer in self.buffers)
 
 

@@ -85,6 +85,14 @@ def _implementations(config: Any) -> Iterator[tuple[str, str]]:
         return
     for key, value in config.items():
         if isinstance(key, str) and "implementation" in key:
-            names = value.values() if isinstance(value, Mapping) else [value]
-            yield from ((key, name) for name in names if isinstance(name, str))
+            yield from ((key, name) for name in _texts(value))
         yield from _implementations(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)

@@ -21,6 +21,7 @@ from selectkd.data.collate import Batch
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.models.head import decoder_of, head_of, unwrapped
+from selectkd.models.layers import check_cut, cut_config, layers_of
 from selectkd.rows import Head
 
 Inputs = Mapping[str, Tensor]
@@ -31,6 +32,9 @@ PIECE_POSITIONS = 128
 """Token positions run at once: enough for fast matrix products, few enough to give a bad cut up early."""
 HEAD_ROWS = 64
 """Rows whose logits exist at once; 64 rows of a 152,000-word vocabulary are 39 MB in fp32."""
+
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "embedding_norm")
+"""What architectures call the norm behind their last layer."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +107,32 @@ def even_layers(total: int, layers: int) -> list[int]:
     return [(index * (total - 1) + (layers - 1) // 2) // (layers - 1) for index in range(layers)]
 
 
-def layers_of(model: Any) -> nn.ModuleList:
-    """The decoder's list of layers; ConfigError for an architecture without one."""
-    decoder = decoder_of(model)
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
-    raise ConfigError(
-        f"{type(model).__name__} has no plain list of layers to cut. Name a student model instead."
-    )
+def cut_shape(teacher: Any, layers: int, choose: str | Sequence[int]) -> Any:
+    """A cut of a teacher on the meta device; measured layers, which are not known yet, are taken to be the first.
+
+    ConfigError as of ``cut_student``.
+    """
+    total = len(layers_of(teacher))
+    if not 1 <= layers <= total:
+        raise ConfigError(
+            f"a student of {layers} layers cannot be cut from {total}. Use 1 to {total} layers."
+        )
+    if not isinstance(choose, str):
+        kept = _listed(list(choose), layers, total)
+    else:
+        kept = even_layers(total, layers) if choose == "even" else list(range(layers))
+    with torch.device("meta"):
+        student = type(teacher)._from_config(cut_config(teacher.config, kept), dtype=teacher.dtype)
+    check_cut(teacher, student, kept)
+    return student
 
 
 def build(teacher: Any, kept: Sequence[int]) -> nn.Module:
     """A model of the teacher's class with the layers ``kept``, renumbered from 0, in memory of its own.
 
     Built from the cut configuration, so layer_idx, per-layer lists (layer_types and the like) and tied
-    weights are what they are in a model of that size; the random generators are left as they were.
+    weights are what they are in a model of that size; the random generators are left as they were. ConfigError
+    where a model of that size would have layers of other kinds.
     """
     layers = layers_of(teacher)
     prefix = next(name for name, module in teacher.named_modules() if module is layers) + "."
@@ -135,26 +148,16 @@ def build(teacher: Any, kept: Sequence[int]) -> nn.Module:
     devices = sorted({p.device.index for p in teacher.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         student = type(teacher)._from_config(
-            _cut_config(teacher.config, kept),
+            cut_config(teacher.config, kept),
             dtype=teacher.dtype,
             attn_implementation=teacher.config._attn_implementation,
         )
+    check_cut(teacher, student, kept)
     student.load_state_dict(state)
     student.tie_weights()
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(next(teacher.parameters()).device)
-
-
-def _cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """The configuration of the cut: fewer layers, and of every per-layer list the kept entries."""
-    values = config.to_dict()
-    total = values["num_hidden_layers"]
-    for name, value in values.items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
-            values[name] = [value[index] for index in kept]
-    values["num_hidden_layers"] = len(kept)
-    return type(config).from_dict(values)
 
 
 def _listed(choice: list[int], layers: int, total: int) -> list[int]:
@@ -230,6 +233,7 @@ class _Piece:
         decoder = decoder_of(teacher)
         self.layers = layers_of(teacher)
         self.norm = _final_norm(decoder)
+        self.project = getattr(decoder, "project_out", None)  # OPT's, to the width of its embeddings
         self.head: Head = head_of(teacher)
         self.rows = rows
         self.calls: list[tuple[str | None, tuple[Any, ...], dict[str, Any]]] = []
@@ -250,9 +254,10 @@ class _Piece:
         hidden = hidden.flatten(0, 1)[rows]  # [n, d]
         self.logp = torch.cat([torch.log_softmax(self.head.logits(h), -1) for h in hidden.split(HEAD_ROWS)])
         again = self._finish(self._run(range(len(self.layers))))
+        same = len(self.calls) == len(self.layers) and again.shape == hidden.shape
         # the same operations on the same numbers, up to the order in which a norm sums a row
         close = 8 * torch.finfo(hidden.dtype).eps * hidden.abs().max()
-        if len(self.calls) != len(self.layers) or not (again - hidden).abs().max() <= close:
+        if not (same and (again - hidden).abs().max() <= close):
             raise ConfigError(
                 f"the layers of {type(teacher).__name__} cannot be run one after the other, nor measured so. "
                 'Use choose = "even" or a list of layer numbers.'
@@ -283,11 +288,12 @@ class _Piece:
         return hidden
 
     def _finish(self, hidden: Tensor) -> Tensor:
-        return self.norm(hidden.flatten(0, 1)[self.rows])  # [n, d]
+        hidden = self.norm(hidden.flatten(0, 1)[self.rows])  # [n, d]
+        return hidden if self.project is None else self.project(hidden)
 
 
 def _final_norm(decoder: nn.Module) -> nn.Module:
-    for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+    for name in NORMS:
         if isinstance(module := getattr(decoder, name, None), nn.Module):
             return module
     raise ConfigError(

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from selectkd.models.load import _local, _locate, _read_json
+from selectkd.models.folder import read_json
+from selectkd.models.load import _local, _locate
 
 FILES = ("generation_config.json", "config.json")
 
@@ -23,7 +24,7 @@ def end_ids(spec: str | os.PathLike[str], tokenizer: Any, *, revision: str | Non
     folder = _locate(spec, revision, None, weights=False)[0]
     for name in FILES:
         file = Path(folder) / name
-        said = _read_json(file).get("eos_token_id") if file.is_file() else None
+        said = read_json(file).get("eos_token_id") if file.is_file() else None
         if said is not None:
             ids = said if isinstance(said, list) else [said]
             return frozenset(one for one in ids if type(one) is int and one in tokenizer.added_tokens_decoder)

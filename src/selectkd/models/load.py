@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -15,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from selectkd.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
-from selectkd.models.attention import attention_options, check_attention, check_named
+from selectkd.models.attention import attention_options, check_attention
+from selectkd.models.check import check_head
+from selectkd.models.folder import check_folder, configuration
+from selectkd.models.shape import check_found, check_weights, config_of, refused, shape_of, without_reports
 from selectkd.models.sharded import Spread, parts_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +33,6 @@ PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.model", "tokenizer*", "*.tiktoken", "merges.txt"]
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,29 @@ def load_model(
     folder in ``gguf_cache`` (default: selectkd/gguf in the user's cache folder), named by its sha-256, and
     loaded from there. ConfigError, before any weight is read, for a missing path, remote code (auto_map),
     pickled weights only, a dtype, quantization or attention that is unknown or not installed; IntegrityError for a
-    damaged safetensors file. spread: over which ranks the weights lie in parts; each reads its own part of the files.
+    damaged safetensors file, and for one whose tensors are not those of the model that config.json describes.
+    ConfigError for a model whose head does something to its logits that is not known here.
+    spread: over which ranks the weights lie in parts; each reads its own part of the files.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
     options = _quantization_options(quantization, dtype)
     folder, found = _locate(spec, revision, gguf_cache, weights=True)
     check_folder(folder)
+    with refused(folder):
+        options |= attention_options(folder, configuration(folder), attn_implementation, where="attention")
+    check_weights(folder)
     if spread is not None:
         options["distributed_config"] = parts_of(spread, load_shape(folder))
-    options |= attention_options(folder, _check_configuration(folder), attn_implementation, where="attention")
-    tokenizer = _tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, **options
-    )
-    return Loaded(model.eval(), tokenizer, str(spec), found)
+    tokenizer, config = _tokenizer(folder), config_of(folder)
+    with refused(folder), without_reports():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **options,
+        )  # fmt: skip
+    check_found(report, folder)
+    check_head(model.eval())
+    return Loaded(model, tokenizer, str(spec), found)
 
 
 def load_shape(spec: str | os.PathLike[str], *, dtype: str = "float32", revision: str | None = None) -> Any:
@@ -95,11 +103,7 @@ def load_shape(spec: str | os.PathLike[str], *, dtype: str = "float32", revision
     folder, _ = _locate(spec, revision, None, weights=False)
     if folder.is_file():
         raise ConfigError(f"{spec} has no configuration beside it. Name a model folder or a hub model.")
-    _check_configuration(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, local_files_only=True), dtype=DTYPES[dtype]
-        )
+    return shape_of(folder, DTYPES[dtype])
 
 
 def check_model(
@@ -110,7 +114,8 @@ def check_model(
     path = _local(spec)
     if attn_implementation is not None and (path is None or path.is_dir()):
         folder, _ = _locate(spec, revision, None, weights=False)
-        attention_options(folder, _check_configuration(folder), attn_implementation, where=where)
+        with refused(folder):
+            attention_options(folder, configuration(folder), attn_implementation, where=where)
 
 
 def load_tokenizer(
@@ -149,40 +154,13 @@ def packaged_teacher() -> Path:
     return files[0]
 
 
-def check_local(spec: str | os.PathLike[str]) -> None:
-    """``check_folder`` of the model behind ``spec`` where it is a local folder; no weight is read."""
-    path = _local(spec)
-    if path is not None and path.is_dir():
-        check_folder(path)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that would run code or unpickle, and damaged safetensors headers; reads no weight."""
-    config = _check_configuration(folder)
-    if "model_type" not in config:
-        raise ConfigError(f"{folder / 'config.json'} has no model_type. Save the model with save_pretrained.")
-    names = sorted(path.name for path in folder.iterdir())
-    shards = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter")]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in wanted if name not in shards]
-        if missing:
-            raise IntegrityError(
-                f"{index} names {missing[0]!r}, which is not in {folder}. Download the model again."
-            )
-    if not shards:
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        if pickles:
-            raise ConfigError(
-                f"{folder} has only pickled weights ({pickles[0]}), and a pickle can run code. "
-                "Convert the model to safetensors: save_pretrained writes them."
-            )
-        raise ConfigError(
-            f"{folder} has no weights. A model folder needs .safetensors files beside config.json."
-        )
-    for name in shards:
-        _check_safetensors(folder / name)
+def check_local(*specs: str | os.PathLike[str]) -> None:
+    """What ``load_model`` refuses of local folders before it reads a weight; nothing of specs that are none."""
+    for spec in specs:
+        path = _local(spec)
+        if path is not None and path.is_dir():
+            check_folder(path)
+            check_weights(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -200,14 +178,16 @@ def convert_gguf(path: Path, folder: Path) -> None:
     fp32 because a block's scale * code + minimum does not fit the 8 bits of a bfloat16 mantissa.
     """
     tokenizer = _gguf_tokenizer(path)
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+    with refused(path), without_reports():
+        model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             local_files_only=True,
+            output_loading_info=True,
         )
+    check_found(report, path)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -281,7 +261,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=WITHOUT_WEIGHTS))
-        _check_configuration(folder)
+        configuration(folder)
         if weights:
             commit = folder.name
             folder = Path(
@@ -297,52 +277,8 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
     return folder, folder.name
 
 
-def _check_configuration(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; ConfigError if it is missing or any configuration asks for code of its own."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no config.json, so it is no model folder. Name one saved by save_pretrained."
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in _read_json(folder / name):
-            raise ConfigError(
-                f"{folder / name} asks to run the model's own code (auto_map); selectkd never does. "
-                "Use a model whose architecture is part of transformers."
-            )
-    config = _read_json(path)
-    check_named(config, path)
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}. Download the model again.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} holds a {type(content).__name__}, not an object. Download the model again."
-        )
-    return content
-
-
-def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(
-            path, framework="pt"
-        ):  # checks header size, bounds and overlaps without reading tensors
-            pass
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(
-            f"{path} is not a sound safetensors file: {error}. Download it again."
-        ) from error
-
-
 def _tokenizer(folder: Path) -> Any:
-    _check_configuration(folder)
+    configuration(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -355,7 +291,7 @@ def _tokenizer(folder: Path) -> Any:
 def _gguf_tokenizer(path: Path) -> Any:
     """The tokenizer inside a GGUF file; IntegrityError for a file that is none."""
     try:
-        with _quiet():
+        with without_reports():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, IndexError, KeyError) as error:
         raise IntegrityError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
@@ -384,17 +320,3 @@ def _cache_folder(gguf_cache: str | os.PathLike[str] | None) -> Path:
     if gguf_cache is not None:
         return Path(gguf_cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "selectkd" / "gguf"
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """No progress bars of transformers while a GGUF file is converted."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from selectkd.errors import ConfigError
@@ -72,7 +73,15 @@ def adapted(model: Any, config: Any, *, in_fp32: bool = False) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks for a name that transformers has deprecated
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+        except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+            names = sorted(config.target_modules)
+            others = [name for name in linear_layers(model) if name not in names]
+            raise ConfigError(
+                f"peft puts no adapters on {', '.join(names)} of {type(model).__name__}: "
+                f"{' '.join(str(error).split())[:300]} It has: {', '.join(others)}."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -129,14 +138,39 @@ def check_base(model: Any) -> None:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """The last names of the model's linear layers in order of first appearance, the head left out."""
+    """The last names of the layers that can have adapters, in order of first appearance.
+
+    Linear layers but the head, and no name that stands for one whose product an adapter cannot reach: a router, whose
+    module returns more than its product, and a state-space layer's out_proj, whose weight alone its kernel takes.
+    """
     head = model.get_output_embeddings()
-    names = {
-        name.rpartition(".")[2]: None
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    return list(names)
+    names: dict[str, None] = {}
+    others = set()
+    for path, module in model.named_modules():
+        above, _, name = path.rpartition(".")
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.isdigit():
+            names[name] = None
+            if not _is_product(module) or (name == "out_proj" and _state_space(model.get_submodule(above))):
+                others.add(name)
+    return [name for name in names if name not in others]
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a linear layer returns its product alone; asked of a class with a forward pass of its own."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point():
+        return True
+    try:
+        with torch.no_grad():
+            out = module(module.weight.new_zeros(1, 1, module.in_features))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, 1, module.out_features)
+
+
+def _state_space(module: nn.Module) -> bool:
+    """Whether a module is a Mamba-like mixer: it has a state matrix and a skip."""
+    return hasattr(module, "A_log") and hasattr(module, "D")
 
 
 def merge(model: Any) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from selectkd.errors import ConfigError
-from selectkd.models.load import _check_configuration, _locate
+from selectkd.models.load import _locate
+from selectkd.models.shape import config_of
 
 WHOLE = ("full_attention", "attention", "full", "global", "moe", "mlp", "dense", "sparse")
 """Kinds of layers that a mask keeps within a sample."""
@@ -32,8 +32,7 @@ def check_packing(
     folder, _ = _locate(spec, revision, None, weights=False)
     if folder.is_file():
         return  # llama and its kin: what a GGUF file is converted to
-    _check_configuration(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = config_of(folder)
     found = problem(config, length)
     if found is not None:
         raise ConfigError(

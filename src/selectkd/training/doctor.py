@@ -161,13 +161,10 @@ def _folder(recipe: Any) -> str:
 
 
 def _weights(recipe: Any) -> str:
-    """Local model folders are whole by their headers, and hold nothing that would run."""
-    teachers = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
-    named = [getattr(one, "model", None) for one in (recipe.student, *teachers)]
-    specs = [one for one in named if isinstance(one, str)]
-    for spec in specs:
-        check_local(spec)
-    return f"{', '.join(specs)}: no pickles, no code, headers whole" if specs else "no model is named"
+    """Local model folders hold the models that they describe, by their headers, and nothing that would run."""
+    check_local(*recipe.models)
+    told = "no pickles, no code, the tensors that config.json describes"
+    return f"{', '.join(recipe.models)}: {told}" if recipe.models else "no model is named"
 
 
 def _loggers(recipe: Any) -> str:

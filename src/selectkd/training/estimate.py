@@ -21,7 +21,9 @@ from transformers import AttentionInterface
 
 from selectkd.by_device import chunk_rows
 from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
+from selectkd.models.cut import cut_shape
 from selectkd.models.head import backbone, head_of
+from selectkd.models.layers import layers_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import precision_of
@@ -258,7 +260,7 @@ def _held(model: Any, placement: str, device: torch.device | str) -> tuple[int, 
     whole = _bytes(model.parameters()) + _bytes(model.buffers())
     if placement == "device" or (placement == "offloaded" and torch.device(device).type == "cpu"):
         return whole, 0
-    layers = [_bytes(layer.parameters()) for layer in model.get_decoder().layers]
+    layers = [_bytes(layer.parameters()) for layer in layers_of(model)]
     if placement == "offloaded":
         return whole - sum(layers) + 2 * max(layers), sum(layers)  # one at work, the next on its way
     over = int(os.environ.get("WORLD_SIZE", "1"))
@@ -273,9 +275,7 @@ def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
     else:
         named = recipe.teacher.model if teacher is None else teacher.config._name_or_path
         model = load_shape(named, dtype=dtype)
-        layers = model.get_decoder().layers
-        del layers[spec.from_teacher.layers :]
-        model.config.get_text_config().num_hidden_layers = spec.from_teacher.layers
+        model = cut_shape(model, spec.from_teacher.layers, spec.from_teacher.choose)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model

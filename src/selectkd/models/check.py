@@ -1,0 +1,49 @@
+"""Whether a model's logits are those of its head on its backbone, which is what a loss is computed from."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from selectkd.errors import ConfigError
+from selectkd.models.head import backbone, head_of, unwrapped
+from selectkd.models.sharded import inside
+
+PROBE_IDS = 8
+"""Token ids that ``check_head`` reads, spread evenly over the vocabulary."""
+
+
+def check_head(model: nn.Module) -> None:
+    """Run a few tokens through the model and through backbone and head; ConfigError where their logits differ.
+
+    The guard for architectures this module has not met: a scale it does not know would train on wrong logits.
+    """
+    head = head_of(model)
+    ids = torch.linspace(1, head.width - 1, PROBE_IDS, device=head.weight.device).long()[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own calls of torch
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
+    model.train(was_training)
+    # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
+    finite = theirs.isfinite()  # a model whose own logits are not is another fault's business
+    largest = theirs[finite].abs().max().item() if finite.any() else 0.0
+    tolerance = 8 * torch.finfo(head.weight.dtype).eps * max(1.0, largest)
+    same_width = ours.shape == theirs.shape
+    error = float("inf")
+    if same_width:
+        error = torch.where(finite, ours - theirs, 0.0).abs().max().item()
+    if not error <= tolerance:
+        differ = (
+            f"they differ by {error:.3g}"
+            if same_width
+            else f"there are {theirs.shape[-1]} of them, and {ours.shape[-1]} rows in the head"
+        )
+        raise ConfigError(
+            f"the head of {type(unwrapped(model)).__name__} does something to its logits that is not known here: "
+            f"{differ}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
+        )
