@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What came of a block: four columns [b], how many rows have no finite teacher, and the sum of KL(p || q) at
-    temperature 1 where it was asked for. Of a teacher aligned by spans also which rows have no verdict, and the
+    """What came of a block: four columns [b], how many rows have no finite teacher, and KL(p || q) at temperature 1
+    where it was asked for, [b]. Of a teacher aligned by spans also which rows have no verdict, and the
     gradient of ``later``, [b] each."""
 
     divergence: Tensor
@@ -65,7 +65,7 @@ class Seen(NamedTuple):
     acceptance: Tensor
     overlap: Tensor
     bad: Tensor | int
-    kl: Tensor | int = 0
+    kl: Tensor | None = None
     unverified: Tensor | None = None
     grad_later: Tensor | None = None
 
@@ -87,8 +87,8 @@ def pair_at(
 
 @torch.no_grad()
 def kl_of(pair: TokenPair) -> Tensor:
-    """The sum over the rows of KL(p || q)."""
-    return forward_kl(pair.logp, pair.logq).sum()
+    """KL(p || q) of each row, [b]."""
+    return forward_kl(pair.logp, pair.logq)
 
 
 def widened(head: Head, raw: Tensor, name: str, scratch: Scratch) -> Tensor:

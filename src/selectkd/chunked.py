@@ -24,7 +24,7 @@ from selectkd.rows import Head, Scratch, TeacherRows, wide
 SCALED_ENTRIES = 1 << 22
 """Entries of a gradient in 16 bits that are multiplied in fp32 at a time."""
 F = TypeVar("F", bound=Callable[..., Any])
-ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified")
+ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified", "kl")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class ChunkedLoss(torch.autograd.Function):
 
         loss = torch.zeros((), dtype=fp, device=hidden.device)
         seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
-        bad, kl = (torch.zeros((), dtype=fp, device=hidden.device) for _ in range(2))
+        bad = torch.zeros((), dtype=fp, device=hidden.device)
         products = torch.promote_types(
             hidden.dtype, weight.dtype
         )  # rounded to hidden's once backward has scaled them
@@ -152,7 +152,6 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_later[rows] = judged.grad_later
             loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
             bad += judged.bad
-            kl += judged.kl
             if wants_any:
                 # on an accelerator a look at the weights would wait; there the kernels do not read such rows
                 looks = work.objective.drops_rows and raw.device.type == "cpu"
@@ -177,8 +176,8 @@ class ChunkedLoss(torch.autograd.Function):
         of_head = None if head_gradient is None else head_gradient.total
         ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
         rows_out = [seen[name] for name in ROWS]
-        ctx.mark_non_differentiable(bad, kl, *rows_out)
-        return (loss, bad, kl, *rows_out)
+        ctx.mark_non_differentiable(bad, *rows_out)
+        return (loss, bad, *rows_out)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -239,17 +238,16 @@ def judge_chunk(
             do_without_kernels(raw.device.type, str(error))
     columns: dict[str, Tensor] = {}
     bad: Tensor | int = 0
-    kl: Tensor | int = 0
     for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, settings)):
         judged = judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
-        bad, kl = bad + judged.bad, kl + judged.kl
+        bad = bad + judged.bad
         # copied, not kept: small tensors that stay would lie where the next block's large ones have been
         for name, values in judged._asdict().items():
-            if name not in ("bad", "kl") and values is not None:
+            if name != "bad" and values is not None:
                 if name not in columns:
                     columns[name] = torch.empty(raw.shape[0], dtype=values.dtype, device=values.device)
                 columns[name][block] = values
-    return Seen(bad=bad, kl=kl, **columns)
+    return Seen(bad=bad, **columns)
 
 
 def rows_with_gradient(weight: Tensor) -> Tensor | None:

@@ -91,7 +91,7 @@ def judge_dense(
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
     temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
     objective, temperature = settings.objective, settings.temperature
-    kl: Tensor | int = 0
+    kl: Tensor | None = None
     if settings.also_kl and temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     if verified is None and rows.acceptance is None and not objective.reads_statistics:
@@ -115,7 +115,7 @@ def judge_dense(
     columns = {name: joined(told[name], zq) for name in ("divergence", "overlap", *reads)}
     overlap = columns["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
     if told["kl"]:
-        kl = joined(told["kl"], zq).clamp_(min=0.0).sum()
+        kl = joined(told["kl"], zq).clamp_(min=0.0)
     if verified is not None:
         weight, acceptance = objective.weigh(verified, rows.uniform)
     else:

@@ -48,8 +48,8 @@ def distillation_loss(
     multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
     labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. acceptance [n]:
     verdicts in place of the verifier's; a selector ranks the rows of one call, so a step of several calls ranks them
-    beforehand, as training does (``terms.LossPlan``). also_kl: sums hold ``kl`` as well, the sum of KL(p || q) at
-    temperature 1 over all rows, from the same logits.
+    beforehand, as training does (``terms.LossPlan``). also_kl: sums hold ``kl`` and ``row_kl`` as
+    well, KL(p || q) at temperature 1 over all rows, from the same logits.
     gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
     take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
     states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens;
@@ -122,7 +122,7 @@ def distillation_loss(
         products=products,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, bad, kl, seen = _fused(hidden, student, teacher, work, width)
+        loss, bad, seen = _fused(hidden, student, teacher, work, width)
     sums = {
         "n": torch.full((), float(n), device=hidden.device),  # filled there: a copy would wait for the device
         "accepted": seen["acceptance"].sum(),
@@ -134,26 +134,28 @@ def distillation_loss(
         "teacher_nonfinite": bad,
     }
     if also_kl:
-        sums["kl"] = kl
+        sums["kl"] = seen["kl"].sum()
+    else:
+        del seen["kl"]
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
 
 
 def _fused(
     hidden: Tensor, student: Head, teacher: TeacherRows, work: Work, width: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, bad rows, KL, columns [n]) of all rows."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, columns [n]) of all rows."""
     if isinstance(teacher, AlignedRows):
         return _by_spans(hidden, student, teacher, work)
     if work.acceptance is None and work.objective.ranks_the_batch and hidden.shape[0]:
         work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
-    loss, bad, kl, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
-    return loss, bad, kl, dict(zip(ROWS, rows, strict=True))
+    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+    return loss, bad, dict(zip(ROWS, rows, strict=True))
 
 
 def _by_spans(
     hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, bad rows, KL, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
 
     A span's divergence and weight stand at its first row, its verdict and overlap at each of its rows.
     """
@@ -175,19 +177,17 @@ def _by_spans(
         for name in ("uniform", "row_scale", "labels", "sequence")
     }
     work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
-    loss, bad, kl, *rows = ChunkedLoss.apply(
-        hidden[first], student.weight, student.bias, later, student, work
-    )  # type: ignore[misc]
+    loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, work)  # type: ignore[misc]
     inside = span >= 0
     seen = {}
     for name, values in zip(ROWS, rows, strict=True):
         out = values.new_full(span.shape, 1.0 if name == "unverified" else 0.0)
-        if name in ("divergence", "weight"):
+        if name in ("divergence", "weight", "kl"):
             out[first] = values
         else:
             out[inside] = values[span[inside]]
         seen[name] = out
-    return loss, bad, kl, seen
+    return loss, bad, seen
 
 
 def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:

@@ -85,7 +85,7 @@ def _top_k(
     leaf = support.requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
-        kl = kl_of(pair) if settings.also_kl else 0  # at temperature 1: a top-K teacher has no other
+        kl = kl_of(pair) if settings.also_kl else None  # at temperature 1: a top-K teacher has no other
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
@@ -108,7 +108,7 @@ def _autograd(
     """Any divergence, any teacher: the objective as it stands, differentiated."""
     fp = wide(raw.dtype)
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
-    kl: Tensor | int = 0
+    kl: Tensor | None = None
     if settings.also_kl and settings.temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     with torch.set_grad_enabled(settings.wants_gradient):
@@ -138,7 +138,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
         divergence = _across(objective.divergence, logp, logq, pair, teacher)
         with torch.no_grad():
             overlap = torch.minimum(pair.logp, pair.logq)[:, :-1].exp().sum(-1).clamp(max=1.0)
-            kl = _across(forward_kl, logp, logq, pair, teacher).sum() if settings.also_kl else 0
+            kl = _across(forward_kl, logp, logq, pair, teacher) if settings.also_kl else None
             column = teacher.proposal(logq)
             seen = TokenPair(
                 logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,

@@ -59,12 +59,12 @@ def test_kappa_of_an_exact_exponential_is_exact(tmp_path: Path) -> None:
     assert np.exp(seen.intercept) == pytest.approx(0.7, rel=1e-9)
 
 
-@pytest.mark.parametrize(("memory", "least"), [(0.0, 0.91), (0.6, 0.80)])
+@pytest.mark.parametrize(("memory", "least"), [(0.0, 0.93), (0.6, 0.93), (0.8, 0.91)])
 def test_the_interval_of_kappa_holds_the_truth_though_looks_are_correlated(
     tmp_path: Path, memory: float, least: float
 ) -> None:
-    # 0.91 and .99: 95% and 3.5 sigma of 400 trials. Residuals of correlation .6 leave an uncorrected interval at
-    # 67%; the correction, itself estimated from 30 looks, brings it above 80%.
+    # 95% less 2 sigma of 400 trials, 1.1% each; less another 2% at a correlation that 30 looks hardly tell from 1,
+    # where Student's interval holds the truth in half of the trials
     rng, trials, held = np.random.default_rng(0), 400, 0
     template = read_looks(written(tmp_path / "run", [0.5] * 30))
     for _ in range(trials):
@@ -78,7 +78,20 @@ def test_the_interval_of_kappa_holds_the_truth_though_looks_are_correlated(
         line = fit(looks)
         assert line is not None
         held += line.low <= 3.0 <= line.high
-    assert least <= held / trials <= 0.99
+    assert held / trials >= least
+
+
+def test_theorem_1_is_told_of_every_step_between_looks(tmp_path: Path) -> None:
+    seen = dynamics(written(tmp_path / "run", [0.2, 0.4, 0.3, 0.6, 0.7]))
+    assert seen.line is not None and len(seen.claims) == 4
+    for before, after, told in zip(seen.looks, seen.looks[1:], seen.claims, strict=False):
+        room = (after.learned - before.learned) * (1 - before.tar)
+        assert told.gain == pytest.approx(after.tar - before.tar)
+        assert told.bound == pytest.approx(seen.line.kappa * room)
+        assert told.holds == (told.gain >= told.bound) == (told.largest >= seen.line.kappa)
+    assert [told.holds for told in seen.claims][1] is False  # TAR fell
+    assert seen.claim_share == sum(told.holds for told in seen.claims) / 4
+    assert len(seen.as_dict()["theorem_1"]) == 4
 
 
 def test_steps_back_and_flips_are_counted(tmp_path: Path) -> None:

@@ -102,7 +102,12 @@ def test_the_rank_at_the_edge_equals_the_references():
 
 
 def test_most_verifiers_read_statistics():
-    assert set(VERIFIERS) - set(READ_STATISTICS) == {"spec_k_literal", "prefix_gate", "matched_shuffle"}
+    assert set(VERIFIERS) - set(READ_STATISTICS) == {
+        "spec_k_literal",
+        "prefix_gate",
+        "matched_shuffle",
+        "matched_position",
+    }
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_the_whole_loss_with_the_kernels_equals_the_whole_loss(name, dtype, monk
     hidden, head, live = made()
     results = []
     for module in (None, kernels):
-        monkeypatch.setattr(chunked, "kernels_for", lambda *_, module=module: module)
+        monkeypatch.setattr(chunked, "kernels_for", lambda *_, module=module, **__: module)
         h = hidden.to(dtype).detach().requires_grad_()
         w = head.weight.to(dtype).detach().requires_grad_()
         teacher = LiveRows(live.hidden.to(dtype), live.head.weight.to(dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,38 @@ def test_a_line_holds_the_keys_that_are_promised(student: Any, teacher_model: An
     assert set(REQUIRED) <= set(lines[0])
     assert set(lines[0]["streams"]) == {"a", "b"}
     assert 0.0 <= lines[0]["bite"] <= 1.0 and 0.0 <= lines[0]["tar"] <= 1.0
+
+
+def test_a_stream_logs_its_own_divergence_and_beside_it_the_true_kl(student: Any, teacher_model: Any) -> None:
+    model = DistillationModel(student, LiveTeacher(teacher_model), also_kl=True)
+    ledger = Ledger(Objective("reverse_kl", GREEDY), streams=("a", "b"))
+    (portion,) = ledger.begin(padded(texts(4), 4))
+    loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)
+    ledger.add(portion, loss, sums)
+    ledger.settle([])
+    assert ledger.accept(0.0)
+    told = ledger.line()["streams"]
+    plain = DistillationModel(student, LiveTeacher(teacher_model))
+    _, of_kl = plain(portion.batch, portion.row_scale, portion.uniform, Objective("forward_kl", GREEDY))
+    for number, name in enumerate(("a", "b")):
+        rows = portion.seen.stream == number
+        assert told[name]["kl"] == pytest.approx(float(of_kl["row_divergence"][rows].mean()), rel=1e-5)
+        assert told[name]["divergence"] == pytest.approx(float(sums["row_divergence"][rows].mean()), rel=1e-5)
+        assert told[name]["kl"] != pytest.approx(told[name]["divergence"], rel=1e-3)
+
+
+GATED = Objective("forward_kl", GREEDY, beta=0.3)
+
+
+def test_evaluation_measures_every_row_where_training_thins_them_out(
+    student: Any, teacher_model: Any
+) -> None:
+    held, teacher = padded(texts(4), 4), LiveTeacher(teacher_model)
+    thin, whole = (
+        evaluate(student, teacher, held, replace(GATED, thin_rejected=one), streams=("a", "b"))
+        for one in (True, False)
+    )
+    assert thin == whole and 0 < whole.bite < 1
 
 
 def test_learning_lowers_the_held_out_kl_of_its_own_text(student: Any, teacher_model: Any) -> None:

@@ -40,6 +40,8 @@ def dynamics(
             f"kappa {one.kappa:.4g} [{one.low:.4g}, {one.high:.4g}] per unit of learning rate, {one.rate:.3g} a step "
             f"({one.used} looks, R2 {one.r_squared:.2f}, residuals correlated {one.correlation:.2f})"
         )
+    if seen.claim_share is not None:
+        say(f"Theorem 1's inequality at that kappa holds between {seen.claim_share:.0%} of successive looks")
     say(
         f"TAR did not fall on {seen.nondecreasing_share:.0%} of the looks; flips: "
         f"{seen.lost} accepted to rejected, {seen.won} rejected to accepted"

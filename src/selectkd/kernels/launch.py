@@ -77,10 +77,10 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
             acceptance = objective.verifier.from_statistics(told, rows.uniform).to(torch.float32)
         weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
         value, factor = _value_and_factor(launch.name, table, finite)
-        kl: Tensor | int = 0
+        kl: Tensor | None = None
         if settings.also_kl:
             at_one = table if kl_here else verified if kl_there else launch.statistics(1.0, kl=True)
-            kl = torch.where(finite, at_one["kl"].clamp(min=0.0), 0.0).sum()
+            kl = torch.where(finite, at_one["kl"].clamp(min=0.0), 0.0)
         if settings.wants_gradient:
             back = float(settings.head.scale) / temperature
             worth = rows.scale.to(torch.float32) * weight * back

@@ -139,7 +139,8 @@ def weighted_sum(
     losses: list[Tensor] = []
     scalars = (*SCALARS, "kl") if forward.also_kl else SCALARS
     total = {name: torch.zeros((), device=device) for name in scalars}
-    rows = {f"row_{name}": torch.zeros(n, device=device) for name in ROWS}
+    columns = [name for name in ROWS if name != "kl" or forward.also_kl]
+    rows = {f"row_{name}": torch.zeros(n, device=device) for name in columns}
     for term in terms:
         whole = term.rows is None
         if not whole and not term.rows.numel():  # type: ignore[union-attr]

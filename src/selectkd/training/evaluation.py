@@ -69,7 +69,8 @@ def evaluate(
     """Measures ``student`` on ``batches``; its mode is put back afterwards. The same text gives the same
     numbers.
     """
-    measured = replace(objective, divergence="forward_kl")
+    # every row is measured, at its own weight: to thin them out is for training alone
+    measured = replace(objective, divergence="forward_kl", thin_rejected=False)
     was_training = student.training
     student.eval()
     total = torch.zeros(len(FIELDS) + len(streams) * len(STREAM_FIELDS), dtype=torch.float64)
@@ -80,10 +81,10 @@ def evaluate(
             seen = supervised(batch)
             if not seen.position.shape[0]:
                 continue
-            uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
+            uniform = draws(batch, seen, measured.uniforms_per_token, seed=seed, step=0)
             look = partial(_measured, student, teacher, batch, seen, measured, uniform, chunk, precision)
             loss, sums, own = inside(student, look)
-            sums["kl"] = sums["divergence"]
+            sums["kl"], sums["row_kl"] = sums["divergence"], sums["row_divergence"]
             portion = Portion(batch, seen, torch.empty(0), uniform, last=True)
             total += step_sums(portion, loss, sums, streams=len(streams)).cpu()
             surprise += torch.tensor(own, dtype=torch.float64)

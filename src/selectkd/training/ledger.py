@@ -37,7 +37,7 @@ FIELDS = (
     "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
 )  # fmt: skip
 LOSS, WEIGHT = FIELDS.index("loss"), FIELDS.index("weight")
-STREAM_FIELDS = ("tar", "sequences", "divergence", "n")
+STREAM_FIELDS = ("tar", "sequences", "divergence", "kl", "n")
 BAD_IN_A_ROW = 3
 BAD_SHARE = 0.01
 TEACHER_BAD_SHARE = 0.3
@@ -288,7 +288,8 @@ def step_sums(portion: Portion, loss: Tensor, sums: dict[str, Tensor], *, stream
         (0, of_sequence, shares),
         (1, of_sequence, torch.ones_like(shares)),
         (2, seen.stream, sums["row_divergence"]),
-        (3, seen.stream, torch.ones_like(sums["row_divergence"])),
+        (3, seen.stream, sums["row_kl"]),
+        (4, seen.stream, torch.ones_like(sums["row_divergence"])),
     ):
         per_stream[:, column].index_add_(0, index, value.double())
     return torch.cat([head, per_stream.reshape(-1)])
@@ -315,10 +316,11 @@ def rates(sums: dict[str, float]) -> dict[str, float | None]:
 
 
 def stream_rates(total: Tensor, streams: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """tar and kl (the objective's divergence, per token) of each stream that had rows."""
+    """tar, divergence (of the run's objective) and kl (KL(p || q) at temperature 1), both a token, of each stream that
+    had rows."""
     rows = total[len(FIELDS) :].reshape(len(streams), len(STREAM_FIELDS)).tolist()
     return {
-        name: {"tar": tar / sequences if sequences else None, "kl": divergence / n if n else None}
-        for name, (tar, sequences, divergence, n) in zip(streams, rows, strict=True)
+        name: {"tar": tar / sequences if sequences else None, "kl": kl / n, "divergence": divergence / n}
+        for name, (tar, sequences, divergence, kl, n) in zip(streams, rows, strict=True)
         if n
     }

@@ -139,7 +139,7 @@ class DistillationModel(nn.Module):
         )
         if is_sharded(self.student) and torch.is_grad_enabled() and head.weight.requires_grad:
             loss = _Reaching.apply(loss, *head_parameters(head))
-        return loss, {"kl": sums["divergence"]} | sums
+        return loss, {"kl": sums["divergence"], "row_kl": sums["row_divergence"]} | sums
 
     def _in_chunks(self, ask: Callable[[Forward], T], here: Forward, extras: Sequence[Extra]) -> T:
         """What is asked of a forward pass; where memory runs out, again with half the rows a chunk, which changes
