@@ -94,9 +94,11 @@ def ends_of(recipe: Any, tokenizer: Any) -> frozenset[int]:
     if recipe.student.model is not None:
         ends |= end_ids(recipe.student.model, tokenizer, revision=recipe.student.revision)
     for teacher in recipe.teachers:
-        here = isinstance(teacher, ModelTeacher) and teacher.cross_tokenizer is None
-        to_build = isinstance(teacher, CacheTeacher) and teacher.model is not None and not _cached(recipe)
-        if here or to_build:
+        if isinstance(teacher, ModelTeacher) and teacher.cross_tokenizer is not None:
+            continue  # its ids are not the student's
+        if isinstance(teacher, ModelTeacher | CacheTeacher) and teacher.model is not None:
+            if isinstance(teacher, CacheTeacher) and _cached(recipe):
+                continue  # what it was built with counts
             ends |= end_ids(teacher.model, tokenizer, revision=teacher.revision)
     return frozenset(ends)
 

@@ -93,6 +93,32 @@ def test_a_template_that_asks_for_the_date_is_given_one_for_the_whole_run(made):
     assert read_text(recipe, tokenizer, date="2020-01-02").template.moment == "2021-05-06"
 
 
+@pytest.mark.parametrize("template", [DATED, CHAT])
+def test_doctor_knows_the_token_that_ends_each_samples_trained_text(made, template):
+    from types import SimpleNamespace
+
+    from selectkd.training.doctor import closed, ends_in
+
+    tokenizer, recipe = made(template)
+    text = read_text(recipe, tokenizer)
+    plan = SimpleNamespace(text=text, tokenizer=tokenizer)
+    assert all(closed(example, ends_in(plan)) for example in text.sources[0].examples)
+
+
+def test_a_cache_of_another_date_or_template_is_refused_by_that_name(made, tmp_path):
+    from selectkd.errors import CacheError
+    from selectkd.teachers.cache.plan import CachePlan
+
+    tokenizer, recipe = made(DATED)
+    template = read_text(recipe, tokenizer, date="2020-01-02").template
+    index = {"template": template.fingerprint, "date": "2020-01-02"}
+    CachePlan(tmp_path, _index=index).check_template(template)
+    with pytest.raises(CacheError, match="date: 2020-01-01 in the cache, 2020-01-02 wanted"):
+        CachePlan(tmp_path, _index={**index, "date": "2020-01-01"}).check_template(template)
+    with pytest.raises(CacheError, match="template: x in the cache"):
+        CachePlan(tmp_path, _index={**index, "template": "x"}).check_template(template)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.29, 0.4, 0.45, 0.5, 0.7, 0.9])
 def test_a_held_out_share_is_that_share_of_each_source_and_spread_over_it(share):
     examples = [Example([1, 2], [False, True], 0, str(i)) for i in range(100)]

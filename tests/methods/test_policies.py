@@ -116,6 +116,20 @@ def test_the_teachers_text_of_a_prompt_is_written_once_and_stays(student: Any, t
     )
 
 
+def test_a_prompt_in_two_sources_has_the_teachers_text_of_each_ones_sampling_and_limit(
+    student: Any, teacher: Any
+) -> None:
+    policies = [TeacherPolicy(name="teacher", max_new_tokens=limit) for limit in (3, 9)]
+    example = texts(1, streams=1)[0]
+    given = collate([example, replace(example, stream=1)], pad_id=0)
+    both = Writer(
+        policies, streams_of(["a", "b"], policies), student, teacher, ends=frozenset(), width=VOCABULARY, pad_id=0,
+        max_length=40,
+    )  # fmt: skip
+    lengths = [sum(one.completion) for one in examples_of(both(given, 1))]
+    assert lengths == [3, 9]
+
+
 def test_pairs_are_two_texts_of_each_prompt_in_streams_of_their_own(student: Any, teacher: Any) -> None:
     write = writer(PairsPolicy(name="pairs"), student, teacher)
     streams = [(stream.name, stream.writer) for stream in write.streams]

@@ -12,7 +12,7 @@ import struct
 import sys
 from datetime import datetime
 from functools import lru_cache, partial
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -116,7 +116,7 @@ def limit(seconds: float, room: int) -> None:
         )
 
 
-def read(stream: BinaryIO) -> dict[str, Any] | None:
+def read(stream: IO[bytes]) -> Any:
     """The next message, None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
@@ -126,7 +126,7 @@ def read(stream: BinaryIO) -> dict[str, Any] | None:
     return json.loads(body) if len(body) == size else None
 
 
-def send(stream: BinaryIO, message: Any) -> int:
+def send(stream: IO[bytes], message: Any) -> int:
     """Writes a message; returns its size in bytes."""
     body = json.dumps(message, ensure_ascii=True, default=lambda value: f"<{type(value).__name__}>").encode()
     stream.write(struct.pack("<Q", len(body)))

@@ -204,10 +204,10 @@ def _text(plan: Plan) -> str:
     examples = [example for source in plan.sources for example in source.examples]
     found = inspect.check(examples, held_out=plan.heldout)
     ends = ends_in(plan)
-    closed = sum(_closed(example, ends) for example in examples)
+    whole = sum(closed(example, ends) for example in examples)
     told = (
         f"{found.examples:,} samples, {found.trained_tokens:,} of {found.tokens:,} tokens trained, "
-        f"{found.shortest} to {found.longest} tokens; {closed:,} end with a trained end of sequence"
+        f"{found.shortest} to {found.longest} tokens; {whole:,} end with a trained end of sequence"
     )
     return " ".join([f"{told}; {len(plan.heldout):,} held out.", *plan.text.told, *found.warnings])
 
@@ -218,7 +218,7 @@ def ends_in(plan: Plan) -> frozenset[int]:
     return found.union(*plan.text.template.ends.values())
 
 
-def _closed(example: Example, ends: Collection[int]) -> bool:
+def closed(example: Example, ends: Collection[int]) -> bool:
     """Whether the last token that is trained ends a turn or the text."""
     trained = [index for index, one in zip(example.input_ids, example.completion, strict=True) if one]
     return bool(trained) and trained[-1] in ends
