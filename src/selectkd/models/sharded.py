@@ -85,7 +85,9 @@ def parts_of(spread: Spread, shape: Any) -> DistributedConfig:
 
 def shard(model: Any, spread: Spread) -> Any:
     """A whole model in memory taken apart in place, as ``load_model`` with ``spread`` loads one."""
-    kind, head, embedding = type(model), model.get_output_embeddings(), model.get_input_embeddings()
+    kind: Any = type(model)
+    head: Any = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if (
         tied
