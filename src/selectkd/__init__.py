@@ -23,6 +23,8 @@ _HOMES = {
     "TaidSchedule": "selectkd.schedules",
     "TokenPair": "selectkd.pair",
     "VERIFIERS": "selectkd.verifiers",
+    "allow_plugin": "selectkd.plugins",
+    "component": "selectkd.plugins",
     "dense_pair": "selectkd.pair",
     "distillation_loss": "selectkd.distill",
     "load_recipe": "selectkd.config",
@@ -47,6 +49,8 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
     "TaidSchedule",
     "DistillTrainer",
     "load_recipe",
+    "component",
+    "allow_plugin",
 ]
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from selectkd.divergences import DIVERGENCES
     from selectkd.objective import Objective
     from selectkd.pair import TokenPair, dense_pair, topk_pair
+    from selectkd.plugins import allow_plugin, component
     from selectkd.randomness import uniforms
     from selectkd.rows import CachedRows, Head, LiveRows
     from selectkd.schedules import BetaSchedule, TaidSchedule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import types
 import typing
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from selectkd.errors import ConfigError
+from selectkd.plugins import load
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 
@@ -40,7 +40,8 @@ def lookup(
     """The component a spec names and its parameters, checked against the component's own signature.
 
     Raises ConfigError for an unknown name or parameter (with the closest known one), a value of the wrong
-    type, and a parameter that is missing. Nothing is called.
+    type, and a parameter that is missing. Nothing is called; ``module:object`` imports what the user allowed alone,
+    see ``plugins``.
 
     >>> table = {"clip": lambda logp, logq, *, low=0.0: logp}
     >>> lookup(table, {"name": "clip", "low": 0.1}, kind="divergence")[1]
@@ -53,7 +54,7 @@ def lookup(
     if name in table:
         component = table[name]
     elif ":" in name:
-        component = _imported(name, kind)
+        component = load(name, kind)
     else:
         known = sorted(table)
         raise ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
@@ -145,17 +146,3 @@ def _callable(spec: Any, kind: str) -> Any:
     if not callable(spec):
         raise ConfigError(f"a {kind} must be a name, a mapping with a name, or a callable, got {spec!r}.")
     return spec
-
-
-def _imported(path: str, kind: str) -> Callable[..., Any]:
-    module, _, attribute = path.partition(":")
-    try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
-        raise ConfigError(
-            f"{kind} {path!r} cannot be imported: {error}. "
-            "Write 'module:attribute' of something installed or on PYTHONPATH."
-        ) from error
-    return _callable(found, kind)

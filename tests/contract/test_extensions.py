@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from selectkd import LiveRows, Objective, distillation_loss
+from selectkd import LiveRows, Objective, allow_plugin, distillation_loss, plugins
 from selectkd.errors import ConfigError
 from selectkd.testing import check_divergence, check_verifier
 
@@ -16,10 +16,14 @@ OUTSIDE = textwrap.dedent(
     '''
     from dataclasses import dataclass
 
+    from selectkd import component
+
+    @component("divergence")
     def squared_hellinger(logp, logq, *, scale=1.0):
         """scale * (1 - sum sqrt(p q))."""
         return (scale * 0.5 * ((0.5 * logp).exp() - (0.5 * logq).exp()).square().sum(-1))
 
+    @component("verifier")
     @dataclass(frozen=True)
     class top_mass:
         """a = 1 where the teacher gives the proposal at least `least`."""
@@ -38,6 +42,8 @@ OUTSIDE = textwrap.dedent(
 def outside(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(OUTSIDE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "_allowed", {})
+    allow_plugin("my_losses")
     yield
     sys.modules.pop("my_losses", None)
 

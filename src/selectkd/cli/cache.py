@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, told
 from selectkd.errors import CacheError, ConfigError
 
@@ -37,6 +38,7 @@ def build(
         typer.Argument(help="A recipe with teacher: {cache: FOLDER, model: MODEL or server: {url: URL}}."),
     ],
     changes: Changes = None,
+    allow_plugin: AllowPlugin = None,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
     device: Device = "auto",
@@ -79,7 +81,9 @@ def build(
 
 
 @app.command("verify")
-def verify(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+def verify(
+    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
+) -> None:
     """Check every byte of a cache; exit code 5 where one is wrong."""
     from selectkd.teachers.cache import verify as look
 
@@ -97,7 +101,13 @@ def verify(target: Target, changes: Changes = None, as_json: Json = False) -> No
 
 
 @app.command("repair")
-def repair(target: Target, changes: Changes = None, device: Device = "auto", as_json: Json = False) -> None:
+def repair(
+    target: Target,
+    changes: Changes = None,
+    allow_plugin: AllowPlugin = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
     """Compute again what is broken, and only that."""
     from selectkd.devices import use_device
     from selectkd.teachers.cache import records_of
@@ -117,7 +127,9 @@ def repair(target: Target, changes: Changes = None, device: Device = "auto", as_
 
 
 @app.command("info")
-def info(target: Target, changes: Changes = None, as_json: Json = False) -> None:
+def info(
+    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
+) -> None:
     """Say what a cache holds and whose it is."""
     from selectkd.teachers.cache import read_index
 

@@ -10,6 +10,7 @@ import typer
 
 from selectkd.cli.answer import JsonFile, check_answer
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 
@@ -35,6 +36,7 @@ def compare(
             help="Also random rows at the same rate, and at the same rate at each place of an answer.",
         ),
     ] = False,
+    allow_plugin: AllowPlugin = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of every recipe.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import clean, paint, say, write
 from selectkd.errors import ConfigError
 
@@ -60,6 +61,7 @@ class Wanted:
 def check(
     target: Target,
     tokenizer: TokenizerOf = None,
+    allow_plugin: AllowPlugin = None,
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
@@ -95,6 +97,7 @@ def check(
 def show(
     target: Target,
     tokenizer: TokenizerOf = None,
+    allow_plugin: AllowPlugin = None,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
     ] = 3,
@@ -127,6 +130,7 @@ def show(
 @app.command("align")
 def align(
     target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe with teacher.cross_tokenizer.")],
+    allow_plugin: AllowPlugin = None,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
     ] = 3,

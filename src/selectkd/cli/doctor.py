@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
 
 def doctor(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
+    allow_plugin: AllowPlugin = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
     ] = None,

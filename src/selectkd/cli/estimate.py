@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 
 
 def estimate(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
+    allow_plugin: AllowPlugin = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -35,6 +36,7 @@ def generate(
         typer.Option("--server-key-env", help="The environment variable that holds the server's key."),
     ] = None,
     device: Device = "auto",
+    allow_plugin: AllowPlugin = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
     ] = None,

@@ -10,6 +10,7 @@ import typer
 
 from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -43,6 +44,7 @@ def landscape(
         int, typer.Option("--seed", min=0, help="Of the directions, the same for every student.")
     ] = 0,
     device: Device = "auto",
+    allow_plugin: AllowPlugin = None,
     json_file: JsonFile = None,
     figure: FigureFile = None,
 ) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import Told, say, without_other_bars
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file. `selectkd init` writes one.")],
+    allow_plugin: AllowPlugin = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set training.learning_rate=1e-4"),

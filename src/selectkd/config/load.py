@@ -14,6 +14,7 @@ from selectkd.config.problems import Problem, explained, fields_at, raised
 from selectkd.config.schema import Recipe
 from selectkd.config.yaml_text import MOST_BYTES, Document, read
 from selectkd.errors import ConfigError
+from selectkd.plugins import search
 from selectkd.registry import did_you_mean
 
 OPEN = {"divergence", "verifier", "selector", "extras", "method", "selection", "policy", "template_arguments"}
@@ -24,10 +25,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """The recipe in a YAML file, with ``a.b=value`` overrides laid over it. Imports no torch.
 
     Raises one ConfigError that names every problem, with file:line (or the override) and what would work.
+    Its folder is searched for modules that ``allow_plugin`` named.
     Names and parameters of divergences, verifiers and selectors are checked where those are built.
     """
     source = str(path)
     document = read(_text(Path(path)), source=source)
+    search(Path(path).parent)
     return _checked(document, source, overrides)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from selectkd.plugins import Granted, grant, granted
 
 FIELDS = ("held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "peak_bytes")
 """What a row says of a run, beside what it is called; all None where the run failed."""
@@ -31,7 +36,9 @@ def run_apart(
     if sys.platform == "linux":
         context.set_forkserver_preload(["selectkd.studies.preloaded"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(dict(values), str(folder), keep, device, sender))
+    process = context.Process(
+        target=_child, args=(dict(values), str(folder), keep, device, granted(), sender)
+    )
     process.start()
     sender.close()
     try:
@@ -44,11 +51,15 @@ def run_apart(
     return row if row is not None else {"error": f"the run ended with exit code {process.exitcode}"}
 
 
-def _child(values: dict[str, Any], folder: str, keep: bool, device: str, sender: Connection) -> None:
+def _child(
+    values: dict[str, Any], folder: str, keep: bool, device: str, plugins: Granted, sender: Connection
+) -> None:
     from transformers.utils import logging as transformers_logging
 
     from selectkd.errors import SelectKDError
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    grant(plugins)
     transformers_logging.disable_progress_bar()
     logging.getLogger("selectkd").setLevel(logging.ERROR)  # what it warns of is in the row
     try:
@@ -57,6 +68,25 @@ def _child(values: dict[str, Any], folder: str, keep: bool, device: str, sender:
         sender.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
     finally:
         sender.close()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that asked for the run is gone, however that went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def empty(folder: Path) -> None:
+    """Takes away the rest of a run that never came to its row; ConfigError where a process works in it, or where
+    the folder holds no run."""
+    from selectkd.training.rundir import check_output_dir, locked
+
+    check_output_dir(folder)
+    if folder.exists():
+        with locked(folder):
+            shutil.rmtree(folder)
 
 
 def measured(
@@ -70,8 +100,7 @@ def measured(
     from selectkd.config import recipe_from
     from selectkd.training.run import train
 
-    if folder.exists():
-        shutil.rmtree(folder)  # the rest of a run that never came to its row
+    empty(folder)
     values["training"] = {**values["training"], "output_dir": str(folder)}
     recipe = recipe_from(values)
     kept: list[Any] = []
