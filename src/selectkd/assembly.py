@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from selectkd.compiled import check_compiled
+from selectkd.config.departures import told_of as told_of_method
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
@@ -128,7 +129,7 @@ def assemble(
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
-    told: list[str] = plan.text.told
+    told = [*plan.text.told, *told_of_method(recipe)]
 
     student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:

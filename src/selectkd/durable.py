@@ -7,12 +7,13 @@ grow by a line at a time (written text, an evaluation's answers and verdicts).
 from __future__ import annotations
 
 import errno
-import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,10 @@ from typing import Any
 import xxhash
 
 from selectkd.errors import ResourceError
+
+if sys.platform == "win32":
+    raise ImportError("selectkd's runs, caches and evaluations need Linux or macOS. On Windows use WSL 2.")
+import fcntl
 
 READ = 1 << 22
 """Bytes read at once where a file is hashed."""
@@ -45,6 +50,14 @@ def write_whole(path: Path, content: bytes) -> None:
         sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
+        raise disk_error(error, path, needed=len(content)) from error
+
+
+def write_plain(path: Path, content: bytes) -> None:
+    """``content`` into a file the user named, which may be a device; ResourceError where it cannot be written."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
         raise disk_error(error, path, needed=len(content)) from error
 
 
@@ -103,12 +116,41 @@ def sync_folder(folder: Path) -> None:
         sync(path)
 
 
+def clear_left(path: Path) -> None:
+    """Deletes what killed processes left beside ``path``: its partial copies, and an old one that was moved aside; that
+    goes back first where nothing has taken its place.
+    """
+    for kind in ("old", "partial"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+            number = left.name.rpartition("-")[2]
+            if not number.isdecimal() or (int(number) != os.getpid() and _alive(int(number))):
+                continue
+            if kind == "old" and not path.exists():
+                left.rename(path)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put ``partial`` in the place of ``folder``; what stood there is moved aside first and deleted last."""
     aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.exists():
         folder.rename(aside)
+        fault_point("moved aside")
     partial.rename(folder)
+    fault_point("replaced")
     sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

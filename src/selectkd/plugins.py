@@ -1,9 +1,9 @@
 """Components from outside the package: which modules a recipe may name, and which of their objects.
 
-A recipe comes from anywhere, so a name ``module:object`` in it loads a module only where the user allowed it (``allow_plugin``,
-``--allow-plugin``) or an installed package did (entry points of the group ``selectkd.plugins``), and only an object
-that says by ``component`` what it is. The folder of a recipe is searched for allowed modules alone: a file beside a
-recipe takes no other module's place.
+A recipe comes from anywhere, so a name ``module:object`` in it loads a module only where the user allowed it
+(``allow_plugin``, ``--allow-plugin``) or an installed package did (entry points of the group ``selectkd.plugins``), and
+only an object that says by ``component`` what it is. The folder of a recipe is searched for allowed modules alone: a
+file beside a recipe takes no other module's place.
 """
 
 from __future__ import annotations

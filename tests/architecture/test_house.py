@@ -54,8 +54,12 @@ CELL = PACKAGE / "evals" / "sandbox" / "cell.py"
 """What runs a model's program: a process of its own, locked in, that must survive whatever the program raises."""
 
 
+LOGGERS = PACKAGE / "training" / "loggers.py"
+"""What calls other people's loggers, whose errors are told and must not end a run."""
+
+
 def test_no_error_is_swallowed() -> None:
-    for name, tree in trees([file for file in FILES if file != CELL]):
+    for name, tree in trees([file for file in FILES if file not in (CELL, LOGGERS)]):
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type is not None else ""

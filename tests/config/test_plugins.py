@@ -107,7 +107,7 @@ ESCAPES: dict[str, dict[str, Any]] = {
     "two colons": {"objective/verifier": "evil:run:run"},
 }  # fmt: skip
 WITH_OWN = {
-    "what an allowed module imported": {"objective/verifier": {"name": "own_parts:Popen", "args": ["touch", "WITNESS"]}},
+    "what an allowed module imported": {"objective/verifier": {**POPEN, "name": "own_parts:Popen"}},
     "a function it imported": {"objective/divergence": {"name": "own_parts:system", "command": "touch WITNESS"}},
     "a module it imported": {"objective/divergence": {"name": "own_parts:os.system", "command": "touch WITNESS"}},
     "its builtins": {"objective/divergence": "own_parts:__builtins__"},

@@ -97,7 +97,8 @@ def test_a_component_from_outside_needs_no_file_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outside_losses.py").write_text(
-        "from selectkd import component\n@component('divergence')\ndef twice(logp, logq, *, by: float = 2.0):\n    return by * (logp - logq)\n"
+        "from selectkd import component\n@component('divergence')\n"
+        "def twice(logp, logq, *, by: float = 2.0):\n    return by * (logp - logq)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(plugins, "_allowed", {"outside_losses": None})

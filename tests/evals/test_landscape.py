@@ -168,3 +168,16 @@ def test_landscape_of_a_run_and_of_its_student_before(
     )
     assert main(["landscape", str(tmp_path)]) == 2
     assert main(["landscape", str(tiny_run), "--reach", "0"]) == 2
+
+
+@pytest.mark.parametrize("name", ["runs/a$x_1", "$\\frac{$", "a\\$b$c", "_hidden", "$$", "runs/{a}^b"])
+def test_a_path_with_signs_of_a_formula_breaks_no_figure(name: str, tmp_path: Path) -> None:
+    from selectkd.evals.figures import _figure, _save, _shown
+
+    figure = _figure(4, 3)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], label=_shown(name))
+    axes.set_title(_shown(name))
+    assert len(axes.legend().get_texts()) == 1
+    _save(figure, tmp_path / "$a_b$.svg")
+    assert (tmp_path / "$a_b$.svg").stat().st_size > 1000

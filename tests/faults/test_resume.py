@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from faults.tiny_run import left, recipe_for, steps_of
+from selectkd.cli import main
 from selectkd.errors import ConfigError, IntegrityError, Interrupted, Preempted
 from selectkd.training.checkpoint.folder import check
 from selectkd.training.run import train
@@ -126,11 +127,66 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_used(
     assert name in caplog.text and (broken_off / "checkpoints" / "invalid" / "step-00000006").is_dir()
 
 
-def test_no_valid_checkpoint_at_all_starts_the_run_anew(pair: Path, whole: Path, broken_off: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(
+    pair: Path, broken_off: Path, tmp_path: Path, capsys: Any
+) -> None:
     for path in (broken_off / "checkpoints").iterdir():
         (path / "MANIFEST.json").unlink()
+    before = {path: path.read_bytes() for path in broken_off.rglob("*") if path.is_file()}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_for(pair, broken_off).model_dump(mode="json", exclude_none=True)))
+    for verb in ("train", "train", "doctor"):  # a second time as well
+        assert main([verb, str(recipe)]) == 5
+        said = capsys.readouterr()
+        assert (
+            "no checkpoint of 2" in said.out + said.err
+            and "another training.output_dir" in said.out + said.err
+        )
+    after = {path: path.read_bytes() for path in broken_off.rglob("*") if path.is_file()}
+    assert {path: raw for path, raw in after.items() if path.name != ".lock"} == {
+        path: raw for path, raw in before.items() if path.name != ".lock"
+    }
+
+
+def test_a_damaged_manifest_of_a_finished_run_is_refused(pair: Path, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for raw in (b"", b"{}", b"[1]", (whole / "manifest.json").read_bytes()[:-40]):
+        (folder / "manifest.json").write_bytes(raw)
+        with pytest.raises(IntegrityError, match=r"manifest\.json is damaged"):
+            train(recipe_for(pair, folder))
+
+
+def test_what_lies_beside_a_run_changes_nothing_of_what_is_gone_on_with(
+    pair: Path, whole: Path, broken_off: Path
+) -> None:
+    saved = broken_off / "checkpoints"
+    beside = [
+        "step-00000009-copy",
+        "step-99",
+        "step-abc",
+        "step-00000006 (2)",
+        ".step-notes",
+        "step-0000000\u0667",
+    ]
+    for name in beside:
+        shutil.copytree(saved / "step-00000004", saved / name)
+    (saved / "step-00000008").write_text("a file")
+    (saved / "step-00000006" / ".DS_Store").write_text("")
+    for name in ("notes", "student.old", "bad_batches"):
+        (broken_off / name).mkdir()
+    (broken_off / "checkpoint-9.txt").write_text("mine")
     result = train(recipe_for(pair, broken_off))
-    assert result.resumed_from is None and left(broken_off) == left(whole)
+    assert result.resumed_from == 6 and left(broken_off) == left(whole)
+    assert all((saved / name).is_dir() for name in beside) and (broken_off / "notes").is_dir()
+
+
+def test_a_copy_of_a_checkpoint_under_another_steps_name_is_not_gone_on_with(
+    pair: Path, whole: Path, broken_off: Path, caplog: Any
+) -> None:
+    saved = broken_off / "checkpoints"
+    shutil.copytree(saved / "step-00000004", saved / "step-00000007")
+    assert train(recipe_for(pair, broken_off)).resumed_from == 6
+    assert "a copy of step 4" in caplog.text and left(broken_off) == left(whole)
 
 
 def test_every_flip_truncation_and_zeroed_block_of_a_checkpoint_is_detected(

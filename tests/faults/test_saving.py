@@ -20,9 +20,11 @@ from faults.tiny_run import left, recipe_for
 from selectkd.cli import main
 from selectkd.durable import FAULT
 from selectkd.errors import ResourceError, TeacherError
+from selectkd.models.save import save_student
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.checkpoint.folder import all_in, check
 from selectkd.training.run import train
+from training.tiny import tiny_llama, tiny_tokenizer
 
 POINTS = [
     "part@12",
@@ -62,6 +64,28 @@ def test_a_kill_at_each_point_of_a_save_leaves_a_checkpoint_to_go_on_from(
         "step-00000004",
         "step-00000006",
     }
+
+
+@pytest.mark.parametrize("point", ["student", "moved aside", "replaced"])
+def test_a_kill_while_the_student_is_saved_leaves_no_copy_behind(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, folder = tiny_llama(2, layers=1), tiny_tokenizer(), tmp_path / "[a] student"
+    save_student(model, tokenizer, folder, "the first")
+
+    def killed() -> None:
+        monkeypatch.setenv(FAULT, f"{point}=kill")
+        save_student(model, tokenizer, folder, "the second")
+
+    for _ in range(2):
+        assert in_fork(killed) == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) <= 3  # what one kill left, not what two did
+    monkeypatch.delenv(FAULT, raising=False)
+    other = tmp_path / f".{folder.name}.partial-{os.getppid()}"  # of a process that is at work
+    other.mkdir()
+    save_student(model, tokenizer, folder, "the third")
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, other.name}
+    assert (folder / "README.md").read_text() == "the third"
 
 
 @pytest.mark.parametrize("point", ["part@12", "before manifest@2"])

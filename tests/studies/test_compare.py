@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,8 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
 from selectkd.studies.compare import compare, differences, read_rows
-from selectkd.studies.one_run import measured
+from selectkd.studies.one_run import empty, measured
+from selectkd.training.rundir import locked, write_run
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 
@@ -44,6 +50,62 @@ def recipe(tmp_path_factory: Any) -> Path:
 ROW = {
     "method", "selection", "seed", "held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "peak_bytes",
 }  # fmt: skip
+
+
+PARENT = """
+import multiprocessing, sys, threading, time
+from selectkd.studies.one_run import _end_with_parent
+
+def work(told):
+    import os
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    told.send(os.getpid())
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe(duplex=False)
+    context.Process(target=work, args=(there,)).start()
+    print(here.recv(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_arms_process_ends_with_the_one_that_asked_for_it(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT, "utf-8")
+    room = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True, env=room
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(600):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the run goes on although nobody waits for it")
+
+
+def test_a_folder_that_a_run_works_in_or_that_is_none_is_not_emptied(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run, {"training.seed": 0})
+    with locked(run), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        empty(run)
+    assert (run / "run.json").is_file()
+    empty(run)
+    assert not run.exists()
+    thesis = tmp_path / "mine" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        empty(thesis.parent)
+    assert thesis.is_file()
 
 
 def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(

@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selectkd.config import load_recipe
+from selectkd.config import load_recipe, recipe_from
+from selectkd.config.departures import departures, told_of
 from selectkd.errors import ConfigError
 from selectkd.training.card import model_card
 from selectkd.training.metrics import REQUIRED
@@ -246,6 +247,77 @@ def test_a_card_with_hostile_names_parses_to_the_same_values() -> None:
     front = yaml.safe_load(card[4:end])
     assert front["selectkd"]["teacher"] == name and "license" not in front
     assert "<script>" not in card[end:].replace("\\<", "")
+
+
+HOSTILE = [
+    "yes", "no", "on", "Off", "y", "N", "true", "NULL", "null", "~", "1", "0x1f", "010", "1_000", "1e5", "1:30",
+    ".inf", ".nan", "2024-01-01", "<<", "=", "", " ", "- a", "a: b", "#", "'", '"', "\\n", "\n", "\t", "\x85", "\u2028",
+    "\ufeff",
+    "\U0001f600", "*a", "&a", "!!python/none", "%YAML", "---", "...", "{", "[", "|", ">", "@", "`", "a" * 300,
+    "no " * 60,
+]  # fmt: skip
+
+
+def test_every_name_and_number_of_a_card_survives_both_versions_of_yaml() -> None:
+    from ruamel.yaml import YAML
+
+    numbers = [1e-05, 1e20, 1.0, 0.1, 3, True, None, -2.5e-300]
+    said = {"names": HOSTILE, "numbers": numbers, **{name: name for name in HOSTILE}}
+    rest = {"before": {"tar": 1e-07}, "after": {}, "steps": 1, "tokens": 2, "version": "0"}
+    card = model_card(teacher="no", student="on", data=HOSTILE, method=said, **rest)
+    front = card[4 : card.index("\n---\n\n# A student")]
+    for read in (yaml.safe_load(front), YAML(typ="safe", pure=True).load(front)):
+        ours = read["selectkd"]
+        assert (ours["teacher"], ours["student"], ours["data"]) == ("no", "on", HOSTILE)
+        assert ours["method"] == said and ours["tar"]["before"] == 1e-07
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "overridden"),
+    [
+        ("gkd", {"divergence": {"name": "forward_kl"}}, ["objective.divergence"]),
+        ("abkd", {"divergence": {"name": "alpha_beta", "alpha": 0.9}}, ["objective.divergence.alpha"]),
+        ("opd", {"reduction": "weight_mean"}, ["objective.reduction"]),
+        ("selectkd", {"verifier": {"name": "spec_k", "k": 5}}, ["objective.verifier"]),
+        ("kd", {"selector": {"name": "tip"}}, ["objective.verifier"]),
+        ("gkd", {"language_model": 0.5}, []),  # the method says nothing of it
+        ({"name": "gkd", "forward_kl": True}, {"divergence": "forward_kl"}, []),
+        ("kd", {}, []),
+    ],
+)
+def test_a_recipe_that_departs_from_its_method_says_where(
+    method: Any, said: Any, overridden: list[str]
+) -> None:
+    values = {
+        "method": method,
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"sources": [{"path": "a"}]},
+        "training": {"output_dir": "r", "max_steps": 1, "batch_size": 1},
+        **({"objective": said} if said else {}),
+    }
+    recipe = recipe_from(values)
+    assert list(departures(recipe)) == overridden
+    assert all(key in " ".join(told_of(recipe)) for key in overridden) and bool(told_of(recipe)) == bool(
+        overridden
+    )
+    assert (
+        departures(recipe_from({**values, "selection": {"verifier": "spec_k", "k": 2}, "objective": {}}))
+        == {}
+    )
+
+
+def test_what_a_recipe_changes_of_its_method_is_in_the_manifest_the_card_and_the_warnings(
+    recipe: Callable[..., Any],
+) -> None:
+    changed = recipe(method={"name": "abkd"}, objective={"divergence": {"name": "alpha_beta", "alpha": 0.9}})
+    run = train(changed).run_dir
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    assert manifest["overridden"] == {"objective.divergence.alpha": {"method": 0.2, "recipe": 0.9}}
+    assert any("not abkd as published" in told for told in manifest["warnings"])
+    front = yaml.safe_load((run / "student" / "README.md").read_text("utf-8").split("---\n")[1])
+    method = front["selectkd"]["method"]
+    assert method["method"]["name"] == "abkd" and method["overridden"] == {"objective.divergence.alpha": 0.9}
 
 
 def test_a_selector_that_compares_with_a_reference_student_trains_with_one(

@@ -37,7 +37,9 @@ def write_answer(path: Path | None, answer: Any) -> None:
     if path == STDOUT:
         say(text)
     else:
-        path.write_text(text + "\n", encoding="utf-8")
+        from selectkd.durable import write_plain
+
+        write_plain(path, (text + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,7 @@ from selectkd.cli import (
     train,
 )
 from selectkd.cli.terminal import say, told
+from selectkd.cli.threads import settle_threads
 from selectkd.errors import ResourceError, SelectKDError
 
 INTERRUPTED = 130
@@ -89,6 +91,12 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; an error is told in at most six lines on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.platform == "win32":
+        told(
+            "error: selectkd runs on Linux and macOS. On Windows use WSL 2: https://learn.microsoft.com/windows/wsl"
+        )
+        return USAGE
+    settle_threads()
     debug = "--debug" in given
     try:
         code = app(given, standalone_mode=False, prog_name="selectkd")
@@ -119,7 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        told(f"error: {error.filename or 'writing'}: {error.strerror}.")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from selectkd.durable import disk_error
+
+            told(f"error: {disk_error(error, Path(error.filename or '.').absolute())}")
+        else:
+            told(f"error: {error.filename or 'writing'}: {error.strerror}.")
         return ResourceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         told("interrupted.")

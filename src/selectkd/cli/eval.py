@@ -231,12 +231,13 @@ def _harness(
 
 def _kept_and_compared(scored: dict[str, list[Any]], answers: Path | None) -> tuple[list[Any], list[Any]]:
     """The rows of every task's scores, and the models in pairs; each answer goes to a file where one is named."""
+    from selectkd.durable import write_plain
     from selectkd.evals.run_suite import compared
 
     every = [one for of_task in scored.values() for one in of_task]
     if answers is not None:
-        with answers.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for one in every for row in one.answer_rows())
+        rows = "".join(json.dumps(row) + "\n" for one in every for row in one.answer_rows())
+        write_plain(answers, rows.encode())
     pairs = [
         compared(first, second)
         for of_task in scored.values()

@@ -92,6 +92,11 @@ def _judges(selection: Mapping[str, Any]) -> dict[str, Any]:
     named = [key for key in ("verifier", "selector") if selection.get(key) is not None]
     params = {key: value for key, value in selection.items() if key not in OWN}
     for key in params:
+        if not isinstance(key, str) or key == "name":
+            raise refuse(
+                f"has the key {key!r}. Write {{verifier: NAME, PARAMETER: value, beta: value}}",
+                at="selection",
+            )
         if near := get_close_matches(key, OWN, 1, 0.75):
             raise refuse(f"has the key {key!r}. Did you mean {near[0]}?", at="selection")
     if len(named) == 2 and params:
@@ -126,9 +131,9 @@ def _at(values: Any, key: str) -> Any:
 def _spec(spec: Any) -> Mapping[str, Any]:
     spec = {"name": spec} if isinstance(spec, str) else spec
     name = spec.get("name") if isinstance(spec, Mapping) else None
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise refuse(
-            f"= {name!r} is no method.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}",
+            f"= {str(name)[:80]!r} is no method.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}",
             at="method",
         )
     return spec

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectkd.config.extras import how_to_install
+from selectkd.durable import write_plain
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,13 +73,13 @@ def draw_landscapes(seen: Mapping[str, Landscape], path: Path) -> None:
     figure = _figure(5 * (1 + len(squares)), 4.5)
     axes = figure.subplots(1, 1 + len(squares), squeeze=False)[0]
     for name, one in seen.items():
-        axes[0].plot(one.at, one.line, label=name[-40:])
+        axes[0].plot(one.at, one.line, label=_shown(name))
     axes[0].set(xlabel="along a filter-normalised direction", ylabel="loss (nats)")
     axes[0].legend()
     for axis, (name, one) in zip(axes[1:], squares, strict=True):
         drawn = axis.contour(one.grid_at, one.grid_at, one.grid, levels=12)
         axis.clabel(drawn, fontsize=7)
-        axis.set(title=name[-40:], xlabel="second direction", ylabel="first direction")
+        axis.set(title=_shown(name), xlabel="second direction", ylabel="first direction")
     _save(figure, path)
 
 
@@ -89,4 +91,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    drawn, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
+    figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_plain(path, drawn.getvalue())
+
+
+def _shown(name: str) -> str:
+    """The end of a path as matplotlib draws it letter by letter: ``$`` begins no formula, ``_`` hides no label."""
+    end = name[-40:].replace("$", r"\$")
+    return f" {end}" if end.startswith("_") else end

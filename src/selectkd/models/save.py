@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from selectkd.durable import disk_error, os_error_of, replace_folder, sync_folder
+from selectkd.durable import clear_left, disk_error, fault_point, os_error_of, replace_folder, sync_folder
 from selectkd.errors import ConfigError
 from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge
@@ -43,22 +43,27 @@ def save_student(
         model = copy.deepcopy(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    clear_left(folder)
     try:
         model = merge(model)
         partial.mkdir()
         _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)
+        fault_point("student")
         (partial / "README.md").write_text(card, encoding="utf-8")
         sync_folder(partial)
         replace_folder(partial, folder)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, folder, needed=_bytes_of(model)) from error
     except SafetensorError as error:  # how safetensors says that the disk is full
-        raise disk_error(os_error_of(error), folder) from error
+        raise disk_error(os_error_of(error), folder, needed=_bytes_of(model)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _bytes_of(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _save_weights(model: Any, folder: Path, dtype: str | None) -> None:

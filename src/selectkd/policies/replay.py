@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from selectkd.data.rewrite import Written
@@ -44,8 +44,8 @@ class ReplayBuffer:
         return self.texts[min(int(uniform * len(self.texts)), len(self.texts) - 1)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The texts as plain data."""
-        return {"texts": [asdict(text) for text in self.texts]}
+        """The texts as plain data; their tokens are shared with the buffer, which never changes a text."""
+        return {"texts": [dict(vars(text)) for text in self.texts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.texts = [Written(**text) for text in state["texts"]]

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from selectkd.durable import write_whole
 from selectkd.errors import ConfigError
 from selectkd.evals.statistics import Difference, Interval, paired_bootstrap, t_interval
 from selectkd.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, Arm, controlled
@@ -141,9 +142,7 @@ def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     """All rows into the file at once: a reader sees the old ones or the new ones."""
     if file is None:
         return
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(json.dumps(list(rows), indent=1, allow_nan=False) + "\n", "utf-8")
-    beside.replace(file)
+    write_whole(file, (json.dumps(list(rows), indent=1, allow_nan=False) + "\n").encode())
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
+
+WORD = re.compile(r"[A-Za-z][A-Za-z_/-]*", re.ASCII)
+NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+"""Words that some version of YAML reads as something else than text."""
 
 _MEASURES = (
     ("kl", "KL(teacher to student), nats a token"),
@@ -92,8 +99,29 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "not measured"
 
 
+class _Plainly(SafeRepresenter):
+    """Writes what YAML 1.1 and 1.2 read alike: strings in quotes (``no``, ``1:30``), floats with a point."""
+
+    def represent_str(self, data: Any) -> Any:
+        plain = WORD.fullmatch(data) and data.lower() not in NO_WORDS
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+
+    def represent_float(self, data: Any) -> Any:
+        if not math.isfinite(data):
+            return super().represent_float(data)
+        text = repr(data)
+        return self.represent_scalar(
+            "tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e")
+        )
+
+
+_Plainly.add_representer(str, _Plainly.represent_str)
+_Plainly.add_representer(float, _Plainly.represent_float)
+
+
 def _yaml(value: Any) -> str:
     writer = YAML(typ="safe", pure=True)
+    writer.Representer = _Plainly
     writer.default_flow_style = False
     out = io.StringIO()
     writer.dump(_plain_data(value), out)

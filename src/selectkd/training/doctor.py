@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selectkd.assembly import Assembly, Plan, assemble, prepare
+from selectkd.config.departures import told_of
 from selectkd.data import inspect
 from selectkd.data.render import Example, eos_ids_of
 from selectkd.data.supervised import supervised
@@ -29,7 +30,7 @@ from selectkd.rows import Head, LiveRows
 from selectkd.teachers import exactness
 from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.training import zero
-from selectkd.training.checkpoint.folder import all_in
+from selectkd.training.checkpoint.folder import newest
 from selectkd.training.counts import ranks, total
 from selectkd.training.estimate import Memory, estimate
 from selectkd.training.evaluation import label_surprise, probe
@@ -113,7 +114,7 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         yield Finding(check, False, str(error), error.exit_code)
     if plan is not None:
         yield Finding("tokenizer", True, _tokenizer(plan))
-        yield Finding("objective", True, _objective(plan, recipe.objective))
+        yield Finding("objective", True, _objective(plan, recipe))
         yield tried("text", lambda: _text(plan))
         yield Finding("masks", True, _masks(plan))
     memory: list[Memory] = []
@@ -156,8 +157,11 @@ def _folder(recipe: Any) -> str:
     wanted = identity(recipe)
     stored = {key: value for key, value in read_run(folder).items() if key in wanted}
     check_same(stored, wanted, (), where=f"training.output_dir = {folder}")
-    saved = all_in(folder / CHECKPOINTS)
-    return f"{folder} holds this run; it would go on from {saved[0].name if saved else 'the beginning'}"
+    found, damaged = newest(folder / CHECKPOINTS)
+    begun = "the beginning" if found is None else found.path.name
+    return f"{folder} holds this run; it would go on from {begun}" + "".join(
+        f". {told}" for _, told in damaged
+    )
 
 
 def _weights(recipe: Any) -> str:
@@ -182,7 +186,8 @@ def _tokenizer(plan: Plan) -> str:
     return f"{len(plan.tokenizer):,} tokens, the teacher's; end of sequence {end if end is not None else 'unknown'}"
 
 
-def _objective(plan: Plan, spec: Any) -> str:
+def _objective(plan: Plan, recipe: Any) -> str:
+    spec = recipe.objective
     of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
     told = f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
     parts = exactness.of(plan.objective, plan.teacher.payload, k=plan.teacher.k)
@@ -191,7 +196,7 @@ def _objective(plan: Plan, spec: Any) -> str:
         for part, one in parts.items()
         if "bound" in one.verdict
     ]
-    return ". ".join([told, *bounds])
+    return ". ".join([told, *bounds, *told_of(recipe)])
 
 
 def _said(component: dict[str, Any]) -> str:

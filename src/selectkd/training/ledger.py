@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selectkd.data.supervised import supervised
+from selectkd.durable import disk_error, write_plain
 from selectkd.errors import NumericsError
 from selectkd.objective import Objective
 from selectkd.schedules import BetaSchedule, TaidSchedule
@@ -262,12 +263,14 @@ class Ledger:
     def _keep_batches(self) -> str:
         if self.bad_batches is None:
             return ""
-        self.bad_batches.mkdir(parents=True, exist_ok=True)
         ids = [portion.batch.input_ids.tolist() for portion in self._portions]
         path = self.bad_batches / f"step-{self.step:06d}-rank-{rank()}.json"
-        path.write_text(
-            json.dumps({"step": self.step, "loss": repr(self.last["loss"]), "input_ids": ids}), "utf-8"
-        )
+        kept = {"step": self.step, "loss": repr(self.last["loss"]), "input_ids": ids}
+        try:
+            self.bad_batches.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.bad_batches) from error
+        write_plain(path, json.dumps(kept).encode())
         return f" Their token ids are in {self.bad_batches}."
 
 

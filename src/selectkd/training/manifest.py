@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from selectkd.durable import write_whole
 
 PACKAGES = (
     "selectkd",
@@ -56,10 +57,5 @@ def data_fingerprint(examples: Iterable[Any]) -> str:
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` beside the time it was written, in one rename, so that no reader sees half of it."""
     written = {"written": datetime.now(timezone.utc).isoformat(timespec="seconds"), **content}
-    partial = path.with_suffix(".json.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(written, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    text = json.dumps(written, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_whole(path, text.encode("utf-8", "surrogatepass"))

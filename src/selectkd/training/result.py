@@ -11,7 +11,9 @@ import torch
 
 from selectkd import __version__
 from selectkd.assembly import Assembly
+from selectkd.config.departures import departures
 from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.errors import IntegrityError
 from selectkd.training.card import model_card
 from selectkd.training.counts import ranks
 from selectkd.training.evaluation import Evaluation
@@ -57,9 +59,21 @@ def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
     path = folder / FINISHED
     if claim.fresh or not path.is_file():
         return None
-    said = json.loads(path.read_bytes())
-    if claim.opened_by_name or flat(said["config"]) != identity(recipe):
+    if claim.opened_by_name:
         path.unlink()  # the run goes on, so this says nothing any more
+        return None
+    try:
+        return _read(folder, json.loads(path.read_bytes()), recipe)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete it, and the run is finished again from its "
+            "newest checkpoint."
+        ) from None
+
+
+def _read(folder: Path, said: dict[str, Any], recipe: Any) -> RunResult | None:
+    if flat(said["config"]) != identity(recipe):
+        (folder / FINISHED).unlink()  # the run goes on, so this says nothing any more
         return None
     looks = {name: None if said[name] is None else Evaluation(**said[name]) for name in ("before", "after")}
     cut = said["student"]["cut"]
@@ -88,6 +102,9 @@ def card_of(
     method["lora" if recipe.training.lora is not None else "fine-tuning"] = (
         _plain(recipe.training.lora) or "full"
     )
+    if recipe.method is not None:
+        overridden = {key: own for key, (_, own) in departures(recipe).items()}
+        method = {"method": recipe.method, "overridden": overridden, **method}
     return model_card(
         teacher=made.teacher_plan.source,
         student=made.student_source,
@@ -106,6 +123,9 @@ def manifest_of(
 ) -> dict[str, Any]:
     return {
         "config": recipe.model_dump(mode="json"),
+        "overridden": {
+            key: {"method": methods, "recipe": own} for key, (methods, own) in departures(recipe).items()
+        },
         "versions": versions(),
         "device": device_name(device),
         "precision": made.precision.name,

@@ -29,6 +29,7 @@ from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank, total
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
+from selectkd.training.loggers import Loggers
 from selectkd.training.loop import SCHEDULES, train_loop
 from selectkd.training.manifest import write_manifest
 from selectkd.training.metrics import MetricsLog
@@ -88,7 +89,7 @@ def train(
             if finished:
                 return finished
             precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
-            with precision.products(device):
+            with precision.products(device), claim.threads(allow_change):
                 return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
 
 
@@ -290,7 +291,7 @@ def _run(
             seed=training.seed,
             use_cpu=device.type == "cpu" and deepspeed is None,
             save_strategy="no",
-            report_to=list(training.report_to) or "none",
+            report_to="none",
             disable_tqdm=True,
         )
     on_device(args, device)
@@ -320,5 +321,7 @@ def _run(
         processing_class=made.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
+    if training.report_to and rank() == 0:
+        trainer.add_callback(Loggers(training.report_to))
     trainer.train()
     return trainer.ledger

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from selectkd.data.alignment import tokenizer_fingerprint
@@ -45,7 +46,16 @@ FREE = (
 """Keys that change nothing in what a step computes, so a run may go on with other values."""
 
 FACTS = (
-    *("text", "heldout_text", "tokenizer", "teacher_weights", "student_weights", "ranks", "precision"),
+    *(
+        "text",
+        "heldout_text",
+        "tokenizer",
+        "teacher_weights",
+        "student_weights",
+        "ranks",
+        "precision",
+        "threads",
+    ),
     "date",  # where the chat template asks for one
 )
 """What a run is made of beside its recipe; known once its parts are loaded."""
@@ -100,13 +110,26 @@ class Claim:
         """The xxh3-128 of what the run is made of."""
         return xxhash.xxh3_128(json_bytes(self.run)).hexdigest()
 
+    @contextmanager
+    def threads(self, allowed: Sequence[str]) -> Iterator[None]:
+        """The number of threads the run began with, on which the last bits of sums depend, while the context lasts."""
+        before, begun = torch.get_num_threads(), self.run.get("threads")
+        if begun is not None and "threads" not in allowed:
+            torch.set_num_threads(begun)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
+
     def settle(self, wanted: Mapping[str, Any], allowed: Sequence[str]) -> None:
         """Compares the run with what was found when its parts were loaded, and writes run.json.
 
         ConfigError where a fact (text, tokenizer, weights) is another one.
         """
         if not self.fresh:
-            check_same(self.run, wanted, allowed, where=f"training.output_dir = {self.folder}")
+            stored = {"threads": wanted["threads"], **self.run}  # older versions did not note it
+            check_same(stored, wanted, allowed, where=f"training.output_dir = {self.folder}")
         if rank() == 0 and self.run != wanted:
             write_run(self.folder, wanted)
         self.run, self.fresh = dict(wanted), False
@@ -192,6 +215,7 @@ def facts(made: Any) -> dict[str, Any]:
         "student_weights": made.student_revision or made.kept or weights_checksum(made.student),
         "ranks": ranks(),
         "precision": made.precision.name,
+        "threads": torch.get_num_threads(),
     }
     if made.text is not None and made.text.template.dated:
         found["date"] = made.text.template.moment

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ from selectkd.training.checkpoint.encoding import join, split
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}\d{{8,}}", re.ASCII)
+"""The names of our folders; any other, such as a copy beside them, is not looked at."""
+
+LEFT = re.compile(rf"\.{PREFIX}\d{{8,}}\.(partial|old)", re.ASCII)
+"""What a killed run leaves of a checkpoint that it was writing or deleting."""
+
 INVALID = "invalid"
 """Where damaged checkpoints go: kept, in case someone wants to look, and never read again."""
 
@@ -72,8 +79,8 @@ def all_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first, whether valid or not."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith(PREFIX) and path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
 
 
 def write(
@@ -174,7 +181,12 @@ def check(path: Path) -> dict[str, Any]:
             "Go on with the version that wrote it."
         )
     files = said["files"]
-    there = {file.name for file in path.iterdir()} - {MANIFEST}
+    if NAME.fullmatch(path.name) and path.name != name_of(said["step"]):
+        raise IntegrityError(f"the checkpoint {path} is damaged: it is a copy of step {said['step']}.")
+    hidden = {
+        file.name for file in path.iterdir() if file.name.startswith(".")
+    }  # a file manager's own, never read
+    there = {file.name for file in path.iterdir()} - {MANIFEST} - hidden
     for name in sorted(there | set(files)):
         if name not in there:
             raise IntegrityError(f"the checkpoint {path} is damaged: {name} is missing.")
@@ -190,22 +202,42 @@ def check(path: Path) -> dict[str, Any]:
     return said
 
 
-def find(folder: Path) -> tuple[Found | None, list[str]]:
-    """(the newest valid checkpoint of a run, what was wrong with newer ones). Damaged ones move to ``invalid/``.
+def newest(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
+    """(the newest valid checkpoint of a run, each newer one with what is wrong with it). Changes nothing.
 
-    What a killed run left half-written goes. None where there is no valid one.
+    (None, []) where there is none at all; IntegrityError where there are some and every one is damaged: a run must not
+    begin anew by itself over what it has done.
     """
-    told: list[str] = []
-    for left in folder.glob(f".{PREFIX}*") if folder.is_dir() else ():
-        shutil.rmtree(left, ignore_errors=True)
+    damaged: list[tuple[Path, str]] = []
     for path in all_in(folder):
         try:
-            return Found(path, check(path)), told
+            return Found(path, check(path)), damaged
         except OtherFormatError:
             raise
         except IntegrityError as error:
-            told.append(f"{error} It was moved to {set_aside(path, INVALID)}; the one before it is used.")
-    return None, told
+            damaged.append((path, str(error)))
+    if damaged:
+        raise IntegrityError(
+            f"no checkpoint of {len(damaged)} in {folder} is sound: {damaged[0][1]} Put back a copy of one, or begin "
+            "anew in another training.output_dir."
+        )
+    return None, []
+
+
+def find(folder: Path) -> tuple[Found | None, list[str]]:
+    """(the newest valid checkpoint of a run, what was wrong with newer ones), as of ``newest``.
+
+    Damaged ones move to ``invalid/`` where an older one is sound; what a killed run left half-written goes.
+    """
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if LEFT.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    found, damaged = newest(folder)
+    told = [
+        f"{error} It was moved to {set_aside(path, INVALID)}; the one before it is used."
+        for path, error in damaged
+    ]
+    return found, told
 
 
 def set_aside(path: Path, where: str) -> Path:

@@ -1,0 +1,108 @@
+"""Other people's loggers: what they raise or how long they take is told once, and the run goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
+
+from selectkd.training import loggers
+from selectkd.training.trainer import DistillTrainer
+from training.tiny import padded, texts
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+class Counting(TrainerCallback):
+    """A logger that notes what it hears, and raises or hangs at an event of a step."""
+
+    heard: list[tuple[str, int]]
+    threads: set[int]
+    let_go: threading.Event
+    fails: Callable[[str, int], None]
+
+    def __init__(self) -> None:
+        self.fails("made", 0)
+
+    def _hear(self, event: str, state: Any) -> None:
+        self.threads.add(threading.get_ident())
+        self.fails(event, state.global_step)
+        self.heard.append((event, state.global_step))
+
+    def on_train_begin(self, args, state, control, **named):
+        self._hear("begin", state)
+
+    def on_log(self, args, state, control, logs=None, **named):
+        assert "loss" in logs or "train_loss" in logs
+        self._hear("log", state)
+
+
+@pytest.fixture
+def trained(monkeypatch: Any, student: Any, teacher_model: Any, tmp_path: Any) -> Iterator[Any]:
+    """Trains three steps with a logger that calls ``fails(event, step)``, and returns the logger and its steps."""
+    let_go = threading.Event()
+
+    def made(fails: Callable[[str, int, threading.Event], None]) -> tuple[type[Counting], int]:
+        kind = type(
+            "Own",
+            (Counting,),
+            {
+                "heard": [],
+                "threads": set(),
+                "let_go": let_go,
+                "fails": lambda self, event, step: fails(event, step, let_go),
+            },
+        )
+        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", kind)
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, logging_steps=1, report_to="none", use_cpu=True,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        from selectkd import Objective
+        from selectkd.teachers.live import LiveTeacher
+
+        trainer = DistillTrainer(
+            student, LiveTeacher(teacher_model), Objective(), lambda _: padded(texts(6, streams=1), 2), args
+        )
+        trainer.add_callback(loggers.Loggers(["tensorboard"], wait=0.5))
+        trainer.train()
+        return kind, trainer.ledger.step
+
+    yield made
+    let_go.set()
+
+
+def test_a_logger_hears_every_event_in_one_thread_of_its_own(trained: Any, caplog: Any) -> None:
+    kind, steps = trained(lambda *_: None)
+    assert steps == 3 and kind.heard[0] == ("begin", 0)
+    assert [step for event, step in kind.heard if event == "log"] == [1, 2, 3, 3]
+    assert len(kind.threads) == 1 and threading.get_ident() not in kind.threads
+    assert "report_to" not in caplog.text
+
+
+@pytest.mark.parametrize("where", ["made", "begin", "log"])
+@pytest.mark.parametrize("error", [RuntimeError("no network"), OSError(28, "full"), AssertionError()])
+def test_a_logger_that_raises_is_told_once_and_the_run_goes_on(
+    where: str, error: Exception, trained: Any, caplog: Any
+) -> None:
+    def fails(event: str, step: int, let_go: Any) -> None:
+        if event == where:
+            raise error
+
+    kind, steps = trained(fails)
+    assert steps == 3 and caplog.text.count("training.report_to: tensorboard failed") == 1
+    assert type(error).__name__ in caplog.text and not [one for one in kind.heard if one[0] == where]
+
+
+@pytest.mark.parametrize("where", ["made", "begin", "log"])
+def test_a_logger_that_hangs_is_told_once_and_left_behind(where: str, trained: Any, caplog: Any) -> None:
+    def fails(event: str, step: int, let_go: Any) -> None:
+        if event == where:
+            let_go.wait(60)
+
+    _, steps = trained(fails)
+    assert steps == 3 and caplog.text.count("is left behind") == 1
