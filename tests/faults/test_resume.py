@@ -176,7 +176,8 @@ def test_what_lies_beside_a_run_changes_nothing_of_what_is_gone_on_with(
         (broken_off / name).mkdir()
     (broken_off / "checkpoint-9.txt").write_text("mine")
     result = train(recipe_for(pair, broken_off))
-    assert result.resumed_from == 6 and left(broken_off) == left(whole)
+    assert result.resumed_from == 6
+    assert {name: raw for name, raw in left(broken_off).items() if name != ".DS_Store"} == left(whole)
     assert all((saved / name).is_dir() for name in beside) and (broken_off / "notes").is_dir()
 
 
