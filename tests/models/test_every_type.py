@@ -23,6 +23,8 @@ from selectkd.models.head import backbone, head_of
 from selectkd.models.layers import layers_of
 from selectkd.models.lora import add_lora, linear_layers
 from selectkd.models.shape import check_weights, shape_of
+from selectkd.speculative.decode import decode, decode_alone
+from selectkd.training.estimate import activations
 
 from .every_type import TYPES, VOCABULARY, tiny_model
 
@@ -33,7 +35,7 @@ MINDED = (
     "recurrent_gemma", "rwkv", "smollm3", "xlstm",
 )  # fmt: skip
 """Each stands for a kind: a scale, a cache, a pattern of layers, a wrapper."""
-TRIED = TYPES if os.environ.get("EVERY_TYPE") else sorted({*MINDED, *TYPES[::16]})
+TRIED = TYPES if os.environ.get("EVERY_TYPE") else sorted({*MINDED, *TYPES[::40]})
 IDS = torch.tensor([[5, 9, 33, 60, 2, 17]])
 UNBUILT = 40
 """At most so many types have sizes that the tiny configurations do not know."""
@@ -138,3 +140,27 @@ def test_every_name_that_is_offered_takes_an_adapter(model, tmp_path):
         return
     adapted = add_lora(copy, r=2, dropout=0.0, target_modules=names)
     torch.testing.assert_close(own_logits(adapted), own_logits(model), rtol=0, atol=1e-4)
+
+
+def test_activations_are_counted_for_every_type_that_trains(model, tmp_path):
+    known(model)
+    model.save_pretrained(tmp_path)
+    whole = activations(shape_of(tmp_path), 2, 8)
+    assert whole > 0 and activations(shape_of(tmp_path), 2, 8, recomputed=True) > 0
+    assert activations(shape_of(tmp_path), 4, 8) > whole
+
+
+def test_speculation_gives_the_target_s_own_text_or_is_refused(model):
+    known(model)
+    prompt = torch.tensor([9, 33, 60, 2])
+    try:
+        drafted = decode(model, model, prompt, draft_length=3, max_new_tokens=6)
+    except ConfigError as error:
+        assert type(model).__name__ in str(error)
+        return
+    assert drafted.tokens == decode_alone(model, prompt, max_new_tokens=6).tokens
+    ids = prompt.tolist()
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert drafted.tokens == ids[4:]

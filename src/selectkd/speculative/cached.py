@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -10,23 +11,50 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from selectkd.errors import ConfigError
+from selectkd.models.shape import UPSTREAM_ERRORS
+
+TRIED = 6
+"""Tokens that a model's cache is tried on, three of which are forgotten."""
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class CachedModel:
     """A causal language model beside its key-value cache, for one sequence.
 
     Every layer keeps all keys and values, those with a sliding window too: a window that has dropped its oldest
-    keys cannot be rolled back. ConfigError for a model whose memory is no list of keys (Mamba and its kin).
+    keys cannot be rolled back. ConfigError for a model whose memory is no list of keys (Mamba, hybrids and their kin):
+    a few tokens are read, forgotten and read again, and must give the logits of one full pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if getattr(model, "_is_stateful", False):
+        self.model = model
+        self.cache = DynamicCache()
+        if model not in _tried:
+            _tried[model] = not getattr(model, "_is_stateful", False) and self._rolls_back()
+            self.cache = DynamicCache()
+        if not _tried[model]:
             raise ConfigError(
                 f"{type(model).__name__} folds what it has read into one state, which cannot be rolled back to "
                 "before a rejected token. Use a model with attention alone."
             )
-        self.model = model
-        self.cache = DynamicCache()
+
+    @torch.no_grad()
+    def _rolls_back(self) -> bool:
+        model: Any = self.model
+        head = model.get_output_embeddings().weight
+        ids = torch.linspace(1, self.width - 1, TRIED, device=head.device).long()
+        whole = model(input_ids=ids[None], use_cache=False).logits[0].double()
+        try:
+            self.logits(ids[:-1])
+            self.forget(TRIED - 3)
+            again = self.logits(ids)
+        except torch.OutOfMemoryError:
+            raise
+        except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
+            return False
+        # half of the digits: a model that does not forget is off by far more
+        off = (again - whole[-3:]).abs().max() / whole.abs().max()
+        return bool(off <= torch.finfo(head.dtype).eps ** 0.5)
 
     @property
     def width(self) -> int:

@@ -27,12 +27,15 @@ from selectkd.models.layers import layers_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import precision_of
+from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.teachers.cache.index import read_index
 from selectkd.training.activations import LEAST_BYTES, checkpoint_activations
 from selectkd.training.optimizer import state_bytes
 from selectkd.training.zero import asked_for
 
 FP32 = 4
+KEPT_WIDTHS = 34
+"""Hidden widths that a layer of the usual kind keeps of a token."""
 COUNTED = "selectkd_counted"
 """The attention that ``activations`` counts with: the meta device has no fused one, and all use one."""
 
@@ -104,7 +107,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
     taught, offloaded = (sum(each) for each in zip(*held, strict=True)) if held else (0, 0)
     forward = [*teacher, *(student for spec in recipe.teachers if isinstance(spec, AdaptersOffTeacher))]
     if forward:
-        widest = max(model.config.get_text_config().intermediate_size for model in forward)
+        widest = max(_widest(model.config.get_text_config()) for model in forward)
         size = max(head_of(model).weight.dtype.itemsize for model in forward)
         loss += (c * v + b * t * widest * 3) * size  # its logits, and one layer of its forward pass
     elif isinstance(recipe.teacher, CacheTeacher):
@@ -140,6 +143,8 @@ def activations(
 ) -> int:
     """Bytes that autograd keeps of one forward pass over [b, t] tokens, counted on the meta device.
 
+    Where an architecture's forward pass needs data, 34 hidden widths of 2 bytes a token and layer are taken instead
+    (Korthikanti et al. 2022, equation 2 without the scores, arXiv 2205.05198).
     recomputed: with gradient checkpointing, the inputs of the layers and the inside of one of them. autocast: to bf16,
     the copies of fp32 weights included. offloaded: what ``activations_offloaded`` leaves on the device alone.
     """
@@ -152,9 +157,13 @@ def activations(
         "position_ids": torch.zeros(b, t, dtype=torch.long, device="meta"),
         "attention_mask": torch.zeros(b, 1, t, t, device="meta"),
     }
-    with _kept() as storages, Autocast() if autocast else nullcontext():
-        backbone(model.train())(**inputs)
-    sizes = [size for storage, size in storages.items() if storage not in own]
+    try:
+        with _kept() as storages, Autocast() if autocast else nullcontext():
+            backbone(model.train())(**inputs)
+        sizes = [size for storage, size in storages.items() if storage not in own]
+    except UPSTREAM_ERRORS:
+        width = next(model.parameters()).element_size() if not autocast else 2
+        sizes = [KEPT_WIDTHS * b * t * text.hidden_size * width] * text.num_hidden_layers
     if offloaded:
         copies = [p.numel() * 2 for p in model.parameters() if autocast and p.ndim == 2]
         return sum(size for size in sizes if size < LEAST_BYTES) + sum(c for c in copies if c >= LEAST_BYTES)
@@ -207,11 +216,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _counted(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     if value.dtype != query.dtype:  # under autocast position encodings make fp32 of query and key
-        query, key, mask = (each.to(value.dtype) for each in (query, key, mask))
+        query, key, mask = (each if each is None else each.to(value.dtype) for each in (query, key, mask))
     k, v = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     return _Attention.apply(query, k, v, mask).transpose(1, 2), None  # type: ignore[union-attr]
 
@@ -283,6 +292,11 @@ def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _widest(text: Any) -> int:
+    """The width between a layer's two large products; four times the layers' where a configuration does not say it."""
+    return getattr(text, "intermediate_size", None) or 4 * text.hidden_size
 
 
 def _bytes(tensors: Any) -> int:
