@@ -26,7 +26,7 @@ from selectkd.terms import EXTRAS, StreamSpec
 from selectkd.training.counts import REDUCTIONS
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import replicated
+from selectkd.training.loop import wrapped_for
 from selectkd.training.step import DistillationModel
 from selectkd.verifiers import VERIFIERS
 from training.tiny import padded, texts, tiny_llama
@@ -122,7 +122,7 @@ def step_of(book: Ledger, micro: Sequence[Any], student: nn.Module, loss_of: nn.
 def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meeting"), 2), rank=rank, world_size=2)
     student, own = model()
-    wrapped = replicated(own)
+    wrapped = wrapped_for(own, "cpu")
     found = {}
     for name, made in cases().items():
         micro = next(Feed(lambda epoch: padded(EXAMPLES, 1)).steps(4))

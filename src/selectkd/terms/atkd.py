@@ -45,10 +45,17 @@ class atkd:
         return torch.stack([hard.to(scores.dtype), scale], -1)
 
     def __call__(
-        self, forward: Forward, terms: list[Term], *, step: int, standing: Shaped[Tensor, "n ..."]
+        self,
+        forward: Forward,
+        terms: list[Term],
+        *,
+        step: int,
+        standing: Shaped[Tensor, "n ..."] | None = None,
     ) -> list[Term]:
         if not forward.labels.numel():
             return terms
+        if standing is None:  # this batch is all there is
+            standing = self.keep(self.score(forward), forward.sequence)
         result: list[Term] = []
         for term in terms:
             hard, scale = term.of(standing).unbind(-1)

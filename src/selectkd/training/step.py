@@ -118,7 +118,7 @@ class DistillationModel(nn.Module):
         self, batch: Any, row_scale: Tensor, uniform: Tensor, objective: Objective | LossPlan | FirstPass
     ) -> Any:
         first = objective if isinstance(objective, FirstPass) else None
-        plan = LossPlan.of(objective if first is None else first.plan)
+        plan = objective.plan if isinstance(objective, FirstPass) else LossPlan.of(objective)
         seen = supervised(batch)
         head = head_of(self.student)
         offload = self.offload and batch.input_ids.device.type != "cpu"

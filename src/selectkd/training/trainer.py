@@ -157,9 +157,10 @@ class DistillTrainer(Trainer):
     @torch.no_grad()
     def _ask(self, portion: Portion, first: FirstPass) -> list[Tensor]:
         """A first pass over a micro-batch, by the wrapped model as its loss will be."""
-        self.model_wrapped.train()
+        model: Any = self.model_wrapped
+        model.train()
         with self.compute_loss_context_manager():
-            return self.model_wrapped(portion.batch, portion.row_scale, portion.uniform, first)
+            return model(portion.batch, portion.row_scale, portion.uniform, first)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
