@@ -67,6 +67,28 @@ def test_windows_is_told_in_one_sentence_at_the_start() -> None:
     assert "WSL" in ran.stdout
 
 
+def test_libraries_write_nothing_among_our_lines_unless_they_are_asked_to() -> None:
+    code = (
+        "import os, sys, warnings; from selectkd.cli import main\n"
+        "sys.argv = ['selectkd', *{flags}, '--version']; main(); warnings.warn('of a library', FutureWarning)\n"
+        "print(os.environ.get('HF_HUB_DISABLE_PROGRESS_BARS'), os.environ.get('TRANSFORMERS_VERBOSITY'))"
+    )
+    room = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_HUB_DIS", "TRANSFORMERS_V"))
+    }
+    for flags, said, warned in (([], "1 error", False), (["--debug"], "None None", True)):
+        ran = subprocess.run(
+            [sys.executable, "-c", code.format(flags=flags)],
+            env=room,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.endswith(f"{said}\n") and ("of a library" in ran.stderr) is warned
+
+
 def test_a_full_disk_is_told_with_path_and_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -33,7 +33,7 @@ from selectkd.cli import (
     teacher,
     train,
 )
-from selectkd.cli.terminal import say, told
+from selectkd.cli.terminal import say, told, without_others
 from selectkd.cli.threads import settle_threads
 from selectkd.errors import ResourceError, SelectKDError
 
@@ -96,8 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "error: selectkd runs on Linux and macOS. On Windows use WSL 2: https://learn.microsoft.com/windows/wsl"
         )
         return USAGE
-    settle_threads()
     debug = "--debug" in given
+    settle_threads()
+    if arguments is None and not debug:
+        without_others()
     try:
         code = app(given, standalone_mode=False, prog_name="selectkd")
     except KeyboardInterrupt:

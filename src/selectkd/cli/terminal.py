@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import unicodedata
+import warnings
 
 MOST_LINES = 6
 INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -43,8 +45,6 @@ def told(text: object) -> None:
 
 def coloured(stream: object = None) -> bool:
     """Whether colour is wanted: a terminal, and NO_COLOR unset."""
-    import os
-
     stream = sys.stdout if stream is None else stream
     return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ
 
@@ -71,6 +71,16 @@ def _encodable(text: str, stream: object) -> str:
     """``text`` with what the stream's encoding lacks as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def without_others() -> None:
+    """Before a library loads: no progress bars and no warnings of libraries among our lines, unless the user asked for
+    them by the libraries' own variables.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def without_other_bars() -> None:
