@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpu.pretended import CPU, Gpu, Refused
+from gpu.pretended import CPU, Gpu, Refused, tensors_in
 
 COPIES = (torch.tensor, torch.as_tensor, torch.asarray)
 """What makes a tensor of the host's numbers: on a device, a copy that waits."""
@@ -63,7 +62,7 @@ class Asked(TorchFunctionMode):
             return self.made(func, args, kwargs, gpu.numbered(device))
         if device is None and type(func).__name__ in ("builtin_function_or_method", "method_descriptor"):
             # what C++ makes inside such a call, like a tensor's options, lies where the first tensor does
-            first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+            first = next(iter(tensors_in((args, kwargs))), None)
             home = None if first is None else gpu.of(first)
             before, gpu.home_of_new = (
                 gpu.home_of_new,
@@ -78,7 +77,7 @@ class Asked(TorchFunctionMode):
     def made(self, func: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
         """A new tensor on a GPU."""
         gpu = self.gpu
-        sources = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        sources = tensors_in((args, kwargs))
         if func in COPIES and sources:
             source = sources[0]
             dtype = kwargs.get("dtype") or source.dtype
@@ -91,7 +90,9 @@ class Asked(TorchFunctionMode):
             gpu.sync("numbers of the host to the device")
         elif func not in EMPTY:
             gpu.launch(getattr(func, "__name__", str(func)), device)
-        return tree_map_only(Tensor, lambda x: gpu.put(x, device), out)
+        for x in tensors_in(out):
+            gpu.put(x, device)
+        return out
 
     def product(
         self, func: Any, args: Any, *, out_dtype: torch.dtype, out: Tensor | None = None, **kwargs: Any

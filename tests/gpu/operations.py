@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpu.pretended import CPU, Gpu, Refused
+from gpu.pretended import CPU, Gpu, Refused, tensors_in
 
 WAITS = frozenset(
     (
@@ -51,7 +51,7 @@ class Operations(TorchDispatchMode):
         wanted = None if wanted is None else torch.device(wanted)
         if wanted is not None and wanted.type == "cuda":
             kwargs["device"] = CPU
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in((args, kwargs))
         homes = [gpu.of(x) for x in tensors]
         home = next((h for h in homes if h.type == "cuda"), None)
         if wanted is not None and wanted.type == "cuda":
@@ -73,7 +73,8 @@ class Operations(TorchDispatchMode):
         """An operation of CPU tensors alone; what C++ makes from nothing inside a GPU tensor's call lies with it."""
         out = func(*args, **kwargs)
         if not tensors and self.gpu.home_of_new is not None:
-            tree_map_only(Tensor, lambda x: self.gpu.put(x, self.gpu.home_of_new), out)
+            for x in tensors_in(out):
+                self.gpu.put(x, self.gpu.home_of_new)
         return out
 
     def check(
@@ -113,11 +114,9 @@ class Operations(TorchDispatchMode):
     def placed(self, func: Any, out: Any, tensors: list[Tensor], home: torch.device) -> Any:
         """The results, at home; a result in an argument's memory stays where that is."""
         known = {torch.Tensor.untyped_storage(x)._cdata for x in tensors} if shares_memory(func) else set()
-
-        def place(x: Tensor) -> Tensor:
-            return x if torch.Tensor.untyped_storage(x)._cdata in known else self.gpu.put(x, home)
-
-        tree_map_only(Tensor, place, out)
+        for x in tensors_in(out):
+            if torch.Tensor.untyped_storage(x)._cdata not in known:
+                self.gpu.put(x, home)
         return out
 
 
@@ -125,16 +124,19 @@ def _without_waiting(args: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
 
 
+@cache
 def writes(func: Any) -> bool:
     """Whether an operation writes into an argument."""
     return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
 
 
+@cache
 def is_view(func: Any) -> bool:
     """Whether an operation only looks at an argument's memory in another way."""
     return not writes(func) and any(r.alias_info is not None for r in func._schema.returns)
 
 
+@cache
 def shares_memory(func: Any) -> bool:
     """Whether a result may lie in an argument's memory."""
     return writes(func) or is_view(func)

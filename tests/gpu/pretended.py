@@ -167,6 +167,17 @@ class Gpu:
         return "\n".join(parts)
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in what an operation is given or gives: in lists, tuples and dictionaries too, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
+
+
 def caller() -> str:
     """The innermost line of the package that is running; in brackets that of another library where there is none."""
     frame, other = sys._getframe(2), ""
