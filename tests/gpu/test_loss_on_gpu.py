@@ -15,7 +15,7 @@ from selectkd.block import Seen
 from selectkd.rows import TeacherRows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-N, V, D = 40, 64, 8
+N, V, D = 10, 64, 8
 
 
 @pytest.fixture(autouse=True)
@@ -77,11 +77,11 @@ WAYS = {
 def test_no_way_through_the_loss_waits_for_the_device_and_each_gives_the_cpus_result(way):
     objective, options = WAYS[way]
     with pretended_with_kernels() as gpu:
-        there = loss_and_gradients("cuda:0", objective, chunk=16, **options)
+        there = loss_and_gradients("cuda:0", objective, chunk=4, **options)
         waits = {line: n for line, n in gpu.waits().items()}
     assert not waits
     assert gpu.gradient.count == (3 if way.startswith("kernels") else 0)
-    here = loss_and_gradients("cpu", objective, chunk=16, **options)
+    here = loss_and_gradients("cpu", objective, chunk=4, **options)
     for one, other in zip(there, here, strict=True):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-5)
 
@@ -100,10 +100,10 @@ def test_a_bias_is_looked_at_once_until_it_changes():
         hidden = drawn(N, D, seed=4).cuda().requires_grad_()
         gpu.reset()
         for _ in range(3):
-            distillation_loss(hidden, head, teacher, Objective(), chunk=8)
+            distillation_loss(hidden, head, teacher, Objective(), chunk=5)
         assert sum(gpu.syncs.values()) == 1, gpu.report()
         head.bias.add_(1.0)
-        distillation_loss(hidden, head, teacher, Objective(), chunk=8)
+        distillation_loss(hidden, head, teacher, Objective(), chunk=5)
         assert sum(gpu.syncs.values()) == 2
 
 
@@ -182,11 +182,11 @@ def test_where_triton_cannot_build_a_kernel_the_loss_says_so_once_and_is_the_sam
     with pretended(), mock.patch.object(passes, "statistics", Refuses()):
         with pytest.warns(UserWarning, match="Failed to find C compiler") as told:
             there = [
-                loss_and_gradients("cuda:0", Objective("forward_kl", "spec_k"), chunk=16) for _ in range(2)
+                loss_and_gradients("cuda:0", Objective("forward_kl", "spec_k"), chunk=4) for _ in range(2)
             ]
         assert len(told) == 1
     for one, other in zip(
-        there[1], loss_and_gradients("cpu", Objective("forward_kl", "spec_k"), chunk=16), strict=True
+        there[1], loss_and_gradients("cpu", Objective("forward_kl", "spec_k"), chunk=4), strict=True
     ):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-5)
 
@@ -236,7 +236,7 @@ def test_rows_of_a_chunk_follow_an_accelerators_memory():
 def test_a_narrow_heads_gradient_is_summed_in_fp32():
     objective = Objective("forward_kl", "always")
     with pretended_with_kernels():
-        there = loss_and_gradients("cuda:0", objective, dtype=torch.bfloat16, chunk=4)[2]
+        there = loss_and_gradients("cuda:0", objective, dtype=torch.bfloat16, chunk=1)[2]
         at_once = loss_and_gradients("cuda:0", objective, dtype=torch.bfloat16)[2]
     # ten chunks summed and rounded once: one unit apart from one product at most
     torch.testing.assert_close(there, at_once, atol=1e-6, rtol=2.0**-7)
