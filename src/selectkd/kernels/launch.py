@@ -185,7 +185,8 @@ class _Launch:
         table: dict[str, Tensor] = dict(
             zip((*FLOATS, *INTS), (*floats.unbind(), *ints.unbind()), strict=True)
         )
-        table["overlap"] = table["overlap"].clamp(max=1.0)
+        # 1 where the teacher's row is not finite, as in the reference: what a minimum makes of nan is Triton's choice
+        table["overlap"] = torch.where(table["lse_p"].isfinite(), table["overlap"].clamp(max=1.0), 1.0)
         if flags["RANK"]:
             table["student_top"] = table["student_top"].long()
         return table
