@@ -208,7 +208,8 @@ def _quantile(fits: NDArray[np.float64], freedom: int, share: float) -> float:
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         return low
     below: Any = lambda at: float(weight @ stats.t.cdf((at - slope) / error, freedom)) - share  # noqa: E731
-    return float(brentq(below, low, high))
+    found: Any = brentq(below, low, high)
+    return float(found)
 
 
 def claim(before: Look, after: Look, kappa: float) -> Claim:
