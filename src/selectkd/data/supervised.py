@@ -47,11 +47,12 @@ def supervised(batch: Batch) -> Supervised:
 
     Looked for once, in main memory where the batch came from there: on an accelerator the search waits for the device.
     """
-    if batch.found is None:
+    found = batch.found
+    if found is None:
         here = batch.in_memory
         found = _search(batch) if here is batch else supervised(here).to(batch.input_ids.device)
         batch.note("found", found)
-    return batch.found
+    return found
 
 
 def in_memory(batch: Batch, position: Tensor) -> tuple[Batch, Tensor]:

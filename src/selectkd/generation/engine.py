@@ -145,8 +145,9 @@ def _batch(
         rows = (counter + ahead[:, None]).flatten()  # [tokens b]
         uniform = uniforms(len(rows), rule.uniforms, seed=seed, step=step, counter=rows, device=device)
         for own in uniform.unflatten(0, (len(ahead), len(here))):
-            for one in readers if token is not None else ():
-                one.append(token)
+            if token is not None:
+                for one in readers:
+                    one.append(token)
             logits = [one.logits[:, :shared].to(device) for one in readers]
             token, overruled = rule(logits, own)
             found.append(torch.stack([token, overruled.to(token.dtype)]))

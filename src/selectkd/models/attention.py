@@ -52,7 +52,7 @@ def check_named(config: Mapping[str, Any], path: Path) -> None:
 def check_supported(config: Any, kind: str | None, *, where: str) -> None:
     """``check_attention``, and ConfigError where the model class of a configuration does not know ``kind``."""
     check_attention(kind, where=where)
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if made is not None and kind in SUPPORTED and not getattr(made, SUPPORTED[kind], False):
         able = [one for one in KINDS if one == "eager" or getattr(made, SUPPORTED[one], False)]
         raise ConfigError(

@@ -86,10 +86,11 @@ def load_model(
         options["distributed_config"] = parts_of(spread, load_shape(folder))
     tokenizer, config = _tokenizer(folder), config_of(folder)
     with refused(folder), without_reports():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **options,
         )  # fmt: skip
+    model, report = loaded
     check_found(report, folder)
     check_head(model.eval())
     return Loaded(model, tokenizer, str(spec), found)
@@ -179,7 +180,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     tokenizer = _gguf_tokenizer(path)
     with refused(path), without_reports():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
@@ -187,6 +188,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
             local_files_only=True,
             output_loading_info=True,
         )
+    model, report = loaded
     check_found(report, path)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:

@@ -94,7 +94,8 @@ def check_found(found: Mapping[str, Any], folder: Path | str) -> None:
     for key, words in (("missing_keys", "not in the file"), ("unexpected_keys", "not of the model")):
         if names := sorted(found.get(key) or ()):
             told.append(f"{len(names)} {words} ({_some(names)})")
-    if shapes := sorted(found.get("mismatched_keys") or ()):
+    shapes: list[Any] = sorted(found.get("mismatched_keys") or ())
+    if shapes:
         name, file, model = shapes[0]
         told.append(
             f"{len(shapes)} of another shape ({name}: {tuple(file)} in the file, {tuple(model)} by config.json)"

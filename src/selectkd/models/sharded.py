@@ -87,16 +87,16 @@ def shard(model: Any, spread: Spread) -> Any:
     """A whole model in memory taken apart in place, as ``load_model`` with ``spread`` loads one."""
     kind: Any = type(model)
     head: Any = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    embedding: Any = model.get_input_embeddings()
+    tied: Any = head if head is not None and head.weight is embedding.weight else None
     if (
-        tied
-    ):  # a tensor of two modules would be cut with both: two tensors meanwhile, and one again afterwards
-        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        tied is not None
+    ):  # a tensor of two modules would be cut with both: two tensors meanwhile, one again afterwards
+        tied.weight = nn.Parameter(tied.weight.detach().clone(), tied.weight.requires_grad)
     parts, _, mesh = kind.prepare_distribute_model(parts_of(spread, model))
     model = kind.maybe_distribute_model(model, parts, mesh)
-    if tied:
-        head.weight = embedding.weight
+    if tied is not None:
+        tied.weight = embedding.weight
     return model
 
 

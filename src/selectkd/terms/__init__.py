@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from selectkd.terms.adaptive_alpha import adaptive_alpha
 from selectkd.terms.atkd import atkd
@@ -16,7 +17,7 @@ from selectkd.terms.plan import Extra, FirstPass, LossPlan, StreamLoss, StreamSp
 from selectkd.terms.policy_gradient import policy_gradient
 from selectkd.terms.term import Forward, Term, weighted_sum
 
-EXTRAS: Mapping[str, Callable[..., Extra]] = MappingProxyType(
+EXTRAS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {"atkd": atkd, "adaptive_alpha": adaptive_alpha, "policy_gradient": policy_gradient}
 )
 
