@@ -126,6 +126,15 @@ def kernels_for(raw: Tensor, teacher: Any, settings: Settings, *, judged: bool =
     return kernels if kernels is not None and kernels.claims(settings, teacher, judged=judged) else None
 
 
+def by_kernels(kernels: Any, raw: Tensor, teacher: Any, rows: Any, settings: Settings) -> Any:
+    """What the kernels make of a chunk; None, with one warning, where their first launch shows that they cannot run."""
+    try:
+        return kernels.judge(raw, teacher, rows, settings)
+    except kernels.CannotLaunch as error:  # nothing has been written yet
+        do_without_kernels(raw.device.type, str(error))
+    return None
+
+
 def kernels_on(kind: str) -> Any:
     """The package of kernels for a kind of device; None, with one warning, where it cannot be used."""
     if kind in _OBSTACLES:
@@ -134,7 +143,7 @@ def kernels_on(kind: str) -> Any:
     if obstacle is None:
         try:
             return importlib.import_module("selectkd.kernels")
-        except Exception as error:  # whatever a broken installation raises
+        except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
             obstacle = f"{type(error).__name__}: {error}"
     do_without_kernels(kind, obstacle)
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selectkd.block import Rows, Seen, Settings, pair_at
-from selectkd.by_device import do_without_kernels, kernels_for, rows_of_block, scored_rows
+from selectkd.by_device import by_kernels, kernels_for, rows_of_block, scored_rows
 from selectkd.judge import judge
 from selectkd.objective import Objective
 from selectkd.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
@@ -232,10 +232,9 @@ def judge_chunk(
     teacher = work.teacher.open(rows, width, scratch)
     kernels = kernels_for(raw, teacher, settings, judged=work.acceptance is not None)
     if kernels is not None:
-        try:
-            return kernels.judge(raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
-        except kernels.CannotLaunch as error:  # nothing has been written yet
-            do_without_kernels(raw.device.type, str(error))
+        whole = by_kernels(kernels, raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+        if whole is not None:
+            return whole
     columns: dict[str, Tensor] = {}
     bad: Tensor | int = 0
     for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, settings)):

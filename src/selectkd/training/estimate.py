@@ -220,7 +220,8 @@ def _counted(
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     if value.dtype != query.dtype:  # under autocast position encodings make fp32 of query and key
-        query, key, mask = (each if each is None else each.to(value.dtype) for each in (query, key, mask))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        mask = None if mask is None else mask.to(value.dtype)
     k, v = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     return _Attention.apply(query, k, v, mask).transpose(1, 2), None  # type: ignore[union-attr]
 
