@@ -86,17 +86,18 @@ class Renderer:
         clock = threading.Timer(4 * seconds, process.kill) if sys.platform == "win32" else None
         if clock is not None:
             clock.start()
+        answered = False
         try:
             jinja_process.send(process.stdin, request)
             answers = jinja_process.read(process.stdout)
+            answered = True
         except OSError:  # the pipe broke: the process has ended, and how is told below
-            answers = None
-        except BaseException:  # an interrupt between question and answer: what is half read is of no use
-            self.close()
-            raise
+            answers, answered = None, True
         finally:
             if clock is not None:
                 clock.cancel()
+            if not answered:  # an interrupt between question and answer: what is half read is of no use
+                self.close()
         if answers is None:
             code = process.wait()
             self._drop()
