@@ -15,6 +15,7 @@ from selectkd import __version__
 from selectkd.cli import (
     cache,
     compare,
+    cut,
     data,
     demo,
     doctor,
@@ -53,6 +54,7 @@ app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("generate")(generate.generate)
+app.command("cut")(cut.cut)
 app.command("compare")(compare.compare)
 app.command("panel")(panel.panel)
 app.add_typer(data.app, name="data")

@@ -51,6 +51,14 @@ class CutReport:
     rows: int = 0
     seconds: float = 0.0
 
+    @property
+    def searched(self) -> list[str]:
+        """What a search for layers took, and how not to repeat it; nothing where none was made."""
+        return [
+            f"the layers were chosen in {self.seconds:.0f} s; selectkd cut writes this student as a folder for "
+            f"student.model, and student.from_teacher.choose: {self.kept} keeps the choice in the recipe"
+        ] * bool(self.kl)
+
 
 def cut_student(
     teacher: nn.Module,

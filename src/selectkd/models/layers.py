@@ -99,7 +99,7 @@ def _kind(module: nn.Module) -> dict[str, str]:
     plain = {
         name: repr(value)
         for name, value in vars(module).items()
-        if not PLACE.search(name) and isinstance(value, bool | int | float | str | None)
+        if not PLACE.search(name) and isinstance(value, bool | int | float | str)
     }
     tensors = {
         name: str(tuple(tensor.shape))

@@ -133,7 +133,7 @@ def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     if made is None:
         return
     named = f"teacher {made.teacher_plan.source}, student {made.student_source}"
-    yield Finding("models", True, ". ".join([named, *made.told]))
+    yield Finding("models", True, ". ".join([named, *(made.cut.searched if made.cut else []), *made.told]))
     yield tried("teacher", lambda: _teacher(made))
     yield tried("tar", lambda: _tar(made, recipe))
     yield tried("calibration", lambda: _calibration(made))

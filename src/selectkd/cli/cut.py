@@ -1,0 +1,51 @@
+"""``selectkd cut RECIPE --out FOLDER``: the student that a recipe cuts from its teacher, written once for all runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selectkd.cli.device import Device
+from selectkd.cli.plugin import AllowPlugin
+from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.errors import ConfigError
+
+
+def cut(
+    recipe: Annotated[str, typer.Argument(help="A recipe with student.from_teacher, a YAML file.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the student is written.")],
+    allow_plugin: AllowPlugin = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Choose the layers of a student once, and write it as a model folder: name that folder in student.model."""
+    from selectkd.config import load_recipe
+
+    checked = load_recipe(recipe, changes or [])
+    if checked.student.from_teacher is None:
+        raise ConfigError(
+            f"{recipe} names its student, student.model = {checked.student.model!r}, so there is nothing to cut. "
+            "Use student: {from_teacher: {layers: N}}."
+        )
+
+    from selectkd.assembly import assemble
+    from selectkd.devices import training_device
+    from selectkd.models.save import check_target, save_student
+
+    without_other_bars()
+    check_target(Path(out))
+    plain = checked.training.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    made = assemble(
+        checked.model_copy(update={"training": plain}),
+        device=training_device(device),
+        stage=told if sys.stderr.isatty() else None,
+    )
+    kl = f", held-out KL to the teacher {made.cut.kl[-1]:.4g} nats" if made.cut and made.cut.kl else ""
+    folder = save_student(made.student, made.tokenizer, out, f"# {made.student_source}\n")
+    say(f"{folder}: {made.student_source}{kl}")
+    say(f"train it with --set student.from_teacher=null --set student.model={folder}")
