@@ -19,7 +19,7 @@ from selectkd.pair import TokenPair
 from selectkd.rows import Head, Scratch, TeacherChunk
 from selectkd.verifiers import STATISTICS
 
-IMPOSSIBLE = -1e4
+IMPOSSIBLE = -1e12
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
 LOWEST, HIGHEST = -20.0, 60.0
 """Between these log-sum-exps e^z is neither too small nor too large for fp32, and needs no shift by the maximum."""

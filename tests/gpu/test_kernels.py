@@ -282,3 +282,20 @@ def test_the_loss_on_the_gpu_equals_the_loss_on_the_cpu():
 def test_partial_parameters_reach_the_kernels():
     objective = Objective(functools.partial(Objective("skew_kl").divergence, alpha=0.4), "always")
     compare(objective)
+
+
+def test_a_shift_of_all_logits_changes_nothing_beside_unshared_ids() -> None:
+    found = []
+    for shift in (0.0, -30_000.0):
+        hidden, head, live = made(shared=torch.arange(V) < V - 40)
+        raw = head.raw(hidden).detach() + shift
+        chunk = live.open(slice(0, C), V, Scratch())
+        chunk.raw.add_(shift)
+        settings = Settings(Objective("forward_kl", "greedy_topk"), head, 1.0, wants_gradient=True)
+        uniform = torch.empty(C, 0, device=DEVICE)
+        at = Rows(
+            uniform, torch.ones(C, device=DEVICE), None, torch.zeros(C, dtype=torch.long, device=DEVICE), None
+        )
+        found.append(kernels.judge(raw, chunk, at, settings))
+    for one, other in zip(found[0][:4], found[1][:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=2e-2)
