@@ -265,6 +265,9 @@ class Forbidden(NamedTuple):
             (block.zp, block.norm_p, self.teacher), (block.zq, block.norm_q, self.student),
         ):  # fmt: skip
             z[..., ids] = narrow(norm + LOG_FLOOR, z)
+        if self.alone.numel():  # a row whose teacher is not finite has the student for one, its -inf included
+            lowest = narrow(block.norm_p + LOG_FLOOR, block.zp)
+            block.zp[..., self.alone] = block.zp[..., self.alone].clamp(min=lowest)
 
     def release(self, block: Block) -> None:
         """Takes the part of a token that the student can never say out of the gradient h - q sum(h) in ``block.out``:
