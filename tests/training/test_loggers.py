@@ -106,3 +106,37 @@ def test_a_logger_that_hangs_is_told_once_and_left_behind(where: str, trained: A
 
     _, steps = trained(fails)
     assert steps == 3 and caplog.text.count("is left behind") == 1
+
+
+def test_held_out_measures_reach_the_loggers_and_stay_on_the_screen(monkeypatch: Any, tmp_path: Any) -> None:
+    from rich.console import Console
+
+    from selectkd.config import recipe_from
+    from selectkd.training import metrics
+    from selectkd.training.progress import TrainingProgress
+    from selectkd.training.run import train
+    from training.tiny import recipe_of, tiny_llama, write_pair
+
+    heard: list[dict[str, float]] = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **named):
+            heard.append({"step": state.global_step, **logs})
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Logger)
+    monkeypatch.setattr(metrics, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    write_pair(tmp_path, tiny_llama(1, layers=3))
+    settings = {
+        "output_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 3, "max_length": 24,
+        "max_prompt_length": 12, "evaluate_every": 2, "report_to": ["tensorboard"], "engine": "trainer",
+    }  # fmt: skip
+    recipe = recipe_from({**recipe_of(tmp_path, data={"evaluation": 0.25}), "training": settings})
+    with (tmp_path / "screen").open("w+") as screen, TrainingProgress(Console(file=screen)) as progress:
+        result = train(recipe, progress=progress)
+        screen.seek(0)
+        shown = screen.read()
+    measured = {one["step"]: one["eval_kl"] for one in heard if "eval_kl" in one}
+    assert (
+        set(measured) == {2, 4} and result.after is not None and measured[4] == pytest.approx(result.after.kl)
+    )
+    assert [f"held-out text after step {step}:" in shown for step in (0, 2, 4)] == [True] * 3

@@ -49,7 +49,11 @@ class TrainingProgress:
             self.plain.out(name)
 
     def line(self, line: dict[str, Any]) -> None:
-        """Shows a line of metrics.jsonl."""
+        """Shows a line of metrics.jsonl; what held-out text says stays on the screen."""
+        if line.get("evaluation"):
+            seen = line["evaluation"]
+            numbers = "  ".join(f"{name} {_short(seen[name])}" for name in ("kl", "perplexity", "tar"))
+            self.bar.console.out(f"held-out text after step {line['step']}: {numbers}")
         if "loss" in line:
             told = (
                 f"loss {_short(line['loss'])}  TAR {_short(line['tar'])}  "

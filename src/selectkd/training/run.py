@@ -295,6 +295,16 @@ def _run(
             disable_tqdm=True,
         )
     on_device(args, device)
+
+    def looked(step: int) -> bool:
+        stop = watch(step)
+        if watch.latest is not None and watch.latest_step == step:  # for the loggers of report_to
+            seen = watch.latest.as_dict()
+            trainer.log(
+                {f"eval_{name}": seen[name] for name in ("kl", "perplexity", "tar", "bite", "overlap")}
+            )
+        return stop
+
     trainer = DistillTrainer(
         made.student,
         made.teacher,
@@ -316,7 +326,7 @@ def _run(
         losses=made.losses,
         extras=made.extras,
         write=made.writer,
-        after_step=watch,
+        after_step=looked,
         checkpoints=checkpoints,
         processing_class=made.tokenizer,
     )
