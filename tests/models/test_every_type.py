@@ -29,10 +29,11 @@ from selectkd.training.estimate import activations
 from .every_type import TYPES, VOCABULARY, tiny_model
 
 MINDED = (
-    "bart", "bert", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "falcon_mamba", "gemma2", "git", "gpt2",
+    "bart", "bert", "cohere2", "cpmant", "deepseek_v3", "emu3", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
+    "git", "gpt2",
     "granitemoehybrid", "hyperclovax", "inkling_text", "jamba", "kimi_linear", "lfm2", "llama4_text", "mamba", "mamba2",
     "minimax", "modernbert-decoder", "mpt", "nemotron_h", "opt", "phimoe", "qwen3_5_text", "qwen3_next",
-    "recurrent_gemma", "rwkv", "smollm3", "xlstm",
+    "recurrent_gemma", "rwkv", "smollm3", "xlm", "xlnet", "xlstm",
 )  # fmt: skip
 """Each stands for a kind: a scale, a cache, a pattern of layers, a wrapper."""
 TRIED = TYPES if os.environ.get("EVERY_TYPE") else sorted({*MINDED, *TYPES[::40]})
@@ -145,7 +146,11 @@ def test_every_name_that_is_offered_takes_an_adapter(model, tmp_path):
 def test_activations_are_counted_for_every_type_that_trains(model, tmp_path):
     known(model)
     model.save_pretrained(tmp_path)
-    whole = activations(shape_of(tmp_path), 2, 8)
+    try:
+        whole = activations(shape_of(tmp_path), 2, 8)
+    except ConfigError as error:
+        assert str(tmp_path) in str(error)
+        return
     assert whole > 0 and activations(shape_of(tmp_path), 2, 8, recomputed=True) > 0
     assert activations(shape_of(tmp_path), 4, 8) > whole
 

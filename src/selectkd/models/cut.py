@@ -161,7 +161,13 @@ def build(teacher: Any, kept: Sequence[int]) -> nn.Module:
             attn_implementation=teacher.config._attn_implementation,
         )
     check_cut(teacher, student, kept)
-    student.load_state_dict(state)
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:  # parts of a layer that lie elsewhere, a list of their own
+        raise ConfigError(
+            f"{type(teacher).__name__} keeps parts of its layers outside of them, so it cannot be cut. "
+            "Name a student model."
+        ) from error
     student.tie_weights()
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
