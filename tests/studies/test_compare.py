@@ -211,7 +211,12 @@ def test_a_gate_that_lets_everything_pass_is_no_gate_under_any_method(
     rows = [
         measured(dict(arm.values), tmp_path / arm.folder) for arm in arms({"one": values}, [method], seeds=1)
     ]
-    assert rows[0]["held_out_kl_of"] == rows[1]["held_out_kl_of"]
+    if (
+        method == "adaspec"
+    ):  # its rows are cut out first where a verifier follows, and summed in another order
+        assert rows[0]["held_out_kl_of"] == pytest.approx(rows[1]["held_out_kl_of"], rel=1e-6)
+    else:
+        assert rows[0]["held_out_kl_of"] == rows[1]["held_out_kl_of"]
     assert rows[0]["tokens"] == rows[1]["tokens"] and 0 < rows[1]["acceptance"] < 1
     log = [
         (tmp_path / f"{method}-{arm}-42" / "metrics.jsonl").read_text("utf-8") for arm in (PLAIN, SELECTED)
@@ -258,7 +263,7 @@ def test_a_difference_is_that_of_the_table_and_counts_every_token_alike() -> Non
 def test_an_arm_that_diverges_leaves_the_others_their_rows(recipe: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text("utf-8"))
     made = arms({"one": values}, ["kd"], seeds=1)
-    made[0].values["training"]["learning_rate"] = 1e30  # type: ignore[index]
+    made[0].values["training"] |= {"learning_rate": 1e30, "max_steps": 8}  # type: ignore[index]
     rows = compare(made, tmp_path / "rows.json", tmp_path / "runs")
     assert rows[0]["error"] and rows[0]["held_out_kl"] is None and rows[1]["held_out_kl"] > 0
     assert read_rows(tmp_path / "rows.json") == json.loads(json.dumps(rows))

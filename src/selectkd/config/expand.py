@@ -78,8 +78,6 @@ def _selected(objective: Any, said: Any, selection: Any) -> Any:
                 at="selection",
             )
     kept = dict(objective or {})
-    if not (isinstance(said, Mapping) and said.get("selector") is not None):
-        kept.pop("selector", None)  # a method's own
     if "verifier" not in wanted and not (isinstance(said, Mapping) and said.get("verifier") is not None):
         kept.pop("verifier", None)
     return {**kept, **wanted}
