@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from selectkd.assembly import prepare
 from selectkd.config import recipe_from
@@ -39,6 +42,20 @@ def edit(pair: Path, change: dict[str, Any]) -> None:
 def test_a_recipe_chooses_how_each_model_computes_attention(kind: str, pair: Path) -> None:
     plan = prepare(recipe(pair, student="eager", teacher=kind))
     assert plan.teacher.loaded().model.config._attn_implementation == kind
+
+
+def test_a_models_head_is_checked_without_its_attention_kernel(pair: Path, monkeypatch: Any) -> None:
+    """A model is loaded on the CPU, where flash attention crashes and flex attention may be wrong."""
+
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the kernel ran")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", kernel)
+    loaded = load_model(pair / "student", attn_implementation="flex_attention")
+    assert loaded.model.config._attn_implementation == "flex_attention"
+    with pytest.raises(AssertionError, match="the kernel ran"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own call of torch
+        loaded.model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("section", ["student", "teacher"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def attention_options(
             config, asked, where=where if kind else f"{folder / 'config.json'}: attn_implementation"
         )
     return {} if kind is None else {"attn_implementation": kind}
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Compute attention eagerly inside, where the model's way needs a GPU or a compiler; sdpa and eager stay."""
+    kind = getattr(model.config, "_attn_implementation", None)
+    if kind in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kind)
 
 
 def _implementations(config: Any) -> Iterator[tuple[str, str]]:

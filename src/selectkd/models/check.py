@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from selectkd.errors import ConfigError
+from selectkd.models.attention import plain_attention
 from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.sharded import inside
 
@@ -19,12 +20,14 @@ def check_head(model: nn.Module) -> None:
     """Run a few tokens through the model and through backbone and head; ConfigError where their logits differ.
 
     The guard for architectures this module has not met: a scale it does not know would train on wrong logits.
+    Attention is computed the plain way meanwhile: a fresh model lies on the CPU, which flash attention cannot use
+    and where flex attention compiles a kernel that is wrong for narrow heads (torch 2.13 on AVX2: NaN at 16 channels).
     """
     head = head_of(model)
     ids = torch.linspace(1, head.width - 1, PROBE_IDS, device=head.weight.device).long()[None]
     was_training = model.training
     model.eval()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), plain_attention(unwrapped(model)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own calls of torch
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()

@@ -74,6 +74,17 @@ class Impatient(H11Protocol):
             self._late = None
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, which drops the connections it has closed and whose clients have not: TLS waits for both."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        connections = list(self.server_state.connections)
+        await super().shutdown(sockets)
+        for connection in connections:
+            connection.transport.abort()
+        await asyncio.sleep(0)  # the loop closes their sockets
+
+
 def token_of(variable: str | None) -> str | None:
     """The token in a variable of the environment; ConfigError where it is not set or too short to be one."""
     if variable is None:
@@ -131,7 +142,7 @@ def server_of(
     token: str | None = None,
     certificate: Path | None = None,
     key: Path | None = None,
-) -> uvicorn.Server:
+) -> Server:
     """uvicorn with the app of an engine and the limits of it."""
     limits = engine.limits
     timed = {"reading": limits.reading, "idle": limits.idle, "most": 2 * limits.connections}
@@ -153,7 +164,7 @@ def server_of(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def serve(
