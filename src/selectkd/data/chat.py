@@ -62,6 +62,17 @@ def rendered(
     return template.rendered(sample.origin, [Job(shown, sample.tools, prompt)])[0]
 
 
+def leaves_out_tools(sample: Sample, template: ChatTemplate) -> bool:
+    """Whether a conversation with tool schemas reads as it would without them."""
+    if not sample.tools or not template.source:
+        return False
+    traits = template.traits(sample.origin, tools=True)
+    shown = [shaped(message, traits) for message in sample.messages or ()]
+    text = template.text(sample.origin, tools=True)
+    written, without = template.answers(text, [Job(shown, sample.tools), Job(shown)])
+    return written == without
+
+
 def turn_ends(
     template: ChatTemplate, tokenizer: Any, known: Collection[int], sample: Sample
 ) -> frozenset[int]:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from selectkd.data.chat import tokenize_chat
+from selectkd.data.chat import leaves_out_tools, tokenize_chat
 from selectkd.data.formats import Sample
 from selectkd.data.positions import lay_out
 from selectkd.data.template import ChatTemplate
@@ -38,8 +38,8 @@ ALPACA = (
 class Example:
     """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes it.
 
-    truncated: tokens are missing, cut_prompt: of its prompt. route: which of several teachers its record names, -1
-    where none is asked for.
+    truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its tool schemas are not in its text. route:
+    which of several teachers its record names, -1 where none is asked for.
     """
 
     input_ids: list[int]
@@ -48,6 +48,7 @@ class Example:
     origin: str = ""
     truncated: bool = False
     cut_prompt: bool = False
+    without_tools: bool = False
     route: int = -1
 
     def __len__(self) -> int:
@@ -109,7 +110,8 @@ def render(
         trained[0] = False
     if not any(trained):
         return Dropped(sample.origin, "nothing to train on")
-    example = Example(ids, trained, stream, sample.origin)
+    without_tools = leaves_out_tools(sample, template)
+    example = Example(ids, trained, stream, sample.origin, without_tools=without_tools)
     keep_first = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
     return _fit(example, max_length, max_prompt_length, on_too_long, keep_first)
 

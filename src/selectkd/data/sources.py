@@ -23,6 +23,9 @@ from selectkd.data.template import ChatTemplate
 from selectkd.errors import ConfigError, DataError
 
 SPEC_KEYS = ("path", "name", "format", "weight", "split", "limit", "config", "stream", "written_by")
+WITHOUT_TOOLS = (
+    "without their tool schemas, which the chat template leaves out (data.chat_template names another)"
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def dataset_source(
         counts["truncated"] += result.truncated
         counts[f"prompts cut to max_prompt_length {max_prompt_length}"] += result.cut_prompt
         counts[f"cut to max_length {max_length}"] += result.truncated and len(result) == max_length
+        counts[WITHOUT_TOOLS] += result.without_tools
         examples.append(result)
     cuts = ("read", "truncated", *(name for name in counts if " cut to " in f" {name}"))
     dropped = {name: value for name, value in counts.items() if name not in cuts and value}
