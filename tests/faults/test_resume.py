@@ -20,6 +20,7 @@ from selectkd.cli import main
 from selectkd.errors import ConfigError, IntegrityError, Interrupted, Preempted
 from selectkd.training.checkpoint.folder import check
 from selectkd.training.run import train
+from selectkd.training.rundir import read_run, write_run
 from training.tiny import tiny_llama
 
 
@@ -234,6 +235,53 @@ def test_a_changed_recipe_is_refused_by_key_before_weights_load(
     told = str(refused.value)
     assert key in told and "in the run" in told and "--allow-change" in told
     assert len(told.splitlines()) <= 6
+
+
+def _edited(run: Path, without: tuple[str, ...] = (), **more: Any) -> None:
+    """A run folder as another version left it: its recipe without some keys, or with keys that are no more."""
+    kept = {key: value for key, value in read_run(run).items() if not key.startswith(without or ("-",))}
+    write_run(run, {**kept, **more})
+
+
+NEWER = (
+    "training.gradient_filter",
+    "training.sharding",
+    "objective.extras",
+    "data.sources.0.policy",
+    "selection",
+)
+
+
+def test_a_run_begun_before_a_key_was_goes_on_with_the_key_at_its_default(
+    pair: Path, whole: Path, broken_off: Path, tmp_path: Path
+) -> None:
+    _edited(broken_off, NEWER)
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe_for(pair, broken_off).model_dump_json(exclude_none=True))
+    assert main(["doctor", str(path)]) == 0
+    with pytest.raises(ConfigError, match=r"training.gradient_filter: nothing in the run, 0.5 now"):
+        train(recipe_for(pair, broken_off, gradient_filter=0.5))
+    assert train(recipe_for(pair, broken_off)).resumed_from == 6 and left(broken_off) == left(whole)
+    _edited(broken_off, NEWER)  # a finished one is left as it is
+    manifest = json.loads((broken_off / "manifest.json").read_text())
+    del manifest["config"]["training"]["gradient_filter"], manifest["config"]["selection"]
+    (broken_off / "manifest.json").write_text(json.dumps(manifest))
+    train(recipe_for(pair, broken_off))
+    assert json.loads((broken_off / "manifest.json").read_text()) == manifest
+
+
+def test_a_key_of_a_run_that_is_no_more_is_named_by_doctor_and_train(
+    pair: Path, broken_off: Path, tmp_path: Path, capsys: Any
+) -> None:
+    _edited(broken_off, **{"training.momentum": 0.5})
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe_for(pair, broken_off).model_dump_json(exclude_none=True))
+    for verb in ("doctor", "train"):
+        assert main([verb, str(path)]) == 2
+        told = capsys.readouterr()
+        assert "training.momentum: 0.5 in the run, nothing now" in told.out + told.err
+    allowed = ["training.momentum"]
+    assert train(recipe_for(pair, broken_off), allow_change=allowed).resumed_from == 6
 
 
 def test_a_change_allowed_by_name_goes_on(pair: Path, broken_off: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,7 +109,9 @@ def test_a_logger_that_hangs_is_told_once_and_left_behind(where: str, trained: A
     assert steps == 3 and caplog.text.count("is left behind") == 1
 
 
-def test_held_out_measures_reach_the_loggers_and_stay_on_the_screen(monkeypatch: Any, tmp_path: Any) -> None:
+def test_held_out_measures_and_the_recipe_reach_the_loggers_and_measures_stay_on_the_screen(
+    monkeypatch: Any, tmp_path: Any
+) -> None:
     from rich.console import Console
 
     from selectkd.config import recipe_from
@@ -118,8 +121,12 @@ def test_held_out_measures_reach_the_loggers_and_stay_on_the_screen(monkeypatch:
     from training.tiny import recipe_of, tiny_llama, write_pair
 
     heard: list[dict[str, float]] = []
+    noted: list[dict[str, Any]] = []
 
     class Logger(TrainerCallback):
+        def on_train_begin(self, args, state, control, **named):
+            noted.extend([args.to_dict(), json.loads(args.to_json_string()), args.to_sanitized_dict()])
+
         def on_log(self, args, state, control, logs=None, **named):
             heard.append({"step": state.global_step, **logs})
 
@@ -140,3 +147,8 @@ def test_held_out_measures_reach_the_loggers_and_stay_on_the_screen(monkeypatch:
         set(measured) == {2, 4} and result.after is not None and measured[4] == pytest.approx(result.after.kl)
     )
     assert [f"held-out text after step {step}:" in shown for step in (0, 2, 4)] == [True] * 3
+    for each in noted:  # what W&B, MLflow, TensorBoard and others take for a run's configuration
+        assert each["recipe.objective.verifier.name"] == recipe.objective.verifier["name"]
+        assert each["recipe.training.max_length"] == 24 and each["max_steps"] == 4
+        assert each["recipe.data.evaluation"] == 0.25
+    assert len(noted) == 3

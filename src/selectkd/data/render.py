@@ -38,8 +38,8 @@ ALPACA = (
 class Example:
     """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes it.
 
-    truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its tool schemas are not in its text. route:
-    which of several teachers its record names, -1 where none is asked for.
+    truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its text leaves its tool schemas out.
+    route: which of several teachers its record names, -1 where none is asked for.
     """
 
     input_ids: list[int]

@@ -43,10 +43,9 @@ from selectkd.training.rundir import (
     CHECKPOINTS,
     RUN,
     check_output_dir,
-    check_same,
     date_of,
-    identity,
     read_run,
+    same_recipe,
     same_servers,
 )
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
@@ -154,9 +153,7 @@ def _folder(recipe: Any) -> str:
     folder = Path(recipe.training.output_dir)
     if not check_output_dir(folder):
         return f"{folder} is free"
-    wanted = identity(recipe)
-    stored = {key: value for key, value in read_run(folder).items() if key in wanted}
-    check_same(stored, wanted, (), where=f"training.output_dir = {folder}")
+    same_recipe(folder, recipe)
     found, damaged = newest(folder / CHECKPOINTS)
     begun = "the beginning" if found is None else found.path.name
     return f"{folder} holds this run; it would go on from {begun}" + "".join(

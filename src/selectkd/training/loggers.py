@@ -8,7 +8,7 @@ import copy
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -25,16 +25,30 @@ _EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_")
 
 
 class Loggers(TrainerCallback):
-    """A Trainer's callback that hands each event to every logger named; names: as of ``training.report_to``."""
+    """A Trainer's callback that hands each event to every logger named; names: as of ``training.report_to``.
 
-    def __init__(self, names: Sequence[str], *, wait: float = WAIT) -> None:
+    settings: by key, what a logger notes as the configuration of the run beside the Trainer's own arguments.
+    """
+
+    def __init__(
+        self, names: Sequence[str], settings: Mapping[str, Any] | None = None, *, wait: float = WAIT
+    ) -> None:
         self._loggers = [_Logger(name, wait) for name in names]
+        self._settings = dict(settings or {})
 
     def hear(self, event: str, args: Any, state: Any, control: Any, **named: Any) -> None:
         """Hands an event on; what a logger says of ``control`` is not asked for."""
         given = {key: dict(value) if key == "logs" else value for key, value in named.items()}
+        args = _with_settings(args, self._settings)
         for logger in self._loggers:
             logger.hear(event, args, copy.copy(state), copy.copy(control), **given)
+
+
+def _with_settings(args: Any, settings: Mapping[str, Any]) -> Any:
+    """The arguments of a Trainer, whose ``to_dict``, which every logger notes, has the settings too."""
+    told = copy.copy(args)
+    told.to_dict = lambda: {**args.to_dict(), **settings}
+    return told
 
 
 def _hears(event: str) -> Any:

@@ -19,7 +19,7 @@ from selectkd.training.counts import ranks
 from selectkd.training.evaluation import Evaluation
 from selectkd.training.ledger import Ledger
 from selectkd.training.manifest import data_fingerprint, device_name, versions
-from selectkd.training.rundir import FINISHED, Claim, flat, identity
+from selectkd.training.rundir import FINISHED, Claim, at_defaults, flat, identity
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
 
 
 def _read(folder: Path, said: dict[str, Any], recipe: Any) -> RunResult | None:
-    if flat(said["config"]) != identity(recipe):
+    if at_defaults(flat(said["config"]), recipe) != identity(recipe):
         (folder / FINISHED).unlink()  # the run goes on, so this says nothing any more
         return None
     looks = {name: None if said[name] is None else Evaluation(**said[name]) for name in ("before", "after")}

@@ -332,6 +332,7 @@ def _run(
     )
     trainer.remove_callback(PrinterCallback)
     if training.report_to and rank() == 0:
-        trainer.add_callback(Loggers(training.report_to))
+        settings = {f"recipe.{key}": value for key, value in identity(recipe).items()}
+        trainer.add_callback(Loggers(training.report_to, settings))
     trainer.train()
     return trainer.ledger

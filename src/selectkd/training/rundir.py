@@ -164,11 +164,7 @@ def _claim(folder: Path, recipe: Any, resume: str, allowed: Sequence[str], held:
             f"training.output_dir = {folder} holds a run, and --resume never takes a new folder only. "
             "Name another one, or leave --resume out."
         )
-    stored = read_run(folder) if ours else {}
-    if ours:
-        said = {key: value for key, value in stored.items() if key not in FACTS}
-        names = [name for name in allowed if name not in FACTS]
-        check_same(said, identity(recipe), names, where=f"training.output_dir = {folder}")
+    stored = same_recipe(folder, recipe, allowed) if ours else {}
     folder.mkdir(parents=True, exist_ok=True)
     if held is not None:
         held.enter_context(locked(folder))
@@ -284,6 +280,22 @@ def locked(folder: Path) -> Iterator[None]:
 def identity(recipe: Any, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a run is made of, one level deep: ``objective.beta``: .01, ..., and facts; FREE keys left out."""
     return {**flat(recipe.model_dump(mode="json")), **(facts or {})}
+
+
+def same_recipe(folder: Path, recipe: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
+    """What run.json says; ConfigError where its recipe is another one."""
+    stored = at_defaults(read_run(folder), recipe)
+    said = {key: value for key, value in stored.items() if key not in FACTS}
+    names = [name for name in allowed if name not in FACTS]
+    check_same(said, identity(recipe), names, where=f"training.output_dir = {folder}")
+    return stored
+
+
+def at_defaults(stored: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    """What a run is made of, with the keys that its version did not have yet where the recipe leaves them out."""
+    chosen = flat(recipe.model_dump(mode="json", exclude_defaults=True))
+    newer = {key: value for key, value in identity(recipe).items() if key not in chosen}
+    return {**newer, **stored}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
