@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from faults.tiny_run import recipe_for
 from selectkd.cli import main
-from selectkd.config import Recipe, load_recipe
 from selectkd.config.yaml_text import read
 from selectkd.models.head import backbone
 from selectkd.models.load import load_shape
@@ -250,28 +249,6 @@ def test_every_recipe_is_valid_by_the_schema_that_is_printed(capsys: Any) -> Non
     wrong = {"student": {}, "training": {"batch_size": 0, "learning_rat": 1}}
     told = {error.validator for error in valid.iter_errors(wrong)}
     assert {"required", "additionalProperties"} <= told or {"required", "minimum"} <= told
-
-
-def test_a_recipe_of_an_older_version_means_what_it_meant(written: Callable[..., Path]) -> None:
-    path = written()
-    content = json.loads(path.read_text())
-    del content["training"]["save_every"]
-    assert recipe_of({**content, "version": 0}, path).training.save_every is None
-    assert recipe_of(content, path).training.save_every == "auto"
-
-
-def recipe_of(content: dict[str, Any], path: Path) -> Recipe:
-    path.write_text(json.dumps(content), "utf-8")
-    return load_recipe(path)
-
-
-def test_a_recipe_of_a_version_to_come_is_refused(written: Callable[..., Path], capsys: Any) -> None:
-    path = written()
-    content = json.loads(path.read_text())
-    for version in (3, -1, "1", True, 1.5):
-        path.write_text(json.dumps({**content, "version": version}), "utf-8")
-        assert main(["train", str(path)]) == 2
-        assert "version" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_found_before_a_weight_loads(

@@ -46,6 +46,13 @@ def test_an_unknown_module_is_answered_with_the_linear_layers_there_are(llama):
         add_lora(llama, r=0)
 
 
+def test_all_linear_names_every_linear_layer_but_the_head(llama):
+    named = add_lora(tiny_model("llama"), target_modules=linear_layers(llama))
+    every = add_lora(tiny_model("llama"), target_modules="all-linear")
+    assert [n for n, _ in every.named_parameters()] == [n for n, _ in named.named_parameters()]
+    assert not any("lm_head.lora" in n for n, _ in every.named_parameters())
+
+
 @pytest.mark.parametrize(
     "model_type, wrong",
     [("mamba2", "out_proj"), ("falcon_h1", "out_proj"), ("bamba", "out_proj"), ("phimoe", "router")],

@@ -262,22 +262,7 @@ def test_bf16_moves_the_weights_that_fp32_moves(new_student, teacher_model):
     assert moved["bf16-pure"] < 0.2 * moved["fp32"]
 
 
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        ({}, "fp32"),
-        ({"dtype": "float32"}, "fp32"),
-        ({"dtype": "bfloat16"}, "bf16-pure"),
-        ({"dtype": "bfloat16", "lora": {}}, "bf16"),
-    ],
-)
-def test_a_recipe_of_version_1_keeps_its_meaning(said, meant, folders):
-    training = {"output_dir": "r", "max_steps": 1, "batch_size": 1, **said}
-    recipe = recipe_from(recipe_of(folders, training=training) | {"version": 1})
-    assert recipe.training.precision == meant
-
-
-def test_a_recipe_of_today_with_dtype_is_told_the_new_key(folders):
+def test_a_recipe_with_dtype_is_told_the_key_for_it(folders):
     training = {"output_dir": "r", "max_steps": 1, "batch_size": 1, "dtype": "bfloat16"}
     with pytest.raises(ConfigError, match=r"training\.precision.*bf16"):
         recipe_from(recipe_of(folders, training=training))

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
+
+import typer
 
 from selectkd.cli.terminal import say
 
 
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/recipe.md, every key in words.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of a recipe."""
     from selectkd.config import Recipe
+    from selectkd.config.page import page
 
+    if markdown:
+        return say(page())
     say(
         json.dumps(
             {

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from selectkd.config.migration import migrated
 from selectkd.config.problems import Problem, explained, fields_at, raised
 from selectkd.config.schema import Recipe
 from selectkd.config.yaml_text import MOST_BYTES, Document, read
@@ -84,7 +83,7 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
         raise ConfigError(
             f"{source}: a recipe is a mapping (teacher: ..., student: ...), not {type(values).__name__}."
         )
-    values = migrated(_copied(values), source=source)
+    values = _copied(values)
     problems: list[Problem] = []
     said: dict[tuple[str | int, ...], str] = {}
     for override in overrides:

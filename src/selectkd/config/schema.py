@@ -12,7 +12,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.expand import expanded
-from selectkd.config.migration import VERSION
 from selectkd.config.policies import DatasetPolicy, Policy
 from selectkd.config.section import (
     Arguments,
@@ -33,11 +32,14 @@ from selectkd.config.training import Training
 
 
 class WeightChange(Section):
-    """A weight from start to end, linearly over the first ``share`` of a run's steps."""
+    """A weight that moves linearly from start to end."""
 
     start: Annotated[float, Field(ge=0.0)]
+    """The weight at the first step."""
     end: Annotated[float, Field(ge=0.0)]
+    """The weight from the end of the change on."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the run's steps that the change takes. The default is the whole run."""
 
 
 def _weight_kind(value: Any) -> str:
@@ -48,12 +50,16 @@ Writer = Literal["dataset", "teacher", "student", "both"]
 
 
 class StreamObjective(Section):
-    """What is different for one stream: keys of ``objective``, and ``weight``, the factor of its rows' loss."""
+    """What is different for one stream of text; a key that is left out is the objective's."""
 
     divergence: Component | None = None
+    """Divergence for this text: a name of `selectkd show divergences`, or {name: ..., parameter: value}."""
     verifier: Component | None = None
+    """Verifier for this text: a name of `selectkd show verifiers`, or {name: ..., parameter: value}."""
     selector: Component | None = None
+    """Selector for this text: a name of `selectkd show selectors`, or {name: ..., parameter: value}."""
     beta: Share | None = None
+    """Weight of a rejected token of this text."""
     weight: (
         Annotated[
             Annotated[Annotated[float, Field(ge=0.0)], Tag("constant")]
@@ -62,25 +68,32 @@ class StreamObjective(Section):
         ]
         | None
     ) = None
+    """Factor of the loss on this text: a number, or a weight that changes. Left out: 1."""
 
 
 class SourceSection(Section):
-    """One source of text: a file, a folder or a hub data set id. The format is detected unless given.
-
-    policy: who writes its text, default data.policy. objective: what is different for it. written_by: of a file of
-    `selectkd generate` the records by that writer alone.
-    """
+    """One source of text."""
 
     path: Text
+    """A .jsonl or .parquet file, a folder, or a hub data set id."""
     name: Name | None = None
+    """Name of the source in metrics and in teacher.streams. Left out: a name from the path."""
     format: Text | None = None
+    """Format of the records, such as messages or prompt_completion. Left out: detected from their fields."""
     split: Text | None = None
+    """Split of a hub data set. Left out: train where there is one."""
     config: Text | None = None
+    """Configuration of a hub data set. Left out: its only one."""
     limit: Count | None = None
+    """Most records that are read of it. Left out: all."""
     weight: Annotated[float, Field(gt=0.0)] | None = None
+    """How often each record is seen in an epoch: 2 twice, 0.5 every other epoch. Left out: 1."""
     written_by: Literal["teacher", "student"] | None = None
+    """Of a file of `selectkd generate`, takes the records of this writer alone. Left out: all of them."""
     policy: Policy | None = None
+    """Who writes the text of this source. Left out: data.policy."""
     objective: StreamObjective | None = None
+    """Keys of the objective that differ for this source."""
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -93,16 +106,16 @@ def _evaluation_kind(value: Any) -> str:
 
 
 class Data(Section):
-    """The text: where it is, who writes it, what is held out, and what to do with records that do not fit.
-
-    max_new_tokens: for a policy that names no limit of its own. chat_template: a file, one of the tokenizer's by name,
-    or the template itself, instead of the tokenizer's; the student is saved with it. template_arguments: what it is
-    given beside the turns, such as enable_thinking. date: what it is given as today; a run and its cache keep theirs.
-    """
+    """The text: where it is, who writes it, what is held out, and what to do with records that do not fit."""
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
+    """The sources of text, one or more."""
     policy: Policy = DatasetPolicy(name="dataset")
+    """Who writes the text that is trained on: a name, or {name: ..., parameter: value}. The default is the text as it
+    stands."""
     max_new_tokens: Count | None = None
+    """Most tokens of a written answer, where the policy has no limit of its own. Left out: what training.max_length
+    leaves."""
     evaluation: (
         Annotated[
             Annotated[SourceSection, Tag("source")]
@@ -111,14 +124,25 @@ class Data(Section):
         ]
         | None
     ) = None
+    """Held-out text: a share of the sources, such as 0.05, or a source of its own. Left out: no evaluation."""
     on_bad_record: Literal["error", "skip"] = "error"
+    """What happens at a record that cannot be read: end the run with its file and line, or skip it."""
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a sample longer than training.max_length: cut it, leave it out, or end the run."""
     train_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: those of the completion (the assistant's turns), or all."""
     packing: bool = False
+    """`true` puts several samples in one row, kept apart by the attention mask; it saves padding."""
     bucket: bool = False
+    """`true` puts samples of like length in one batch, which saves padding."""
     chat_template: Annotated[str, Field(min_length=1, max_length=400_000)] | None = None
+    """Chat template in place of the tokenizer's: a file, a name of the tokenizer's, or the text itself. The student
+    is saved with it."""
     template_arguments: Arguments = {}
+    """Arguments of the chat template beside the messages, such as {enable_thinking: false}."""
     date: Moment | None = None
+    """Date that the chat template is given as today's, such as 2026-01-31. Left out: the day the run or its cache
+    began."""
 
     @model_validator(mode="after")
     def _one_way_to_save_padding(self) -> Self:
@@ -142,12 +166,17 @@ class Data(Section):
 
 
 class BetaChange(Section):
-    """beta from start to end: linearly over steps, or as the student comes to agree, up to TAR until_tar."""
+    """A beta that moves from start to end: linearly over steps, or as the student comes to agree."""
 
     start: Share
+    """beta at the first step."""
     end: Share
+    """beta at the end of the change."""
     steps: Count | None = None
+    """Optimizer steps that the change takes, linearly. Give this or until_tar."""
     until_tar: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Token acceptance rate at which beta reaches its end, in proportion to the best rate so far. Give this or
+    steps."""
 
     @model_validator(mode="after")
     def _one_pace(self) -> Self:
@@ -161,27 +190,43 @@ def _beta_kind(value: Any) -> str:
 
 
 class ObjectiveSection(Section):
-    """The loss: (beta + (1 - beta) a) D(p || q) a token. Defaults are SelecTKD's: greedy_topk, k = 5, .01.
-
-    With a selector and a verifier the verifier weighs the rows the selector keeps, and the others count nothing.
-    by_writer: what is different for text by its writer. language_model: the factor of a cross-entropy on the text that
-    the student did not write, which nothing gates. extras: `selectkd show extras`.
-    """
+    """The loss: (beta + (1 - beta) a) D(p || q) a token, a the acceptance of the verifier, p teacher, q student."""
 
     divergence: Component = {"name": "forward_kl"}
+    """D(p || q): a name of `selectkd show divergences`, or {name: ..., parameter: value}. The default is
+    SelecTKD's."""
     verifier: Component | None = None
+    """Says how far the teacher accepts each token: a name, or {name: ..., parameter: value}. Without verifier and
+    selector: SelecTKD's greedy_topk with k = 5."""
     selector: Component | None = None
+    """Ranks the tokens of a step and keeps some: a name, or {name: ..., parameter: value}. With a verifier beside it,
+    that one weighs the tokens kept and the rest count 0."""
     beta: Annotated[
         Annotated[Share, Tag("constant")] | Annotated[BetaChange, Tag("change")], Discriminator(_beta_kind)
     ] = 0.01
+    """Weight of a rejected token: 0 masks it, 1 is plain distillation. A mapping makes it change. The default is
+    SelecTKD's."""
     reduction: Literal["sequence_mean", "token_mean", "weight_mean"] = "sequence_mean"
+    """`sequence_mean` averages over each sequence, then over sequences, as SelecTKD does. `token_mean` averages
+    over all tokens; `weight_mean` divides by the sum of weights."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides both models' logits in the divergence; the loss is not multiplied by its square. The verifier does not
+    see it."""
     verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides both models' logits where the verifier looks at them."""
     thin_rejected: bool = False
-    always_accept: list[Literal["eos"] | Annotated[Whole, Field(ge=0)]] = []
+    """`true` keeps a token with probability equal to its weight and drops the rest: unbiased and cheaper, with more
+    noise."""
+    always_accept: list[Literal["eos"] | Annotated[int, Field(ge=0), Whole]] = []
+    """Token ids that count as accepted whatever the verifier finds; `eos` stands for the end of text."""
     by_writer: dict[Writer, StreamObjective | None] = {}
+    """What differs for text by its writer: {student: {divergence: reverse_kl}}, for instance. `both` is text that
+    teacher and student wrote together."""
     language_model: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of a cross-entropy on text that the student did not write; no verifier gates it. The default leaves it
+    out."""
     extras: list[Component] = []
+    """Further terms of the loss, each a name of `selectkd show extras` or {name: ..., parameter: value}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -201,25 +246,28 @@ def _teacher_kind(value: Any) -> str:
 
 
 class Recipe(Section):
-    """One run: a teacher or several, a student, text, an objective and how to train.
+    """One run: a teacher or several, a student, text, an objective and how to train."""
 
-    method: a name of `selectkd show methods`, or {name: ..., OPTION: true}; it stands for parts of data and objective,
-    and what those say themselves counts more. selection: {verifier: greedy_topk, k: 5, beta: .01}, the paper's gate on
-    whatever the method is. version: of the recipe's keys.
-    """
-
-    version: Literal[2] = VERSION
     teacher: Annotated[
         Annotated[Teacher, Tag("one teacher")] | Annotated[Several, Tag("several teachers")],
         Discriminator(_teacher_kind),
     ]
+    """What teaches: a model, a cache, a server, the student's base, or a list of several."""
     student: Student
+    """The model that learns."""
     data: Data
+    """The text, and who writes it."""
     reference: Reference | None = None
+    """A reference student, which some selectors compare with. Left out: none."""
     objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection.model_validate({}))
+    """The loss. The default is SelecTKD's."""
     training: Training
+    """How the student is trained."""
     method: Component | None = None
+    """A name of `selectkd show methods`, or {name: ..., OPTION: true}. It stands for parts of data and objective;
+    what those say themselves counts more."""
     selection: dict[str, Any] | None = None
+    """Lays SelecTKD's gate over the method: {verifier: greedy_topk, k: 5, beta: 0.01}."""
 
     @model_validator(mode="before")
     @classmethod

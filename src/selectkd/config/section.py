@@ -65,8 +65,8 @@ def _moment(value: Any) -> Any:
 
 Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 Moment = Annotated[str, BeforeValidator(_moment)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1)]
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1), Whole]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(_printable)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
@@ -80,8 +80,12 @@ Component = Annotated[dict[str, Any], BeforeValidator(_component), WithJsonSchem
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, strict about types, no unknown keys, no nan or infinity."""
+    """A part of a recipe: frozen, strict about types, no unknown keys, no nan or infinity.
+
+    The string below a key is its description, in `selectkd schema` and in docs/recipe.md.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )  # fmt: skip

@@ -15,19 +15,18 @@ OWN = ("weight", "streams", "when", "teacher")
 
 
 class Member(Section):
-    """One of several teachers: {model: ..., weight: .7}, {model: ..., streams: [code]} or {model: ..., when: {topic:
-    code}}, of any kind.
-
-    weight: its share of the averaged probabilities, in proportion to the others'. streams: names of data.sources. when:
-    fields of a record and the value each must have, or a list of such values.
-    """
+    """One of several teachers, of any kind: {model: ..., weight: 0.7}, for instance."""
 
     teacher: Teacher
+    """The teacher; its keys may also stand beside weight, streams or when."""
     weight: Annotated[float, Field(gt=0.0)] | None = None
+    """Share of this teacher in the averaged probabilities, in proportion to the other weights."""
     streams: Annotated[list[Name], Field(min_length=1)] | None = None
+    """Names of the data.sources that this teacher answers for."""
     when: (
         Annotated[dict[Text, Value | Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)] | None
     ) = None
+    """Fields of a record, each with the value or the list of values for which this teacher answers."""
 
     @model_validator(mode="before")
     @classmethod

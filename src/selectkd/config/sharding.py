@@ -10,11 +10,10 @@ from selectkd.config.section import Count, Section, Whole
 
 
 class Sharding(Section):
-    """Weights, gradients and optimizer of the student in parts over the ranks (FSDP2), one layer whole at a time.
+    """Weights, gradients and optimizer of the student in parts over the ranks (FSDP2), one layer whole at a time."""
 
-    fsdp: ranks that share a copy, 2 or more; ``all``: as many as there are. replicate: copies, each on ``fsdp`` ranks
-    (HSDP); one copy a machine keeps most of the traffic inside it. fsdp times replicate is the number of ranks.
-    """
-
-    fsdp: Annotated[Whole, Field(ge=2)] | Literal["all"] = "all"
+    fsdp: Annotated[int, Field(ge=2), Whole] | Literal["all"] = "all"
+    """Number of ranks that share one copy of the student; `all` takes every rank."""
     replicate: Count = 1
+    """Number of copies, each on fsdp ranks (HSDP). One copy a machine keeps most traffic inside it; fsdp times
+    replicate is the number of ranks."""

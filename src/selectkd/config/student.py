@@ -11,18 +11,24 @@ from selectkd.config.section import Attention, Count, Dtype, Section, Text, Whol
 
 
 class Reference(Section):
-    """A reference student, for the selectors that compare with one: a hub id, a folder, or a .gguf file."""
+    """A reference student, for the selectors that compare with one."""
 
     model: Text
+    """The reference student: a hub id, a folder, or a .gguf file."""
     revision: Text | None = None
+    """Branch, tag or commit of a hub model. Left out: the hub's main branch."""
     dtype: Dtype | None = None
+    """Number format of its weights in memory. Left out: as for a teacher in memory."""
 
 
 class FromTeacher(Section):
-    """A student cut from the teacher: how many of its layers stay, and which."""
+    """A student cut from the teacher's layers."""
 
     layers: Count
-    choose: Literal["measured", "even"] | list[Annotated[Whole, Field(ge=0)]] = "measured"
+    """Number of the teacher's layers that stay."""
+    choose: Literal["measured", "even"] | list[Annotated[int, Field(ge=0), Whole]] = "measured"
+    """Which layers stay. `measured` keeps those whose loss costs least on held-out text; `even` spaces them; a
+    list names them from 0."""
 
     @model_validator(mode="after")
     def _as_many_as_named(self) -> Self:
@@ -37,15 +43,16 @@ class FromTeacher(Section):
 
 
 class Student(Section):
-    """The model that learns: an existing one, or one cut from the teacher.
-
-    attn_implementation: how it computes attention; transformers' choice for the model where it is left out.
-    """
+    """The model that learns: an existing one, or one cut from the teacher."""
 
     model: Text | None = None
+    """The student: a hub id, a folder, or a .gguf file."""
     revision: Text | None = None
+    """Branch, tag or commit of a hub model. Left out: the hub's main branch."""
     from_teacher: FromTeacher | None = None
+    """Cuts the student from the teacher, in place of model."""
     attn_implementation: Attention | None = None
+    """How the student computes attention. Left out: the choice of transformers for the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

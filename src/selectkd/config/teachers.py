@@ -44,17 +44,17 @@ Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
 class CrossTokenizer(Section):
-    """How a teacher of another tokenizer is put beside the student: ``spans``, or these keys.
-
-    pairing: ``spans`` of the same text, or the i-th token beside the i-th (``index``, for uld alone: its paper's way).
-    matched_weight: what the divergence on the tokens of both counts, and 1 minus it the sorted distance of the
-    others; default the part of the teacher's vocabulary that the student has. unverified_weight: weight of a span
-    whose proposal the teacher has no token for; default beta, the weight of a rejected one.
-    """
+    """How a teacher of another tokenizer is compared with the student: `spans`, or these keys."""
 
     pairing: Literal["spans", "index"] = "spans"
+    """`spans` compares rows at the ends of the same text. `index` puts the i-th token beside the i-th; it is for
+    the divergence uld alone, whose paper does so."""
     matched_weight: Share | None = None
+    """Weight of the divergence on the tokens that both vocabularies have; 1 minus it weighs the sorted distance of
+    the other tokens. Left out: the share of the teacher's vocabulary that the student has."""
     unverified_weight: Share | None = None
+    """Loss weight of a span whose proposed token the teacher does not have. Left out: beta, the weight of a rejected
+    token."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,21 +63,26 @@ class CrossTokenizer(Section):
 
 
 class ModelTeacher(Section):
-    """The model that is distilled, held in memory: a hub id, a folder, or a .gguf file.
-
-    cross_tokenizer: for a teacher whose tokenizer is not the student's. placement: where the weights of its layers are;
-    embeddings and head are whole on the device that trains. ``device``: there too. ``offloaded``: in main memory, two
-    layers at a time on the device. ``sharded``: each rank has its part, one layer at a time whole.
-    attn_implementation: how it computes attention; transformers' choice for the model where it is left out.
-    """
+    """A teacher held in memory."""
 
     model: Text
+    """The teacher: a hub id, a folder, or a .gguf file."""
     revision: Text | None = None
+    """Branch, tag or commit of a hub model. Left out: the hub's main branch."""
     dtype: Dtype | None = None
+    """Number format of the teacher's weights in memory. Left out: bfloat16 where training.precision computes in bf16,
+    float32 elsewhere."""
     quantization: Text | None = None
+    """`bitsandbytes-4bit` or `bitsandbytes-8bit` makes the weights smaller; both need the package bitsandbytes.
+    Left out: no quantization."""
     cross_tokenizer: CrossTokenizer | None = None
+    """Needed where the teacher's tokenizer is not the student's: `spans`, or a mapping of the keys of
+    cross_tokenizer."""
     placement: Literal["device", "offloaded", "sharded"] = "device"
+    """Where the weights of its layers are; embeddings and head stay whole on the device. `offloaded` keeps layers
+    in main memory, two at a time on the device. `sharded` gives each rank a part of every layer."""
     attn_implementation: Attention | None = None
+    """How the teacher computes attention. Left out: the choice of transformers for the model."""
 
     @model_validator(mode="after")
     def _quantised_where_it_trains(self) -> Self:
@@ -90,17 +95,18 @@ class ModelTeacher(Section):
 
 
 class AdaptersOffTeacher(Section):
-    """The model that the student's adapters sit on, without them: {adapters_off: true}. No second copy of weights.
+    """The model that the student's LoRA adapters sit on, without them; no second copy of weights.
 
-    For a student trained with ``training.lora``, whose divergence then says how far its text has moved from where it
-    began: a bound on fine-tuning (``objective.language_model``), or one of several teachers.
+    The divergence then says how far training has moved the student. It bounds a fine-tuning on the text itself
+    (`objective.language_model`), or is one of several teachers.
     """
 
     adapters_off: Literal[True]
+    """`true` makes the student's base the teacher. Needs training.lora."""
 
 
 def over_tls(section: Any) -> Any:
-    """A section with a ``ca``, which only a server of https shows a certificate of."""
+    """A section with a `ca`, which only a server of https shows a certificate of."""
     if section.ca is not None and not section.url.startswith("https:"):
         raise refuse(
             f"ca = {section.ca!r} goes with https, and url is {section.url}; leave ca out, or use https"
@@ -109,33 +115,37 @@ def over_tls(section: Any) -> Any:
 
 
 class RemoteTeacher(Section):
-    """A server that is asked for the teacher's rows: its K best tokens, or its hidden states where k is left out.
-
-    Only kind selectkd (`selectkd serve-teacher`) has hidden states. tokenizer: the folder or hub name of the
-    server's tokenizer, which only kind selectkd tells by itself. model: its name there, needed where it serves
-    several. api_key_env: the variable of the environment that holds the key, which is sent to this URL alone. ca: the
-    file (PEM) with the authority of an https server's certificate, or with that certificate where it is self-signed;
-    without it the authorities of this machine, or of SSL_CERT_FILE.
-
-    timeout: seconds an answer may take in all. wait: seconds a server that is away, busy or stalled is asked again
-    after its first failure, three times the outage the tests make. retries: how often an answer that is wrong is asked
-    for again. concurrency: questions under way at once, a micro-batch of usual size. check_every: batches from one look
-    at whether the server still has the same model to the next; a look is two prompts of at most 24 tokens, asked beside
-    the batch's, and every reconnect has one more.
-    """
+    """A server that is asked for the teacher's rows over HTTP, in token ids."""
 
     url: Url
+    """Address of the server, `http://HOST:PORT` or `https://HOST`, without a key in it."""
     kind: Literal["vllm", "sglang", "openai", "selectkd"]
+    """The program that serves: vllm, sglang, another with OpenAI's completions, or `selectkd serve-teacher`."""
     model: Text | None = None
+    """Name of the model on the server. Needed only where the server has several."""
     tokenizer: Text | None = None
+    """Folder or hub id of the tokenizer the server uses. Needed for every kind but selectkd, whose server tells
+    it."""
     k: Count | None = None
+    """Number of best tokens the server is asked for at each position. Left out: hidden states, which only kind
+    selectkd can send."""
     api_key_env: Variable | None = None
+    """Name of the environment variable that holds the API key. The key is sent to this URL alone."""
     ca: Text | None = None
+    """File (PEM) of the authority behind an https server's certificate, or of a self-signed certificate. Left out:
+    the authorities of this machine or of SSL_CERT_FILE."""
     timeout: Seconds = 120.0
+    """Seconds one answer may take in all. The default is a choice of ours."""
     wait: Annotated[float, Field(ge=0.0, le=86400.0)] = 60.0
-    retries: Annotated[Whole, Field(ge=0, le=100)] = 3
-    concurrency: Annotated[Count, Field(le=256)] = 8
+    """Seconds to keep asking a server that is away, busy or stalled. The default is three times the outage in the
+    tests."""
+    retries: Annotated[int, Field(ge=0, le=100), Whole] = 3
+    """How often a wrong answer is asked for again. The default is a choice of ours."""
+    concurrency: Annotated[int, Field(ge=1, le=256), Whole] = 8
+    """Requests under way at once. The default is a micro-batch of usual size."""
     check_every: Count = 1
+    """Batches from one check that the server still has the same model to the next. The default checks each batch, by
+    two prompts of at most 24 tokens."""
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
@@ -150,23 +160,35 @@ class RemoteTeacher(Section):
 
 
 class CacheTeacher(Section):
-    """A folder that `selectkd cache build` fills with the teacher's rows of this text, and a run reads.
+    """A folder of the teacher's rows, which `selectkd cache build` fills and a run reads.
 
-    A build needs model or server, and payload and k where the payload is not the default: hidden, or what the server
-    gives. A run needs none of them: each one that is given must be the cache's own.
+    A build needs model or server. A run needs neither: a key that is given must be the cache's own.
     """
 
     cache: Text
+    """Folder of the cache; `selectkd cache build` makes it."""
     server: RemoteTeacher | None = None
+    """The server that a build asks for the rows, in place of model."""
     model: Text | None = None
+    """The teacher that a build runs: a hub id, a folder, or a .gguf file."""
     revision: Text | None = None
+    """Branch, tag or commit of a hub model. Left out: the hub's main branch."""
     dtype: Dtype | None = None
+    """Number format of the teacher's weights during the build. Left out: as for a teacher in memory."""
     quantization: Text | None = None
+    """`bitsandbytes-4bit` or `bitsandbytes-8bit`, for the build. Left out: no quantization."""
     attn_implementation: Attention | None = None
+    """How the teacher computes attention during the build. Left out: the choice of transformers."""
     payload: Literal["hidden", "top_k", "sampled"] | None = None
+    """What is stored of each row. `hidden`: last hidden states, exact; `top_k`: the k best tokens; `sampled`: k
+    drawn ids. Left out: hidden, or what the server gives."""
     k: Count | None = None
+    """Tokens stored per row, for the payloads top_k and sampled."""
     precision: Literal["bfloat16", "float32", "packed"] | None = None
+    """Number format of the stored rows. Left out: bfloat16 for hidden, packed (16 bits a log-probability) for the
+    others."""
     shard_rows: Count | None = None
+    """Most rows in one file of the cache. Left out: 65,536 rows or 256 MiB, whichever is less."""
 
 
 def _kind(value: Any) -> str:

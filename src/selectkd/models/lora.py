@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,13 @@ def add_lora(
     r: int = 16,
     alpha: int = 128,
     dropout: float = 0.05,
-    target_modules: Sequence[str] = LINEAR_LAYERS,
+    target_modules: Sequence[str] | Literal["all-linear"] = LINEAR_LAYERS,
     in_fp32: bool = True,
 ) -> nn.Module:
     """The model with W + (alpha / r) B A in place of each named linear W; only A and B are trainable.
 
-    in_fp32: A and B are fp32 on a narrower base, too; otherwise in the base's dtype.
+    target_modules: names of ``linear_layers``, or "all-linear" for all of them. in_fp32: A and B are fp32 on a narrower
+    base, too; otherwise in the base's dtype.
     B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the
     model, for the head (its weight is used by reference), and for r, alpha or dropout out of range.
     Source: Hu et al. 2021, equation 3.
@@ -43,12 +44,14 @@ def add_lora(
             "Use r >= 1, alpha > 0 and dropout from 0 up to, not including, 1."
         )
     available = linear_layers(model)
+    if target_modules == "all-linear":
+        target_modules = available
     unknown = [name for name in target_modules if name not in available]
     if unknown or not target_modules:
         wrong = f"names {', '.join(map(repr, unknown))}, not" if unknown else "is empty: it needs"
         raise ConfigError(
             f"lora.target_modules {wrong} linear layers of {type(model).__name__}. "
-            f"It has: {', '.join(available)}."
+            f"It has: {', '.join(available)}; all-linear takes them all."
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

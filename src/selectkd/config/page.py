@@ -1,0 +1,101 @@
+"""The page of every key of a recipe, docs/recipe.md, from the schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from selectkd.config.schema import Recipe
+
+INTRODUCTION = """\
+# Every key of a recipe
+
+Written by `selectkd schema --markdown` from the descriptions in `src/selectkd/config`; a test holds the two equal.
+A recipe is a YAML file of these sections. A key outside it is written with dots: `selectkd train recipe.yaml
+training.learning_rate=1e-4`, where `N` in a path is a number from 0 and `NAME` a name of yours.
+A default of SelecTKD's is from the paper (arXiv 2510.24021), which takes its training recipe from DistiLLM-2
+(arXiv 2503.07067).
+"""
+
+LIMITS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+TYPES = {"boolean": "`true` or `false`", "string": "text", "object": "mapping"}
+
+
+def page() -> str:
+    """docs/recipe.md: a table of keys for each section, in the order in which the schema comes to them."""
+    schema = Recipe.model_json_schema()
+    paths: dict[str, list[str]] = {}
+    _visit(schema, "", schema["$defs"], paths)
+    parts = [INTRODUCTION, _table(schema)]
+    for name, found in paths.items():
+        section = schema["$defs"][name]
+        shared = any(set(found) & set(others) for other, others in paths.items() if other != name)
+        parts += [_heading(section, found, shared), section["description"] + "\n", _table(section)]
+    return "\n".join(parts).strip()
+
+
+def _visit(node: Any, path: str, sections: Any, paths: dict[str, list[str]]) -> None:
+    """Notes at which paths each section of the schema may stand, below the first of them what is in it."""
+    if isinstance(node, list):
+        for each in node:
+            _visit(each, path, sections, paths)
+    elif "$ref" in node:
+        name = node["$ref"].rpartition("/")[2]
+        paths.setdefault(name, []).append(path)
+        if len(paths[name]) == 1:
+            _visit(sections[name], path, sections, paths)
+    else:
+        for kind in ("anyOf", "oneOf"):
+            _visit(node.get(kind, []), path, sections, paths)
+        for key, each in node.get("properties", {}).items():
+            _visit(each, f"{path}.{key}" if path else key, sections, paths)
+        for kind, step in (("items", "N"), ("additionalProperties", "NAME")):
+            if isinstance(node.get(kind), dict):
+                _visit(node[kind], f"{path}.{step}", sections, paths)
+
+
+def _heading(section: Any, paths: list[str], shared: bool) -> str:
+    """Where the section stands; with its first key where another kind of section may stand there too."""
+    key, first = next(iter(section["properties"].items()))
+    name = section["properties"].get("name", {}).get("const")
+    own = f"name: {name}" if name else f"{key}: {_shown(first['const'])}" if "const" in first else key
+    places = ", ".join(f"`{path}`" for path in sorted(dict.fromkeys(paths), key=len))
+    return f"## {places}" + (f" with `{own}`" if shared else "") + "\n"
+
+
+def _table(section: Any) -> str:
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, node in section["properties"].items():
+        default = "needed" if key in section.get("required", ()) else f"`{_shown(node.get('default'))}`"
+        default = "" if node.get("default", ...) is None or default == "`null`" else default
+        meaning = " ".join(node["description"].split())
+        cells = (f"`{key}`", _value(node), default, meaning)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value).replace('"', "")
+
+
+def _value(node: Any) -> str:
+    """What a key may hold, in words."""
+    for kind in ("anyOf", "oneOf"):
+        if kind in node:
+            each = [_value(one) for one in node[kind] if one.get("type") != "null"]
+            return " or ".join(dict.fromkeys(each))
+    if "$ref" in node:
+        return "mapping"
+    if "const" in node or "enum" in node:
+        return ", ".join(f"`{_shown(value)}`" for value in node.get("enum", [node.get("const")]))
+    if node.get("type") == "array":
+        return f"list of {_value(node['items'])}"
+    if node.get("type") in ("integer", "number"):
+        limits = [f"{word} {node[limit]:.10g}" for limit, word in LIMITS.items() if limit in node]
+        return " ".join([node["type"], " and ".join(limits)]).strip()
+    return TYPES[node["type"]]
