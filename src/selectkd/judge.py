@@ -74,6 +74,8 @@ def _top_k(
     with torch.no_grad():
         logits = widened(head, target, "zq", scratch)
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
+        if teacher.unshared is not None:
+            logits.masked_fill_(teacher.unshared, -torch.inf)
         q = scratch.of("q", logits.shape[0], logits.shape[1], logits)[: len(logits)]
         top = argmax(logits)
         (inverse,), norms, _ = exponentials((logits,), (q,))

@@ -258,14 +258,24 @@ class CachedRows:
 
     The rest of the mass is one tail outcome without a rank. Exact for greedy top-k with k <= K; KL-type values
     are lower bounds and the spec-k acceptance is an upper bound (data-processing inequality).
+
+    shared [v]: which rows of the student's head stand for a token; the others have a probability of 0 on both sides,
+    as of LiveRows. Stored ids among them give their mass to the rest in proportion; what they have beyond the K stored
+    tokens is part of the tail.
     """
 
-    def __init__(self, ids: Int[Tensor, "n k"], logp: Float[Tensor, "n k"]) -> None:
+    def __init__(
+        self,
+        ids: Int[Tensor, "n k"],
+        logp: Float[Tensor, "n k"],
+        *,
+        shared: Bool[Tensor, " v"] | None = None,
+    ) -> None:
         if ids.shape != logp.shape or ids.ndim != 2:
             raise ConfigError(
                 f"cached ids are {tuple(ids.shape)} and log-probs {tuple(logp.shape)}; both must be [n, K]."
             )
-        self.ids, self.logp = ids, logp.detach()
+        self.ids, self.logp, self.shared = ids, logp.detach(), shared
         self.reference: TeacherRows | None = None  # its rows would have no place on a support of K tokens
 
     @property
@@ -273,23 +283,26 @@ class CachedRows:
         return self.ids.shape[0]
 
     def shared_width(self, student_width: int) -> int:
-        return student_width
+        return student_width if self.shared is None else min(student_width, self.shared.shape[0])
 
     def take(self, index: Int[Tensor, " m"]) -> CachedRows:
-        return CachedRows(self.ids[index], self.logp[index])
+        return CachedRows(self.ids[index], self.logp[index], shared=self.shared)
 
     def open(self, rows: slice, width: int, scratch: Scratch) -> CachedChunk:
         ids, logp = checked_ids(self.ids[rows], width), self.logp[rows]
-        return (
-            CachedChunk(ids, logp) if ids.device.type == "cpu" else CachedChunk(*known_ids(ids, logp, width))
-        )
+        if ids.device.type != "cpu":
+            ids, logp = known_ids(ids, logp, width)
+        return CachedChunk(ids, logp, None if self.shared is None else ~self.shared[:width])
 
 
 class CachedChunk:
     """A chunk of a cached teacher's K best tokens."""
 
-    def __init__(self, ids: Int[Tensor, "c k"], logp: Float[Tensor, "c k"]) -> None:
-        self.ids, self.logp = ids, logp
+    def __init__(
+        self, ids: Int[Tensor, "c k"], logp: Float[Tensor, "c k"], unshared: Bool[Tensor, " w"] | None
+    ) -> None:
+        self.ids, self.unshared = ids, unshared
+        self.logp = logp if unshared is None else _conditioned(logp, unshared[ids])
 
     def stored(self, block: slice, temperature: float) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
         """Ids and log-probabilities of a block; a ConfigError at a temperature they were not stored at."""
@@ -302,7 +315,15 @@ class CachedChunk:
 
     def pair(self, block: slice, logits: Float[Tensor, "b w"], temperature: float) -> TokenPair:
         """The pair of a block on its K tokens and the rest."""
+        if self.unshared is not None:
+            logits = logits.masked_fill(self.unshared, -torch.inf)
         return topk_pair(*self.stored(block, temperature), log_softmax(logits, 1.0))
+
+
+def _conditioned(logp: Float[Tensor, "c k"], dead: Bool[Tensor, "c k"]) -> Float[Tensor, "c k"]:
+    """Log-probabilities given that it is none of the ``dead`` ones."""
+    mass = torch.where(dead, logp.double().exp(), 0.0).sum(-1, keepdim=True)  # [c, 1]
+    return torch.where(dead, -torch.inf, logp - torch.log1p(-mass).to(logp.dtype))
 
 
 def log_softmax(logits: Float[Tensor, "n v"], temperature: float) -> Float[Tensor, "n v"]:

@@ -211,6 +211,35 @@ def test_a_cache_of_the_whole_vocabulary_equals_the_live_teacher(name):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("head", [Head, lambda w: Head(w, scale=0.7, softcap=3.0)], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("verifier", ["greedy_topk", "expected_spec_k", "student_entropy"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd", "total_variation"])
+def test_dead_rows_of_the_heads_change_nothing_of_a_cache(name, verifier, head):
+    """Of the student's, in the middle and beyond the teacher's, and ids of the teacher's that a cache has stored."""
+    hidden, weight, teacher_hidden, teacher_weight = rows()
+    extra = 3 * torch.randn(
+        6, weight.shape[1], generator=torch.Generator().manual_seed(5), dtype=weight.dtype
+    )
+    wide = torch.cat([weight.detach(), extra]).requires_grad_()
+    shared = torch.arange(V + 6) < V
+    shared[[3, 17]] = False
+    logp = torch.log_softmax(teacher_hidden @ teacher_weight.t(), -1)
+    best = logp.topk(V, -1)
+    objective = Objective(name, verifier, beta=0.1)
+    u = uniforms(N, objective.verifier.uniforms_per_token, seed=1, step=2)
+    results = []
+    for teacher in (
+        LiveRows(teacher_hidden, teacher_weight, shared=shared[:V]),
+        CachedRows(best.indices, best.values, shared=shared),
+    ):
+        loss, sums = distillation_loss(hidden, head(wide), teacher, objective, u, chunk=11, also_kl=True)
+        gradient = torch.autograd.grad(loss, (hidden, wide))
+        assert gradient[1][~shared].abs().max() == 0
+        results.append((loss, *gradient, sums["row_acceptance"], sums["kl"]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)  # as above
+
+
 @pytest.mark.parametrize("stored", [8, 16, 32])
 def test_a_top_k_divergence_is_a_lower_bound_and_its_acceptance_an_upper_bound(stored):
     hidden, weight, teacher_hidden, teacher_weight = rows()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from selectkd.cli import main
 from selectkd.config import load_recipe
@@ -17,7 +18,7 @@ from selectkd.rows import Head
 from selectkd.teachers.cache import open_cache, verify
 from selectkd.teachers.cache.payloads import SampledPayload, empirical_rows
 from selectkd.training.run import train
-from training.tiny import VOCABULARY
+from training.tiny import VOCABULARY, tiny_tokenizer
 
 Made = Callable[..., str]
 
@@ -49,6 +50,35 @@ def test_a_run_from_an_exact_cache_has_the_losses_of_a_live_teacher(
     assert main(["cache", "verify", path]) == 0
     cached = losses(recipe({"cache": str(tmp_path / "cache")}, run="cached"))
     torch.testing.assert_close(cached, live, rtol=0, atol=1e-5)
+
+
+def test_padded_heads_of_both_models_change_nothing_of_a_run_from_a_cache(
+    recipe: Made, pair: Path, tmp_path: Path
+) -> None:
+    """Each head has eight rows more than the tokenizer has ids, as likely as tokens."""
+    models = {}
+    for name in ("teacher", "student"):
+        model = AutoModelForCausalLM.from_pretrained(pair / name)
+        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[VOCABULARY:].normal_(std=0.3)
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        models[name] = str(tmp_path / name)
+
+    def numbers(teacher: dict[str, Any], run: str) -> list[float]:
+        path = recipe(teacher, run=run, objective={"divergence": "forward_kl", "language_model": 0.5})
+        content = load_recipe(path, [f"student.model={models['student']}"])
+        if run == "build":
+            assert main(["cache", "build", path, "--set", f"student.model={models['student']}"]) == 0
+            return []
+        lines = (train(content).run_dir / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    live = numbers({"model": models["teacher"]}, "live")
+    stored = {"payload": "top_k", "k": VOCABULARY + 8, "precision": "float32"}
+    numbers({"cache": str(tmp_path / "cache"), "model": models["teacher"], **stored}, "build")
+    torch.testing.assert_close(numbers({"cache": str(tmp_path / "cache")}, "cached"), live, rtol=0, atol=1e-5)
 
 
 def test_a_finished_cache_says_what_it_holds(recipe: Made, pair: Path, tmp_path: Path, capsys: Any) -> None:

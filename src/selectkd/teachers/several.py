@@ -179,7 +179,7 @@ def _together(parts: list[tuple[Tensor, CachedRows]], n: int) -> CachedRows:
     for at, rows in parts:
         best = rows.logp.topk(k, -1)
         ids[at], logp[at] = rows.ids.gather(1, best.indices).to(ids.dtype), best.values.to(logp.dtype)
-    return CachedRows(ids, logp)
+    return CachedRows(ids, logp, shared=first.shared)  # of the one student
 
 
 @dataclass

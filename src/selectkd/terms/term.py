@@ -15,7 +15,7 @@ from selectkd.chunked import ROWS, Work, scored
 from selectkd.distill import distillation_loss
 from selectkd.objective import Objective
 from selectkd.pair import TokenPair
-from selectkd.rows import Head, LiveRows, Scratch, TeacherRows, log_softmax, product_dtype
+from selectkd.rows import CachedRows, Head, LiveRows, Scratch, TeacherRows, log_softmax, product_dtype
 from selectkd.selectors.ranked import label_log_prob
 from selectkd.spans import AlignedRows
 
@@ -221,10 +221,13 @@ def unshared_of(teacher: TeacherRows, width: int) -> Bool[Tensor, " v"] | None:
     """Which rows of the student's head, of ``width``, stand for no token as far as the teacher's rows tell, or None."""
     if isinstance(teacher, AlignedRows):
         return teacher.vocabularies.dead(width)
-    if not isinstance(teacher, LiveRows) or (teacher.shared is None and teacher.shared_width(width) == width):
+    if not isinstance(teacher, LiveRows | CachedRows):
         return None
-    dead = torch.ones(width, dtype=torch.bool, device=teacher.hidden.device)
     both = teacher.shared_width(width)
+    if teacher.shared is None and both == width:
+        return None
+    where = teacher.hidden if isinstance(teacher, LiveRows) else teacher.ids
+    dead = torch.ones(width, dtype=torch.bool, device=where.device)
     dead[:both] = False if teacher.shared is None else ~teacher.shared[:both]
     return dead
 

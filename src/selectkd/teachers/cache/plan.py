@@ -96,12 +96,10 @@ class CachePlan:
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> CachedTeacher:
         self._model = None  # a teacher that was loaded for a cut goes
         reader = CacheReader(self.folder, self.index)
-        width = self.index["head"]["vocabulary"]
-        shared = None
-        if self.payload == "hidden":
-            own = head_of(student).width
-            shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=own)
-        elif reference is not None:
+        own = head_of(student).width
+        width = self.index["head"]["vocabulary"] if self.payload == "hidden" else own
+        shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=own)
+        if self.payload != "hidden" and reference is not None:
             raise ConfigError(
                 f"a reference student has no place beside the {self.payload} rows of {self.folder}. "
                 "Build a cache of hidden states, or take a selector that needs none."

@@ -16,7 +16,7 @@ from torch import Tensor
 from selectkd.data.collate import sent
 from selectkd.data.supervised import in_memory
 from selectkd.errors import CacheError
-from selectkd.rows import Head, LiveRows, TeacherRows
+from selectkd.rows import CachedRows, Head, LiveRows, TeacherRows
 from selectkd.teachers.cache.index import HEAD, INDEX, SHARDS, described, fingerprint
 from selectkd.teachers.cache.payloads import HiddenPayload, payload_of, unsound_head
 from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name
@@ -135,7 +135,8 @@ class CacheReader:
 class CachedTeacher:
     """The teacher of a cache at the supervised positions of a batch: what a live one would give, from disk.
 
-    hidden: LiveRows with the stored head. top_k and sampled: CachedRows. shared, reference: as for LiveTeacher.
+    hidden: LiveRows with the stored head. top_k and sampled: CachedRows. shared, reference: as for LiveTeacher;
+    shared of best tokens: of the student's head.
     """
 
     def __init__(
@@ -155,8 +156,8 @@ class CachedTeacher:
         payload = self.reader.payload
         if self.head is None or not isinstance(payload, HiddenPayload):
             rows = payload.decode(raw)
-            rows.ids, rows.logp = sent(rows.ids, device), sent(rows.logp, device)  # type: ignore[union-attr]
-            return rows  # type: ignore[return-value]
+            shared = None if self.shared is None else self.shared.to(device)
+            return CachedRows(sent(rows.ids, device), sent(rows.logp, device), shared=shared)  # type: ignore[union-attr]
         self.head = self.head.to(device)
         hidden = sent(payload.decode(raw), device)  # type: ignore[arg-type]
         shared = None if self.shared is None else self.shared.to(device)

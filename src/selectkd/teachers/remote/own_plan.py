@@ -108,15 +108,16 @@ class OwnPlan:
     def open(
         self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None
     ) -> RemoteTeacher | RemoteHiddenTeacher:
-        server = self.server()
+        server, beside = self.server(), head_of(student).width
         if self.spec.k is not None:
             if reference is not None:
                 raise ConfigError(
                     "a reference student has no place beside a server's best tokens. Leave teacher.k out: this "
                     "server gives hidden states."
                 )
-            return RemoteTeacher(server, self.spec.k)
+            shared = shared_rows(tokenizer, tokenizer, teacher_width=beside, student_width=beside)
+            return RemoteTeacher(server, self.spec.k, shared=shared)
         own = self.tokenizer() or tokenizer
         width = server.about["vocabulary"]
-        shared = shared_rows(own, tokenizer, teacher_width=width, student_width=head_of(student).width)
+        shared = shared_rows(own, tokenizer, teacher_width=width, student_width=beside)
         return RemoteHiddenTeacher(server, shared=shared, reference=reference)

@@ -15,7 +15,9 @@ from torch import nn
 from selectkd.config import RemoteTeacher as Section
 from selectkd.data.alignment import align
 from selectkd.errors import ConfigError, DataError, TeacherError
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
+from selectkd.teachers.model import shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
 from selectkd.teachers.remote.connection import Connection
 from selectkd.teachers.remote.fingerprint import Fingerprint, Guarded, read, same, take
@@ -119,7 +121,9 @@ class RemotePlan:
                 "a reference student has no place beside a server's best tokens. Use a teacher with hidden states, or "
                 "take a selector that needs none."
             )
-        return RemoteTeacher(self.server(), self.k)
+        width = head_of(student).width
+        shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=width)
+        return RemoteTeacher(self.server(), self.k, shared=shared)
 
 
 def head_width(tokenizer: Any) -> int | None:

@@ -28,12 +28,12 @@ class TopKSource(Protocol):
 class RemoteTeacher:
     """The K best tokens of a server's model; exact where ``show teachers`` says so of top_k.
 
-    All samples of a batch are asked for at once. TeacherError, before a row is used, where one of them has no sound
-    answer.
+    shared: as of CachedRows. All samples of a batch are asked for at once. TeacherError, before a row is used, where
+    one of them has no sound answer.
     """
 
-    def __init__(self, server: TopKSource, k: int) -> None:
-        self.server, self.k = server, k
+    def __init__(self, server: TopKSource, k: int, *, shared: Tensor | None = None) -> None:
+        self.server, self.k, self.shared = server, k, shared
 
     def __call__(self, batch: Any, position: Tensor) -> CachedRows:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
@@ -43,7 +43,10 @@ class RemoteTeacher:
         for mine, rows in zip(at, self.server.top_k(samples), strict=True):
             ids[mine], logp[mine] = rows.ids, rows.logp
         device = batch.input_ids.device
-        return CachedRows(sent(torch.from_numpy(ids), device), sent(torch.from_numpy(logp), device))
+        shared = None if self.shared is None else self.shared.to(device)
+        return CachedRows(
+            sent(torch.from_numpy(ids), device), sent(torch.from_numpy(logp), device), shared=shared
+        )
 
 
 class RemoteHiddenTeacher:
