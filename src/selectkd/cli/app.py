@@ -34,6 +34,7 @@ from selectkd.cli import (
     teacher,
     train,
 )
+from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.terminal import say, told, without_others
 from selectkd.cli.threads import settle_threads
 from selectkd.errors import ResourceError, SelectKDError
@@ -50,13 +51,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 ok, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources, "
     "75 preempted and 130 interrupted, the state saved.",
 )
-app.command("train")(train.train)
-app.command("demo")(demo.demo)
+app.command("train", cls=OfRecipe)(train.train)
+app.command("demo", cls=OfRecipe)(demo.demo)
 app.command("show")(show.show)
-app.command("generate")(generate.generate)
-app.command("cut")(cut.cut)
-app.command("compare")(compare.compare)
-app.command("panel")(panel.panel)
+app.command("generate", cls=OfRecipe)(generate.generate)
+app.command("cut", cls=OfRecipe)(cut.cut)
+app.command("compare", cls=OfRecipe)(compare.compare)
+app.command("panel", cls=OfRecipe)(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
@@ -67,8 +68,8 @@ app.command("eval")(eval.evaluate)
 app.command("init")(init.init)
 app.command("landscape")(landscape.landscape)
 app.command("speculate")(speculate.speculate)
-app.command("doctor")(doctor.doctor)
-app.command("estimate")(estimate.estimate)
+app.command("doctor", cls=OfRecipe)(doctor.doctor)
+app.command("estimate", cls=OfRecipe)(estimate.estimate)
 app.command("schema")(schema.schema)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

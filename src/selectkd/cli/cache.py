@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes, OfRecipe
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, told
 from selectkd.errors import CacheError, ConfigError
@@ -26,12 +27,9 @@ Target = Annotated[
     str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe with teacher.cache, or the cache's folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
-]
 
 
-@app.command("build")
+@app.command("build", cls=OfRecipe)
 def build(
     recipe: Annotated[
         str,
@@ -80,7 +78,7 @@ def build(
         _describe(folder, index, as_json)
 
 
-@app.command("verify")
+@app.command("verify", cls=OfRecipe)
 def verify(
     target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
 ) -> None:
@@ -100,7 +98,7 @@ def verify(
         say(f"{folder}: sound")
 
 
-@app.command("repair")
+@app.command("repair", cls=OfRecipe)
 def repair(
     target: Target,
     changes: Changes = None,
@@ -126,7 +124,7 @@ def repair(
         say(f"{folder}: {len(found.shards)} shards and {len(found.files)} other files written again")
 
 
-@app.command("info")
+@app.command("info", cls=OfRecipe)
 def info(
     target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
 ) -> None:

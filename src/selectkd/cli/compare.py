@@ -10,6 +10,7 @@ import typer
 
 from selectkd.cli.answer import JsonFile, check_answer
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
@@ -37,9 +38,7 @@ def compare(
         ),
     ] = False,
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of every recipe.")
-    ] = None,
+    changes: Changes = None,
     runs: Annotated[
         Path | None, typer.Option("--runs", help="Where run folders go; the recipe's output_dir otherwise.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
@@ -18,9 +19,7 @@ def cut(
     recipe: Annotated[str, typer.Argument(help="A recipe with student.from_teacher, a YAML file.")],
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the student is written.")],
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
-    ] = None,
+    changes: Changes = None,
     device: Device = "auto",
 ) -> None:
     """Choose the layers of a student once, and write it as a model folder: name that folder in student.model."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import clean, paint, say, write
 from selectkd.errors import ConfigError
@@ -57,7 +58,7 @@ class Wanted:
         return [source.reading for source in self.recipe.data.sources]
 
 
-@app.command("check")
+@app.command("check", cls=OfRecipe)
 def check(
     target: Target,
     tokenizer: TokenizerOf = None,
@@ -93,7 +94,7 @@ def check(
         say(f"held out: {len(held)} examples")
 
 
-@app.command("show")
+@app.command("show", cls=OfRecipe)
 def show(
     target: Target,
     tokenizer: TokenizerOf = None,
@@ -127,7 +128,7 @@ def show(
             write(paint(pieces(example, loaded)))
 
 
-@app.command("align")
+@app.command("align", cls=OfRecipe)
 def align(
     target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe with teacher.cross_tokenizer.")],
     allow_plugin: AllowPlugin = None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.terminal import say, without_other_bars
 
 if TYPE_CHECKING:
@@ -28,10 +29,7 @@ def demo(
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Where the run folder goes; a new or empty folder.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set objective.beta=0.01"),
-    ] = None,
+    changes: Changes = None,
     device: Device = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
@@ -16,9 +17,7 @@ from selectkd.errors import ConfigError
 def doctor(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
-    ] = None,
+    changes: Changes = None,
     device: Device = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a list of {check, ok, message} as JSON.")

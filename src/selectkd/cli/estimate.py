@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
@@ -15,9 +16,7 @@ from selectkd.errors import ConfigError
 def estimate(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
-    ] = None,
+    changes: Changes = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the longest sample; default training.max_length.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
@@ -37,9 +38,7 @@ def generate(
     ] = None,
     device: Device = "auto",
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")
-    ] = None,
+    changes: Changes = None,
 ) -> None:
     """Write the answers to a recipe's prompts: teacher's text for SeqKD, pairs for DistiLLM-2.
 

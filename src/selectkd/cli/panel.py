@@ -10,6 +10,7 @@ import typer
 
 from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 
@@ -22,12 +23,7 @@ def panel(
         str, typer.Argument(help="A recipe; its student is judged as it is, its held-out text is used.")
     ],
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one key: --set 'student={model: runs/x/student}'"
-        ),
-    ] = None,
+    changes: Changes = None,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:

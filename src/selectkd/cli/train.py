@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.device import Device
+from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import Told, say, without_other_bars
 
@@ -15,10 +16,7 @@ from selectkd.cli.terminal import Told, say, without_other_bars
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file. `selectkd init` writes one.")],
     allow_plugin: AllowPlugin = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set training.learning_rate=1e-4"),
-    ] = None,
+    changes: Changes = None,
     resume: Annotated[
         str,
         typer.Option(

@@ -11,13 +11,24 @@ from pydantic import ValidationError
 
 from selectkd.config.problems import Problem, explained, fields_at, raised
 from selectkd.config.schema import Recipe
+from selectkd.config.words import instead
 from selectkd.config.yaml_text import MOST_BYTES, Document, read
 from selectkd.errors import ConfigError
 from selectkd.plugins import search
 from selectkd.registry import did_you_mean
 
-OPEN = {"divergence", "verifier", "selector", "extras", "method", "selection", "policy", "template_arguments"}
-"""Keys that hold {name, **params}; the component itself says which parameters it has."""
+OPEN = {
+    "divergence",
+    "verifier",
+    "selector",
+    "extras",
+    "method",
+    "selection",
+    "policy",
+    "template_arguments",
+    "when",
+}
+"""Keys whose mapping may hold any key: most hold {name, **params}, and the component says which parameters it has."""
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -131,7 +142,8 @@ def _parsed(override: str) -> tuple[tuple[str | int, ...], Any]:
     for depth, step in enumerate(path, start=1):
         known = fields_at(Recipe, path[: depth - 1])
         if known and not isinstance(step, int) and step not in known:
-            raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{did_you_mean(step, known)}")
+            told = instead(path[:depth]) or did_you_mean(step, known)
+            raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{told}")
         if not known and OPEN.intersection(map(str, path[: depth - 1])):
             break  # a parameter of a component
         if not known and not isinstance(step, int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from selectkd.config.keys import sections
 from selectkd.config.schema import Recipe
 
 INTRODUCTION = """\
@@ -29,34 +30,13 @@ TYPES = {"boolean": "`true` or `false`", "string": "text", "object": "mapping"}
 def page() -> str:
     """docs/recipe.md: a table of keys for each section, in the order in which the schema comes to them."""
     schema = Recipe.model_json_schema()
-    paths: dict[str, list[str]] = {}
-    _visit(schema, "", schema["$defs"], paths)
+    paths = sections(schema)
     parts = [INTRODUCTION, _table(schema)]
     for name, found in paths.items():
         section = schema["$defs"][name]
         shared = any(set(found) & set(others) for other, others in paths.items() if other != name)
         parts += [_heading(section, found, shared), section["description"] + "\n", _table(section)]
     return "\n".join(parts).strip()
-
-
-def _visit(node: Any, path: str, sections: Any, paths: dict[str, list[str]]) -> None:
-    """Notes at which paths each section of the schema may stand, below the first of them what is in it."""
-    if isinstance(node, list):
-        for each in node:
-            _visit(each, path, sections, paths)
-    elif "$ref" in node:
-        name = node["$ref"].rpartition("/")[2]
-        paths.setdefault(name, []).append(path)
-        if len(paths[name]) == 1:
-            _visit(sections[name], path, sections, paths)
-    else:
-        for kind in ("anyOf", "oneOf"):
-            _visit(node.get(kind, []), path, sections, paths)
-        for key, each in node.get("properties", {}).items():
-            _visit(each, f"{path}.{key}" if path else key, sections, paths)
-        for kind, step in (("items", "N"), ("additionalProperties", "NAME")):
-            if isinstance(node.get(kind), dict):
-                _visit(node[kind], f"{path}.{step}", sections, paths)
 
 
 def _heading(section: Any, paths: list[str], shared: bool) -> str:

@@ -10,20 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from selectkd.config.words import VALUES, instead
 from selectkd.errors import ConfigError
 from selectkd.registry import did_you_mean
 
 TAGS = {"source", "share", "constant", "change"}
 """Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""
-
-RENAMED: dict[tuple[str | int, ...], str] = {
-    (
-        "training",
-        "dtype",
-    ): "is training.precision now: fp32 in place of float32; in place of bfloat16 bf16, which keeps "
-    "weights and optimizer in fp32, or bf16-pure, which does not. A recipe that says version: 1 may keep the key"
-}
-"""Keys of older versions, and what they are called now."""
 
 EXACTLY_ONE = (("student", "model", "from_teacher"), ("training", "max_steps", "epochs"))
 
@@ -105,25 +97,30 @@ def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
     if kind == "selectkd":
         return str(limits["told"])
     if kind == "extra_forbidden":
-        if path in RENAMED:
-            return RENAMED[path]
         known = sorted(fields_at(model, path[:-1]))
-        return f"is not a key.{did_you_mean(str(path[-1]), known)} Known here: {', '.join(known)}"
+        return "is not a key." + (
+            instead(path) or f"{did_you_mean(str(path[-1]), known)} Known here: {', '.join(known)}"
+        )
     if kind == "missing":
         return "is missing"
     shown = f"= {_short(value)} "
     if kind == "literal_error":
         expected = str(limits["expected"])
         known = expected.replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{shown}must be {expected}.{did_you_mean(str(value), known)}"
+        ours = VALUES.get(str(value))
+        return f"{shown}must be {expected}." + (
+            f" Write {ours}." if ours in known else did_you_mean(str(value), known)
+        )
+    if kind in ("dict_type", "model_type"):
+        return f"{shown}must be a mapping of keys to values{_mapping(value, fields_at(model, path))}"
     words = {
         "int_type": "must be an integer",
         "float_type": "must be a number",
         "bool_type": "must be true or false",
         "string_type": "must be a string",
-        "list_type": "must be a list",
-        "dict_type": "must be a mapping of keys to values",
-        "model_type": "must be a mapping of keys to values",
+        "list_type": f"must be a list, such as [{value}]"
+        if isinstance(value, str | int)
+        else "must be a list",
         "finite_number": "must be finite",
         "string_too_short": "must not be empty",
         "too_short": "must not be empty",
@@ -143,25 +140,45 @@ def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
     return shown + str(one["msg"])[:1].lower() + str(one["msg"])[1:]
 
 
+def _mapping(value: Any, known: set[str]) -> str:
+    """The mapping that was meant by a value in its place, where that can be said."""
+    if value is True:
+        return "; {} takes its defaults"
+    for key, form in (
+        ("model", "{{model: {}}}"),
+        ("path", "{{path: {}}}"),
+        ("sources", "{{sources: [{{path: {}}}]}}"),
+    ):
+        if isinstance(value, str) and key in known:
+            return f": {form.format(_short(value))}"
+    return ""
+
+
 def fields_at(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
     """The keys that a recipe may have below a path; empty where the path leads to no section."""
-    models = {model}
+    places: list[Any] = [model]
     for step in path:
-        if isinstance(step, int):
-            continue  # an item of a list has the keys of its list
-        models = {
-            found
-            for one in models
-            if step in one.model_fields
-            for found in _models(one.model_fields[step].annotation)
-        }
-    return {name for one in models for name in one.model_fields}
+        if isinstance(step, str):  # an item of a list has the keys of its list
+            below = [keys[step] for keys in map(_keys, places) if step in keys]
+            places = [place for annotation in below for place in _places(annotation)]
+    return {name for place in places for name in _keys(place)}
 
 
-def _models(annotation: Any) -> set[type[BaseModel]]:
+def _places(annotation: Any) -> list[Any]:
+    """The sections and mappings that a value of an annotation may be, alone or in a list."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return {annotation} if issubclass(annotation, BaseModel) else set()
-    return {found for part in typing.get_args(annotation) for found in _models(part)}
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if typing.get_origin(annotation) is dict:
+        return [annotation]
+    return [found for part in typing.get_args(annotation) for found in _places(part)]
+
+
+def _keys(place: Any) -> dict[str, Any]:
+    """{key: annotation} of a section, or of a mapping whose keys are a few words."""
+    if typing.get_origin(place) is not dict:
+        return {name: field.annotation for name, field in place.model_fields.items()}
+    names, value = typing.get_args(place)
+    return dict.fromkeys(typing.get_args(names), value) if typing.get_origin(names) is typing.Literal else {}
 
 
 def _short(value: Any) -> str:
