@@ -212,3 +212,33 @@ def test_an_adapter_without_its_model_says_what_would_work(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match="merge_and_unload"):
         load_model(folder)
+
+
+TOKENIZERS = {
+    "no JSON": ("tokenizer.json", lambda _: "{"),
+    "another thing than an object": ("tokenizer.json", lambda _: [1]),
+    "nothing in it": ("tokenizer.json", lambda _: {}),
+    "a model of a newer version": ("tokenizer.json", lambda own: own | {"model": {"type": "Brandnew"}}),
+    "a part of a newer version": (
+        "tokenizer.json",
+        lambda own: own | {"pre_tokenizer": {"type": "Brandnew"}},
+    ),
+    "a token whose id is an object": (
+        "tokenizer.json",
+        lambda own: own | {"added_tokens": [own["added_tokens"][0] | {"id": {}}]},
+    ),
+    "an end that is a number": ("tokenizer_config.json", lambda own: own | {"eos_token": 3}),
+    "tokens that are a number": ("tokenizer_config.json", lambda own: own | {"extra_special_tokens": 0}),
+    "a length that is an object": ("tokenizer_config.json", lambda own: own | {"model_max_length": {}}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizer_files_that_make_no_tokenizer_are_refused(kind, folder):
+    name, change = TOKENIZERS[kind]
+    path = folder / name
+    made = change(json.loads(path.read_text()))
+    path.write_text(made if isinstance(made, str) else json.dumps(made))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"no tokenizer that can be read|not valid JSON"):
+            load(folder)

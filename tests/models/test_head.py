@@ -11,7 +11,7 @@ from selectkd.models.load import load_model
 from selectkd.models.lora import add_lora
 
 from .conftest import SIZES
-from .every_type import tiny_model
+from .every_type import tiny_config, tiny_model
 
 GEMMA = SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 ARCHITECTURES = {
@@ -120,3 +120,16 @@ def test_a_model_that_gives_no_numbers_is_not_taken_for_one_with_another_head(ll
     with torch.no_grad():
         llama.model.norm.weight.fill_(float("nan"))
     check_head(llama)
+
+
+@pytest.mark.parametrize("model_type", ["bert-generation", "xlnet", "cpmant"])
+def test_a_model_that_reads_later_tokens_is_refused(model_type):
+    with pytest.raises(ConfigError, match="reads later tokens"):
+        check_head(tiny_model(model_type))
+
+
+def test_the_same_model_as_a_decoder_is_taken():
+    config = tiny_config("bert-generation")
+    config.is_decoder = True
+    torch.manual_seed(0)
+    check_head(hf.AutoModelForCausalLM.from_config(config).eval())

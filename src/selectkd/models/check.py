@@ -1,4 +1,4 @@
-"""Whether a model's logits are those of its head on its backbone, which is what a loss is computed from."""
+"""Whether a model's logits are those of its head on its backbone, each from earlier tokens alone: what a loss needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ PROBE_IDS = 8
 
 
 def check_head(model: nn.Module) -> None:
-    """Run a few tokens through the model and through backbone and head; ConfigError where their logits differ.
+    """Run a few tokens through the model and through backbone and head; ConfigError where their logits differ, and
+    where a logit depends on a later token.
 
     The guard for architectures this module has not met: a scale it does not know would train on wrong logits.
     Attention is computed the plain way meanwhile: a fresh model lies on the CPU, which flash attention cannot use
@@ -31,6 +32,8 @@ def check_head(model: nn.Module) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own calls of torch
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
+        other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+        before = model(input_ids=other, use_cache=False).logits.float()
     model.train(was_training)
     # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
     finite = theirs.isfinite()  # a model whose own logits are not is another fault's business
@@ -49,4 +52,12 @@ def check_head(model: nn.Module) -> None:
         raise ConfigError(
             f"the head of {type(unwrapped(model)).__name__} does something to its logits that is not known here: "
             f"{differ}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
+        )
+    seen = torch.where(finite, before - theirs, 0.0)[:, :-1].abs().max().item()
+    # eight-bit products differ a little with what stands beside a row
+    if seen > max(tolerance, largest / 100):
+        raise ConfigError(
+            f"{type(unwrapped(model)).__name__} reads later tokens: its logits change by {seen:.3g} with the last "
+            "token. Set is_decoder in its config.json where it has that key, or use a model that writes from left to "
+            "right."
         )

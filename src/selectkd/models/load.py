@@ -280,14 +280,19 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
 
 
 def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; ConfigError where its files make none, or one that cannot read a text."""
     configuration(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"] + tokenizer.all_special_ids)
+    except Exception as error:  # the tokenizers library raises Exception itself
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{folder} has no tokenizer that can be read: {reason[:200]}. Save it into the same folder."
+            f"{folder} has no tokenizer that can be read: {type(error).__name__}: {reason[:200]}. "
+            "Save it into the same folder with save_pretrained, or install the versions of transformers and tokenizers "
+            "that wrote it."
         ) from error
+    return tokenizer
 
 
 def _gguf_tokenizer(path: Path) -> Any:
@@ -295,7 +300,7 @@ def _gguf_tokenizer(path: Path) -> Any:
     try:
         with without_reports():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise IntegrityError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -21,6 +22,8 @@ STATE = (
 """Parts of the names of models that carry a state from token to token, by convolution or recurrence."""
 PLACES = ("bloom", "mpt", "opt", "xglm", "biogpt", "t5", "ctrl", "xlnet", "transfo")
 """Models that count places from the attention mask or have a bias by distance: a packed row has neither."""
+FLAT_MASKS = ("openai-gpt", "xlm")
+"""Models that take a mask of padding alone."""
 
 
 def check_packing(
@@ -69,4 +72,8 @@ def problem(config: Any, length: int) -> str | None:
         return "carries a state from token to token"
     if getattr(text, "alibi", False) or any(name.startswith(part) for part in PLACES):
         return "takes places from the attention mask"
+    if name in FLAT_MASKS:
+        return "takes no mask that keeps samples apart"
+    if any(each and "position_ids" not in inspect.signature(each.forward).parameters for each in classes):
+        return "counts places from the start of a row"
     return None
