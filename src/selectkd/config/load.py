@@ -44,11 +44,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return _checked(document, source, overrides)
 
 
-def recipe_from(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe"
-) -> Recipe:
+def recipe_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a mapping of plain values says, checked as a file is."""
-    return _checked(Document(dict(values)), source, overrides)
+    return _checked(Document(dict(values)), "recipe", overrides)
 
 
 def _text(path: Path) -> str:
