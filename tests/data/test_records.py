@@ -154,18 +154,21 @@ def test_arguments_that_are_json_text_become_the_object(arguments, flat):
     assert to_sample({"messages": [USER, as_text]}, "messages").messages[1]["tool_calls"] == calls
 
 
-@pytest.mark.parametrize("label", [0, 1, "false", "True"])
-def test_a_label_that_may_be_a_verdict_asks_for_the_format(tmp_path, label):
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize("label", [0, 1, -1, "false", "True", "bad", "rejected"])
+@pytest.mark.parametrize("format", ["messages", "conversations", "prompt_completion", "instruction"])
+def test_a_label_that_may_be_a_verdict_asks_for_the_format(tmp_path, label, name, format):
     file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps({"prompt": "q", "completion": "a", "label": label}))
-    with pytest.raises(DataError, match="prompt_completion"):
+    file.write_text(json.dumps(FULL[format] | {name: label}))
+    with pytest.raises(DataError, match=f"say `format: {format}`"):
         read_records(file)
-    assert len(read_records(file, format="prompt_completion")) == 1
+    assert len(read_records(file, format=format)) == 1
 
 
-def test_answers_labelled_false_are_counted_and_not_trained(tmp_path, tokenizer):
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_answers_labelled_false_are_counted_and_not_trained(tmp_path, tokenizer, name):
     file = tmp_path / "kto.jsonl"
-    rows = [{"prompt": "q", "completion": f"a{i}", "label": i != 1} for i in range(3)]
+    rows = [{"prompt": "q", "completion": f"a{i}", name: i != 1} for i in range(3)]
     file.write_text("\n".join(map(json.dumps, rows)))
     source = dataset_source({"path": str(file)}, tokenizer, max_length=64)
     assert len(source) == 2 and source.counts["labelled false"] == 1 and "1 labelled false" in source.told

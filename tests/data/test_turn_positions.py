@@ -171,6 +171,32 @@ def test_a_call_that_a_template_drops_is_told(name, family):
         show(USING, family(name))
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("", False),
+        ("{{ f.arguments.keys() | join(',') }}", False),
+        ("{{ f.arguments | tojson }}", True),
+        ("{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}", True),
+        ("{{ f.arguments }}", True),
+    ],
+)
+def test_arguments_that_a_template_drops_are_told(written, kept, make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% set f = c.function %}{{ f.name }}" + written + "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    arguments = {"city": 'Köln\n"am" Rhein', "days": [12, True, None], "in": {"unit": "C"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    record = {"messages": [USING[0], {**CALL, "tool_calls": [call]}, *USING[2:]]}
+    if kept:
+        assert any(render(to_sample(record, "messages", origin="f:1"), tokenizer, max_length=400).completion)
+    else:
+        with pytest.raises(DataError, match=r"turn 1 \(assistant\).*tool_calls\[0\]\.arguments"):
+            render(to_sample(record, "messages", origin="f:1"), tokenizer, max_length=400)
+
+
 def test_an_argument_of_the_recipe_reaches_the_template(family):
     tokenizer = family("qwen3")
     off = show(turns(*TALK), tokenizer, arguments={"enable_thinking": False})

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selectkd.data.folders import SUFFIXES, TABLES, files_of
-from selectkd.data.formats import FORMATS, matching_formats
+from selectkd.data.formats import FORMATS, LABELLED, matching_formats, verdict_of
 from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]
+WORDS = (
+    "true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "desirable", "undesirable", "chosen", "rejected",
+)  # fmt: skip
+"""Labels that may say whether an answer is good."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -86,10 +90,16 @@ def read_records(
             problem = DataError(
                 f"{origin}: no known format; fields: {names}.\nWhat would work: {', '.join(FORMATS)}."
             )
-        if problem is None and format is None and found == ("prompt_completion",) and _verdict(record):
+        if (
+            problem is None
+            and format is None
+            and len(found) == 1
+            and found[0] in LABELLED
+            and _verdict(record)
+        ):
             problem = DataError(
-                f"{origin}: has a label, {record['label']!r}. If it says whether the answer is good, make it true or "
-                "false.\nIf it does not, say `format: prompt_completion` in the source."
+                f"{origin}: has a label, {verdict_of(record)!r}. If it says whether the answer is good, make it "
+                f"true or false.\nIf it does not, say `format: {found[0]}` in the source."
             )
         if problem is not None:
             if on_bad_record == "error":
@@ -146,10 +156,8 @@ def _one_format(path: str, examples: Mapping[tuple[str, ...], tuple[str, Any]]) 
 
 def _verdict(record: Mapping[str, Any]) -> bool:
     """Whether a row's label looks like true or false written as a number or a word."""
-    label = record.get("label")
-    return label in (0, 1) or (
-        isinstance(label, str) and label.strip().lower() in ("true", "false", "0", "1")
-    )
+    label = verdict_of(record)
+    return label in (0, 1, -1) or (isinstance(label, str) and label.strip().lower() in WORDS)
 
 
 def _fields(record: Mapping[str, Any]) -> str:

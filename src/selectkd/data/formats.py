@@ -26,6 +26,8 @@ FORMATS: Mapping[str, str] = {
 
 PROMPT_NAMES = ("prompt", "query", "question")
 COMPLETION_NAMES = ("completion", "response", "answer")
+VERDICTS = ("label", "kto_tag")
+"""Fields that say whether an answer is good: TRL's and LLaMA-Factory's."""
 LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
 
@@ -76,9 +78,15 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
         found.append("tokens")
     if "text" in rest:
         found.append("text")
-    if len(found) == 1 and found[0] in LABELLED and isinstance(record.get("label"), bool):
+    if len(found) == 1 and found[0] in LABELLED and isinstance(verdict_of(record), bool):
         return ("unpaired_preference",)
     return tuple(found)
+
+
+def verdict_of(record: Mapping[str, Any]) -> Any:
+    """What a record says of its answer, None where it says nothing."""
+    name = _present(record, VERDICTS)
+    return None if name is None else record[name]
 
 
 def detect_format(record: Mapping[str, Any], *, origin: str = "record") -> str:
@@ -337,10 +345,10 @@ def _integers(value: Any, where: Where, *, of: int | None = None, masks: bool = 
 
 def _unpaired(record: Mapping[str, Any], where: Where) -> Sample:
     """A row of one answer with a verdict on it."""
-    label = record.get("label")
+    label = verdict_of(record)
     if not isinstance(label, bool):
-        _refuse(where.at("label"), f"needs true or false, not {_shown(label)}.")
-    kinds = matching_formats({name: value for name, value in record.items() if name != "label"})
+        _refuse(where.at(_present(record, VERDICTS) or "label"), f"needs true or false, not {_shown(label)}.")
+    kinds = matching_formats({name: value for name, value in record.items() if name not in VERDICTS})
     if len(kinds) != 1 or kinds[0] not in LABELLED:
         _refuse(where, f"a row with a label needs the fields of one of {', '.join(LABELLED)}.")
     return replace(_READERS[kinds[0]](record, where), format="unpaired_preference", rejected=not label)

@@ -29,6 +29,8 @@ TAG = re.compile(r"\s*(</?[A-Za-z_]+>|\[/?[A-Z_]+\])\s*")
 NO_THOUGHT = re.compile(r"<think>\s*</think>\s*|\[THINK\]\s*\[/THINK\]\s*")
 LAYOUT = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\s")
 """What may differ between a generation prompt and the turn that follows it: special tokens and space."""
+WORD = re.compile(r"(?<![\\\w])(?!(?:true|false|null)\b)[a-zA-Z0-9]{2,}")
+"""A word of a call's arguments that stands in every way of writing them: JSON, tags, Python."""
 APART = 64
 """Messages of a conversation that are marked one at a time where all marks at once change the rendering."""
 
@@ -365,9 +367,14 @@ def _fields(message: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _check(reading: _Reading, number: int, region: str) -> None:
     """DataError where something that a trained turn says is not in its part of the rendering."""
-    for name, text in _fields(reading.messages[number]):
+    message = reading.messages[number]
+    for name, text in _fields(message):
         if text not in region and not _in_pieces(text, region):
             _lost(reading.sample, number, name, "assistant")
+    for index, call in enumerate(message.get("tool_calls") or ()):
+        words = WORD.findall(json.dumps(call.get("function", call).get("arguments"), ensure_ascii=False))
+        if not all(word in region for word in words):
+            _lost(reading.sample, number, f"tool_calls[{index}].arguments", "assistant")
 
 
 def _in_pieces(text: str, region: str) -> bool:
@@ -377,10 +384,7 @@ def _in_pieces(text: str, region: str) -> bool:
 
 
 def _lost(sample: Sample, number: int, name: str, role: str) -> NoReturn:
-    way = {
-        "system": "a template that writes system prompts",
-        "assistant": "a template that keeps all of a turn",
-    }
+    way = {"system": "a template with system prompts", "assistant": "a template that keeps all of a turn"}
     raise DataError(
         f"{sample.origin}: turn {number} ({role}): the chat template leaves out its {name}, or changes it.\n"
         f"What would work: {way.get(role, 'a template that writes such turns')} (data.chat_template: FILE, or "
