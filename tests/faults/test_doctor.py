@@ -57,6 +57,14 @@ def test_a_sound_recipe_passes_every_check_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_nothing_is_said_of_weights_that_are_not_here(
+    written: Callable[..., Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["doctor", str(written(teacher={"model": "nobody/no-such-model"})), "--json"]) == 2
+    assert "nobody" not in findings(capsys)["weights"]["message"]
+
+
 def _file(text: bytes) -> Callable[[Path], dict[str, Any]]:
     def made(folder: Path) -> dict[str, Any]:
         (folder / "text.jsonl").write_bytes(text)

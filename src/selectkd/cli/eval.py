@@ -376,11 +376,11 @@ def _instruct(
 
 
 def _table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> None:
-    say(f"{'model':<34}{'task':<18}{'metric':<28}{'value':>9}{'[95%':>9}{']':>9}{'n':>6}")
+    say(f"{'model':<34}{'task':<18}{'metric':<28}{'value':>9} {'[95%':>9} {']':>9} {'n':>6}")
     for row in rows:
         say(
-            f"{row['model'][-33:]:<34}{row['task'][:17]:<18}{row['metric']:<28}{row['value']:>9.4f}{row['low']:>9.4f}"
-            f"{row['high']:>9.4f}{row['n']:>6}"
+            f"{row['model'][-33:]:<34}{row['task'][:17]:<18}{row['metric']:<28}{row['value']:>9.4f} {row['low']:>9.4f} "
+            f"{row['high']:>9.4f} {row['n']:>6}"
         )
     for row in {json.dumps(row["settings"], sort_keys=True, default=str): row for row in rows}.values():
         say(f"settings of {row['task']}, {row['model']}: {json.dumps(row['settings'], default=str)}")

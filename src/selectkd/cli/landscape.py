@@ -93,9 +93,9 @@ def landscape(
     write_answer(json_file, {"students": students, "settings": settings})
     if json_file == STDOUT:
         return
-    say(f"{'student':<40}{'loss':>9}{'top eigenvalue':>16}{'sharpness':>11}{'[95%':>9}{']':>9}")
+    say(f"{'student':<40}{'loss':>9} {'top eigenvalue':>15} {'sharpness':>10} {'[95%':>9} {']':>9}")
     for name, seen in found.items():
         top = "" if seen.top_eigenvalue is None else f"{seen.top_eigenvalue:.4g}"
         kick = seen.sharpness
-        rise = "" if kick is None else f"{kick.value:>11.4f}{kick.low:>9.4f}{kick.high:>9.4f}"
-        say(f"{name[-39:]:<40}{seen.loss:>9.4f}{top:>16}{rise}")
+        rise = "" if kick is None else f" {kick.value:>10.4f} {kick.low:>9.4f} {kick.high:>9.4f}"
+        say(f"{name[-39:]:<40}{seen.loss:>9.4f} {top:>15}{rise}")

@@ -271,6 +271,8 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
             )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "it is not in the local cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
         raise ConfigError(
             f"{name!r} is no local folder, and the hub does not give it"
             f"{'' if revision is None else f' at revision {revision!r}'}: {reason[:200]}. "

@@ -163,9 +163,10 @@ def _folder(recipe: Any) -> str:
 
 def _weights(recipe: Any) -> str:
     """Local model folders hold the models that they describe, by their headers, and nothing that would run."""
-    check_local(*recipe.models)
+    here = [name for name in recipe.models if Path(name).expanduser().is_dir()]
+    check_local(*here)
     told = "no pickles, no code, the tensors that config.json describes"
-    return f"{', '.join(recipe.models)}: {told}" if recipe.models else "no model is named"
+    return f"{', '.join(here)}: {told}" if here else "no local model folder is named"
 
 
 def _loggers(recipe: Any) -> str:
