@@ -1,15 +1,18 @@
-"""Every verifier, selector, extra, reduction and language-modelling loss as a case of one optimizer step.
+"""Features of one optimizer step, two by two: a matrix in which every value of one meets every value of another.
 
-``test_whole_steps`` runs each as one micro-batch and as eight; as a program of its own this file runs them on one of
-two ranks and writes what they gave.
+``test_whole_steps`` compares each case with the plain program; as a program of its own this file runs those of two
+ranks on one of them and writes what they gave.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from selectkd.data.collate import collate_packed, pack
 from selectkd.objective import Objective
 from selectkd.registry import parameters
+from selectkd.rows import LiveRows
 from selectkd.selectors import SELECTORS
 from selectkd.teachers import LiveTeacher
 from selectkd.terms import EXTRAS, StreamSpec
@@ -29,107 +34,223 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.loop import wrapped_for
 from selectkd.training.step import DistillationModel
 from selectkd.verifiers import VERIFIERS
+from training.plain_step import Stream
 from training.tiny import padded, texts, tiny_llama
 
-EXAMPLES = texts(8, seed=3)
-OF_EXTRA = {"adaptive_alpha": "skew_kl", "policy_gradient": "reverse_kl"}
-"""The divergence an extra is for, where it is for one."""
+FEATURES: Mapping[str, Sequence[Any]] = {
+    "judge": (*VERIFIERS, *SELECTORS),
+    "extra": (None, *EXTRAS),
+    "models": ("plain", "unshared", "forbids", "faulty"),
+    "divergence": ("forward_kl", "skew_kl", "reverse_kl", "skew_reverse_kl"),
+    "reduction": REDUCTIONS,
+    "selector": (None, "tip", "rho_1"),
+    "micro": ("whole", "eighths", "packed"),
+    "rejected": ("weigh", "count nothing", "are thinned"),
+    "temperatures": ((1.0, 1.0), (2.0, 1.0), (1.0, 1.5)),
+    "language_model": (0.0, 0.5),
+    "sources": (1, 2),
+    "ranks": (1, 2),
+}
+"""What meets what. unshared: ids that one side alone has, logits about -30,000, a reference of fewer ids; forbids: a
+bias of -inf; faulty: rows of the teacher that are nan."""
+METRICS = ("tar", "weight", "kl", "kl of a", "kl of b")
+FORBIDDEN, SHARED, READ_BADLY = 7, 58, 13
+TEXTS = [replace(one, input_ids=[8 + i % 50 for i in one.input_ids]) for one in texts(8, seed=3)]
 
 
-def judge(name: str) -> Any:
-    """A verifier or selector by name, with a k that rejects some rows of the tiny pair."""
-    made = {**VERIFIERS, **SELECTORS}[name]
-    return made(k=9) if "k" in parameters(made) else made()
+def matrix(features: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Cases in which each pair of values of two features stands at least once; the same ones every time."""
+    names = list(features)
+    open_pairs = {
+        frozenset([(a, x), (b, y)]): None
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(features[a]))
+        for y in range(len(features[b]))
+    }
+    cases = []
+    while open_pairs:
+        case = dict(next(iter(open_pairs)))
+        for name in names:
+            turn = len(cases) % len(features[name])
+            values = [*range(turn, len(features[name])), *range(turn)]
+            gained = {
+                x: sum(frozenset([(name, x), other]) in open_pairs for other in case.items()) for x in values
+            }
+            case.setdefault(name, max(values, key=gained.__getitem__))
+        for pair in itertools.combinations(case.items(), 2):
+            open_pairs.pop(frozenset(pair), None)
+        cases.append({name: features[name][case[name]] for name in names})
+    return cases
 
 
-def extra(name: str) -> Any:
-    made = EXTRAS[name]()
-    if name == "adaptive_alpha":  # as if its window were over
-        made.window, made.anchor = 1, {"skew_kl": 0.01, "skew_reverse_kl": 0.01}
-    return made
+@dataclass(frozen=True)
+class Case:
+    """A case of the matrix, and what it means for the plain program."""
 
+    judge: str
+    extra: str | None
+    models: str
+    divergence: str
+    reduction: str
+    selector: str | None
+    micro: str
+    rejected: str
+    temperatures: tuple[float, float]
+    language_model: float
+    sources: int
+    ranks: int
+    k: int = 9  # which rejects some rows of the tiny pair
+    start: float = 0.9  # adaptive alpha's, and the anchor of a window that is over
+    anchor: float = 0.01
+    always_accept: tuple[int, ...] = (11, 12)
 
-def ledger(divergence: str, verifier: Any, reduction: str, **given: Any) -> Ledger:
-    made = Ledger(Objective(divergence, verifier, beta=0.1), reduction, streams=("a", "b"), **given)
-    made.step = 1
-    return made
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{name} {getattr(self, name)}" for name in FEATURES)
 
+    @property
+    def temperature(self) -> float:
+        return self.temperatures[0]
 
-def cases() -> dict[str, Callable[[], Ledger]]:
-    """name -> a ledger of its own. Generated from the registries: a new entry of one is a new case here."""
-    made: dict[str, Callable[[], Ledger]] = {}
-    for reduction in REDUCTIONS:
-        for name in (*VERIFIERS, *SELECTORS):
-            made[f"{name}, {reduction}"] = lambda n=name, r=reduction: ledger("forward_kl", judge(n), r)
-            if reduction != "weight_mean" and name != "greedy_topk":
-                continue  # the loss beside it meets the verifier's weights there alone
-            made[f"{name}, {reduction}, language"] = lambda n=name, r=reduction: ledger(
-                "forward_kl",
-                judge(n),
-                r,
-                losses=[StreamSpec(language_model=0.5), StreamSpec(weight=(2.0, 2.0, 1.0))],
-            )
-        for name in EXTRAS:
-            made[f"{name}, {reduction}"] = lambda n=name, r=reduction: ledger(
-                OF_EXTRA.get(n, "forward_kl"), judge("greedy_topk"), r, extras=[extra(n)],
-                losses=[StreamSpec(language_model=0.5), StreamSpec()],
-            )  # fmt: skip
-    for name in SELECTORS:
-        made[f"{name} beside matched_shuffle"] = lambda n=name: ledger(
-            "forward_kl", judge("matched_shuffle"), "token_mean",
-            losses=[StreamSpec(selector=SELECTORS[n](share=0.5)), StreamSpec()],
-        )  # fmt: skip
-        made[f"{name} of each sequence"] = lambda n=name: ledger(
-            "forward_kl", SELECTORS[n](share=0.5, scope="sequence"), "token_mean"
+    @property
+    def verify_temperature(self) -> float:
+        return self.temperatures[1]
+
+    @property
+    def thins(self) -> bool:
+        return self.rejected == "are thinned"
+
+    @property
+    def streams(self) -> list[Stream]:
+        beta = 0.0 if self.rejected == "count nothing" else 0.1
+        made = [Stream(self.divergence, beta, 1.0, self.selector, self.language_model)]
+        return made + [Stream("reverse_kl", 0.3, 2.0, None, 0.0)] * (self.sources - 1)
+
+    def ledger(self) -> Ledger:
+        first, *others = self.streams
+        judge = {**VERIFIERS, **SELECTORS}[self.judge]
+        objective = Objective(
+            first.divergence,
+            judge(k=self.k) if "k" in parameters(judge) else judge(),
+            first.beta,
+            always_accept=self.always_accept,
+            verify_temperature=self.verify_temperature,
+            thin_rejected=self.thins,
         )
-        made[f"{name} beside every extra"] = lambda n=name: ledger(
-            "skew_kl",
-            SELECTORS[n](share=0.5),
-            "weight_mean",
-            extras=[extra(one) for one in EXTRAS if one != "atkd"],
+        selector = None if first.selector is None else SELECTORS[first.selector]()
+        losses = [StreamSpec(selector=selector, language_model=first.language_model)]
+        losses += [
+            StreamSpec(one.divergence, beta=one.beta, weight=(one.weight, one.weight, 1.0)) for one in others
+        ]
+        extra: Any = None if self.extra is None else EXTRAS[self.extra]()
+        if self.extra == "adaptive_alpha":  # as if its window were over
+            extra = EXTRAS[self.extra](start=self.start, window=1)
+            extra.anchor = {"skew_kl": self.anchor, "skew_reverse_kl": self.anchor}
+        made = Ledger(
+            objective, self.reduction, streams=("a", "b"), losses=losses, extras=[extra] if extra else []
         )
-    return made
+        made.step = 1
+        return made
+
+    def batches(self) -> list[Any]:
+        if self.micro == "packed":
+            return [collate_packed(pack(half, 48), pad_id=0) for half in (TEXTS[:4], TEXTS[4:])]
+        return padded(TEXTS, {"whole": 8 // self.ranks, "eighths": 1}[self.micro])
 
 
-def model() -> tuple[nn.Module, DistillationModel]:
-    """(student, its loss) in fp64: two rows as good as equal in fp32 would rank differently from batch to batch."""
+CASES = [Case(**one) for one in matrix(FEATURES)]
+
+
+class Faulty(LiveTeacher):
+    """A teacher whose rows are nan behind some tokens."""
+
+    def __call__(self, batch: Any, position: Tensor) -> LiveRows:
+        rows = super().__call__(batch, position)
+        rows.hidden[batch.input_ids.flatten()[position] % READ_BADLY == 0] = torch.nan
+        return rows
+
+
+@cache
+def models(kind: str) -> tuple[nn.Module, LiveTeacher, LiveTeacher]:
+    """(student, teacher, reference) in fp64: two rows as good as equal in fp32 would rank differently by batch."""
     student, teacher, reference = (
         tiny_llama(seed, layers=1, hidden=16, dtype=torch.float64) for seed in (2, 1, 5)
     )
-    held = LiveTeacher(teacher, reference=LiveTeacher(reference))
-    return student, DistillationModel(student, held).train()
+    shared = None
+    if kind == "unshared":
+        shared = torch.arange(student.config.vocab_size) < SHARED
+        reference.resize_token_embeddings(SHARED + 1)
+    for model in (student, teacher, reference):
+        head = model.get_output_embeddings()
+        bias = torch.full((head.weight.shape[0],), -3e4 if kind == "unshared" else 0.0, dtype=torch.float64)
+        if kind == "forbids":
+            bias[FORBIDDEN] = 2.0 if model is teacher else -torch.inf
+        head.bias = None if kind in ("plain", "faulty") else nn.Parameter(bias)
+    held = LiveTeacher(reference, shared=shared)
+    return (
+        student,
+        (Faulty if kind == "faulty" else LiveTeacher)(teacher, shared=shared, reference=held),
+        held,
+    )
 
 
-def step_of(book: Ledger, micro: Sequence[Any], student: nn.Module, loss_of: nn.Module) -> Tensor:
-    """The loss and the whole gradient of one optimizer step, one vector."""
+@cache
+def _losses(kind: str) -> DistillationModel:
+    student, teacher, _ = models(kind)
+    return DistillationModel(student, teacher, also_kl=True).train()
+
+
+def loss_of(case: Case) -> tuple[nn.Module, DistillationModel]:
+    """(student, its loss)."""
+    made = _losses(case.models)
+    made.temperature = case.temperature
+    return made.student, made
+
+
+def step_of(case: Case, micro: Sequence[Any], student: nn.Module, model: nn.Module) -> Tensor:
+    """Loss, metrics and the whole gradient of one optimizer step, one vector."""
+    book = case.ledger()
     student.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def ask(portion: Any, first: Any) -> Any:
-        return loss_of(portion.batch, portion.row_scale, portion.uniform, first)
+        return model(portion.batch, portion.row_scale, portion.uniform, first)
 
     for portion in book.begin(micro, ask):
-        apart = hasattr(loss_of, "no_sync") and not portion.last
-        with loss_of.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
-            loss, sums = loss_of(portion.batch, portion.row_scale, portion.uniform, portion.plan)
+        apart = hasattr(model, "no_sync") and not portion.last
+        with model.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
+            loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)
             loss.backward()
         book.add(portion, loss, sums)
-    total = book.settle(student.parameters())
-    gradients = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-    return torch.cat([total.reshape(1), *gradients]).detach()
+    book.settle(student.parameters())
+    assert book.accept(1.0)
+    line = book.line()
+    of_source = {f"kl of {name}": rates["kl"] for name, rates in line["streams"].items()}
+    return vector(line["loss"], {**line, **of_source}, student)
+
+
+def vector(loss: Any, metrics: Mapping[str, Any], student: nn.Module) -> Tensor:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+    numbers = [
+        torch.as_tensor(one, dtype=torch.float64) for one in (loss, *(metrics[name] for name in METRICS))
+    ]
+    return torch.cat([torch.stack(numbers), *(one.flatten() for one in gradients)]).detach()
 
 
 def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meeting"), 2), rank=rank, world_size=2)
-    student, own = model()
-    wrapped = wrapped_for(own, "cpu")
-    found = {}
-    for name, made in cases().items():
-        micro = next(Feed(lambda epoch: padded(EXAMPLES, 1)).steps(4))
-        found[name] = step_of(made(), micro, student, wrapped)
-    save_file(found, folder / f"{rank}.safetensors")
+    found, wrapped = {}, {}
+    for case in CASES:
+        if case.ranks == 2:
+            student, own = loss_of(case)
+            if case.models not in wrapped:
+                wrapped[case.models] = wrapped_for(own, "cpu")
+            batches = case.batches()
+            micro = next(Feed(lambda epoch, batches=batches: batches).steps(len(batches) // 2))
+            found[case.name] = step_of(case, micro, student, wrapped[case.models])
     del wrapped
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
+    save_file(found, folder / f"{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from selectkd.errors import ConfigError
@@ -22,9 +21,9 @@ class adaptive_alpha:
     """alpha = clip(1 - (1 - start) M / (gap + 1e-5), floor, start) for each sequence under a skew divergence.
 
     gap = P - Q under skew_kl and Q - P under skew_reverse_kl, P and Q the geometric means of the token probabilities of
-    the sequence under teacher and student. M is the mean gap over the first ``window`` optimizer steps, in which alpha
-    is ``start``; over all ranks. A gap that is not positive gives ``start``, as of a student that is close. Defaults
-    start .1 and floor .01 as in the paper.
+    the sequence under teacher and student, over all its trained tokens. M is the mean gap over the first ``window``
+    optimizer steps, in which alpha is ``start``; over all ranks. A gap that is not positive gives ``start``, as of a
+    student that is close. Defaults start .1 and floor .01 as in the paper.
     Source: DistiLLM-2 (arXiv 2503.07067). window 10 is ours: the paper's is the first one that was logged.
     """
 
@@ -47,24 +46,26 @@ class adaptive_alpha:
         if step >= self.window and not self.anchor:
             self._settle(forward.hidden.device)
         result: list[Term] = []
+        found: dict[str, dict[int, float]] = {}  # the gap of each sequence, however many terms have its rows
         for term in terms:
             name = name_of(term.objective.divergence)
             sequence = term.of(forward.sequence)
             if name not in SIGN or not sequence.numel():
                 result.append(term)
                 continue
-            which, gaps = self._gaps(forward, term, name)
-            if step < self.window:
-                total = self.sums[name]
-                total[0] += float(gaps.sum())
-                total[1] += float(gaps.shape[0])
-            alphas = [self.alpha(name, float(gap)) for gap in gaps]
-            self.last[name] = sum(alphas) / len(alphas)
-            for one, alpha in zip(which.tolist(), alphas, strict=True):
-                params: dict[str, Any] = dict(getattr(term.objective.divergence, "keywords", {}))
-                loss = {**params, "name": name, "alpha": alpha}
+            gap, gaps = self._gaps(forward), found.setdefault(name, {})
+            params: dict[str, Any] = dict(getattr(term.objective.divergence, "keywords", {}))
+            for one in sequence.unique().tolist():
+                gaps[one] = SIGN[name] * gap[one]
+                loss = {**params, "name": name, "alpha": self.alpha(name, gaps[one])}
                 part = term.within((sequence == one).nonzero()[:, 0])
                 result.append(replace(part, objective=replace(part.objective, divergence=loss)))
+        for name, gaps in found.items():
+            self.last[name] = sum(self.alpha(name, gap) for gap in gaps.values()) / len(gaps)
+            if step < self.window:
+                total = self.sums[name]
+                total[0] += sum(gaps.values())
+                total[1] += len(gaps)
         return result
 
     def alpha(self, name: str, gap: float) -> float:
@@ -76,16 +77,17 @@ class adaptive_alpha:
             return self.start
         return min(max(1.0 - (1.0 - self.start) * anchor / (gap + 1e-5), self.floor), self.start)
 
-    def _gaps(self, forward: Forward, term: Term, name: str) -> tuple[Tensor, Tensor]:
-        """The term's sequences and the gap of each, [s] and [s]."""
-        which, place, length = term.of(forward.sequence).unique(return_inverse=True, return_counts=True)
-        labels = term.of(forward.seen_label_log_probs)
+    @staticmethod
+    def _gaps(forward: Forward) -> dict[int, float]:
+        """P - Q of each sequence over all its rows, whichever of them a selector keeps."""
+        which, place = forward.sequence.unique(return_inverse=True)
+        labels = forward.seen_label_log_probs
         known = ~labels.isnan().any(-1)  # rows whose teacher is finite
-        length = torch.zeros_like(length).index_add_(0, place, known.to(length.dtype))
+        length = torch.zeros_like(which).index_add_(0, place, known.to(which.dtype))
         mean = torch.zeros(which.shape[0], 2, dtype=labels.dtype, device=labels.device)
         mean = mean.index_add_(0, place, labels.nan_to_num(nan=0.0)) / length.clamp(min=1)[:, None]
         p, q = mean.exp().unbind(-1)
-        return which, SIGN[name] * (p - q)
+        return dict(zip(which.tolist(), (p - q).tolist(), strict=True))
 
     def _settle(self, device: torch.device) -> None:
         """The anchor from the sums of the window, over all ranks."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective import Objective
 from selectkd.terms.term import Forward, Term
 
 
@@ -45,13 +44,7 @@ class policy_gradient:
             result.append(replace(term, scale=w))
             if term.weighs:
                 # -w R log q(y), gated like the rest: with the verifier's weights, from one more look at both models
-                long = Objective(
-                    "cross_entropy",
-                    term.objective.verifier,
-                    term.objective.beta,
-                    always_accept=term.objective.always_accept,
-                    verify_temperature=term.objective.verify_temperature,
-                )
+                long = replace(term.objective, divergence="cross_entropy")
                 result.append(replace(term, objective=long, scale=w * term.of(later), beside=True))
         return result
 

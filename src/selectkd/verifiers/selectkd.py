@@ -172,7 +172,7 @@ class spec_k_literal:
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         q = pair.logq.double().exp()
         cumulative = q.cumsum(-1)
-        draws, tests = uniform.double().split(self.k, dim=-1)  # [n, k] each
+        draws, tests = uniform[:, : 2 * self.k].double().split(self.k, dim=-1)  # [n, k] each
         drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
         drawn = drawn.clamp(max=q.shape[-1] - 1)  # [n, k]
         ratio = (pair.logp.double().gather(-1, drawn) - pair.logq.double().gather(-1, drawn)).exp()
