@@ -29,7 +29,7 @@ WHOLE = {
     "teacher": {"model": "t"},
     "student": {"model": "s"},
     "data": {"sources": [{"path": "text.jsonl"}]},
-    "training": {"max_steps": 1, "batch_size": 1, "output_dir": "run"},
+    "training": {"max_steps": 1, "batch_size": 1, "lora": {}, "output_dir": "run"},
 }
 PLACEHOLDERS = ("VERB", "distils")
 """Words behind `selectkd` that are none of its verbs."""
