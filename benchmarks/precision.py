@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,38 +115,39 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to results.csv")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = []
-    if wanted.what == "moved":
-        for name in wanted.names:
-            for rate, share in zip(wanted.rates, moved(name, wanted), strict=True):
-                rows.append((f"one step, lr {rate:g}", name, "share of weights moved", share, "", 1))
-    else:
-        rows = of_runs(wanted) if wanted.what == "runs" else of_logits(wanted.n)
-    for case, of, metric, value, spread, _ in rows:
-        print(f"{case:<24}{of:<20}{metric:<30}{value:>10.5g}  {spread}", flush=True)
-    if wanted.record:
-        record("precision", rows)
+    ways = {"moved": of_moved, "runs": of_runs, "logits": of_logits}
+    for row in ways[wanted.what](wanted):
+        case, of, metric, value, spread, _ = row
+        print(f"{case:<40}{of:<20}{metric:<30}{value:>10.5g}  {spread}", flush=True)
+        if wanted.record:  # at once: a long benchmark that is stopped keeps what it has measured
+            record("precision", [row])
 
 
-def of_runs(wanted: argparse.Namespace) -> list[Row]:
-    """Rows of each precision's runs: the mean over seeds, and the spread from the least to the most."""
+def of_moved(wanted: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one step in each precision, at each learning rate."""
+    for name in wanted.names:
+        for rate, share in zip(wanted.rates, moved(name, wanted), strict=True):
+            yield f"one step, lr {rate:g}", name, "share of weights moved", share, "", 1
+
+
+def of_runs(wanted: argparse.Namespace) -> Iterator[Row]:
+    """Rows of each run as it ends; then of each precision, the mean over seeds and the spread from least to most."""
     case = f"{wanted.steps} steps, {wanted.layers} layers, lr {wanted.rate:g}"
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted.names}
     for seed in range(42, 42 + wanted.seeds):
         for name in wanted.names:
             before, after = held_out_kl(name, seed, wanted)
             seen[name].append((before, after))
-            print(f"{case}, seed {seed}, {name}: {before:.4f} -> {after:.4f}", file=sys.stderr, flush=True)
-    return [
-        (case, name, metric, statistics.mean(values), max(values) - min(values), wanted.seeds)
-        for name, pairs_of in seen.items()
-        for metric, values in zip(("kl before", "kl"), zip(*pairs_of, strict=True), strict=True)
-    ]
+            yield f"{case}, seed {seed}", name, "kl before", before, "", 1
+            yield f"{case}, seed {seed}", name, "kl", after, "", 1
+    for name, pairs_of in seen.items():
+        for metric, values in zip(("kl before", "kl"), zip(*pairs_of, strict=True), strict=True):
+            yield case, name, metric, statistics.mean(values), max(values) - min(values), wanted.seeds
 
 
-def of_logits(n: int) -> list[Row]:
+def of_logits(wanted: argparse.Namespace) -> list[Row]:
     """Rows that say what rounding logits to bf16 costs beside products of the same bf16 states in fp32."""
-    states = real_states(n)
+    states = real_states(wanted.n)
     exact = [(x.double() @ w.double().t()).float() for x, w in pairs(states)]
     largest = exact[0].abs().amax(-1).mean().item()
     found: list[Row] = [("logits", "student", "largest logit of a row, mean", largest, "", 1)]
