@@ -318,12 +318,11 @@ def _check_packing(recipe: Any, teacher: TeacherPlan) -> None:
     """ConfigError where a model that reads packed rows could not keep their samples apart."""
     length = recipe.training.max_length
     plans = teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]
-    models = [("the teacher", one.model, one.wanted_revision) for one in plans if isinstance(one, ModelPlan)]
-    for role, section in (("the student", recipe.student), ("the reference", recipe.reference)):
-        if section is not None and section.model is not None:
-            models.append((role, section.model, section.revision))
-    for role, model, revision in models:
-        check_packing(model, length, role=role, revision=revision)
+    teachers = [("the teacher", one, one.wanted_revision) for one in plans if isinstance(one, ModelPlan)]
+    others = (("the student", recipe.student), ("the reference", recipe.reference))
+    for role, one, revision in [*teachers, *((r, o, o.revision) for r, o in others if o and o.model)]:
+        attention = getattr(one, "attn_implementation", None)
+        check_packing(one.model, length, role=role, revision=revision, attention=attention)
 
 
 def _student(

@@ -157,5 +157,5 @@ def add_product(
 
 @cache
 def writes_fp32(kind: str) -> bool:
-    """Whether a kind of device has products of narrow matrices written in fp32: CUDA's, from torch 2.8 on."""
-    return kind == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.addmm, "dtype_out")
+    """Whether a kind of device has products of narrow matrices written in fp32: CUDA's."""
+    return kind == "cuda" and torch.version.hip is None

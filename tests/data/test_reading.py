@@ -215,6 +215,15 @@ def test_a_model_that_cannot_pack_is_refused_by_name(tmp_path):
         check_packing(tmp_path, 64, role="the teacher")
 
 
+def test_packing_is_refused_beside_flash_attention_that_config_json_asks_for(tmp_path):
+    transformers.LlamaConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "flash_attention_2"}))
+    with pytest.raises(ConfigError, match=r"packing.*the student .*flash_attention_2.*to sdpa"):
+        check_packing(tmp_path, 64, role="the student")
+    check_packing(tmp_path, 64, role="the student", attention="sdpa")
+
+
 @pytest.mark.parametrize("text", ["a: [" + "1," * 490_000 + "1]", "a: [" + "1," * 100_000 + "1]"])
 def test_a_list_that_no_recipe_has_is_refused_quickly(text):
     start = time.process_time()

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 sharded_students.py FOLDER PAIR
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from faults.two_rank_runs import StopsAt
 from selectkd.config import Recipe, recipe_from
-from selectkd.errors import ConfigError, Preempted
+from selectkd.errors import ConfigError, IntegrityError, Preempted
 from selectkd.models.head import unwrapped
 from selectkd.training.run import train
 from training.tiny import VOCABULARY, recipe_of, tiny_llama, tiny_tokenizer, write_pair
@@ -37,6 +38,14 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA, greedy, untied, both sharded": {"verifier": GREEDY, "student": "untied", "teacher": True, "lora": LORA},
     "LoRA, spec-k, tied": {"verifier": SPEC_K, "lora": LORA, "engine": "loop", "accumulation": 2},
     "rollouts, early stopping": {"verifier": SPEC_K, "policy": {"name": "student"}, "more": LATER},
+    "rows of a step ranked, a teacher in parts": {
+        "selector": {"name": "se_kd", "scope": "step"}, "teacher": True, "accumulation": 2,
+    },
+    "rows of a step ranked, loop, untied, files in parts": {
+        "selector": {"name": "se_kd"}, "engine": "loop", "student": "in files", "accumulation": 2,
+    },
+    "bf16": {"verifier": GREEDY, "accumulation": 2, "teacher": True, "more": {"precision": "bf16"}},
+    "bf16, LoRA, loop": {"verifier": GREEDY, "lora": LORA, "engine": "loop", "more": {"precision": "bf16"}},
 }  # fmt: skip
 STOPPED = ("full, greedy, tied", "LoRA, spec-k, tied")
 
@@ -58,9 +67,12 @@ def write_models(root: Path) -> Path:
             eos_token_id=2,
         )
     )
-    for name, model in (("untied", untied), ("gpt2", flat)):
-        model.save_pretrained(root / name)
+    for name, model, size in (("untied", untied, "1GB"), ("in files", untied, "20KB"), ("gpt2", flat, "1GB")):
+        model.save_pretrained(root / name, max_shard_size=size)
         tiny_tokenizer().save_pretrained(root / name)
+    shutil.copytree(root / "in files", root / "damaged")
+    largest = max((root / "damaged").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
     return root
 
 
@@ -78,7 +90,7 @@ def recipe(
         pair,
         data={"evaluation": 0.25, **written},
         objective={
-            "verifier": case["verifier"],
+            **{judge: case[judge] for judge in ("verifier", "selector") if judge in case},
             "beta": {"start": 0.5, "end": 0.1, "until_tar": 0.9},
             "reduction": case.get("reduction", "sequence_mean"),
         },
@@ -122,8 +134,9 @@ def refused(pair: Path, run: Path, **changed: Any) -> None:
     case = {"verifier": GREEDY, **{k: v for k, v in changed.items() if k != "sharding"}}
     try:
         train(recipe(pair, run, case, sharding=changed["sharding"]))
-    except ConfigError as error:
+    except (ConfigError, IntegrityError) as error:
         print("refused:", error)
+    dist.barrier()  # rank 0 takes the folder away
     assert not run.exists()
 
 
@@ -147,6 +160,7 @@ def main(folder: Path, pair: Path) -> None:
     refused(pair, folder / "refused", sharding={"replicate": 2})
     refused(pair, folder / "refused", sharding={"fsdp": 2, "replicate": 2})
     refused(pair, folder / "refused", sharding={}, student="gpt2")
+    refused(pair, folder / "refused", sharding={}, student="damaged")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ LENGTH = "It counts prompt and completion together."
 SOURCES = "It is a list: [{path: FILE}]."
 STEPS = "It is a number of steps."
 GRADIENTS = "It counts micro-batches in one optimizer step."
-QUANTIZED = "It takes bitsandbytes-4bit or bitsandbytes-8bit; the student is never quantized."
+QUANTIZED = (
+    "It takes bitsandbytes-4bit or bitsandbytes-8bit; the student is never quantized: to save memory there, set "
+    "training.lora and training.precision: bf16."
+)
 RESUME = "A run whose folder it names goes on by itself; `selectkd train --resume PATH` names a checkpoint."
 BETAS = "It is a list of two: [0.9, 0.999]."
 JSD = "It weighs rejected tokens; Jensen-Shannon's beta goes into divergence: {name: generalized_jsd, beta: 0.5}."

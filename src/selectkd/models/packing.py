@@ -27,15 +27,26 @@ FLAT_MASKS = ("openai-gpt", "xlm")
 
 
 def check_packing(
-    spec: str | os.PathLike[str], length: int, *, role: str, revision: str | None = None
+    spec: str | os.PathLike[str],
+    length: int,
+    *,
+    role: str,
+    revision: str | None = None,
+    attention: str | None = None,
 ) -> None:
     """ConfigError, naming what it is, where several samples in a row of ``length`` tokens would change what the model
-    computes. Reads its configuration alone.
+    computes. Reads its configuration alone. attention: how the recipe wants it, None for the configuration's way.
     """
     folder, _ = _locate(spec, revision, None, weights=False)
     if folder.is_file():
         return  # llama and its kin: what a GGUF file is converted to
     config = config_of(folder)
+    asked = str(attention or config._attn_implementation)
+    if asked.startswith("flash"):
+        raise ConfigError(
+            f"data.packing keeps samples apart by a mask, and {role} {spec} asks for {asked}, which takes none. Set "
+            "attn_implementation to sdpa, eager or flex_attention, or data.packing to false."
+        )
     found = problem(config, length)
     if found is not None:
         raise ConfigError(

@@ -45,10 +45,6 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
         for teacher in recipe.teachers
         if isinstance(teacher, ModelTeacher) and teacher.placement == "sharded"
     ]
-    if wanted and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
-        raise ConfigError(
-            f"{wanted[0][0]} needs torch 2.8 or newer, and this is {torch.__version__}. Install it."
-        )
     if training.sharding is not None and zero.asked_for():
         raise ConfigError(
             f"{_KEY} and DeepSpeed both take the student apart. Start the run with torchrun, or leave the key out."
