@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -106,3 +108,19 @@ def test_the_verb_estimates_for_a_device_that_is_not_here(folders, tmp_path, cap
     assert json.loads(capsys.readouterr().out)["process"] == 0
     assert main(["estimate", str(path), "--device", "gpu"]) == 2
     assert "gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_a_sharded_student_is_counted_as_one_rank_holds_it(lora, folders, monkeypatch):
+    """A part of all, and whole what is at work; adapters are in no parts."""
+    whole, half = (of(folders, lora=lora, sharding=sharding) for sharding in (None, {"fsdp": 2}))
+    model = tiny_llama(2)
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    near = 0.02 * weights  # buffers, and adapters within a layer
+    layer = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+    around = weights - len(model.model.layers) * layer
+    assert half.student - whole.student == pytest.approx(around + 2 * layer - weights / 2, abs=near)
+    assert half.optimizer == (whole.optimizer if lora else whole.optimizer // 2)
+    assert half.gradient == pytest.approx(whole.gradient if lora else weights / 2 + around + layer, abs=near)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert of(folders, lora=lora, sharding={"replicate": 2}) == replace(half, process=ANY)

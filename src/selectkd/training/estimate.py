@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from selectkd.by_device import chunk_rows
 from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.models.cut import cut_shape
-from selectkd.models.head import backbone, head_of
+from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.layers import layers_of
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
@@ -72,7 +72,8 @@ class Memory:
 
 def estimate(recipe: Any, *, length: int | None = None, device: torch.device | str = "cpu") -> Memory:
     """The memory of one process that trains ``recipe`` on ``device``; length: tokens of the longest batch, default
-    max_length. The device need not be there: an accelerator is taken to have bf16 then.
+    max_length. The device need not be there: an accelerator is taken to have bf16 then. Of a sharded student one
+    rank's share: of ``training.sharding.fsdp`` ranks, or of this run's where that is ``all``.
 
     Weights, gradients and optimizer are counted parameter by parameter, activations by running the backbone on the
     meta device and counting what autograd keeps; the loss by the buffers of one chunk. ConfigError for models that
@@ -117,7 +118,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
         )
         loss += c * v * FP32 if index["payload"] == "hidden" else 0
     moments = sum(state_bytes(training.optimizer, p) for p in trained)
-    return Memory(
+    memory = Memory(
         process=resident() if kind == "cpu" else 0,  # a device's own share is not among what it has free
         student=weights + adapters,
         gradient=_bytes(trained),
@@ -130,6 +131,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
         saved=_bytes(trained) + moments,
         offloaded=offloaded,
     )
+    return memory if training.sharding is None else _of_a_rank(memory, student, training)
 
 
 def activations(
@@ -275,6 +277,23 @@ def _held(model: Any, placement: str, device: torch.device | str) -> tuple[int, 
         return whole - sum(layers) + 2 * max(layers), sum(layers)  # one at work, the next on its way
     over = int(os.environ.get("WORLD_SIZE", "1"))
     return whole - sum(layers) + sum(layers) // over + max(layers), 0
+
+
+def _of_a_rank(memory: Memory, student: Any, training: Any) -> Memory:
+    """What one of the ranks that share a student holds (FSDP2): a part of its weights, gradients and moments, and whole
+    what is at work, all but the layers and two of these. Adapters are whole on every rank.
+    """
+    asked, there = training.sharding, int(os.environ.get("WORLD_SIZE", "1"))
+    over = max(1, there // asked.replicate) if asked.fsdp == "all" else asked.fsdp
+    adapters = 0 if training.lora is None else memory.gradient
+    layers = [_bytes(layer.parameters()) for layer in layers_of(unwrapped(student))]
+    weights = memory.student - adapters
+    around = memory.student - sum(layers)
+    held = replace(memory, student=weights // over + around + 2 * max(layers))
+    if adapters:
+        return held
+    gradient = memory.gradient // over + around + max(layers)
+    return replace(held, gradient=gradient, optimizer=memory.optimizer // over)
 
 
 def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
