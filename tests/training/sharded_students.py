@@ -28,6 +28,7 @@ from training.tiny import VOCABULARY, recipe_of, tiny_llama, tiny_tokenizer, wri
 
 GREEDY, SPEC_K = {"name": "greedy_topk", "k": 5}, {"name": "spec_k", "k": 2}
 LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+BF16 = {"precision": "bf16"}
 LATER = {"evaluate_every": 1, "early_stopping": {"patience": 1}}
 CASES: dict[str, dict[str, Any]] = {
     "full, greedy, tied": {"verifier": GREEDY, "reduction": "weight_mean", "accumulation": 2},
@@ -38,14 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA, greedy, untied, both sharded": {"verifier": GREEDY, "student": "untied", "teacher": True, "lora": LORA},
     "LoRA, spec-k, tied": {"verifier": SPEC_K, "lora": LORA, "engine": "loop", "accumulation": 2},
     "rollouts, early stopping": {"verifier": SPEC_K, "policy": {"name": "student"}, "more": LATER},
-    "rows of a step ranked, a teacher in parts": {
-        "selector": {"name": "se_kd", "scope": "step"}, "teacher": True, "accumulation": 2,
+    "bf16, rows of a step ranked, files in parts": {
+        "selector": {"name": "se_kd"}, "student": "in files", "accumulation": 2, "more": BF16,
     },
-    "rows of a step ranked, loop, untied, files in parts": {
-        "selector": {"name": "se_kd"}, "engine": "loop", "student": "in files", "accumulation": 2,
+    "bf16, LoRA, rows of a step ranked, loop, both sharded": {
+        "selector": {"name": "se_kd"}, "lora": LORA, "engine": "loop", "teacher": True, "accumulation": 2, "more": BF16,
     },
-    "bf16": {"verifier": GREEDY, "accumulation": 2, "teacher": True, "more": {"precision": "bf16"}},
-    "bf16, LoRA, loop": {"verifier": GREEDY, "lora": LORA, "engine": "loop", "more": {"precision": "bf16"}},
 }  # fmt: skip
 STOPPED = ("full, greedy, tied", "LoRA, spec-k, tied")
 
