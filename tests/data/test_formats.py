@@ -154,3 +154,18 @@ def test_padding_of_pretokenised_rows_goes_by_the_attention_mask():
 def test_a_row_of_no_format_names_its_fields(row):
     with pytest.raises(DataError, match="no known format"):
         detect_format(row)
+
+
+@pytest.mark.parametrize("name", ["train", "training", "loss"])
+def test_a_turn_that_is_switched_off_is_not_trained(name):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    turns[1][name], turns[3][name] = False, True
+    sample = to_sample({"messages": turns}, "messages")
+    assert sample.trained == (3,) and all(name not in turn for turn in sample.messages)
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, True, "1"])
+def test_a_weight_other_than_nothing_or_all_is_refused(weight):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
+    with pytest.raises(DataError, match=r"messages\[1\]\.weight"):
+        to_sample({"messages": turns}, "messages")

@@ -239,3 +239,12 @@ def test_a_table_is_told_the_way_to_convert_it(tmp_path, name):
 
 def test_every_error_of_a_record_is_ours():
     assert set(FULL) == set(FORMATS) and issubclass(DataError, SelectKDError)
+
+
+def test_fields_of_text_that_a_format_does_not_read_are_named(tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"question": "q", "answer": "a", "id": 1}, {"question": "q", "answer": "a", "context": "c"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read_records(file).told.endswith("; not part of the text: context")
+    file.write_text(json.dumps({"instruction": "q", "output": "a", "context": "c", "system": "s"}))
+    assert "not part" not in read_records(file).told

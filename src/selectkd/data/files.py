@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selectkd.data.folders import SUFFIXES, TABLES, files_of
-from selectkd.data.formats import FORMATS, LABELLED, matching_formats, verdict_of
+from selectkd.data.formats import FORMATS, LABELLED, left_aside, matching_formats, verdict_of
 from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]
@@ -126,6 +126,9 @@ def read_records(
         names = [str(Path(file).relative_to(path)) for file in files if Path(file).is_relative_to(path)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         records.told += f", from {', '.join(names[:3])}{more}"
+    aside = list(dict.fromkeys(name for row in records.rows for name in left_aside(row, records.format)))
+    if aside:
+        records.told += f"; not part of the text: {', '.join(aside)}"
     if records.skipped:
         records.told += f", {len(records.skipped)} bad records skipped"
     return records
@@ -156,8 +159,7 @@ def _one_format(path: str, examples: Mapping[tuple[str, ...], tuple[str, Any]]) 
 
 def _verdict(record: Mapping[str, Any]) -> bool:
     """Whether a row's label looks like true or false written as a number or a word."""
-    label = verdict_of(record)
-    return label in (0, 1, -1) or (isinstance(label, str) and label.strip().lower() in WORDS)
+    return str(verdict_of(record)).strip().lower() in WORDS
 
 
 def _fields(record: Mapping[str, Any]) -> str:

@@ -28,6 +28,17 @@ PROMPT_NAMES = ("prompt", "query", "question")
 COMPLETION_NAMES = ("completion", "response", "answer")
 VERDICTS = ("label", "kto_tag")
 """Fields that say whether an answer is good: TRL's and LLaMA-Factory's."""
+READ = {
+    "prompt_completion": (*PROMPT_NAMES, *COMPLETION_NAMES, "system", "system_prompt", "tools"),
+    "instruction": (
+        "instruction", "input", "context", "output", *COMPLETION_NAMES, "system", "system_prompt", "history", "tools",
+    ),
+    "preference": (*PROMPT_NAMES, "chosen", "rejected", "system", "system_prompt", "tools"),
+}  # fmt: skip
+"""The fields of formats of several; of the others the text stands in the field that names them."""
+ASIDE = ("context", "input", "passage", "document", "history", "instruction", "reasoning", "reasoning_content",
+         "thinking", "system", "system_prompt", "tools")  # fmt: skip
+"""Fields that are text of other formats, so that a reader may take them for text of this one."""
 LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
 
@@ -81,6 +92,14 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
     if len(found) == 1 and found[0] in LABELLED and isinstance(verdict_of(record), bool):
         return ("unpaired_preference",)
     return tuple(found)
+
+
+def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
+    """Fields of a record that look like text and are no part of it in this format."""
+    if format not in READ:
+        return []
+    read = (*READ[format], *(READ["instruction"] if record.get("instruction") else ()))
+    return [name for name in ASIDE if record.get(name) not in (None, "", []) and name not in read]
 
 
 def verdict_of(record: Mapping[str, Any]) -> Any:

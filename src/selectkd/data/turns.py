@@ -27,6 +27,9 @@ ROLES = {
     "function_call": "assistant",
 }
 
+SWITCHES = ("train", "training", "loss")
+"""Fields of a turn that say whether it is trained: Axolotl's and ms-swift's."""
+
 # Which role may come directly after which; None is the start of the conversation.
 FOLLOWS = {
     "system": (None,),
@@ -106,8 +109,13 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
     for name in ("name", "tool_call_id", *REASONING):
         if name in turn:
             plain_text(turn[name], where.at(name))
-    if "weight" in turn and (isinstance(turn["weight"], bool) or not isinstance(turn["weight"], int | float)):
-        raise DataError(f"{where}.weight: needs a number (0 = not trained), not {repr(turn['weight'])[:60]}.")
+    if "weight" in turn and (isinstance(turn["weight"], bool) or turn["weight"] not in (0, 1)):
+        raise DataError(
+            f"{where}.weight: needs 1 (trained) or 0 (not trained), not {repr(turn['weight'])[:60]}."
+        )
+    for name in SWITCHES:
+        if isinstance(turn.get(name), bool):
+            turn["weight"] = int(turn.pop(name) and turn.get("weight", 1))
     return {"role": role, **turn}
 
 
