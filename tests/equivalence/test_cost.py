@@ -84,6 +84,25 @@ PROGRAM = textwrap.dedent(
 )
 
 
+def test_rows_that_a_streams_selector_drops_cost_their_logits_alone():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=generator).requires_grad_() for n in (N, V))
+    plan = LossPlan((StreamLoss(Objective("forward_kl", "always"), selector=se_kd(share=0.25)),))
+    rows = torch.zeros(N, dtype=torch.long)
+    here = Forward(
+        hidden,
+        Head(weight),
+        LiveRows(hidden.detach() + 1.0, weight.detach()),
+        rows,
+        rows,
+        rows,
+        torch.empty(N, 0),
+    )
+    with FlopCounterMode(display=False) as counted:
+        weighted_sum(plan.terms(here), here, torch.full((N,), 1.0 / N))[0].backward()
+    assert counted.get_total_flops() / UNIT == pytest.approx(4.0 + 2.0 * 0.25)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_the_peak_does_not_grow_with_the_rows():
     peaks = [
