@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from selectkd.data.collate import collate, collate_packed
+from selectkd.data.render import Example
 from selectkd.errors import ConfigError
 from selectkd.generation.engine import Request, generate
 from selectkd.generation.rules import Draw
@@ -22,6 +24,7 @@ from selectkd.models.cut import cut_student
 from selectkd.models.head import backbone, head_of
 from selectkd.models.layers import layers_of
 from selectkd.models.lora import add_lora, linear_layers
+from selectkd.models.packing import problem
 from selectkd.models.shape import check_weights, shape_of
 from selectkd.speculative.decode import decode, decode_alone
 from selectkd.training.estimate import activations
@@ -29,10 +32,10 @@ from selectkd.training.estimate import activations
 from .every_type import TYPES, VOCABULARY, tiny_model
 
 MINDED = (
-    "bart", "bert", "cohere2", "cpmant", "deepseek_v3", "emu3", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
+    "bart", "bert", "cohere2", "cpmant", "deepseek_v3", "doge", "emu3", "falcon", "falcon_h1", "falcon_mamba", "gemma2",
     "git", "gpt2",
     "granitemoehybrid", "hyperclovax", "inkling_text", "jamba", "kimi_linear", "lfm2", "llama4_text", "mamba", "mamba2",
-    "minimax", "modernbert-decoder", "mpt", "nemotron_h", "opt", "phimoe", "qwen3_5_text", "qwen3_next",
+    "minimax", "modernbert-decoder", "mpt", "nemotron_h", "openai-gpt", "opt", "phimoe", "qwen3_5_text", "qwen3_next",
     "recurrent_gemma", "rwkv", "smollm3", "xlm", "xlnet", "xlstm",
 )  # fmt: skip
 """Each stands for a kind: a scale, a cache, a pattern of layers, a wrapper."""
@@ -141,6 +144,24 @@ def test_every_name_that_is_offered_takes_an_adapter(model, tmp_path):
         return
     adapted = add_lora(copy, r=2, dropout=0.0, target_modules=names)
     torch.testing.assert_close(own_logits(adapted), own_logits(model), rtol=0, atol=1e-4)
+
+
+def test_samples_in_one_row_are_read_as_they_are_alone_or_packing_is_refused(model):
+    known(model)
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 60, (length,), generator=draw).tolist() for length in (23, 27)]
+    samples = [Example(each, [False, *[True] * (len(each) - 1)]) for each in ids]
+    if problem(model.config, 50) is not None:
+        return
+    dtype = next(model.parameters()).dtype
+
+    def read(batch):
+        with torch.no_grad():
+            return backbone(model)(**batch.model_inputs(dtype=dtype))
+
+    packed = read(collate_packed([samples], pad_id=0))[0]
+    alone = torch.cat([read(collate([each], pad_id=0))[0, : len(each)] for each in samples])
+    torch.testing.assert_close(packed[:50], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_activations_are_counted_for_every_type_that_trains(model, tmp_path):

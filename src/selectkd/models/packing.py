@@ -22,8 +22,8 @@ STATE = (
 """Parts of the names of models that carry a state from token to token, by convolution or recurrence."""
 PLACES = ("bloom", "mpt", "opt", "xglm", "biogpt", "t5", "ctrl", "xlnet", "transfo")
 """Models that count places from the attention mask or have a bias by distance: a packed row has neither."""
-FLAT_MASKS = ("openai-gpt", "xlm")
-"""Models that take a mask of padding alone."""
+OWN_MASKS = ("doge", "openai-gpt", "xlm", "bert-generation", "cpmant")
+"""Models that take a mask of padding alone, or make their own whatever they are given."""
 
 
 def check_packing(
@@ -66,7 +66,7 @@ def problem(config: Any, length: int) -> str | None:
             if window is not None and window < length:
                 return f"has layers of {kind} with a window of {window} tokens, and a row has {length}"
         elif kind not in WHOLE:
-            return f"has layers of {kind}, which carry a state from token to token"
+            return f"has layers of {kind}, which are not known to keep samples apart"
     window = getattr(text, "sliding_window", None)
     if (
         not kinds
@@ -79,11 +79,12 @@ def problem(config: Any, length: int) -> str | None:
     chosen = mapping.get(type(text), None) or mapping.get(type(config), None)
     classes = chosen if isinstance(chosen, tuple) else (chosen,)
     name = str(text.model_type)
-    if any(getattr(each, "_is_stateful", False) for each in classes) or any(part in name for part in STATE):
+    stateful = any(getattr(each, "_is_stateful", False) for each in classes)
+    if stateful or (not kinds and any(part in name for part in STATE)):
         return "carries a state from token to token"
     if getattr(text, "alibi", False) or any(name.startswith(part) for part in PLACES):
         return "takes places from the attention mask"
-    if name in FLAT_MASKS:
+    if name in OWN_MASKS:
         return "takes no mask that keeps samples apart"
     if any(each and "position_ids" not in inspect.signature(each.forward).parameters for each in classes):
         return "counts places from the start of a row"
