@@ -42,6 +42,7 @@ from selectkd.teachers.protocol import Teacher, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.terms import Extra, StreamSpec
 from selectkd.training.activations import checkpoint_activations
+from selectkd.training.estimate import check_student
 from selectkd.training.metrics import check_loggers
 from selectkd.training.optimizer import check_optimizer
 from selectkd.training.zero import asked_for
@@ -131,12 +132,13 @@ def assemble(
     examples = [example for source in plan.sources for example in source.examples]
     told = [*plan.text.told, *told_of_method(recipe)]
 
+    check_student(recipe)
     student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(student)
     if recipe.training.lora is not None:
         in_fp32 = plan.precision.weights == "float32"
-        student = add_lora(student, **_given(recipe.training.lora), in_fp32=in_fp32)
+        student = add_lora(student, **recipe.training.lora.model_dump(), in_fp32=in_fp32)
     trained = [p for p in student.parameters() if p.requires_grad]
     told += told_of(plan.precision, trained, recipe.training.learning_rate)
 
@@ -230,6 +232,7 @@ def prepare(
         teacher.check_tokenizer(tokenizer)
         check_model(named, attention, revision=recipe.student.revision, where="student.attn_implementation")
     if recipe.reference is not None:
+        exactness.check_reference(teacher.payload, source=teacher.source)
         align(load_tokenizer(recipe.reference.model, revision=recipe.reference.revision), tokenizer)
     need, width = objective.teacher_tokens, len(tokenizer)
     if need is not None and need > width:
@@ -282,7 +285,11 @@ def prepare(
 def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bool]:
     """The objective of a recipe's section, its beta schedule, and whether TAID's t follows its schedule."""
     beta = spec.beta
-    schedule = BetaSchedule(beta, beta) if isinstance(beta, int | float) else BetaSchedule(**_given(beta))
+    schedule = (
+        BetaSchedule(beta, beta)
+        if isinstance(beta, int | float)
+        else BetaSchedule(**beta.model_dump(exclude_none=True))
+    )
     divergence = spec.divergence
     objective = Objective(
         divergence,
@@ -390,10 +397,3 @@ def _epoch(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iter
         max_length=recipe.training.max_length,
         pad_id=pad,
     )
-
-
-def _given(spec: Any) -> Any:
-    """A section as the plain mapping its component takes: of a pydantic model, what is set and not None."""
-    if hasattr(spec, "model_dump"):
-        return {key: value for key, value in spec.model_dump().items() if value is not None}
-    return spec

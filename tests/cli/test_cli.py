@@ -275,3 +275,14 @@ def test_data_check_reads_a_recipe(
     )
     assert main(["data", "check", str(recipe)]) == 0
     assert "overlap with held-out text 1" in capsys.readouterr().out
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "one two", "completion": " four three"}) + "\n")
+    recipe.write_text(
+        recipe.read_text().replace(f"evaluation: {{path: {rows}}}", f"evaluation: {{path: {other}}}")
+    )
+    assert main(["data", "check", str(recipe)]) == 0
+    assert "overlap with held-out text 0" in capsys.readouterr().out
+    recipe.write_text(recipe.read_text().replace(f", evaluation: {{path: {other}}}", ""))
+    assert main(["data", "check", str(recipe)]) == 0
+    told = capsys.readouterr().out
+    assert "no held-out text" in told and "overlap" not in told  # nothing was compared

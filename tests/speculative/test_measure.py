@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selectkd.cli import main
-from selectkd.speculative.decode import Decoded, Round
+from selectkd.speculative.decode import Decoded, Round, decode, decode_alone
 from selectkd.speculative.measure import _at, _judged, assisted, expected_speedup, speculation
 from speculative.test_decode import PROMPT, near, tiny
 
@@ -35,6 +35,21 @@ def test_a_draft_equal_to_its_target_is_accepted_everywhere_and_the_same() -> No
     assert (seen.acceptance.value, seen.acceptance.low, seen.acceptance.high) == (1.0, 1.0, 1.0)
     assert seen.by_position == [1.0] * 4 and seen.mean_accepted_length == 5.0 and seen.same
     assert seen.tokens == 40 and seen.speedup_measured > 0 and seen.costs.ratio > 0
+
+
+@pytest.mark.parametrize("g", [2, 6, 12])
+def test_tokens_behind_the_end_of_sequence_count_nowhere(g: int) -> None:
+    """A draft that equals its target: all of its tokens up to the end stand, and the target's own behind it is none."""
+    target = tiny(0)
+    alone = decode_alone(target, PROMPT, max_new_tokens=30).tokens
+    eos = alone[7]
+    length = alone.index(eos) + 1
+    rounds = decode(target, target, PROMPT, draft_length=g, max_new_tokens=30, eos={eos}).rounds
+    assert sum(one.accepted for one in rounds) <= length and all(
+        one.accepted == one.proposed for one in rounds
+    )
+    seen = speculation(target, target, [PROMPT], draft_length=g, max_new_tokens=30, eos={eos})
+    assert seen.tokens == length and seen.mean_accepted_length == length / len(rounds)
 
 
 def test_a_worse_draft_is_accepted_less_and_is_still_the_same() -> None:

@@ -106,7 +106,12 @@ def completion_of(answer: bytes, request: Request, tokenizer: Any, end: int | No
         ids += [end] if stopped and end is not None else []
     else:
         raise WrongAnswer("the choice has neither token_ids nor text")
-    return Completion(ids[: request.limit], ended=stopped)
+    return Completion(until_end(ids, end)[: request.limit], ended=stopped)
+
+
+def until_end(ids: list[int], end: int | None) -> list[int]:
+    """The tokens up to the first that ends the text; a server told to write on has others behind it."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def tokens_of(given: Any, what: str, tokenizer: Any) -> list[int]:

@@ -186,7 +186,8 @@ class _Launch:
             zip((*FLOATS, *INTS), (*floats.unbind(), *ints.unbind()), strict=True)
         )
         # 1 where the teacher's row is not finite, as in the reference: what a minimum makes of nan is Triton's choice
-        table["overlap"] = torch.where(table["lse_p"].isfinite(), table["overlap"].clamp(max=1.0), 1.0)
+        for name in ("overlap", *(("affinity",) if flags["AFFINITY"] else ())):
+            table[name] = torch.where(table["lse_p"].isfinite(), table[name].clamp(max=1.0), 1.0)
         if flags["RANK"]:
             table["student_top"] = table["student_top"].long()
         return table

@@ -306,9 +306,10 @@ def _gguf_tokenizer(path: Path) -> Any:
         raise IntegrityError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
 
 
-def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any]:
+def check_quantization(quantization: str | None) -> None:
+    """ConfigError for a way to quantise that is not known, or without the package that does it."""
     if quantization is None:
-        return {}
+        return
     if quantization not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization = {quantization!r} is not known. Use one of: {', '.join(QUANTIZATIONS)}."
@@ -317,6 +318,12 @@ def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any
         raise ConfigError(
             f"quantization = {quantization!r} needs another package. Install it: pip install bitsandbytes."
         )
+
+
+def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any]:
+    check_quantization(quantization)
+    if quantization is None:
+        return {}
     if quantization == "bitsandbytes-8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four = BitsAndBytesConfig(

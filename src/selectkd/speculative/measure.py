@@ -90,7 +90,7 @@ def speculation(
     costs = pass_costs(target, draft, prompts[0], draft_length=draft_length)
     accepted, judged = zip(*map(_judged, seen), strict=True)
     acceptance = bootstrap_ratio(accepted, judged)
-    per_pass = 1 + sum(one.accepted for one in rounds) / len(rounds)
+    per_pass = sum(len(one.tokens) for one in seen) / len(rounds)  # none behind an end of sequence
     return Speculation(
         draft_length=draft_length,
         temperature=temperature,

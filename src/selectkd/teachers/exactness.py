@@ -228,3 +228,12 @@ def page() -> str:
             ]
             lines.append(f"- {verdict}: {reason}. ({', '.join(names)})")
     return "\n".join(lines) + "\n"
+
+
+def check_reference(payload: Payload, *, source: str) -> None:
+    """ConfigError for a reference student beside rows of best tokens, on which its own have no place."""
+    if payload in ("top_k", "sampled"):
+        raise ConfigError(
+            f"reference: a reference student has no place beside the {payload} rows of {source}. Use a teacher that "
+            "gives hidden states (live, or a cache built with payload: hidden), or a selector that needs no reference."
+        )

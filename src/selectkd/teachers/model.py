@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selectkd.data.alignment import align
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded, check_model, load_model, load_tokenizer
+from selectkd.models.load import Loaded, check_model, check_quantization, load_model, load_tokenizer
 from selectkd.models.sharded import Spread
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.placement import PLACEMENT, Placement
@@ -67,6 +67,7 @@ class ModelPlan:
 
     def check(self) -> None:
         """ConfigError for what cannot be loaded as the recipe says, before anything is."""
+        check_quantization(self.quantization)
         check_model(
             self.model, self.attn_implementation, revision=self.wanted_revision,
             where="teacher.attn_implementation",

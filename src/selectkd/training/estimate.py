@@ -296,18 +296,35 @@ def _of_a_rank(memory: Memory, student: Any, training: Any) -> Memory:
     return replace(held, gradient=gradient, optimizer=memory.optimizer // over)
 
 
+def check_student(recipe: Any) -> None:
+    """ConfigError for a cut or for adapters that the student's model cannot have; reads no weight."""
+    lora = recipe.training.lora
+    if recipe.student.model is None or lora is not None:
+        shape = _student_shape(recipe, None, "float32")
+        if lora is not None:
+            add_lora(shape, **lora.model_dump())
+
+
 def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
     """The student without weights: its own, or the teacher's with so many layers."""
     spec = recipe.student
     if spec.model is not None:
         model = load_shape(spec.model, dtype=dtype, revision=spec.revision)
     else:
-        named = recipe.teacher.model if teacher is None else teacher.config._name_or_path
+        named = _teacher_model(recipe) if teacher is None else teacher.config._name_or_path
         model = load_shape(named, dtype=dtype)
         model = cut_shape(model, spec.from_teacher.layers, spec.from_teacher.choose)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def _teacher_model(recipe: Any) -> Any:
+    """The model a student is cut from: the recipe's, or the one that its cache was built with."""
+    spec = recipe.teacher
+    if spec.model is not None or not isinstance(spec, CacheTeacher):
+        return spec.model
+    return read_index(Path(spec.cache).expanduser() / "index.json")["teacher"]["model"]
 
 
 def _size(tensor: Tensor) -> int:
