@@ -11,6 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from selectkd import CachedRows, LiveRows, Objective, distillation_loss
+from selectkd.rows import Head
+from selectkd.selectors import SELECTORS
+from selectkd.terms import Forward, LossPlan, StreamLoss, weighted_sum
 
 N, V, D = 96, 512, 16
 UNIT = 2 * N * V * D
@@ -87,7 +90,7 @@ PROGRAM = textwrap.dedent(
 def test_rows_that_a_streams_selector_drops_cost_their_logits_alone():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator).requires_grad_() for n in (N, V))
-    plan = LossPlan((StreamLoss(Objective("forward_kl", "always"), selector=se_kd(share=0.25)),))
+    plan = LossPlan((StreamLoss(Objective("forward_kl", "always"), selector=SELECTORS["se_kd"](share=0.25)),))
     rows = torch.zeros(N, dtype=torch.long)
     here = Forward(
         hidden,
