@@ -155,7 +155,7 @@ def test_arguments_that_are_json_text_become_the_object(arguments, flat):
 
 
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
-@pytest.mark.parametrize("label", [0, 1, -1, "false", "True", "bad", "rejected"])
+@pytest.mark.parametrize("label", [0, 1.0, -1, "false", "True", "bad", "rejected", "undesirable"])
 @pytest.mark.parametrize("format", ["messages", "conversations", "prompt_completion", "instruction"])
 def test_a_label_that_may_be_a_verdict_asks_for_the_format(tmp_path, label, name, format):
     file = tmp_path / "data.jsonl"

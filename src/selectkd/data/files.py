@@ -23,7 +23,7 @@ from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]
 WORDS = (
-    "true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "desirable", "undesirable", "chosen", "rejected",
+    "true", "false", "0", "1", "-1", "0.0", "1.0", "no", "yes", "good", "bad", "desirable", "chosen", "rejected",
 )  # fmt: skip
 """Labels that may say whether an answer is good."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -159,7 +159,7 @@ def _one_format(path: str, examples: Mapping[tuple[str, ...], tuple[str, Any]]) 
 
 def _verdict(record: Mapping[str, Any]) -> bool:
     """Whether a row's label looks like true or false written as a number or a word."""
-    return str(verdict_of(record)).strip().lower() in WORDS
+    return str(verdict_of(record)).strip().lower().removeprefix("un") in WORDS
 
 
 def _fields(record: Mapping[str, Any]) -> str:
