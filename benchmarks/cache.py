@@ -34,20 +34,20 @@ from record import record
 from selectkd.data.collate import collate
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
-from selectkd.distill import distillation_loss
-from selectkd.divergences import DIVERGENCES
 from selectkd.errors import ConfigError
+from selectkd.loss.distillation import distillation_loss
+from selectkd.loss.teacher_rows import CachedRows, LiveRows, Scratch
 from selectkd.models.cut import cut_student
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded, load_model, load_tokenizer
-from selectkd.objective import Objective
-from selectkd.rows import CachedRows, LiveRows, Scratch
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.objective import Objective
+from selectkd.objective.verifiers.selectkd import greedy_topk
 from selectkd.teachers import exactness
 from selectkd.teachers.cache import CachedTeacher, ModelOrigin, Wish, build_cache, open_cache, plan_of
 from selectkd.teachers.cache.codec import decode_log_probs, encode_ids, encode_log_probs
 from selectkd.teachers.cache.shard import Shard, record_key, shard_bytes
 from selectkd.teachers.live import LiveTeacher
-from selectkd.verifiers.selectkd import greedy_topk
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"

@@ -18,9 +18,9 @@ from typing import Any
 from record import Row, record
 
 from selectkd import Objective
-from selectkd.assembly import Assembly
 from selectkd.config import recipe_from
-from selectkd.training.evaluation import evaluate
+from selectkd.training.assembly import Assembly
+from selectkd.training.heldout.evaluation import evaluate
 from selectkd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]

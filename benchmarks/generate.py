@@ -1,4 +1,4 @@
-"""Tokens a second of ``selectkd.generation`` beside transformers' own ``generate``, on the demo's student, in one run.
+"""Tokens a second of ``selectkd.rollouts`` beside transformers' own ``generate``, on the demo's student, in one run.
 
     python benchmarks/generate.py [--layers 20] [--prompts 12] [--new 48] [--rounds 3] [--record]
     python benchmarks/generate.py --products [--record]
@@ -6,7 +6,7 @@
 Both read the same prompts in one batch, left padded, and take the best token; the text must be the same, token by
 token. Rounds alternate, and the best of each is taken. On one thread (OMP_NUM_THREADS=1) seconds are those of the
 process, which other work on the machine does not add to; on more they are the clock's. --products: the milliseconds
-of x W^T and of (W x^T)^T in fp32 by the number of rows, which is what `selectkd.generation.few_rows` rests on.
+of x W^T and of (W x^T)^T in fp32 by the number of rows, which is what `selectkd.rollouts.few_rows` rests on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from record import record
 from torch.nn import functional
 
 from selectkd.data import dataset_source
-from selectkd.generation import Draw, Request, Sampling, ends_of, generate
-from selectkd.generation.few_rows import narrow_linear
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
+from selectkd.rollouts.few_rows import narrow_linear
+from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 
 DATA = ".cache/demo/alpaca_en_demo.json"
 SHAPES = ((49152, 576), (1536, 576), (576, 576))

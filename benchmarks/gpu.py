@@ -12,7 +12,7 @@ counts: kernels and host syncs of one loss over 4,096 rows (torch.profiler, torc
 loss: n 8,192, v 151,936, bf16. milliseconds, ratio_to_limit over the four bare products in the same chunks, and
 peak_mib, memory at its highest minus before. All implementations in turn in every round; medians of ratios.
 steps: forward, backward and AdamW of random Qwen2 shapes, 0.5B from 1.5B, bf16 compute: tokens per second and peak.
-generation: tokens per second of ``selectkd.generation`` beside transformers' ``generate``, on the 0.5B shape.
+generation: tokens per second of ``selectkd.rollouts`` beside transformers' ``generate``, on the 0.5B shape.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from torch import nn
 
 from selectkd import DIVERGENCES, Objective
 from selectkd.data import Example, collate
-from selectkd.generation import Draw, Request, Sampling, generate
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 from selectkd.teachers.live import LiveTeacher
 
 WIDTHS = ((896, 1536), (1536, 3584), (2048, 4096))

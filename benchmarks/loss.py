@@ -43,9 +43,9 @@ from record import Row, record
 from torch import Tensor
 
 from selectkd import DIVERGENCES, CachedRows, LiveRows, Objective, distillation_loss
-from selectkd.by_device import chunk_rows
-from selectkd.pair import TokenPair, dense_pair, topk_pair
-from selectkd.rows import TeacherRows
+from selectkd.loss.by_device import chunk_rows
+from selectkd.loss.teacher_rows import TeacherRows
+from selectkd.objective.pair import TokenPair, dense_pair, topk_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from record import Row, record
 
-from selectkd.by_device import ACCELERATOR_ROWS
+from selectkd.loss.by_device import ACCELERATOR_ROWS
 
 BANDWIDTH, PEAK = 4.8e12, 790e12
 """Bytes and bf16 operations a second of an H200: the maker's bandwidth, and what large products reach."""

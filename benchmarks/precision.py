@@ -27,9 +27,9 @@ import torch
 from loss import real_states
 from record import Row, record
 
-from selectkd.assembly import assemble
 from selectkd.config import load_recipe
 from selectkd.models.precision import PRECISIONS
+from selectkd.training.assembly import assemble
 from selectkd.training.ledger import Ledger
 from selectkd.training.optimizer import optimizer_for
 from selectkd.training.run import train

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from record import Row, record
 
-from selectkd.divergences import DIVERGENCES
 from selectkd.models.load import load_model
-from selectkd.pair import topk_pair
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.pair import topk_pair
 
 
 def logits_of(model, tokenizer, texts: list[str], rows: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 from record import Row, record
 
 from selectkd.cli import main as selectkd
-from selectkd.studies.compare import differences
+from selectkd.evals.studies.compare import differences
 
 Figure = tuple[str, str, Any, Any, int]
 """implementation, metric, value, spread or (low, high) or None, seeds."""

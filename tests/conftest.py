@@ -15,21 +15,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 MATHEMATICS = (
-    "pair",
-    "rows",
-    "spans",
-    "log_probs",
-    "divergences",
-    "verifiers",
-    "selectors",
-    "objective",
-    "distill",
-    "terms",
-    "randomness",
-    "testing",
-)
+    *(f"selectkd.objective.{name}" for name in (
+        "pair", "divergences", "verifiers", "selectors", "objective", "uniforms", "contract",
+    )),
+    *(f"selectkd.loss.{name}" for name in (
+        "distillation", "teacher_rows", "aligned_rows", "token_log_probs", "terms", "plan", "ranking", "extras",
+    )),
+)  # fmt: skip
 
-install_import_hook([f"selectkd.{room}" for room in MATHEMATICS], "beartype.beartype")
+install_import_hook(list(MATHEMATICS), "beartype.beartype")
 
 
 @pytest.fixture

@@ -6,30 +6,36 @@ loss; rejected ones get weight beta (SelecTKD, arXiv 2510.24021).
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BetaSchedule": "selectkd.schedules",
-    "CachedRows": "selectkd.rows",
-    "DIVERGENCES": "selectkd.divergences",
+    "BetaSchedule": "selectkd.objective.schedules",
+    "CachedRows": "selectkd.loss.teacher_rows",
+    "DIVERGENCES": "selectkd.objective.divergences",
     "DistillTrainer": "selectkd.training.trainer",
-    "Head": "selectkd.rows",
-    "LiveRows": "selectkd.rows",
-    "Objective": "selectkd.objective",
-    "SELECTORS": "selectkd.selectors",
-    "TaidSchedule": "selectkd.schedules",
-    "TokenPair": "selectkd.pair",
-    "VERIFIERS": "selectkd.verifiers",
-    "allow_plugin": "selectkd.plugins",
-    "component": "selectkd.plugins",
-    "dense_pair": "selectkd.pair",
-    "distillation_loss": "selectkd.distill",
+    "Head": "selectkd.loss.teacher_rows",
+    "LiveRows": "selectkd.loss.teacher_rows",
+    "Objective": "selectkd.objective.objective",
+    "SELECTORS": "selectkd.objective.selectors",
+    "TaidSchedule": "selectkd.objective.schedules",
+    "TokenPair": "selectkd.objective.pair",
+    "VERIFIERS": "selectkd.objective.verifiers",
+    "allow_plugin": "selectkd.objective.plugins",
+    "component": "selectkd.objective.plugins",
+    "dense_pair": "selectkd.objective.pair",
+    "distillation_loss": "selectkd.loss.distillation",
     "load_recipe": "selectkd.config",
-    "topk_pair": "selectkd.pair",
-    "uniforms": "selectkd.randomness",
+    "topk_pair": "selectkd.objective.pair",
+    "uniforms": "selectkd.objective.uniforms",
 }
 
 __all__ = [  # noqa: RUF022 - the order a reader meets them in
@@ -55,24 +61,62 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
 
 if TYPE_CHECKING:
     from selectkd.config import load_recipe
-    from selectkd.distill import distillation_loss
-    from selectkd.divergences import DIVERGENCES
-    from selectkd.objective import Objective
-    from selectkd.pair import TokenPair, dense_pair, topk_pair
-    from selectkd.plugins import allow_plugin, component
-    from selectkd.randomness import uniforms
-    from selectkd.rows import CachedRows, Head, LiveRows
-    from selectkd.schedules import BetaSchedule, TaidSchedule
-    from selectkd.selectors import SELECTORS
+    from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
+    from selectkd.objective.divergences import DIVERGENCES
+    from selectkd.objective.objective import Objective
+    from selectkd.objective.pair import TokenPair, dense_pair, topk_pair
+    from selectkd.objective.plugins import allow_plugin, component
+    from selectkd.objective.schedules import BetaSchedule, TaidSchedule
+    from selectkd.objective.selectors import SELECTORS
+    from selectkd.objective.uniforms import uniforms
+    from selectkd.objective.verifiers import VERIFIERS
     from selectkd.training.trainer import DistillTrainer
-    from selectkd.verifiers import VERIFIERS
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _MOVED:
+        return import_module(f"selectkd.{name}")
     raise AttributeError(f"module 'selectkd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+_MOVED = {
+    "divergences": "objective.divergences",
+    "pair": "objective.pair",
+    "registry": "objective.registry",
+    "schedules": "objective.schedules",
+    "selectors": "objective.selectors",
+    "testing": "objective.contract",
+    "verifiers": "objective.verifiers",
+}
+"""Modules that other people's code imports, and their homes of today."""
+
+
+class _OldHomes(MetaPathFinder, Loader):
+    """Imports of a module by its old name give the module, with one deprecation warning a name."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        head, _, rest = fullname.removeprefix("selectkd.").partition(".")
+        if fullname.startswith("selectkd.") and head in _MOVED:
+            return ModuleSpec(fullname, self, origin=f"selectkd.{_MOVED[head]}{rest and '.'}{rest}")
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        assert spec is not None and spec.origin is not None
+        warnings.warn(
+            f"{spec.name} is now {spec.origin}; import it from there", DeprecationWarning, stacklevel=2
+        )
+        sys.modules[spec.name] = import_module(spec.origin)
+
+
+sys.meta_path.insert(0, _OldHomes())  # before the finder that would load a package's file a second time

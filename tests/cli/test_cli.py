@@ -141,9 +141,9 @@ def test_control_characters_never_reach_the_terminal(
 
 
 def test_show_lists_every_table_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from selectkd.divergences import DIVERGENCES
-    from selectkd.selectors import SELECTORS
-    from selectkd.verifiers import VERIFIERS
+    from selectkd.objective.divergences import DIVERGENCES
+    from selectkd.objective.selectors import SELECTORS
+    from selectkd.objective.verifiers import VERIFIERS
 
     assert main(["show", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -58,7 +58,7 @@ def test_windows_is_told_in_one_sentence_at_the_start() -> None:
         "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "import json, xxhash, signal\n"
         "from selectkd.cli import main; sys.platform = 'win32'; code = main(['train', 'x.yaml'])\n"
-        "try:\n    import selectkd.durable\n"
+        "try:\n    import selectkd.data.durable\n"
         "except ImportError as error: print(error)\n"
         "sys.exit(code)"
     )

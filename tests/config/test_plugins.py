@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from selectkd import plugins
 from selectkd.cli import main
 from selectkd.errors import ConfigError
-from selectkd.plugins import allow_plugin, component, grant, granted, load, search
+from selectkd.objective import plugins
+from selectkd.objective.plugins import allow_plugin, component, grant, granted, load, search
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 OWN = '''

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from selectkd import plugins
 from selectkd.errors import ConfigError
-from selectkd.registry import bind, build, lookup, name_of, parameters
+from selectkd.objective import plugins
+from selectkd.objective.registry import bind, build, lookup, name_of, parameters
 
 
 def near(logp: float, logq: float, *, alpha: float = 0.1, exact: bool = False) -> float:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.gradient import closed_form_of
-from selectkd.testing import check_divergence, example_log_dists
+from selectkd.objective.contract import check_divergence, example_log_dists
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.closed_form import closed_form_of
 
 # the data-processing inequality holds for f-divergences (and for -log of an overlap); these five are none
 NOT_AN_F_DIVERGENCE = {"adaptive_kl", "taid", "alpha_beta", "kl_tv_hybrid", "uld"}

@@ -8,9 +8,10 @@ import textwrap
 import pytest
 import torch
 
-from selectkd import LiveRows, Objective, allow_plugin, distillation_loss, plugins
+from selectkd import LiveRows, Objective, allow_plugin, distillation_loss
 from selectkd.errors import ConfigError
-from selectkd.testing import check_divergence, check_verifier
+from selectkd.objective import plugins
+from selectkd.objective.contract import check_divergence, check_verifier
 
 OUTSIDE = textwrap.dedent(
     '''

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from selectkd import CachedRows, LiveRows, Objective, TokenPair, distillation_loss, uniforms
-from selectkd.selectors import SELECTORS
-from selectkd.selectors.ranked import top_share
-from selectkd.terms import LossPlan, StreamLoss
+from selectkd.loss.plan import LossPlan, StreamLoss
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.selectors.ranked import top_share
 
 N, V, D = 12, 9, 4
 
@@ -66,5 +66,7 @@ def test_one_bad_row_moves_no_other_rows_place(name) -> None:
 
 
 def test_no_uniform_number_is_one(monkeypatch) -> None:
-    monkeypatch.setattr("selectkd.randomness._shift", lambda x, bits: torch.full_like(x, (1 << 24) - 1))
+    monkeypatch.setattr(
+        "selectkd.objective.uniforms._shift", lambda x, bits: torch.full_like(x, (1 << 24) - 1)
+    )
     assert uniforms(3, 2, seed=0, step=0).max() < 1.0

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from selectkd.errors import ConfigError
-from selectkd.pair import dense_pair, topk_pair
-from selectkd.selectors import SELECTORS
-from selectkd.testing import check_verifier, example_log_dists
-from selectkd.verifiers import VERIFIERS
+from selectkd.objective.contract import check_verifier, example_log_dists
+from selectkd.objective.pair import dense_pair, topk_pair
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
 
 ACCEPT_EQUALS = {"greedy_topk", "spec_k", "expected_spec_k", "spec_k_literal", "hellinger", "always"}
 

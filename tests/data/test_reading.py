@@ -14,7 +14,7 @@ from selectkd.config.yaml_text import read
 from selectkd.data import Example, Source, pieces
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.packing import check_packing, problem
-from selectkd.reading import hold_out, read_text
+from selectkd.training.recipe_text import hold_out, read_text
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"  # noqa: E501
 DATED = (
@@ -98,7 +98,7 @@ def test_a_template_that_asks_for_the_date_is_given_one_for_the_whole_run(made):
 def test_doctor_knows_the_token_that_ends_each_samples_trained_text(made, template):
     from types import SimpleNamespace
 
-    from selectkd.training.doctor import closed, ends_in
+    from selectkd.training.preflight.doctor import closed, ends_in
 
     tokenizer, recipe = made(template)
     text = read_text(recipe, tokenizer)

@@ -9,12 +9,12 @@ from typing import Any
 
 from selectkd.config import Recipe
 from selectkd.evals.dynamics import Line
-from selectkd.objective import Objective
-from selectkd.registry import parameters
-from selectkd.selectors import SELECTORS
-from selectkd.training.evaluation import Evaluation
+from selectkd.objective.objective import Objective
+from selectkd.objective.registry import parameters
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
+from selectkd.training.heldout.evaluation import Evaluation
 from selectkd.training.ledger import Ledger
-from selectkd.verifiers import VERIFIERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
 ROWS = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from numerics.test_oracle import compiled_by_torch
-from selectkd import LiveRows, Objective, compiled, dense
-from selectkd.distill import distillation_loss
-from selectkd.rows import Head
+from selectkd import LiveRows, Objective
+from selectkd.loss import block_compiled as compiled
+from selectkd.loss import block_eager as dense
+from selectkd.loss.distillation import distillation_loss
+from selectkd.loss.teacher_rows import Head
 
 ROWS = 8
 N = 2 * ROWS + 3

@@ -11,10 +11,10 @@ from selectkd.data.crossing import cross
 from selectkd.data.formats import to_sample
 from selectkd.data.render import render
 from selectkd.data.supervised import supervised
-from selectkd.divergences import DIVERGENCES
 from selectkd.errors import ConfigError
-from selectkd.log_probs import token_log_probs
-from selectkd.rows import Head, Scratch, TeacherRows
+from selectkd.loss.teacher_rows import Head, Scratch, TeacherRows
+from selectkd.loss.token_log_probs import token_log_probs
+from selectkd.objective.divergences import DIVERGENCES
 from selectkd.teachers.aligned import AlignedTeacher
 from selectkd.teachers.live import LiveTeacher
 from teachers.tokens import TEXT, byte_level, model_for

@@ -11,10 +11,10 @@ import torch
 
 from numerics.test_oracle import STATED
 from selectkd import LiveRows, Objective
-from selectkd.compiled import PROGRAMS, plan_of, program
-from selectkd.distill import distillation_loss
 from selectkd.errors import ConfigError
-from selectkd.rows import CachedRows, Head
+from selectkd.loss.block_compiled import PROGRAMS, plan_of, program
+from selectkd.loss.distillation import distillation_loss
+from selectkd.loss.teacher_rows import CachedRows, Head
 
 CASES = Path(__file__).with_name("compiled_cases.py")
 N, V = 6, 40

@@ -11,9 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from selectkd import CachedRows, LiveRows, Objective, distillation_loss
-from selectkd.rows import Head
-from selectkd.selectors import SELECTORS
-from selectkd.terms import Forward, LossPlan, StreamLoss, weighted_sum
+from selectkd.loss.plan import LossPlan, StreamLoss
+from selectkd.loss.teacher_rows import Head
+from selectkd.loss.terms import Forward, weighted_sum
+from selectkd.objective.selectors import SELECTORS
 
 N, V, D = 96, 512, 16
 UNIT = 2 * N * V * D

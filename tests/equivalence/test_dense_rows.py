@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selectkd import Head, LiveRows, Objective, dense, distillation_loss
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.gradient import closed_form_of
+from selectkd import Head, LiveRows, Objective, distillation_loss
 from selectkd.errors import ConfigError
-from selectkd.verifiers import VERIFIERS, RowStatistics, greedy_topk
+from selectkd.loss import block_eager as dense
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.closed_form import closed_form_of
+from selectkd.objective.verifiers import VERIFIERS, RowStatistics, greedy_topk
 
 CLOSED = [name for name, divergence in DIVERGENCES.items() if closed_form_of(divergence)]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from selectkd import CachedRows, Head, LiveRows, Objective, distillation_loss, uniforms
-from selectkd.block import argmax
-from selectkd.divergences import DIVERGENCES
 from selectkd.errors import ConfigError
-from selectkd.pair import dense_pair
-from selectkd.selectors import SELECTORS
-from selectkd.verifiers import VERIFIERS
+from selectkd.loss.block import argmax
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.pair import dense_pair
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
 
 N, V, WIDTH, TEACHER_WIDTH = 37, 53, 8, 12
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selectkd import Head, LiveRows, Objective, distillation_loss
 from selectkd.errors import ConfigError
-from selectkd.products import Strong, hidden_gradient, strong_columns
+from selectkd.loss.products import Strong, hidden_gradient, strong_columns
 
 N, V, D = 96, 3000, 24
 

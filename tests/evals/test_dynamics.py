@@ -14,11 +14,11 @@ from selectkd.cli import main
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals.dynamics import dynamics, fit, read_looks
-from selectkd.objective import Objective
+from selectkd.objective.objective import Objective
+from selectkd.objective.verifiers.gates import entropy
 from selectkd.teachers.live import LiveTeacher
-from selectkd.training.breakdown import ENTROPIES, binned, breakdown
-from selectkd.training.evaluation import probe
-from selectkd.verifiers.gates import entropy
+from selectkd.training.heldout.breakdown import ENTROPIES, binned, breakdown
+from selectkd.training.heldout.evaluation import probe
 from training.tiny import padded, texts, tiny_llama
 
 

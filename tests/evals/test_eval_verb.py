@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from selectkd.cli import main
-from selectkd.durable import whole_lines
+from selectkd.data.durable import whole_lines
 from selectkd.errors import DataError
 from selectkd.evals.code import exercise, pass_at_k, program
 from selectkd.evals.judging import Protocol

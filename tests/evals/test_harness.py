@@ -17,8 +17,8 @@ import yaml
 
 from faults.chaos import in_fork
 from selectkd.cli import main
-from selectkd.demo import byte_tokenizer
-from selectkd.durable import FAULT, whole_lines
+from selectkd.cli.demo_pair import byte_tokenizer
+from selectkd.data.durable import FAULT, whole_lines
 from selectkd.evals import harness
 from selectkd.models.load import PACKAGED, load_model
 from speculative.test_decode import tiny

@@ -14,7 +14,7 @@ import torch
 
 from faults.chaos import in_fork
 from selectkd.cli import main
-from selectkd.durable import FAULT, add_lines, whole_lines
+from selectkd.data.durable import FAULT, add_lines, whole_lines
 from selectkd.errors import DataError, ResourceError
 from selectkd.evals import asking
 from selectkd.evals.asking import Decoding, complete

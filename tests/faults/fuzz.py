@@ -35,8 +35,8 @@ from selectkd.config.load import recipe_from
 from selectkd.data.collate import collate
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, IntegrityError
-from selectkd.generation import Request
-from selectkd.generation.server import completion_of
+from selectkd.rollouts.completion_server import completion_of
+from selectkd.rollouts.generate import Request
 from selectkd.teachers.cache import open_cache
 from selectkd.teachers.cache.reader import CachedTeacher
 from selectkd.teachers.remote.answers import Asked, WrongAnswer

@@ -18,15 +18,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from selectkd import Objective
-from selectkd.generation import Draw, Request, Sampling, generate
 from selectkd.models.sharded import is_sharded, plain_copy
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.checkpoint.folder import Found, find
 from selectkd.training.counts import rank
-from selectkd.training.evaluation import evaluate, probe
 from selectkd.training.feed import Feed
+from selectkd.training.heldout.evaluation import evaluate, probe
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import register_engine, train_loop
 from selectkd.training.optimizer import optimizer_for

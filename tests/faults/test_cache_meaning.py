@@ -19,11 +19,11 @@ import xxhash
 
 from faults.tiny_cache import EXAMPLES, build
 from selectkd.data.collate import collate
+from selectkd.data.durable import sealed
 from selectkd.data.supervised import supervised
-from selectkd.durable import sealed
 from selectkd.errors import CacheError, NumericsError
+from selectkd.loss.teacher_rows import Head
 from selectkd.models.load import load_model
-from selectkd.rows import Head
 from selectkd.teachers.cache import ModelOrigin, build_cache, open_cache, plan_of, read_index, verify
 from selectkd.teachers.cache.build import SHARD_BYTES, SHARD_ROWS, Wish
 from selectkd.teachers.cache.codec import encode_ids, encode_log_probs

@@ -19,7 +19,7 @@ from selectkd.config.yaml_text import read
 from selectkd.models.head import backbone
 from selectkd.models.load import load_shape
 from selectkd.models.lora import add_lora
-from selectkd.training.estimate import activations, estimate
+from selectkd.training.preflight.estimate import activations, estimate
 from training.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -20,13 +20,13 @@ import httpx2
 import pytest
 import yaml
 
-from selectkd.assembly import prepare
 from selectkd.cli import main
 from selectkd.config import load_recipe
 from selectkd.errors import TeacherError
 from selectkd.models.load import load_model
 from selectkd.teachers.remote.connection import Connection, Question, Reply
 from selectkd.teachers.remote.server import TopKServer
+from selectkd.training.assembly import prepare
 from selectkd.training.run import train
 from teachers.ours import own_server
 from teachers.served import Answer, Served, on_a_port

@@ -25,11 +25,11 @@ from selectkd.config import load_recipe
 from selectkd.errors import ConfigError, TeacherError
 from selectkd.evals.judging.judges import EndpointJudge
 from selectkd.models.load import load_model
-from selectkd.serving.run import token_of
 from selectkd.teachers.remote.connection import Connection, Question
 from selectkd.teachers.remote.secrets import key_of, without_key
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.settings import JUDGE, SPECULATE
+from selectkd.teachers.server.run import token_of
 from selectkd.training.run import train
 from teachers.ours import own_server
 from teachers.served import Served, on_a_port

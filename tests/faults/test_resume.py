@@ -20,7 +20,7 @@ from selectkd.cli import main
 from selectkd.errors import ConfigError, IntegrityError, Interrupted, Preempted
 from selectkd.training.checkpoint.folder import check
 from selectkd.training.run import train
-from selectkd.training.rundir import read_run, write_run
+from selectkd.training.run_folder import read_run, write_run
 from training.tiny import tiny_llama
 
 
@@ -357,7 +357,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(pair: Path,
 HOLDS = """
 import time
 from pathlib import Path
-from selectkd.training.rundir import locked
+from selectkd.training.run_folder import locked
 with locked(Path({folder!r})):
     print("held", flush=True)
     time.sleep(60)

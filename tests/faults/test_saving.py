@@ -18,7 +18,7 @@ import torch
 from faults.chaos import in_fork
 from faults.tiny_run import left, recipe_for
 from selectkd.cli import main
-from selectkd.durable import FAULT
+from selectkd.data.durable import FAULT
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.save import save_student
 from selectkd.teachers.live import LiveTeacher
@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_what_is_needed_and_free(
 ) -> None:
     recipe, checkpoints = recipe_for(pair, tmp_path / "run"), tmp_path / "run" / "checkpoints"
     monkeypatch.setenv(FAULT, f"{point}=enospc")
-    monkeypatch.setattr("selectkd.durable._passed", Counter())
+    monkeypatch.setattr("selectkd.data.durable._passed", Counter())
     with pytest.raises(
         ResourceError, match=r"step-00000004: No space left.*[\d,]+ bytes are needed, [\d,]+ bytes are"
     ):
@@ -192,7 +192,7 @@ def test_a_second_signal_acts_at_once(pair: Path, tmp_path: Path) -> None:
 SENDS = """
 import os, sys
 from selectkd.cli import main
-from selectkd.training.progress import TrainingProgress
+from selectkd.training.record.progress import TrainingProgress
 
 def line(self, said, tell=TrainingProgress.line):
     tell(self, said)

@@ -20,10 +20,10 @@ import pytest
 
 from selectkd.cli import main
 from selectkd.errors import ConfigError
-from selectkd.serving.limits import Limits
 from selectkd.teachers.remote.connection import Connection
 from selectkd.teachers.remote.own import OwnServer
 from selectkd.teachers.remote.wire import question_bytes
+from selectkd.teachers.server.limits import Limits
 from teachers.ours import own_server
 from training.tiny import VOCABULARY, tiny_llama, write_pair
 

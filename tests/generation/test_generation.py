@@ -11,9 +11,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.generation import Draw, Interleaved, Mixed, Request, Sampling, ends_of, generate
-from selectkd.generation.few_rows import FewRows, is_narrow
-from selectkd.generation.sampling import drawn
+from selectkd.rollouts.few_rows import FewRows, is_narrow
+from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.rules import Draw, Interleaved, Mixed
+from selectkd.rollouts.sampling import Sampling, drawn
 from training.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
 GREEDY = Draw(Sampling(temperature=0.0))

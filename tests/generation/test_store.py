@@ -14,7 +14,9 @@ import yaml
 
 from selectkd.cli.app import main
 from selectkd.config import load_recipe
-from selectkd.generation import Draw, Request, Sampling, generate
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 from selectkd.training.run import train
 from training.tiny import VOCABULARY, recipe_of, tiny_llama, tiny_tokenizer, write_pair
 

@@ -22,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from selectkd import Head, LiveRows, Objective, kernels
-from selectkd.block import Rows, Settings
-from selectkd.kernels import passes
-from selectkd.rows import Scratch
+from selectkd import Head, LiveRows, Objective
+from selectkd.loss import block_triton as kernels
+from selectkd.loss.block import Rows, Settings
+from selectkd.loss.block_triton import passes
+from selectkd.loss.teacher_rows import Scratch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 C, V, D = 16, 4096, 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from selectkd import by_device
+from selectkd.loss import by_device
 
 
 @pytest.fixture

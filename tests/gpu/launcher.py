@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from gpu.pretended import Gpu, Refused, as_it_is, pretended
-from selectkd.kernels import launch, passes
+from selectkd.loss.block_triton import launch, passes
 
 NAMES = ("statistics", "gradient")
 

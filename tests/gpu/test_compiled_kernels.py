@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from triton.backends.amd.compiler import HIPBackend
 
-from selectkd import kernels
-from selectkd.kernels.launch import FLAGS
-from selectkd.verifiers import VERIFIERS
+from selectkd.loss import block_triton as kernels
+from selectkd.loss.block_triton.launch import FLAGS
+from selectkd.objective.verifiers import VERIFIERS
 
 REGISTERS = 128
 """Of a thread at most: half of the threads an SM can hold, 16 warps, run at once."""

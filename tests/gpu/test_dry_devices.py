@@ -14,11 +14,11 @@ import yaml
 
 from gpu.launcher import pretended_with_kernels
 from gpu.pretended import pretended
-from selectkd import by_device
 from selectkd.cli import main
 from selectkd.config import load_recipe
-from selectkd.devices import device_of, out_of_memory
 from selectkd.errors import ConfigError
+from selectkd.loss import by_device
+from selectkd.models.devices import device_of, out_of_memory
 from selectkd.training.run import train
 from training.tiny import tiny_llama, write_pair
 

@@ -10,8 +10,10 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu.pretended import pretended
-from selectkd.generation import Draw, Interleaved, Mixed, Request, Sampling, generate
-from selectkd.generation.few_rows import FewRows
+from selectkd.rollouts.few_rows import FewRows
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw, Interleaved, Mixed
+from selectkd.rollouts.sampling import Sampling
 from training.tiny import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -14,15 +14,15 @@ from gpu.pretended import pretended
 from selectkd import CachedRows, Objective
 from selectkd.config import load_recipe
 from selectkd.config.methods import METHODS
-from selectkd.divergences import DIVERGENCES, LABEL_LOSSES, is_unpaired
-from selectkd.selectors import SELECTORS
+from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, is_unpaired
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
-from selectkd.verifiers import VERIFIERS
 from training.tiny import padded, recipe_of, texts, tiny_llama, write_pair
 
 pytestmark = [

@@ -13,10 +13,10 @@ from gpu.pretended import Gpu, pretended
 from selectkd import Objective
 from selectkd.data import supervised
 from selectkd.data.supervised import in_memory
+from selectkd.loss.plan import StreamSpec
 from selectkd.teachers import LiveTeacher
 from selectkd.teachers.aligned import row_of_token
 from selectkd.teachers.remote.teacher import samples_of
-from selectkd.terms import StreamSpec
 from selectkd.training.checkpoint.encoding import gather
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger

@@ -10,12 +10,14 @@ import functools
 import pytest
 import torch
 
-from selectkd import Head, LiveRows, Objective, chunked, distillation_loss, kernels, uniforms
-from selectkd.block import Rows, Settings
-from selectkd.judge import judge as reference
-from selectkd.kernels import launch
-from selectkd.rows import LiveChunk, Scratch
-from selectkd.verifiers import VERIFIERS
+from selectkd import Head, LiveRows, Objective, distillation_loss, uniforms
+from selectkd.loss import block_triton as kernels
+from selectkd.loss import chunks as chunked
+from selectkd.loss.block import Rows, Settings
+from selectkd.loss.block_autograd import judge as reference
+from selectkd.loss.block_triton import launch
+from selectkd.loss.teacher_rows import LiveChunk, Scratch
+from selectkd.objective.verifiers import VERIFIERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C, V, D, E = 7, 300, 8, 12

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from selectkd import Head, LiveRows, Objective, kernels
-from selectkd.block import Rows, Settings
-from selectkd.kernels import launch
-from selectkd.rows import Scratch
+from selectkd import Head, LiveRows, Objective
+from selectkd.loss import block_triton as kernels
+from selectkd.loss.block import Rows, Settings
+from selectkd.loss.block_triton import launch
+from selectkd.loss.teacher_rows import Scratch
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,11 @@ import torch
 
 from gpu.launcher import pretended_with_kernels
 from gpu.pretended import as_it_is, pretended
-from selectkd import CachedRows, Head, LiveRows, Objective, by_device, chunked, distillation_loss, uniforms
-from selectkd.block import Seen
-from selectkd.rows import TeacherRows
+from selectkd import CachedRows, Head, LiveRows, Objective, distillation_loss, uniforms
+from selectkd.loss import by_device
+from selectkd.loss import chunks as chunked
+from selectkd.loss.block import Seen
+from selectkd.loss.teacher_rows import TeacherRows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 N, V, D = 10, 64, 8
@@ -170,7 +172,7 @@ def test_a_loss_of_4096_rows_at_qwens_width_takes_few_launches(divergence, verif
 
 
 def test_where_triton_cannot_build_a_kernel_the_loss_says_so_once_and_is_the_same():
-    from selectkd.kernels import passes
+    from selectkd.loss.block_triton import passes
 
     class Refuses:
         def __getitem__(self, grid: Any) -> Any:
@@ -213,7 +215,7 @@ def test_where_no_kernel_can_run_one_warning_says_why(kind, version, reason, mon
 
 
 def test_what_the_device_itself_reports_is_no_reason_to_do_without_kernels():
-    from selectkd.kernels.launch import CannotLaunch, _or_cannot_launch
+    from selectkd.loss.block_triton.launch import CannotLaunch, _or_cannot_launch
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),

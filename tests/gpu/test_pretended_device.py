@@ -154,7 +154,7 @@ def test_autocast_casts_products():
 
 def test_lines_of_the_package_are_named():
     from selectkd import Objective, distillation_loss
-    from selectkd.rows import LiveRows
+    from selectkd.loss.teacher_rows import LiveRows
 
     with pretended() as gpu:
         teacher = LiveRows(torch.ones(2, 4, device="cuda"), torch.ones(9, 4, device="cuda"))

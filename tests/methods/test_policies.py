@@ -22,8 +22,10 @@ from selectkd.config.policies import (
 from selectkd.data.collate import Batch, collate
 from selectkd.data.rewrite import examples_of, last_turns
 from selectkd.errors import ConfigError
-from selectkd.objective import Objective
-from selectkd.policies import AdaptiveScheduler, Writer, streams_of
+from selectkd.objective.objective import Objective
+from selectkd.rollouts.adaptive import AdaptiveScheduler
+from selectkd.rollouts.streams import streams_of
+from selectkd.rollouts.writer import Writer
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger

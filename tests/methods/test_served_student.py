@@ -13,7 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from selectkd.errors import TeacherError
-from selectkd.generation import Draw, Request, Sampling, generate
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 from selectkd.training.run import train
 from training.tiny import VOCABULARY
 

@@ -16,9 +16,7 @@ import torch
 from selectkd.data.collate import collate, collate_packed
 from selectkd.data.render import Example
 from selectkd.errors import ConfigError
-from selectkd.generation.engine import Request, generate
-from selectkd.generation.rules import Draw
-from selectkd.generation.sampling import Sampling
+from selectkd.evals.speculative.decode import decode, decode_alone
 from selectkd.models.check import check_head
 from selectkd.models.cut import cut_student
 from selectkd.models.head import backbone, head_of
@@ -26,8 +24,10 @@ from selectkd.models.layers import layers_of
 from selectkd.models.lora import add_lora, linear_layers
 from selectkd.models.packing import problem
 from selectkd.models.shape import check_weights, shape_of
-from selectkd.speculative.decode import decode, decode_alone
-from selectkd.training.estimate import activations
+from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
+from selectkd.training.preflight.estimate import activations
 
 from .every_type import TYPES, VOCABULARY, tiny_model
 

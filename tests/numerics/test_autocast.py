@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selectkd import Head, LiveRows, Objective, distillation_loss
-from selectkd.log_probs import token_log_probs
+from selectkd.loss.token_log_probs import token_log_probs
 
 N, V, D, E = 24, 300, 16, 12
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from selectkd import LiveRows, Objective, distillation_loss, uniforms
 from selectkd.errors import ConfigError
-from selectkd.log_probs import token_log_probs
+from selectkd.loss.token_log_probs import token_log_probs
 
 N, V, D = 64, 97, 16
 PLAIN = Objective("forward_kl", "always", beta=1.0)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from selectkd import Head, LiveRows, Objective
-from selectkd.selectors import SELECTORS
-from selectkd.terms import Forward, LossPlan, StreamLoss, StreamSpec, weighted_sum
+from selectkd.loss.plan import LossPlan, StreamLoss, StreamSpec
+from selectkd.loss.terms import Forward, weighted_sum
+from selectkd.objective.selectors import SELECTORS
 from selectkd.training.counts import REDUCTIONS
 from training.tiny import padded
 from training.whole_steps import EXAMPLES, cases, ledger, model, step_of

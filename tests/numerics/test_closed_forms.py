@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from selectkd.divergences import DIVERGENCES as D
+from selectkd.objective.divergences import DIVERGENCES as D
 
 P = torch.softmax(torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64), -1)
 Q = torch.softmax(torch.randn(5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64), -1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selectkd import block
+from selectkd.loss import block
 
 
 @pytest.mark.parametrize("by_two", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selectkd.products import HeadGradient
+from selectkd.loss.products import HeadGradient
 
 V, D, C = 300, 16, 8
 

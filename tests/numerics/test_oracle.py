@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from numerics.oracle import VALUES, value_and_gradient
-from selectkd import CachedRows, Head, LiveRows, Objective, compiled, dense
-from selectkd.compiled import plan_of
-from selectkd.distill import distillation_loss
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.gradient import closed_form_of
+from selectkd import CachedRows, Head, LiveRows, Objective
+from selectkd.loss import block_compiled as compiled
+from selectkd.loss import block_eager as dense
+from selectkd.loss.block_compiled import plan_of
+from selectkd.loss.distillation import distillation_loss
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.closed_form import closed_form_of
 
 V = 9
 OVERLAPS = (1e-12, 1e-9, 1e-6, 1e-3, 0.1, 0.7)

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from selectkd.config import recipe_from
-from selectkd.objective import Objective
-from selectkd.pair import dense_pair
-from selectkd.policies.streams import losses_of, streams_of
-from selectkd.schedules import TaidSchedule
-from selectkd.selectors import SELECTORS
+from selectkd.objective.objective import Objective
+from selectkd.objective.pair import dense_pair
+from selectkd.objective.schedules import TaidSchedule
+from selectkd.objective.selectors import SELECTORS
+from selectkd.rollouts.streams import losses_of, streams_of
 
 N, V = 37, 23
 Rows = NDArray[np.float64]

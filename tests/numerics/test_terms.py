@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from selectkd.divergences import LABEL_LOSSES, decoupled_kl
-from selectkd.objective import Objective
-from selectkd.rows import Head, LiveRows
-from selectkd.terms import Forward, LossPlan, StreamLoss, adaptive_alpha, atkd, policy_gradient, weighted_sum
+from selectkd.loss.extras.adaptive_alpha import adaptive_alpha
+from selectkd.loss.extras.atkd import atkd
+from selectkd.loss.extras.policy_gradient import policy_gradient
+from selectkd.loss.plan import LossPlan, StreamLoss
+from selectkd.loss.teacher_rows import Head, LiveRows
+from selectkd.loss.terms import Forward, weighted_sum
+from selectkd.objective.divergences import LABEL_LOSSES, decoupled_kl
+from selectkd.objective.objective import Objective
 
 N, V, D, E = 12, 9, 5, 7
 SEQUENCE = torch.tensor([0] * 5 + [1] * 3 + [2] * 4)
@@ -262,7 +266,7 @@ def test_minillm_is_the_exact_step_and_the_mean_of_later_rewards(clip: float) ->
 
 
 def test_a_selector_beside_a_verifier_leaves_the_rows_it_drops_out() -> None:
-    from selectkd.selectors import se_kd
+    from selectkd.objective.selectors import se_kd
 
     stream = StreamLoss(
         Objective("forward_kl", {"name": "greedy_topk", "k": 2}, beta=0.25), selector=se_kd(0.5)
@@ -302,7 +306,7 @@ def test_a_stream_of_weight_zero_is_measured_and_teaches_nothing() -> None:
 
 
 def test_one_term_of_every_row_is_the_plain_loss_bit_for_bit() -> None:
-    from selectkd.distill import distillation_loss
+    from selectkd.loss.distillation import distillation_loss
 
     forward = made()[0]
     loss, sums = weighted_sum(LossPlan.of(ALWAYS).terms(forward), forward, ONES)

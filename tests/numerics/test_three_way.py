@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from selectkd import LiveRows, Objective, distillation_loss
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.gradient import closed_form_of
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.closed_form import closed_form_of
 
 N, V, D, E = 192, 3000, 64, 96
 CLOSED = [name for name, function in DIVERGENCES.items() if closed_form_of(function) is not None]

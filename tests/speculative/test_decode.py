@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from selectkd.errors import ConfigError
-from selectkd.speculative.cached import CachedModel
-from selectkd.speculative.decode import Round, decode, decode_alone, distribution, inverse_cdf, verify
+from selectkd.evals.speculative.cached import CachedModel
+from selectkd.evals.speculative.decode import Round, decode, decode_alone, distribution, inverse_cdf, verify
 
 
 def tiny(seed: int, *, width: int = 40, layers: int = 2, kind: Any = None, **more: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from selectkd.cli import main
-from selectkd.speculative.decode import Decoded, Round, decode, decode_alone
-from selectkd.speculative.measure import _at, _judged, assisted, expected_speedup, speculation
+from selectkd.evals.speculative.decode import Decoded, Round, decode, decode_alone
+from selectkd.evals.speculative.measure import _at, _judged, assisted, expected_speedup, speculation
 from speculative.test_decode import PROMPT, near, tiny
 
 
@@ -97,7 +97,7 @@ def test_speculate_reports_a_run_before_and_after(
 def test_another_vocabulary_is_refused(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from selectkd.demo import byte_tokenizer
+    from selectkd.cli.demo_pair import byte_tokenizer
 
     tiny(0).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")

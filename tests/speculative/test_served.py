@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from selectkd.cli import main
+from selectkd.evals.speculative.decode import Decoded, Round, decode, decode_alone
+from selectkd.evals.speculative.measure import _at, _judged
+from selectkd.evals.speculative.served import Counts, _summed, counters, counts_of
 from selectkd.models.load import load_model
-from selectkd.speculative.decode import Decoded, Round, decode, decode_alone
-from selectkd.speculative.measure import _at, _judged
-from selectkd.speculative.served import Counts, _summed, counters, counts_of
 from speculative.test_decode import near
 from teachers.served import Answer, Served, on_a_port
 

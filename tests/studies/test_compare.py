@@ -17,10 +17,10 @@ import yaml
 from selectkd.cli.app import main
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
-from selectkd.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
-from selectkd.studies.compare import compare, differences, read_rows
-from selectkd.studies.one_run import empty, measured
-from selectkd.training.rundir import locked, write_run
+from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
+from selectkd.evals.studies.compare import compare, differences, read_rows
+from selectkd.evals.studies.one_run import empty, measured
+from selectkd.training.run_folder import locked, write_run
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 
@@ -54,7 +54,7 @@ ROW = {
 
 PARENT = """
 import multiprocessing, sys, threading, time
-from selectkd.studies.one_run import _end_with_parent
+from selectkd.evals.studies.one_run import _end_with_parent
 
 def work(told):
     import os

@@ -12,10 +12,10 @@ import yaml
 
 from selectkd.cli.app import main
 from selectkd.errors import DataError
-from selectkd.objective import Objective
-from selectkd.studies.panel import jaccard, judges, panel
+from selectkd.evals.studies.panel import jaccard, judges, panel
+from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.evaluation import probe
+from selectkd.training.heldout.evaluation import probe
 from training.tiny import padded, texts, tiny_llama, write_pair
 
 SPECS = {

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from selectkd.models.load import load_model
-from selectkd.serving.engine import Engine
-from selectkd.serving.limits import Limits
-from selectkd.serving.run import listen, server_of
+from selectkd.teachers.server.engine import Engine
+from selectkd.teachers.server.limits import Limits
+from selectkd.teachers.server.run import listen, server_of
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from faults.on_two_ranks import run_on_two_ranks
 from faults.tiny_run import left, recipe_for, write_dropping_pair
 from faults.two_rank_runs import StopsAt
 from selectkd import Objective
-from selectkd.assembly import ITS_OWN_TEACHER, checkpoint_activations
 from selectkd.cli import main
 from selectkd.config import Recipe, recipe_from
 from selectkd.data.supervised import supervised
@@ -24,8 +23,9 @@ from selectkd.errors import ConfigError, Preempted
 from selectkd.models.lora import add_lora
 from selectkd.teachers.adapters_off import AdaptersOffTeacher
 from selectkd.teachers.live import LiveTeacher
+from selectkd.training.assembly import ITS_OWN_TEACHER, checkpoint_activations
 from selectkd.training.counts import count, row_scale
-from selectkd.training.estimate import estimate
+from selectkd.training.preflight.estimate import estimate
 from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama

@@ -109,7 +109,7 @@ def test_a_run_learns_from_a_teacher_of_another_tokenizer(root, tmp_path, across
 def test_what_cannot_be_exact_enough_is_refused_before_weights_load(
     root, tmp_path, capsys, monkeypatch, across, objective, told
 ):
-    monkeypatch.setattr("selectkd.assembly.load_model", None)  # a call would raise
+    monkeypatch.setattr("selectkd.training.assembly.load_model", None)  # a call would raise
     assert main(["train", recipe(root, tmp_path, across=across, objective=objective)]) == 2
     assert told in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from selectkd.rows import CachedRows, Head
+from selectkd.loss.teacher_rows import CachedRows, Head
 from selectkd.teachers.cache.codec import (
     decode_ids,
     decode_log_probs,

@@ -12,14 +12,14 @@ import torch
 
 from selectkd import Objective
 from selectkd.cli import main
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.top_k import from_top_k
 from selectkd.errors import ConfigError
-from selectkd.pair import dense_pair, topk_pair
-from selectkd.selectors import SELECTORS
+from selectkd.objective.contract import example_log_dists
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.from_top_k import from_top_k
+from selectkd.objective.pair import dense_pair, topk_pair
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
 from selectkd.teachers.exactness import check, of_verifier, page, table
-from selectkd.testing import example_log_dists
-from selectkd.verifiers import VERIFIERS
 
 ROOT = Path(__file__).parents[2]
 V = 300

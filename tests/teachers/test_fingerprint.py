@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError, TeacherError
 from selectkd.models.load import load_model
 from selectkd.teachers.cache import open_cache
 from selectkd.training.run import train
-from selectkd.training.rundir import read_run
+from selectkd.training.run_folder import read_run
 from teachers.ours import own_server
 from teachers.served import Answer, Served, on_a_port
 from teachers.test_cached_runs import losses

@@ -21,7 +21,7 @@ from selectkd.errors import ConfigError
 from selectkd.teachers.aligned import AlignedTeacher
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.placement import place_on
-from selectkd.training.estimate import estimate
+from selectkd.training.preflight.estimate import estimate
 from selectkd.training.run import train
 from teachers.tokens import TEXT, byte_level, model_for
 from training.tiny import padded, texts, tiny_llama

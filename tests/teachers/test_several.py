@@ -12,7 +12,7 @@ from selectkd.config import recipe_from
 from selectkd.data.collate import collate, collate_packed
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
-from selectkd.rows import CachedRows
+from selectkd.loss.teacher_rows import CachedRows
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.several import SeveralPlan, SeveralRows, SeveralTeacher
 from training.tiny import VOCABULARY, texts, tiny_llama

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from selectkd.data.collate import collate_packed, pack
-from selectkd.objective import Objective
-from selectkd.schedules import BetaSchedule
+from selectkd.objective.objective import Objective
+from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS
 from selectkd.training.feed import Feed

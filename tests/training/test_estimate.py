@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from selectkd.cli import main
 from selectkd.config import recipe_from
 from selectkd.models.head import backbone
-from selectkd.training.estimate import Memory, _kept, activations, estimate
 from selectkd.training.optimizer import optimizer_for, state_bytes
+from selectkd.training.preflight.estimate import Memory, _kept, activations, estimate
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 FREE = {"output_dir": "unused", "max_steps": 1, "batch_size": 2, "max_length": 32, "max_prompt_length": 16}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from selectkd.cli.demo_pair import byte_tokenizer
 from selectkd.config import recipe_from
-from selectkd.demo import byte_tokenizer
 from selectkd.training.run import train
 from training.tiny import tiny_llama
 

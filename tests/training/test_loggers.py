@@ -115,8 +115,8 @@ def test_held_out_measures_and_the_recipe_reach_the_loggers_and_measures_stay_on
     from rich.console import Console
 
     from selectkd.config import recipe_from
-    from selectkd.training import metrics
-    from selectkd.training.progress import TrainingProgress
+    from selectkd.training.record import metrics
+    from selectkd.training.record.progress import TrainingProgress
     from selectkd.training.run import train
     from training.tiny import recipe_of, tiny_llama, write_pair
 

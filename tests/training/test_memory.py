@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selectkd import Objective
 from selectkd.data.supervised import supervised
 from selectkd.errors import ResourceError
+from selectkd.loss.extras.adaptive_alpha import adaptive_alpha
+from selectkd.loss.plan import LossPlan, StreamLoss
 from selectkd.teachers.live import LiveTeacher
-from selectkd.terms import LossPlan, StreamLoss
-from selectkd.terms.adaptive_alpha import adaptive_alpha
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama
 

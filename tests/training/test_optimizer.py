@@ -101,7 +101,9 @@ def test_an_optimizer_whose_package_is_missing_is_refused_before_weights(name, r
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda asked: None if asked == package[0] else found(asked)
     )
-    monkeypatch.setattr("selectkd.assembly.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "selectkd.training.assembly.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     with pytest.raises(ConfigError, match=f"pip install {package[1]}"):
         train(recipe("missing", optimizer=name))
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.models.precision import FP32, PRECISIONS, precision_of, unmoved_share
-from selectkd.objective import Objective
+from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.evaluation import evaluate
 from selectkd.training.feed import Feed
+from selectkd.training.heldout.evaluation import evaluate
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.run import train

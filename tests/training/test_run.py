@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selectkd.config import load_recipe, recipe_from
 from selectkd.config.departures import departures, told_of
 from selectkd.errors import ConfigError
-from selectkd.training.card import model_card
-from selectkd.training.metrics import REQUIRED
+from selectkd.training.record.card import model_card
+from selectkd.training.record.metrics import REQUIRED
 from selectkd.training.run import train
 from training.tiny import VOCABULARY, WORDS, tiny_llama, tiny_tokenizer, write_pair
 

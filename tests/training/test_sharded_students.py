@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from faults.on_two_ranks import free_port, run_on_two_ranks
 from faults.tiny_run import left
 from selectkd.errors import ConfigError
-from selectkd.training.doctor import without_weights
+from selectkd.training.preflight.doctor import without_weights
 from selectkd.training.run import train
 from selectkd.training.sharding import as_launched
 from training.sharded_students import CASES, GREEDY, STOPPED, recipe, write_models

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from selectkd.errors import ConfigError, DataError, NumericsError
-from selectkd.objective import Objective
-from selectkd.schedules import BetaSchedule
+from selectkd.objective.objective import Objective
+from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS, Counts, correction, row_scale
-from selectkd.training.evaluation import evaluate, probe
 from selectkd.training.feed import Feed
+from selectkd.training.heldout.evaluation import evaluate, probe
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
-from selectkd.training.metrics import REQUIRED
+from selectkd.training.record.metrics import REQUIRED
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selectkd.data.collate import collate
 from selectkd.data.supervised import supervised
-from selectkd.training.draws import draws, sample_keys
+from selectkd.training.uniforms_of_text import draws, sample_keys
 from training.plain_step import plain_step
 from training.whole_steps import CASES, FEATURES, METRICS, TEXTS, Case, loss_of, models, step_of, vector
 

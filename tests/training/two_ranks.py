@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from selectkd.models.sharded import Spread, shard, whole
-from selectkd.objective import Objective
+from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger

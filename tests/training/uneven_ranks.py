@@ -19,10 +19,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from selectkd.data.render import Example
+from selectkd.loss.plan import StreamSpec
 from selectkd.models.sharded import Spread, shard, whole
-from selectkd.objective import Objective
+from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.terms import StreamSpec
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop

@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from selectkd.data.collate import collate_packed, pack
-from selectkd.objective import Objective
-from selectkd.registry import parameters
-from selectkd.rows import LiveRows
-from selectkd.selectors import SELECTORS
+from selectkd.loss.extras import EXTRAS
+from selectkd.loss.plan import StreamSpec
+from selectkd.loss.teacher_rows import LiveRows
+from selectkd.objective.objective import Objective
+from selectkd.objective.registry import parameters
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS
 from selectkd.teachers import LiveTeacher
-from selectkd.terms import EXTRAS, StreamSpec
 from selectkd.training.counts import REDUCTIONS
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import wrapped_for
 from selectkd.training.step import DistillationModel
-from selectkd.verifiers import VERIFIERS
 from training.plain_step import Stream
 from training.tiny import padded, texts, tiny_llama
 

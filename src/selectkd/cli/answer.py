@@ -37,7 +37,7 @@ def write_answer(path: Path | None, answer: Any) -> None:
     if path == STDOUT:
         say(text)
     else:
-        from selectkd.durable import write_plain
+        from selectkd.data.durable import write_plain
 
         write_plain(path, (text + "\n").encode())
 

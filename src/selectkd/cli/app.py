@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            from selectkd.durable import disk_error
+            from selectkd.data.durable import disk_error
 
             told(f"error: {disk_error(error, Path(error.filename or '.').absolute())}")
         else:

@@ -43,7 +43,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
-    from selectkd.devices import use_device
+    from selectkd.models.devices import use_device
     from selectkd.teachers.cache import build_cache, plan_of
     from selectkd.training.stopping import StopRequests, stopped
 
@@ -107,7 +107,7 @@ def repair(
     as_json: Json = False,
 ) -> None:
     """Compute again what is broken, and only that."""
-    from selectkd.devices import use_device
+    from selectkd.models.devices import use_device
     from selectkd.teachers.cache import records_of
     from selectkd.teachers.cache import repair as mend
 
@@ -191,12 +191,12 @@ def _origin(teacher: Any, device: Any, folder: Path) -> Any:
 
 def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
     """(the teacher's plan, all text, what to store, the tokenizer, the reading) of a cache that is to be built."""
-    from selectkd.assembly import prepare
     from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
     from selectkd.teachers.cache import Wish
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.open import plan_teacher
+    from selectkd.training.assembly import prepare
 
     spec: Any = recipe.teacher
     if (spec.model is None) == (spec.server is None):

@@ -16,7 +16,7 @@ from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectkd.studies.compare import Paired, Plan
+    from selectkd.evals.studies.compare import Paired, Plan
 
 
 def compare(
@@ -57,10 +57,10 @@ def compare(
     """
     from selectkd.config import load_recipe, recipe_from
     from selectkd.config.load import values_of
-    from selectkd.devices import device_of
-    from selectkd.studies.arms import arms as arms_of
-    from selectkd.studies.compare import compare as run
-    from selectkd.studies.compare import differences, plan
+    from selectkd.evals.studies.arms import arms as arms_of
+    from selectkd.evals.studies.compare import compare as run
+    from selectkd.evals.studies.compare import differences, plan
+    from selectkd.models.devices import device_of
 
     check_answer(json_file)
     device_of(device)

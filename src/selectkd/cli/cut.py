@@ -32,9 +32,9 @@ def cut(
             "Use student: {from_teacher: {layers: N}}."
         )
 
-    from selectkd.assembly import assemble
-    from selectkd.devices import training_device
+    from selectkd.models.devices import training_device
     from selectkd.models.save import check_target, save_student
+    from selectkd.training.assembly import assemble
 
     without_other_bars()
     check_target(Path(out))

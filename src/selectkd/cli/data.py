@@ -196,7 +196,7 @@ def _read(
     """
     from selectkd.data import dataset_source
     from selectkd.models.ends import end_ids
-    from selectkd.reading import read_text
+    from selectkd.training.recipe_text import read_text
 
     if wanted.recipe is None:
         ends = end_ids(str(wanted.tokenizer), tokenizer)

@@ -16,8 +16,8 @@ from selectkd.cli.overrides import Changes
 from selectkd.cli.terminal import say, without_other_bars
 
 if TYPE_CHECKING:
-    from selectkd.assembly import Assembly
-    from selectkd.training.result import RunResult
+    from selectkd.training.assembly import Assembly
+    from selectkd.training.record.result import RunResult
 
 ANSWER_TOKENS = 40
 
@@ -34,10 +34,10 @@ def demo(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil a real teacher into a student of fewer layers and say what came of it."""
+    from selectkd.cli.demo_pair import PROMPTS, help_texts, quick_recipe, real_recipe
     from selectkd.config import load_recipe
-    from selectkd.demo import PROMPTS, help_texts, quick_recipe, real_recipe
-    from selectkd.devices import training_device
-    from selectkd.training.progress import TrainingProgress
+    from selectkd.models.devices import training_device
+    from selectkd.training.record.progress import TrainingProgress
     from selectkd.training.run import train
 
     without_other_bars()

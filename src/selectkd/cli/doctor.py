@@ -32,9 +32,9 @@ def doctor(
         _tell([{"check": "recipe", "ok": False, "message": str(error)}], as_json)
         raise typer.Exit(error.exit_code) from error
 
-    from selectkd.devices import training_device
-    from selectkd.training.doctor import Finding
-    from selectkd.training.doctor import doctor as examine
+    from selectkd.models.devices import training_device
+    from selectkd.training.preflight.doctor import Finding
+    from selectkd.training.preflight.doctor import doctor as examine
 
     without_other_bars()
     try:

@@ -32,8 +32,8 @@ def estimate(
     checked = load_recipe(recipe, changes or [])
 
     import selectkd.training.run  # noqa: F401  what a run imports is in memory as well
-    from selectkd.devices import device_of
-    from selectkd.training.estimate import estimate as count
+    from selectkd.models.devices import device_of
+    from selectkd.training.preflight.estimate import estimate as count
 
     where = device_of("auto") if device == "auto" else _kind(device)
     memory = count(checked, length=length, device=where).as_dict()

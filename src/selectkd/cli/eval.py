@@ -16,7 +16,7 @@ from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
 from selectkd.cli.device import Device
 from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
 
 if TYPE_CHECKING:
     from selectkd.evals.memory import Memory
@@ -157,7 +157,7 @@ def evaluate(
         )
     without_other_bars()
 
-    from selectkd.devices import use_device
+    from selectkd.models.devices import use_device
 
     on = use_device(device)
     if batch_size is None:  # the harness asks for whole rows of logits, which grow with it
@@ -231,7 +231,7 @@ def _harness(
 
 def _kept_and_compared(scored: dict[str, list[Any]], answers: Path | None) -> tuple[list[Any], list[Any]]:
     """The rows of every task's scores, and the models in pairs; each answer goes to a file where one is named."""
-    from selectkd.durable import write_plain
+    from selectkd.data.durable import write_plain
     from selectkd.evals.run_suite import compared
 
     every = [one for of_task in scored.values() for one in of_task]

@@ -56,9 +56,9 @@ def generate(
     if key_env is not None and key_env not in os.environ:
         raise ConfigError(f"--server-key-env {key_env}: there is no such variable in the environment.")
 
-    from selectkd.devices import use_device
-    from selectkd.generation.server import CompletionServer
-    from selectkd.writing import wish_of, write
+    from selectkd.models.devices import use_device
+    from selectkd.rollouts.completion_server import CompletionServer
+    from selectkd.training.write_texts import wish_of, write
 
     without_other_bars()
     on = use_device(device)

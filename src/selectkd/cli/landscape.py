@@ -57,11 +57,11 @@ def landscape(
         raise ConfigError(f"--reach {reach:g} must be above 0: the line goes from -reach to reach.")
     without_other_bars()
 
-    from selectkd.devices import use_device
     from selectkd.evals.heldout import divergence_loss, heldout_batch, plan_of, text_loss
     from selectkd.evals.landscape import RADIUS
     from selectkd.evals.landscape import landscape as measure
     from selectkd.evals.runs import load_student, load_student_before
+    from selectkd.models.devices import use_device
 
     on = use_device(device)
     plan = plan_of(run)

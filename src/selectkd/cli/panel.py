@@ -33,12 +33,12 @@ def panel(
     checked = load_recipe(recipe, changes or [])
     check_answer(json_file)
 
-    from selectkd.assembly import assemble
     from selectkd.data import collate, pad_id_of
-    from selectkd.devices import training_device
-    from selectkd.studies.panel import judges
-    from selectkd.studies.panel import panel as judge
-    from selectkd.training.rundir import date_of
+    from selectkd.evals.studies.panel import judges
+    from selectkd.evals.studies.panel import panel as judge
+    from selectkd.models.devices import training_device
+    from selectkd.training.assembly import assemble
+    from selectkd.training.run_folder import date_of
 
     without_other_bars()
     on = training_device(device)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from selectkd.plugins import allow_plugin
+from selectkd.objective.plugins import allow_plugin
 
 
 def _allow(modules: list[str] | None) -> list[str] | None:

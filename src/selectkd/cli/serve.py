@@ -35,7 +35,7 @@ def serve_teacher(
 ) -> None:
     """Answer for a model: its hidden states or its best tokens, to runs on this machine or elsewhere."""
     try:
-        from selectkd.serving.run import check_place, listen, serve, token_of
+        from selectkd.teachers.server.run import check_place, listen, serve, token_of
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "starlette"):
             raise
@@ -45,9 +45,9 @@ def serve_teacher(
     check_place(host, token, certificate, key)
     listener = listen(host, port)
 
-    from selectkd.devices import use_device
+    from selectkd.models.devices import use_device
     from selectkd.models.load import load_model
-    from selectkd.serving.engine import Engine
+    from selectkd.teachers.server.engine import Engine
 
     without_other_bars()
     on = use_device(device)

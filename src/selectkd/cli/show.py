@@ -11,7 +11,7 @@ import typer
 
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
-from selectkd.registry import did_you_mean, parameters
+from selectkd.objective.registry import did_you_mean, parameters
 
 SINGULAR = {"policies": "policy", "label_losses": "label_loss"}
 """Kinds whose singular is not the word without its s."""
@@ -155,10 +155,10 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Every component: {kind: [{name, parameters {name: default}, doc (first line), told (all of it)}]}."""
     from selectkd.config.methods import METHODS
     from selectkd.config.policies import KINDS
-    from selectkd.divergences import DIVERGENCES, LABEL_LOSSES
-    from selectkd.selectors import SELECTORS
-    from selectkd.terms import EXTRAS
-    from selectkd.verifiers import VERIFIERS
+    from selectkd.loss.extras import EXTRAS
+    from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES
+    from selectkd.objective.selectors import SELECTORS
+    from selectkd.objective.verifiers import VERIFIERS
 
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "divergences": DIVERGENCES,

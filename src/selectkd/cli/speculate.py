@@ -15,10 +15,10 @@ from selectkd.cli.terminal import say, told, without_other_bars
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from selectkd.generation.server import CompletionServer
+    from selectkd.evals.speculative.measure import Speculation
+    from selectkd.evals.speculative.served import Served
     from selectkd.models.load import Loaded
-    from selectkd.speculative.measure import Speculation
-    from selectkd.speculative.served import Served
+    from selectkd.rollouts.completion_server import CompletionServer
 
 
 def speculate(
@@ -98,12 +98,12 @@ def speculate(
 
     import torch
 
-    from selectkd.demo import PROMPTS
-    from selectkd.devices import use_device
+    from selectkd.cli.demo_pair import PROMPTS
     from selectkd.evals.prompts import prompt_ids, read_prompts
-    from selectkd.generation import ends_of
-    from selectkd.generation.server import CompletionServer
+    from selectkd.models.devices import use_device
     from selectkd.models.load import load_model, load_tokenizer
+    from selectkd.rollouts.completion_server import CompletionServer
+    from selectkd.rollouts.generate import ends_of
 
     on = use_device(device)
     teacher = load_model(target, dtype=dtype).on(on) if draft else None
@@ -150,7 +150,7 @@ def _here(
 
     from selectkd.data import align
     from selectkd.evals.runs import load_student, load_student_before
-    from selectkd.speculative.measure import assisted, speculation, timed_alone
+    from selectkd.evals.speculative.measure import assisted, speculation, timed_alone
 
     on = next(teacher.model.parameters()).device
     students = []
@@ -185,8 +185,8 @@ def _there(
     heats: tuple[float, ...], tokens: int, seed: int, eos: Collection[int],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each temperature, with the models that the first server holds; the second, if any, has no draft."""
-    from selectkd.generation import Request
-    from selectkd.speculative.served import served
+    from selectkd.evals.speculative.served import served
+    from selectkd.rollouts.generate import Request
 
     requests, rows = [Request(one, tokens) for one in texts], []
     for heat in heats:

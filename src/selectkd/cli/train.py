@@ -36,7 +36,7 @@ def train(
 
     checked = load_recipe(recipe, changes or [])
 
-    from selectkd.training.progress import TrainingProgress
+    from selectkd.training.record.progress import TrainingProgress
     from selectkd.training.run import train as run
 
     without_other_bars()

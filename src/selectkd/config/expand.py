@@ -8,7 +8,7 @@ from typing import Any
 
 from selectkd.config.methods import METHODS, Method
 from selectkd.config.section import refuse
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
 
 OWN = ("verifier", "selector", "beta")
 """The keys of ``objective`` that ``selection`` speaks for."""

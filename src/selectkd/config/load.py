@@ -14,8 +14,8 @@ from selectkd.config.schema import Recipe
 from selectkd.config.words import instead
 from selectkd.config.yaml_text import MOST_BYTES, Document, read
 from selectkd.errors import ConfigError
-from selectkd.plugins import search
-from selectkd.registry import did_you_mean
+from selectkd.objective.plugins import search
+from selectkd.objective.registry import did_you_mean
 
 OPEN = {
     "divergence",

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from selectkd.config.section import Count, Section, Share, Text, refuse
 from selectkd.config.teachers import Url, Variable, over_tls
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
 
 
 class Sampling(Section):

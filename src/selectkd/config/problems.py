@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from selectkd.config.words import VALUES, instead
 from selectkd.errors import ConfigError
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
 
 TAGS = {"source", "share", "constant", "change"}
 """Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from selectkd.data.jinja_process import CLOSE, OPEN
 from selectkd.data.renderer import Answer, Failure, Job, render
 from selectkd.errors import ConfigError, DataError
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
 
 BEGIN, END = "\ufdd2", "\ufdd3"
 """Noncharacters around the number of a mark that is put into a message to find its place in the rendering."""

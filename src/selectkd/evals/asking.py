@@ -10,8 +10,10 @@ from typing import Any
 from selectkd import __version__
 from selectkd.data import pad_id_of
 from selectkd.evals.memory import Memory, key_of
-from selectkd.generation import Draw, Request, Sampling, ends_of, generate
 from selectkd.models.load import Loaded
+from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
 from selectkd.teachers.cache.origin import weights_checksum
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectkd.config.extras import how_to_install
-from selectkd.durable import write_plain
+from selectkd.data.durable import write_plain
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:

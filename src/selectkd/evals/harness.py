@@ -19,9 +19,9 @@ from selectkd.evals.asking import identity
 from selectkd.evals.memory import Memory, key_of
 from selectkd.evals.run_suite import Scores, described, interval_of
 from selectkd.evals.statistics import Interval, bootstrap_ratio
-from selectkd.generation import ends_of
 from selectkd.models.load import Loaded
-from selectkd.registry import did_you_mean
+from selectkd.objective.registry import did_you_mean
+from selectkd.rollouts.generate import ends_of
 
 NORMAL_95 = 1.959964
 """Standard errors on either side of a value that hold 95% of a normal distribution."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selectkd.assembly import Plan, prepare
 from selectkd.config import recipe_from
 from selectkd.data import collate, pad_id_of, supervised
 from selectkd.evals.runs import read_manifest
-from selectkd.training.rundir import date_of
+from selectkd.training.assembly import Plan, prepare
+from selectkd.training.run_folder import date_of
 
 
 def plan_of(run: str | os.PathLike[str]) -> Plan:

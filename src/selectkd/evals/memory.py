@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selectkd.durable import add_lines, whole_lines
+from selectkd.data.durable import add_lines, whole_lines
 from selectkd.errors import DataError
 
 

@@ -18,9 +18,9 @@ from selectkd.evals.run_suite import described
 from selectkd.evals.statistics import Interval, bootstrap_mean, bootstrap_ratio, paired_bootstrap
 from selectkd.models.load import Loaded
 from selectkd.models.precision import FP32, Precision
-from selectkd.objective import Objective
+from selectkd.objective.objective import Objective
 from selectkd.teachers.protocol import Teacher
-from selectkd.training.evaluation import Evaluation, evaluate
+from selectkd.training.heldout.evaluation import Evaluation, evaluate
 
 ONE_VERIFIER = Objective("forward_kl", {"name": "greedy_topk", "k": 5}, beta=0.01)
 """What TAR is measured by where students are compared: SelecTKD's defaults, whatever a run trained with."""

@@ -12,7 +12,7 @@ from selectkd.data import collate, dataset_source, pad_id_of, supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
-from selectkd.training.evaluation import label_surprise
+from selectkd.training.heldout.evaluation import label_surprise
 
 
 @torch.no_grad()

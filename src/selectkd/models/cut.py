@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from selectkd.data.collate import Batch
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
+from selectkd.loss.teacher_rows import Head
 from selectkd.models.head import decoder_of, head_of, unwrapped
 from selectkd.models.layers import check_cut, cut_config, layers_of
-from selectkd.rows import Head
 
 Inputs = Mapping[str, Tensor]
 HeldOut = Batch | tuple[Inputs, Tensor | None]

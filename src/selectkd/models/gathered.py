@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selectkd.rows import Head
+from selectkd.loss.teacher_rows import Head
 
 
 def in_parts(tensor: Any) -> bool:

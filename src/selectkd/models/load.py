@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
-from selectkd.durable import disk_error, replace_folder, sync_folder
+from selectkd.data.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.attention import attention_options, check_attention
 from selectkd.models.check import check_head

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from selectkd.durable import clear_left, disk_error, fault_point, os_error_of, replace_folder, sync_folder
+from selectkd.data.durable import (
+    clear_left,
+    disk_error,
+    fault_point,
+    os_error_of,
+    replace_folder,
+    sync_folder,
+)
 from selectkd.errors import ConfigError
 from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.errors import ConfigError
+from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
 from selectkd.models.lora import adapters_off, check_base
-from selectkd.rows import LiveRows
 from selectkd.teachers.protocol import Payload, Teacher
 
 

@@ -16,16 +16,16 @@ from selectkd.data.collate import collate, sent
 from selectkd.data.crossing import Crossing, Reading, Span, cross
 from selectkd.data.render import Example
 from selectkd.data.supervised import in_memory
-from selectkd.divergences import is_unpaired
 from selectkd.errors import ConfigError
-from selectkd.log_probs import token_log_probs
+from selectkd.loss.aligned_rows import AlignedRows, Side, Vocabularies
+from selectkd.loss.teacher_rows import LiveRows
+from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import inside, whole_head
-from selectkd.objective import Objective
-from selectkd.registry import name_of
-from selectkd.rows import LiveRows
-from selectkd.spans import AlignedRows, Side, Vocabularies
+from selectkd.objective.divergences import is_unpaired
+from selectkd.objective.objective import Objective
+from selectkd.objective.registry import name_of
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Payload, Teacher

@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from selectkd.divergences import DIVERGENCES
-from selectkd.divergences.sorted import is_unpaired
-from selectkd.divergences.top_k import MERGED, REVERSE, Exactness, from_top_k
 from selectkd.errors import ConfigError
-from selectkd.objective import Objective
-from selectkd.registry import name_of
-from selectkd.selectors import SELECTORS
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.divergences.from_top_k import MERGED, REVERSE, Exactness, from_top_k
+from selectkd.objective.divergences.uld import is_unpaired
+from selectkd.objective.objective import Objective
+from selectkd.objective.registry import name_of
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS, reads_proposal_alone, teacher_tokens_of
 from selectkd.teachers.protocol import Payload
-from selectkd.verifiers import VERIFIERS, reads_proposal_alone, teacher_tokens_of
 
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",

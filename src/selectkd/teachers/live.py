@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.head import backbone, head_of
 from selectkd.models.sharded import inside, whole_head
-from selectkd.rows import LiveRows
 from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Teacher
 

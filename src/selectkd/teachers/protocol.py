@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from selectkd.loss.teacher_rows import TeacherRows
 from selectkd.models.load import Loaded
-from selectkd.rows import TeacherRows
 
 Payload = Literal["live", "hidden", "top_k", "sampled", "aligned"]
 """What a kind of teacher hands over: a live or a stored hidden state with its head, its K best

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.terms import FirstPass, LossPlan
-from selectkd.terms.ranking import Contest, Kept, decided
+from selectkd.loss.plan import FirstPass, LossPlan
+from selectkd.loss.ranking import Contest, Kept, decided
 from selectkd.training.counts import Counts, gathered_rows, rank, summed
-from selectkd.training.draws import sample_keys
+from selectkd.training.uniforms_of_text import sample_keys
 
 OF_RANK = 1 << 40
 """Sequences of a step are numbered from this times the rank."""

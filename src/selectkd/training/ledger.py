@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from selectkd.data.durable import disk_error, write_plain
 from selectkd.data.supervised import supervised
-from selectkd.durable import disk_error, write_plain
 from selectkd.errors import NumericsError
-from selectkd.objective import Objective
-from selectkd.schedules import BetaSchedule, TaidSchedule
-from selectkd.terms import Extra, LossPlan, StreamLoss, StreamSpec
+from selectkd.loss.plan import Extra, LossPlan, StreamLoss, StreamSpec
+from selectkd.objective.objective import Objective
+from selectkd.objective.schedules import BetaSchedule, TaidSchedule
 from selectkd.training.counts import (
     Counts,
     checked,
@@ -29,9 +29,9 @@ from selectkd.training.counts import (
     sequence_means,
     summed,
 )
-from selectkd.training.draws import draws
 from selectkd.training.first_pass import Ask, Portion, planned
 from selectkd.training.spikes import Spikes
+from selectkd.training.uniforms_of_text import draws
 
 FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from selectkd.loss.plan import FirstPass
 from selectkd.models.precision import FP32, Precision
-from selectkd.terms import FirstPass
 from selectkd.training.checkpoint import Checkpoints, Stateful
 from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks

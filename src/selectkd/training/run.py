@@ -14,33 +14,33 @@ from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from selectkd.assembly import Assembly, assemble, prepare
-from selectkd.devices import training_device
 from selectkd.errors import ResourceError, TeacherError
+from selectkd.models.devices import training_device
 from selectkd.models.gathered import gathered
 from selectkd.models.precision import precision_of
 from selectkd.models.save import save_student
 from selectkd.models.sharded import is_sharded
-from selectkd.registry import name_of
-from selectkd.schedules import TaidSchedule
+from selectkd.objective.registry import name_of
+from selectkd.objective.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
+from selectkd.training.assembly import Assembly, assemble, prepare
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
 from selectkd.training.checkpoint.parts import Named, Weights
 from selectkd.training.counts import rank, total
 from selectkd.training.feed import Feed
+from selectkd.training.heldout.watch import Watch
 from selectkd.training.ledger import Ledger
 from selectkd.training.loggers import Loggers
 from selectkd.training.loop import SCHEDULES, train_loop
-from selectkd.training.manifest import write_manifest
-from selectkd.training.metrics import MetricsLog
 from selectkd.training.optimizer import arguments
-from selectkd.training.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
-from selectkd.training.rundir import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity, same_servers
+from selectkd.training.record.manifest import write_manifest
+from selectkd.training.record.metrics import MetricsLog
+from selectkd.training.record.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
+from selectkd.training.run_folder import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity, same_servers
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
 from selectkd.training.trainer import DistillTrainer, on_device
-from selectkd.training.watch import Watch
 from selectkd.training.zero import asked_for, check_recipe, configured
 
 COLD_TAR = 0.2

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from selectkd.by_device import chunk_rows
 from selectkd.data.supervised import supervised
-from selectkd.devices import out_of_memory
 from selectkd.errors import ResourceError
+from selectkd.loss.by_device import chunk_rows
+from selectkd.loss.plan import Extra, FirstPass, LossPlan
+from selectkd.loss.teacher_rows import product_dtype
+from selectkd.loss.terms import Forward, weighted_sum
+from selectkd.models.devices import out_of_memory
 from selectkd.models.gathered import head_parameters
 from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.sharded import at_work, average_gradients, head_whole, held_by, inside, is_sharded
-from selectkd.objective import Objective
-from selectkd.rows import product_dtype
+from selectkd.objective.objective import Objective
 from selectkd.teachers.protocol import Teacher
-from selectkd.terms import Extra, FirstPass, Forward, LossPlan, weighted_sum
 from selectkd.training.activations import activations_offloaded
 from selectkd.training.checkpoint import Stateful
 

@@ -12,14 +12,14 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from selectkd.devices import use_device
 from selectkd.errors import ConfigError
+from selectkd.loss.plan import Extra, FirstPass, StreamSpec
+from selectkd.models.devices import use_device
 from selectkd.models.gathered import gathered
 from selectkd.models.sharded import is_sharded, plain_copy, whole
-from selectkd.objective import Objective
-from selectkd.schedules import BetaSchedule, TaidSchedule
+from selectkd.objective.objective import Objective
+from selectkd.objective.schedules import BetaSchedule, TaidSchedule
 from selectkd.teachers.protocol import ReadsAhead
-from selectkd.terms import Extra, FirstPass, StreamSpec
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.counts import rank, ranks
 from selectkd.training.feed import Feed

@@ -20,8 +20,8 @@ import torch
 import xxhash
 
 from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.durable import write_whole
 from selectkd.data.template import ChatTemplate
-from selectkd.durable import write_whole
 from selectkd.errors import CacheError, ConfigError, NumericsError, ResourceError
 from selectkd.teachers.cache.builders import fill
 from selectkd.teachers.cache.index import (

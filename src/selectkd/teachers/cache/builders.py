@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from selectkd.durable import disk_error, sync
+from selectkd.data.durable import disk_error, sync
 
 LOOK = 0.1
 """Seconds from one look at another builder's lock to the next."""

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from selectkd.durable import json_bytes, sealed, unsealed, write_whole
+from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.errors import CacheError
 from selectkd.teachers.cache.shard import record_key
 

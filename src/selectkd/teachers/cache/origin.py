@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from selectkd.data.collate import collate
 from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
+from selectkd.loss.teacher_rows import Head
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import whole
-from selectkd.rows import Head
 from selectkd.teachers.cache.codec import Bytes
 from selectkd.teachers.cache.index import Record
 from selectkd.teachers.cache.payloads import Stored

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import ConfigError, NumericsError
-from selectkd.rows import CachedRows, Head
+from selectkd.loss.teacher_rows import CachedRows, Head
 from selectkd.teachers.cache.codec import (
     NEVER,
     Bytes,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from selectkd.durable import write_whole
+from selectkd.data.durable import write_whole
 from selectkd.errors import CacheError
 from selectkd.models.load import load_model
 from selectkd.teachers.cache.build import compute_shard

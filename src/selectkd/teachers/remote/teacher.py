@@ -12,7 +12,7 @@ from torch import Tensor
 from selectkd.data.collate import sent
 from selectkd.data.supervised import in_memory
 from selectkd.errors import ConfigError
-from selectkd.rows import CachedRows, LiveRows
+from selectkd.loss.teacher_rows import CachedRows, LiveRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.teachers.remote.answers import TopK
 from selectkd.teachers.remote.own import OwnServer

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from selectkd.durable import (
+from selectkd.data.durable import (
     checksum,
     disk_error,
     fault_point,

@@ -1,0 +1,120 @@
+"""The arms of a comparison: each a method, plain, selected or a control, as the values of a recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from selectkd.config.methods import METHODS
+from selectkd.errors import ConfigError
+from selectkd.objective.registry import did_you_mean
+
+SET_ASIDE = (
+    "divergence", "verifier", "selector", "beta", "by_writer", "extras", "language_model", "reduction", "thin_rejected",
+)  # fmt: skip
+"""Keys of ``objective`` that a method brings: what the recipe says of them is left out where methods are compared."""
+
+SELECTION = {"verifier": "greedy_topk", "k": 5, "beta": 0.01}
+"""The paper's, where the recipe has no selection of its own."""
+
+PLAIN, SELECTED, RANDOM, POSITION = "none", "selected", "matched_random", "matched_position"
+"""What an arm does with rows: nothing; the selection; random rows at the rate the selection had in the arm it controls
+for; the verdicts of greedy top-k dealt out among rows at like places of their sequences."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a comparison: what it is called, and which of the recipe's values it has. method: NAME or
+    NAME+OPTION.
+    """
+
+    recipe: str
+    method: str
+    selection: str
+    seed: int
+    values: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return (self.recipe, self.method, self.selection, self.seed)
+
+    @property
+    def folder(self) -> str:
+        """A name for its run folder."""
+        parts = (self.recipe, self.method.replace("+", "-"), self.selection, str(self.seed))
+        return "-".join(part for part in parts if part)
+
+
+def method_of(word: str) -> Any:
+    """``kd`` or ``gkd+on_policy`` as a recipe's ``method``; ConfigError for a name or an option that is none."""
+    name, *options = word.split("+")
+    if name not in METHODS:
+        raise ConfigError(
+            f"--methods: {name!r} is no method.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}."
+        )
+    for option in options:
+        known = METHODS[name].options
+        if option not in known:
+            raise ConfigError(
+                f"--methods: {name} has no option {option!r}.{did_you_mean(option, known)} It has: "
+                f"{', '.join(known) or 'none'}."
+            )
+    return {"name": name, **dict.fromkeys(options, True)} if options else name
+
+
+def arms(
+    recipes: Mapping[str, Mapping[str, Any]], methods: Sequence[str], *, seeds: int, controls: bool = False
+) -> list[Arm]:
+    """Every recipe (name -> values) under every method, or as it stands without methods, plain and selected, for each
+    seed.
+
+    The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by the two that
+    say what its number of rows, and that number at each place of an answer, would have done; the second where the
+    selection is greedy top-k, whose verdicts it deals out.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} makes no run; give 1 or more.")
+    found: list[Arm] = []
+    for name, values in recipes.items():
+        first = int((values.get("training") or {}).get("seed", 42))
+        for seed in range(first, first + seeds):
+            for word in methods or ("",):
+                for selection in (PLAIN, SELECTED, *(_controls_of(values) if controls else ())):
+                    made = _values(values, word, selection, seed)
+                    found.append(
+                        Arm(name if len(recipes) > 1 else "", word or "recipe", selection, seed, made)
+                    )
+    return found
+
+
+def _controls_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    chosen = values.get("selection") or SELECTION
+    return (RANDOM, POSITION) if chosen.get("verifier") == "greedy_topk" else (RANDOM,)
+
+
+def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> dict[str, Any]:
+    made: dict[str, Any] = copy.deepcopy(dict(values))
+    # a run that is killed is run again from its start, so that a checkpoint would only cost time
+    made["training"] = {"save_every": None, **(made.get("training") or {}), "seed": seed}
+    chosen = made.pop("selection", None) or SELECTION
+    if word:
+        made["method"] = method_of(word)
+        objective = {k: v for k, v in (made.get("objective") or {}).items() if k not in SET_ASIDE}
+        made["objective"] = objective
+        if "reference" not in METHODS[word.split("+")[0]].needs:
+            made.pop("reference", None)  # it costs memory and a forward pass, and nobody would look at it
+    if selection != PLAIN:
+        objective = made.get("objective") or {}
+        made["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
+        made["selection"] = {**chosen, "verifier": "matched_position"} if selection == POSITION else chosen
+    return made
+
+
+def controlled(arm: Arm, selected: Mapping[str, Any]) -> Arm:
+    """The arm of random rows once the row of the selected arm is there, at its rate of acceptance."""
+    values: dict[str, Any] = copy.deepcopy(dict(arm.values))
+    beta = values["selection"].get("beta", 0.01)
+    values["selection"] = {"verifier": "matched_random", "rate": selected["acceptance"], "beta": beta}
+    return Arm(arm.recipe, arm.method, arm.selection, arm.seed, values)

@@ -1,0 +1,179 @@
+"""One arm of a comparison, in a process of its own: its memory is its own, and so is its end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from selectkd.objective.plugins import Granted, grant, granted
+
+FIELDS = ("held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "peak_bytes")
+"""What a row says of a run, beside what it is called; all None where the run failed."""
+
+
+def run_apart(
+    values: Mapping[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """The row of one run, or {"error": ...} where it failed, be it by a signal.
+
+    What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR and bite at the
+    comparison's one verifier, training tokens a second, and the peak of the process (of the accelerator where there is
+    one). keep: leave the student's weights in the run folder. device: as of ``use_device``.
+    """
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["selectkd.evals.studies.preloaded"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_child, args=(dict(values), str(folder), keep, device, granted(), sender)
+    )
+    process.start()
+    sender.close()
+    try:
+        row = receiver.recv()
+    except EOFError:
+        row = None
+    finally:
+        process.join()
+        receiver.close()
+    return row if row is not None else {"error": f"the run ended with exit code {process.exitcode}"}
+
+
+def _child(
+    values: dict[str, Any], folder: str, keep: bool, device: str, plugins: Granted, sender: Connection
+) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from selectkd.errors import SelectKDError
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    grant(plugins)
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("selectkd").setLevel(logging.ERROR)  # what it warns of is in the row
+    try:
+        sender.send(measured(values, Path(folder), keep=keep, device=device))
+    except (SelectKDError, OSError, MemoryError, RuntimeError, ValueError, ArithmeticError) as error:
+        sender.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+    finally:
+        sender.close()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that asked for the run is gone, however that went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def empty(folder: Path) -> None:
+    """Takes away the rest of a run that never came to its row; ConfigError where a process works in it, or where
+    the folder holds no run."""
+    from selectkd.training.run_folder import check_output_dir, locked
+
+    check_output_dir(folder)
+    if folder.exists():
+        with locked(folder):
+            shutil.rmtree(folder)
+
+
+def measured(
+    values: dict[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Trains the recipe of ``values`` in ``folder``, which is emptied first, and measures its student."""
+    import json
+
+    import torch
+
+    from selectkd.config import recipe_from
+    from selectkd.training.run import train
+
+    empty(folder)
+    values["training"] = {**values["training"], "output_dir": str(folder)}
+    recipe = recipe_from(values)
+    kept: list[Any] = []
+    started = time.perf_counter()
+    result = train(recipe, on_assembled=kept.append, device=device)
+    seconds = time.perf_counter() - started
+    held = held_out(kept[0], recipe.training.seed)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for line in lines if "tokens_per_second" in line]
+    clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
+    speed = {line["step"]: line["tokens_per_second"] for line in clock if "tokens_per_second" in line}
+    tokens = int(lines[-1]["tokens"])
+    training = sum(
+        (line["tokens"] - before) / speed[line["step"]]
+        for line, before in zip(lines, [0, *(line["tokens"] for line in lines)], strict=False)
+        if speed[line["step"]]
+    )
+    if not keep:
+        for heavy in ("student", "checkpoints"):
+            shutil.rmtree(folder / heavy, ignore_errors=True)
+    on = next(kept[0].student.parameters()).device
+    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
+    return {
+        **held,
+        "tokens_per_second": tokens / training if training else None,
+        "peak_bytes": peak,
+        "tokens": tokens,
+        "steps": result.steps,
+        "skipped": result.skipped,
+        "seconds": round(seconds, 3),
+        "process_seconds": round(time.process_time(), 3),
+        "warnings": result.warnings,
+        "acceptance": _mean(lines, "acceptance"),
+        "mean_weight": _mean(lines, "weight"),
+    }
+
+
+def held_out(made: Any, seed: int) -> dict[str, Any]:
+    """The held-out measures of an assembled run's student, with the KL of each sequence; one verifier for every arm."""
+    from selectkd.errors import ConfigError
+    from selectkd.evals.own_text import each_sequence
+
+    if not made.heldout:
+        raise ConfigError("a comparison needs held-out text; set data.evaluation to {path: ...} or a share.")
+    each = each_sequence(
+        made.student, made.teacher, made.heldout, seed=seed, streams=made.streams,
+        device=next(made.student.parameters()).device, precision=made.precision,
+    )  # fmt: skip
+    tokens = sum(one.tokens for one in each)
+
+    def mean(value: Any) -> float:
+        return sum(value(one) * one.tokens for one in each) / tokens
+
+    return {
+        "held_out_kl": mean(lambda one: one.kl),
+        "held_out_loss": mean(lambda one: math.log(one.perplexity)),
+        "tar": sum(one.tar for one in each) / len(each),
+        "bite": _bite(each),
+        "held_out_kl_of": [one.kl for one in each],
+        "held_out_tokens_of": [one.tokens for one in each],
+    }
+
+
+def _bite(each: list[Any]) -> float:
+    whole = sum(one.kl * one.tokens for one in each)
+    return sum(one.bite * one.kl * one.tokens for one in each) / whole if whole else 0.0
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
+    seen = [line[name] for line in lines if line.get(name) is not None]
+    return sum(seen) / len(seen) if seen else None
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)

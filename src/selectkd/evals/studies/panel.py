@@ -1,0 +1,178 @@
+"""The shadow panel: every verifier and selector on the same rows in one pass, without training anybody. n rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectkd.data.supervised import supervised
+from selectkd.errors import DataError
+from selectkd.loss.terms import Forward
+from selectkd.models.head import backbone, head_of
+from selectkd.objective.divergences import forward_kl
+from selectkd.objective.pair import TokenPair
+from selectkd.objective.registry import build
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS, uniforms_of
+from selectkd.objective.verifiers.gates import entropy
+from selectkd.teachers.protocol import Teacher
+from selectkd.training.heldout.breakdown import ENTROPIES, POSITIONS, binned
+from selectkd.training.uniforms_of_text import draws
+
+OWN = 3
+"""Columns the panel measures itself: KL(p || q), the norm of its gradient, the teacher's entropy."""
+
+
+def judges(names: Mapping[str, Any] | None = None, *, reference: bool = False) -> dict[str, Any]:
+    """name -> verifier or selector: those of ``names`` (name -> spec), else every one of both tables at its defaults.
+
+    Of all, ``always`` keeps everything and is left out, and those that compare with a reference student are where there
+    is one.
+    """
+    table = {**VERIFIERS, **SELECTORS}
+    if names is not None:
+        return {name: build(table, spec, kind="verifier or selector") for name, spec in names.items()}
+    every = {name: build(table, name, kind="verifier or selector") for name in table if name != "always"}
+    return {
+        name: one for name, one in every.items() if reference or not getattr(one, "needs_reference", False)
+    }
+
+
+@dataclass
+class _Panel:
+    """All judges as one selector: its score is every judge's columns side by side, its keep hands them over.
+
+    widths: how many columns the score of each had, known once there was one.
+    """
+
+    members: Mapping[str, Any]
+    widths: list[int] = field(default_factory=list)
+    teacher_tokens = None
+
+    @property
+    def uniforms_per_token(self) -> int:
+        return sum(uniforms_of(one) for one in self.members.values())
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        """[n, OWN + columns]: the panel's own measures, then each judge's acceptance or scores."""
+        gradient = (pair.logq.exp() - pair.logp.exp()).square().sum(-1).sqrt()
+        columns = [torch.stack([forward_kl(pair.logp, pair.logq), gradient, entropy(pair.logp)], -1)]
+        start = 0
+        self.widths = []
+        for one in self.members.values():
+            own = uniform[:, start : start + uniforms_of(one)]
+            start += uniforms_of(one)
+            seen = one.score(pair, own) if hasattr(one, "keep") else one(pair, own)[:, None]
+            columns.append(seen.to(columns[0].dtype))
+            self.widths.append(seen.shape[1])
+        return torch.cat(columns, -1)
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+        return scores
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return self.score(pair, uniform)
+
+
+@torch.no_grad()
+def panel(
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[Any],
+    members: Mapping[str, Any],
+    *,
+    beta: float = 0.01,
+    seed: int = 0,
+    chunk: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """What every judge would do with the same rows: {n, beta, judges: {name: {...}}, jaccard: {name: {name: x}}}.
+
+    Of a judge: ``rate``, the mean acceptance; ``loss_removed`` and ``gradient_removed``, 1 - sum V D / sum D with
+    V = beta + (1 - beta) a, D the forward KL and, for the gradient, the norm |q - p| of its gradient to the row's
+    logits; the rate by place in the completion and by the teacher's entropy in nats. jaccard: sum min(a, b) / sum
+    max(a, b) of two acceptances, the overlap of two sets where they are 0 and 1. A ranked judge ranks each batch, as in
+    training. The student keeps its mode. Raises DataError where no row is trained.
+    """
+    member = _Panel(members)
+    was_training = student.training
+    student.eval()
+    accepted: dict[str, list[Tensor]] = {name: [] for name in members}
+    own: list[Tensor] = []
+    places: list[Tensor] = []
+    try:
+        for batch in batches:
+            batch = batch if device is None else batch.to(device)
+            seen = supervised(batch)
+            if not seen.position.shape[0]:
+                continue
+            scores = _scores(student, teacher, batch, seen, member, seed, chunk)
+            own.append(scores[:, :OWN].double().cpu())
+            places.append(seen.offset.cpu())
+            for name, acceptance in _kept(member, scores, seen.sequence):
+                accepted[name].append(acceptance.double().cpu())
+    finally:
+        student.train(was_training)
+    if not own:
+        raise DataError("no token of the text is trained, so there is nothing to judge.")
+    kl, gradient, surprise = torch.cat(own).T.contiguous()
+    place = torch.cat(places)
+    verdicts = {name: torch.cat(parts) for name, parts in accepted.items()}
+    return {
+        "n": int(kl.shape[0]),
+        "beta": beta,
+        "judges": {
+            name: {
+                "rate": float(a.mean()),
+                "loss_removed": _removed(a, kl, beta),
+                "gradient_removed": _removed(a, gradient, beta),
+                "by_position": binned(a, place, POSITIONS),
+                "by_entropy": binned(a, surprise, ENTROPIES),
+            }
+            for name, a in verdicts.items()
+        },
+        "jaccard": {
+            name: {other: jaccard(a, b) for other, b in verdicts.items() if other != name}
+            for name, a in verdicts.items()
+        },
+    }
+
+
+def jaccard(a: Tensor, b: Tensor) -> float:
+    """sum min(a, b) / sum max(a, b) of two acceptances [n], 1 where both are 0 everywhere.
+
+    >>> jaccard(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0]))
+    0.3333333333333333
+    """
+    union = float(torch.maximum(a, b).sum())
+    return float(torch.minimum(a, b).sum()) / union if union else 1.0
+
+
+def _scores(
+    student: nn.Module, teacher: Teacher, batch: Any, seen: Any, member: _Panel, seed: int, chunk: int | None
+) -> Tensor:
+    head = head_of(student)
+    hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
+    rows = teacher(batch, seen.position)
+    uniform = draws(batch, seen, member.uniforms_per_token, seed=seed, step=0)
+    here = Forward(hidden, head, rows, seen.labels, seen.sequence, seen.stream, uniform, chunk=chunk)
+    return here.scores(member)
+
+
+def _kept(member: _Panel, scores: Tensor, sequence: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """Each judge's acceptance of the rows of a batch, from the columns that are its own."""
+    start = OWN
+    for (name, one), width in zip(member.members.items(), member.widths, strict=True):
+        columns = scores[:, start : start + width]
+        start += width
+        yield name, one.keep(columns, sequence) if hasattr(one, "keep") else columns[:, 0]
+
+
+def _removed(acceptance: Tensor, amount: Tensor, beta: float) -> float:
+    total = float(amount.sum())
+    return 1.0 - float(((beta + (1.0 - beta) * acceptance) * amount).sum()) / total if total else 0.0

@@ -1,0 +1,36 @@
+"""The fused loss: rows of both models become loss and gradient; no [n, v] tensor exists. Torch and jaxtyping alone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selectkd.loss.aligned_rows import AlignedRows
+    from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
+    from selectkd.loss.token_log_probs import token_log_probs
+
+_HOMES = {
+    "AlignedRows": "selectkd.loss.aligned_rows",
+    "CachedRows": "selectkd.loss.teacher_rows",
+    "Head": "selectkd.loss.teacher_rows",
+    "LiveRows": "selectkd.loss.teacher_rows",
+    "distillation_loss": "selectkd.loss.distillation",
+    "token_log_probs": "selectkd.loss.token_log_probs",
+}
+
+__all__ = [
+    "AlignedRows",
+    "CachedRows",
+    "Head",
+    "LiveRows",
+    "distillation_loss",
+    "token_log_probs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,255 @@
+"""The fused loss: head product, objective and gradient over chunks of rows, so that no [n, v] tensor ever exists.
+
+n rows, c rows of a chunk, b rows of a block, v vocabulary, d student width. A chunk is as large as the matrix
+products like it and holds one [c, v] tensor a model; a block is as small as the caches like it, and only blocks see
+elementwise work. The gradient is taken in the forward pass, chunk by chunk; backward only scales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from selectkd.loss.block import Rows, Seen, Settings, pair_at
+from selectkd.loss.block_autograd import judge
+from selectkd.loss.by_device import by_kernels, kernels_for, rows_of_block, scored_rows
+from selectkd.loss.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
+from selectkd.loss.teacher_rows import Head, Scratch, TeacherRows, wide
+from selectkd.objective.objective import Objective
+
+SCALED_ENTRIES = 1 << 22
+"""Entries of a gradient in 16 bits that are multiplied in fp32 at a time."""
+F = TypeVar("F", bound=Callable[..., Any])
+ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified", "kl")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything of one call but the tensors with gradients."""
+
+    teacher: TeacherRows
+    objective: Objective
+    uniform: Tensor  # [n, r]
+    row_scale: Tensor  # [n]
+    temperature: float
+    chunk: int
+    labels: Tensor | None  # [n]
+    sequence: Tensor | None  # [n]
+    also_kl: bool = False
+    gradient_filter: float = 0.0
+    compiled: bool = False
+    acceptance: Tensor | None = None  # [n], from the first pass
+    later: Tensor | None = None  # [n], of the tokens after each span's first
+    products: torch.dtype | None = None  # of the student's products; None: the head's own
+
+    def rows(self, chunk: slice, block: slice) -> Rows:
+        """What the rows of a block of a chunk need beside their logits."""
+        here = slice(chunk.start + block.start, chunk.start + block.stop)
+        columns = (self.labels, self.sequence, self.acceptance, self.later)
+        beside = (None if x is None else x[here] for x in columns)
+        return Rows(self.uniform[here], self.row_scale[here], *beside)
+
+
+@torch.no_grad()
+def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+    """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
+    scores, sequence = scored(hidden, head, work, width), work.sequence
+    if sequence is None:
+        sequence = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    return work.objective.verifier.keep(scores, sequence)
+
+
+@torch.no_grad()
+def scored(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+    """The scores of every row, [n, m], from an objective that ranks; nan where the teacher's row is not finite."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _scores(hidden, head, work, width)
+
+
+def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+    selector = work.objective.verifier
+    beside = work.teacher.reference
+    if beside is not None:  # a reference of fewer ids: all three are compared on what they share
+        width = min(width, beside.shared_width(width))
+    head = replace(head, weight=head.weight.to(work.products or head.weight.dtype))
+    scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
+    settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
+    for rows in cuts(0, hidden.shape[0], work.chunk):
+        raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
+        teacher = work.teacher.open(rows, width, scratch)
+        reference = None if beside is None else beside.open(rows, width, scratch)
+        for block in cuts(0, raw.shape[0], scored_rows(width, raw.device)):
+            at = work.rows(rows, block)
+            pair = pair_at(temperature, raw, block, teacher, at, settings)
+            if reference is not None:
+                pair = replace(pair, logr=pair_at(temperature, raw, block, reference, at, settings).logp)
+            score = selector.score(pair, at.uniform)  # [b, m]
+            if pair.finite is not None:
+                score = torch.where(pair.finite[:, None], score, torch.nan)
+            scores.append(score)
+    return torch.cat(scores)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """sum_i row_scale_i * weight_i * divergence_i, with its gradients to hidden, weight, bias and ``later`` [n]: what
+    the tokens after each row's first one have, where the teacher is aligned by spans.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        later: Tensor | None,
+        head: Head,
+        work: Work,
+    ) -> tuple[Tensor, ...]:
+        wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
+        wants_any = wants_hidden or wants_weight or wants_bias
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
+        weight = weight.detach().to(work.products or weight.dtype)
+        head = replace(head, weight=weight, bias=bias)  # itself, which is looked at once
+        width = work.teacher.shared_width(head.width)
+        fp = wide(weight.dtype)
+        n = hidden.shape[0]
+
+        loss = torch.zeros((), dtype=fp, device=hidden.device)
+        seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
+        bad = torch.zeros((), dtype=fp, device=hidden.device)
+        products = torch.promote_types(
+            hidden.dtype, weight.dtype
+        )  # rounded to hidden's once backward has scaled them
+        grad_hidden = torch.empty_like(hidden, dtype=products) if wants_hidden else None
+        chunks = -(-n // work.chunk)
+        head_gradient = HeadGradient(weight, width, chunks, ctx.dtypes[1]) if wants_weight else None
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=fp, device=weight.device)
+            if wants_bias and bias is not None
+            else None
+        )
+
+        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
+        if later is not None:
+            work = replace(work, later=later.detach())
+
+        settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl, work.compiled)
+        scratch = Scratch()
+        for rows in cuts(0, n, work.chunk):
+            chunk = hidden[rows].detach()  # [c, d]
+            with torch.no_grad():
+                # [c, v], overwritten by its gradient block by block
+                raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
+            judged = judge_chunk(raw, rows, width, work, settings, scratch)
+            for name in ROWS:
+                values = getattr(judged, name)
+                seen[name][rows] = 0.0 if values is None else values
+            if grad_later is not None and judged.grad_later is not None:
+                grad_later[rows] = judged.grad_later
+            loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
+            bad += judged.bad
+            if wants_any:
+                # on an accelerator a look at the weights would wait; there the kernels do not read such rows
+                looks = work.objective.drops_rows and raw.device.type == "cpu"
+                kept = rows_with_gradient(judged.weight) if looks else None
+                gradient = raw if kept is None else raw[kept]
+                inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
+                strong = strong_columns(gradient, work.gradient_filter) if work.gradient_filter else None
+                if grad_hidden is not None:
+                    part = hidden_gradient(gradient, weight[:width], strong)
+                    if kept is None:
+                        grad_hidden[rows] = part.to(products)
+                    else:
+                        grad_hidden[rows] = 0
+                        grad_hidden[rows][kept] = part.to(products)
+                if head_gradient is not None:
+                    head_gradient.add(gradient, inputs, strong)
+                if grad_bias is not None:
+                    for piece in cuts(0, width, PIECE):
+                        grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
+
+        # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
+        of_head = None if head_gradient is None else head_gradient.total
+        ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
+        rows_out = [seen[name] for name in ROWS]
+        ctx.mark_non_differentiable(bad, *rows_out)
+        return (loss, bad, *rows_out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        differentiable_once()
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the distillation loss was already backpropagated; call distillation_loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        plain = (
+            grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        )  # elsewhere a look would cost a sync
+        for i, dtype in enumerate(ctx.dtypes):
+            if gradients[i] is not None:
+                gradients[i] = gradients[i].to(dtype) if plain else scaled(gradients[i], grad_loss, dtype)
+        return (*gradients, None, None)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient in ``dtype``, in place where that is its own: multiplied in fp32 or wider, then rounded once.
+
+    A factor such as 1/3 is off by up to .2% once it is rounded to bf16, for all entries alike, and a loss scale of
+    65,536 is beyond fp16.
+    """
+    if gradient.dtype.itemsize >= 4:
+        return gradient.mul_(factor.to(gradient.dtype)).to(dtype)
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    rows = max(1, SCALED_ENTRIES // max(1, gradient[:1].numel()))
+    for piece in cuts(0, gradient.shape[0], rows):
+        out[piece] = gradient[piece].float().mul_(factor)
+    return out
+
+
+def differentiable_once() -> None:
+    """RuntimeError in the backward pass of a second derivative: the gradient was taken without a graph of its own."""
+    if torch.is_grad_enabled():  # as autograd has it under create_graph alone
+        raise RuntimeError(
+            "distillation_loss has no second derivative: its gradient is computed without a graph. Leave create_graph "
+            "out, or take the Hessian of the plain program (docs/architecture.md)."
+        )
+
+
+def untraced(function: F) -> F:
+    """The function as torch.compile sees it from outside: the graph breaks there, and it runs as it stands."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+def judge_chunk(
+    raw: Tensor, rows: slice, width: int, work: Work, settings: Settings, scratch: Scratch
+) -> Seen:
+    """Judges a chunk block by block, or at once where the kernels do this work; the gradient is left in ``raw``."""
+    teacher = work.teacher.open(rows, width, scratch)
+    kernels = kernels_for(raw, teacher, settings, judged=work.acceptance is not None)
+    if kernels is not None:
+        whole = by_kernels(kernels, raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+        if whole is not None:
+            return whole
+    columns: dict[str, Tensor] = {}
+    bad: Tensor | int = 0
+    for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, settings)):
+        judged = judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
+        bad = bad + judged.bad
+        # copied, not kept: small tensors that stay would lie where the next block's large ones have been
+        for name, values in judged._asdict().items():
+            if name != "bad" and values is not None:
+                if name not in columns:
+                    columns[name] = torch.empty(raw.shape[0], dtype=values.dtype, device=values.device)
+                columns[name][block] = values
+    return Seen(bad=bad, **columns)
+
+
+def rows_with_gradient(weight: Tensor) -> Tensor | None:
+    """The rows of a chunk whose weight is not 0, so that the others cost no product; None means all of them."""
+    kept = weight.nonzero()[:, 0]
+    return None if kept.shape[0] == weight.shape[0] else kept

@@ -1,0 +1,260 @@
+"""distillation_loss: the one function a training loop needs. n rows, v vocabulary, d / e student / teacher width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+from selectkd.loss.aligned_rows import AlignedRows
+from selectkd.loss.block_compiled import check_compiled
+from selectkd.loss.by_device import chunk_rows
+from selectkd.loss.chunks import ROWS, ChunkedLoss, Work, first_pass, untraced
+from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows, TeacherRows, product_dtype
+from selectkd.loss.token_log_probs import token_log_probs
+from selectkd.objective.divergences.uld import is_unpaired
+from selectkd.objective.objective import Objective
+from selectkd.objective.verifiers import reads_proposal_alone
+
+
+@untraced
+def distillation_loss(
+    hidden: Float[Tensor, "n d"],
+    head: Float[Tensor, "v d"] | Head,
+    teacher: TeacherRows,
+    objective: Objective,
+    uniform: Float[Tensor, "n r"] | None = None,
+    *,
+    row_scale: Float[Tensor, " n"] | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    labels: Int[Tensor, " n"] | None = None,
+    sequence: Int[Tensor, " n"] | None = None,
+    acceptance: Float[Tensor, " n"] | None = None,
+    also_kl: bool = False,
+    gradient_filter: float = 0.0,
+    compiled: bool = False,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
+
+    hidden [n, d]: the student's last hidden states where a supervised token is predicted; the gradient reaches them
+    and the head's weight and bias. head: its weight [v, d], or a Head with bias, scale and soft-cap.
+    teacher: LiveRows or CachedRows of the same n rows. uniform [n, r]: numbers in (0, 1), r =
+    objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
+    1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
+    multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
+    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. acceptance [n]:
+    verdicts in place of the verifier's; a selector ranks the rows of one call, so a step of several calls ranks them
+    beforehand, as training does (``terms.LossPlan``). also_kl: sums hold ``kl`` and ``row_kl`` as
+    well, KL(p || q) at temperature 1 over all rows, from the same logits.
+    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
+    take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
+    states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens;
+    in fp32 2^-10 still errs less than bf16 does.
+    compiled: the elementwise work of a live teacher's rows by torch.compile, which takes a C++ compiler and seconds at
+    the first call; for divergences with a closed form. An accelerator's kernels do without.
+
+    Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
+    tensor is ever built. The gradient is computed along with the value, so there is no second derivative, and
+    torch.compile around it breaks its graph here. Nothing is divided here. A head in fp16 is refused: a row's gradient,
+    some row_scale / v an entry, is below its range before any loss scaling; hidden states may be fp16.
+
+    With AlignedRows, a teacher of another tokenizer, a row is a span of text: it counts once, at its first token.
+
+    Under autocast to bf16 the products of an fp32 head are in bf16, its gradient is summed in fp32, and
+    all else stays in fp32. The product of the teacher is in its own dtype.
+
+    Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap,
+    unverified (rows that no verdict can be given on) and teacher_nonfinite (rows left out because the teacher's were
+    nan or infinite), and row_acceptance, row_divergence, row_weight, row_overlap, row_unverified [n]. TAR is
+    accepted / n, bite 1 - weighted_divergence / divergence.
+    Raises ConfigError where shapes or the teacher do not fit the objective.
+    Source: SelecTKD (arXiv 2510.24021), equation 4.
+
+    >>> import torch
+    >>> from selectkd import LiveRows, Objective
+    >>> _ = torch.manual_seed(0)
+    >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    >>> teacher = LiveRows(torch.randn(6, 16), torch.randn(20, 16))
+    >>> loss, sums = distillation_loss(hidden, head, teacher, Objective("forward_kl", {"name": "greedy_topk", "k": 5}))
+    >>> loss.backward()
+    >>> tuple(head.grad.shape), int(sums["n"])
+    ((20, 8), 6)
+    """
+    student = Head.of(head)
+    if not torch.is_grad_enabled():  # a head that wants a gradient would get one all the same, for nothing
+        hidden, student = hidden.detach(), student.detach()
+    n = hidden.shape[0]
+    uniform = _checked_uniform(uniform, n, objective, hidden.device)
+    _check(hidden, student, teacher, objective, temperature, chunk)
+    if not 0.0 <= gradient_filter < 1.0:
+        raise ConfigError(
+            f"gradient_filter = {gradient_filter} must lie in [0, 1); 0 is exact, 2^-14 = 6.1e-5."
+        )
+    if compiled:
+        check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
+    columns = {"row_scale": row_scale, "labels": labels, "sequence": sequence, "acceptance": acceptance}
+    for name, value in columns.items():
+        if value is not None and tuple(value.shape) != (n,):
+            raise ConfigError(
+                f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
+            )
+    if row_scale is None:
+        row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
+
+    width, products = teacher.shared_width(student.width), product_dtype(student.weight)
+    work = Work(
+        teacher=teacher,
+        objective=objective,
+        uniform=uniform,
+        row_scale=row_scale.detach(),
+        temperature=temperature,
+        chunk=chunk_rows(n, width, chunk, products, hidden.device),
+        labels=labels,
+        sequence=sequence,
+        also_kl=also_kl,
+        gradient_filter=gradient_filter,
+        compiled=compiled,
+        acceptance=acceptance,
+        products=products,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, bad, seen = _fused(hidden, student, teacher, work, width)
+    sums = {
+        "n": torch.full((), float(n), device=hidden.device),  # filled there: a copy would wait for the device
+        "accepted": seen["acceptance"].sum(),
+        "weight": seen["weight"].sum(),
+        "divergence": seen["divergence"].sum(),
+        "weighted_divergence": (seen["weight"] * seen["divergence"]).sum(),
+        "overlap": seen["overlap"].sum(),
+        "unverified": seen["unverified"].sum(),
+        "teacher_nonfinite": bad,
+    }
+    if also_kl:
+        sums["kl"] = seen["kl"].sum()
+    else:
+        del seen["kl"]
+    return loss, sums | {f"row_{name}": values for name, values in seen.items()}
+
+
+def _fused(
+    hidden: Tensor, student: Head, teacher: TeacherRows, work: Work, width: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, columns [n]) of all rows."""
+    if isinstance(teacher, AlignedRows):
+        return _by_spans(hidden, student, teacher, work)
+    if work.acceptance is None and work.objective.ranks_the_batch and hidden.shape[0]:
+        work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
+    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+    return loss, bad, dict(zip(ROWS, rows, strict=True))
+
+
+def _by_spans(
+    hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, bad rows, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
+
+    A span's divergence and weight stand at its first row, its verdict and overlap at each of its rows.
+    """
+    if teacher.by_index is not None and is_unpaired(work.objective.divergence):
+        teacher = teacher.by_index
+    first, span, later_rows = teacher.first, teacher.span, teacher.later
+    dead = teacher.vocabularies.dead(student.width)
+    log_probs = token_log_probs(
+        hidden[later_rows],
+        student,
+        teacher.token[later_rows],
+        dead=dead,
+        chunk=work.chunk,
+        products=work.products,
+    )
+    later = log_probs.new_zeros(first.shape[0]).index_add(0, span[later_rows], log_probs)
+    chosen = {
+        name: None if (value := getattr(work, name)) is None else value[first]
+        for name in ("uniform", "row_scale", "labels", "sequence")
+    }
+    work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
+    loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, work)  # type: ignore[misc]
+    inside = span >= 0
+    seen = {}
+    for name, values in zip(ROWS, rows, strict=True):
+        out = values.new_full(span.shape, 1.0 if name == "unverified" else 0.0)
+        if name in ("divergence", "weight", "kl"):
+            out[first] = values
+        else:
+            out[inside] = values[span[inside]]
+        seen[name] = out
+    return loss, bad, seen
+
+
+def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:
+    """ConfigError for what no alignment of two vocabularies gives."""
+    verifier, name = objective.verifier, type(objective.verifier).__name__
+    if not reads_proposal_alone(verifier) or objective.ranks_the_batch:
+        raise ConfigError(
+            f"{name} compares the two distributions token by token, and teacher and student have different tokens. "
+            "Use greedy_topk, always or matched_random."
+        )
+    if teacher.by_index is not None and objective.teacher_tokens != 0 and is_unpaired(objective.divergence):
+        raise ConfigError(
+            f"{name} cannot verify tokens that are paired by index: they stand at different places of the text. "
+            "Use always, or pairing: spans."
+        )
+    for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
+        if value != 1.0:
+            raise ConfigError(
+                f"{key} = {value} with a teacher of another tokenizer: the probability of a span is a product of "
+                "its tokens' at temperature 1. Set it to 1.0."
+            )
+
+
+def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, device: torch.device) -> Tensor:
+    need = objective.uniforms_per_token
+    if uniform is None:
+        uniform = torch.empty(n, 0, device=device)
+    if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:
+        raise ConfigError(
+            f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers "
+            f"for each of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
+        )
+    return uniform
+
+
+def _check(
+    hidden: Tensor,
+    student: Head,
+    teacher: TeacherRows,
+    objective: Objective,
+    temperature: float,
+    chunk: int | None,
+) -> None:
+    if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.weight.shape[1]:
+        raise ConfigError(
+            f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d], [v, d]."
+        )
+    if student.weight.dtype == torch.float16:
+        raise ConfigError(
+            "the student's head is float16, whose range ends above the gradient of a row, some row_scale / v an entry. "
+            "Give it in float32 or bfloat16; the hidden states may be float16, and a loss scaler's factor reaches them."
+        )
+    if teacher.count != hidden.shape[0]:
+        raise ConfigError(
+            f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same."
+        )
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature} must be above 0.")
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk = {chunk} must be 1 or more rows.")
+    if isinstance(teacher, AlignedRows):
+        _check_across(teacher, objective, temperature)
+    need = objective.teacher_tokens
+    held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(student.width)
+    if need is not None and need > held:
+        what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
+        raise ConfigError(
+            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
+            f"Set objective.verifier.k to {held} or less."
+        )

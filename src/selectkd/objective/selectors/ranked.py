@@ -1,0 +1,196 @@
+"""Published token selectors, each a score and a share of the batch to keep. n rows, s support columns, m scores a row.
+
+Class names are the registry's names. ``share`` is the part of the rows that gets a = 1, the best scores first, ties in
+row order; at least one row is kept. ``scope``: the rows that are ranked together, those of an optimizer step, over its
+micro-batches and all ranks, or those of each sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selectkd.errors import ConfigError
+from selectkd.objective.divergences.kl import forward_kl
+from selectkd.objective.pair import TokenPair
+from selectkd.objective.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
+
+SCOPES = ("step", "sequence")
+QUANTILE = 0.05
+"""Where teachability clips what it multiplies, at each end."""
+
+
+def top_share(score: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
+    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. What is not finite comes last."""
+    score = torch.where(score.isfinite(), score, -math.inf)
+    count = math.ceil(share * score.shape[0] - 1e-9)
+    best = torch.argsort(score, descending=True, stable=True)[:count]
+    return torch.zeros_like(score).scatter(0, best, 1.0)
+
+
+def normalised(score: Float[Tensor, " n"], *, clip: float = 0.0) -> Float[Tensor, " n"]:
+    """The score scaled to [0, 1] over the rows that have a finite one, 0 where those are equal; nan for the others.
+
+    clip: each end is first clipped to this quantile of the finite scores (linear between order statistics).
+    """
+    finite = score.isfinite()
+    ascending, count = torch.where(finite, score, math.inf).sort().values, finite.sum()
+    low, high = (_quantile(ascending, count, q) for q in (clip, 1.0 - clip))
+    scaled = (score.clamp(low, high) - low) / (high - low).clamp(min=torch.finfo(score.dtype).tiny)
+    return torch.where(finite, scaled, math.nan)
+
+
+def _quantile(ascending: Float[Tensor, " n"], count: Int[Tensor, ""], q: float) -> Float[Tensor, ""]:
+    """The q-quantile of the first ``count``, whose number the host need not know."""
+    at = q * (count - 1).clamp(min=0).to(ascending.dtype)
+    low, high = (ascending.gather(0, place.long()[None])[0] for place in (at.floor(), at.ceil()))
+    return low + (at - at.floor()) * (high - low)
+
+
+def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:
+    """The reference student's log-probabilities, or a ConfigError that says who needs them."""
+    if pair.logr is None:
+        raise ConfigError(
+            f"{name} compares with a reference student; give LiveRows one: reference=LiveRows(...)."
+        )
+    return pair.logr
+
+
+def label_log_prob(pair: TokenPair, log_a: Float[Tensor, "n s"], name: str) -> Float[Tensor, " n"]:
+    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail, -inf where it is nowhere."""
+    column = pair.column(label_of(pair, name))
+    found = log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
+    return found if pair.tail else torch.where(column >= 0, found, -math.inf)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """score x top share; the parent of every selector here."""
+
+    share: float = 0.5
+    scope: str = field(default="step", kw_only=True)
+    uniforms_per_token = 0
+    teacher_tokens = None
+    needs_reference = False  # whether it compares with a reference student
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ConfigError(f"{type(self).__name__}(share={self.share}): share must lie in (0, 1].")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"{type(self).__name__}(scope={self.scope!r}): scope is step or sequence.")
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        raise TypeError(f"{type(self).__name__} states no score")
+
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+        """The one number by which rows are ranked, of all that are ranked together."""
+        return scores[:, 0]
+
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        if self.scope == "step":
+            return top_share(self.rank(scores), self.share)
+        kept = torch.zeros_like(scores[:, 0])
+        for one in sequence.unique():
+            rows = (sequence == one).nonzero()[:, 0]
+            kept[rows] = top_share(self.rank(scores[rows]), self.share)
+        return kept
+
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
+        return self.keep(self.score(pair, uniform), sequence_of(pair))
+
+
+@dataclass(frozen=True)
+class se_kd(Ranked):
+    """SE-KD: the 20% of rows where the student's entropy is highest; its release has ``scope: sequence``."""
+
+    share: float = 0.2
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        return entropy(pair.logq)[:, None]
+
+
+@dataclass(frozen=True)
+class tip(Ranked):
+    """TIP: the 50% of rows with the highest 1 - (1 - h)(1 - d), h student entropy and d KL(p || q), each scaled to
+    [0, 1] over the rows that are ranked together."""
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        return torch.stack([entropy(pair.logq), forward_kl(pair.logp, pair.logq)], -1)  # [n, 2]
+
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+        h, d = normalised(scores[:, 0]), normalised(scores[:, 1])
+        return 1.0 - (1.0 - h) * (1.0 - d)
+
+
+@dataclass(frozen=True)
+class teachability(Ranked):
+    """Teachability: the 5% of rows with the highest d m, d = KL(p || q) and m p's mass on the student's ``top`` best.
+
+    Both are clipped to their 5% and 95% quantiles and scaled to [0, 1] before they are multiplied.
+    """
+
+    share: float = 0.05
+    top: int = 16
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        singles = pair.logq[:, : pair.ranked.shape[-1]]
+        best = singles.topk(min(self.top, singles.shape[-1]), -1).indices  # [n, top]
+        mass = pair.ranked.gather(-1, best).exp().sum(-1)
+        return torch.stack([forward_kl(pair.logp, pair.logq), mass], -1)  # [n, 2]
+
+    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+        d, m = (normalised(one, clip=QUANTILE) for one in scores.unbind(-1))
+        return d * m
+
+
+@dataclass(frozen=True)
+class adaspec(Ranked):
+    """AdaSPEC: the 40% of rows with the highest KL(p || q) - KL(p || q_ref), q_ref a reference student.
+
+    Source: AdaSPEC (arXiv 2510.19779).
+    """
+
+    share: float = 0.4
+    needs_reference = True
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        reference = reference_of(pair, "adaspec")
+        return (forward_kl(pair.logp, pair.logq) - forward_kl(pair.logp, reference))[:, None]
+
+
+@dataclass(frozen=True)
+class atkd(Ranked):
+    """ATKD's hard rows: the half with the highest uncertainty u = 1 - p(label).
+
+    Source: ATKD (arXiv 2402.11890).
+    """
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        return (1.0 - label_log_prob(pair, pair.logp, "atkd").exp())[:, None]
+
+
+@dataclass(frozen=True)
+class adakd(Ranked):
+    """AdaKD: the rows with the highest Hellinger distance between teacher and student."""
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        return hellinger_distance(pair.logp, pair.logq)[:, None]
+
+
+@dataclass(frozen=True)
+class rho_1(Ranked):
+    """Rho-1: the 60% of rows with the highest excess loss, -log q(label) + log q_ref(label).
+
+    Source: Rho-1 (arXiv 2404.07965).
+    """
+
+    share: float = 0.6
+    needs_reference = True
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
+        reference = label_log_prob(pair, reference_of(pair, "rho_1"), "rho_1")
+        return (reference - label_log_prob(pair, pair.logq, "rho_1"))[:, None]

@@ -1,0 +1,82 @@
+"""What is asked of a model that writes, and how many such questions fit its memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from selectkd.models.devices import free_memory
+from selectkd.models.head import head_of, unwrapped
+
+BATCH_TOKENS = 8192
+"""Prompt and completion tokens of a batch on a CPU, a prompt counted at its longest neighbour's length."""
+SHARE = 0.5
+"""Of an accelerator's free memory: the rest is for what attention takes and for pieces too small to be used."""
+MOST_ROWS = 1024
+"""Rows of a batch there: more write no faster."""
+GROWTH = 1.5
+"""Of a cache over what is in it (``reader.ROOM``)."""
+LOGITS = 40
+"""Bytes a vocabulary entry takes while a token is drawn: logits and probabilities, sorted and summed in fp64."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as ids, and how many tokens may follow. copy: 0, 1, ... for several texts of one prompt."""
+
+    prompt: Sequence[int]
+    limit: int
+    copy: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a batch may take: ``size`` of whatever a token takes ``token`` of and a row ``row``; ``most`` rows.
+
+    Where memory is the measure, rows are a power of two: a little more or less of it then changes no batch.
+    """
+
+    size: int
+    token: int = 1
+    row: int = 0
+    most: int | None = None
+
+    @classmethod
+    def of(cls, models: Sequence[nn.Module], device: torch.device) -> Room:
+        """BATCH_TOKENS on a CPU; on an accelerator its free memory, by what a token takes in these models' caches."""
+        free = None if device.type == "cpu" else free_memory(device)
+        if free is None:
+            return cls(BATCH_TOKENS)
+        heads = [head_of(model) for model in models]
+        token = sum(
+            _token_bytes(unwrapped(model).config, head) for model, head in zip(models, heads, strict=True)
+        )
+        row = LOGITS * sum(head.width for head in heads)
+        return cls(int(SHARE * free), token, row, MOST_ROWS)
+
+    def rows(self, requests: Sequence[Request]) -> int:
+        """How many of the requests, the longest prompt first, make a batch; at least 1."""
+        longest, limit, size = len(requests[0].prompt), 0, 0
+        for request in requests:
+            limit = max(limit, request.limit)
+            if size and (size + 1) * ((longest + limit) * self.token + self.row) > self.size:
+                break
+            size += 1
+        if self.most is None or size == len(requests) <= self.most:
+            return size
+        return 1 << (min(size, self.most).bit_length() - 1)
+
+
+def _token_bytes(config: Any, head: Any) -> int:
+    """Bytes of a token: its keys and values in every layer, and one layer's activations while the prompt is read."""
+    text = config.get_text_config()
+    width = head.weight.shape[1]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    each = getattr(text, "head_dim", None) or width // heads
+    cached = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * each
+    passing = 8 * width + 3 * (getattr(text, "intermediate_size", None) or 4 * width)
+    return int((GROWTH * cached + passing) * head.weight.element_size())

@@ -1,0 +1,65 @@
+"""From a recipe to its Writer: which models write, where a text ends, and what may be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from selectkd.data.render import pad_id_of
+from selectkd.models.precision import FP32, Precision
+from selectkd.rollouts.completion_server import CompletionServer
+from selectkd.rollouts.generate import ends_of
+from selectkd.rollouts.served_student import ServedStudent
+from selectkd.rollouts.streams import Stream
+from selectkd.rollouts.writer import Writer
+from selectkd.teachers.model import ModelPlan
+from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.secrets import key_of
+from selectkd.teachers.remote.settings import POLICY
+
+
+def writer_for(
+    recipe: Any,
+    streams: Sequence[Stream],
+    student: nn.Module,
+    teacher: TeacherPlan,
+    tokenizer: Any,
+    *,
+    precision: Precision = FP32,
+) -> Writer | None:
+    """What writes the text of a step, None where all of it is the data set's. The teacher writes where it is one
+    whole model in memory; ConfigError where a policy wants it to and it is not.
+    """
+    policies = recipe.data.policies
+    if all(policy.name == "dataset" for policy in policies):
+        return None
+    whole = isinstance(teacher, ModelPlan) and teacher.placement != "sharded"
+    model = teacher.loaded().model if whole else None
+    return Writer(
+        policies,
+        streams,
+        student,
+        model,
+        ends=ends_of(tokenizer, student, *(() if model is None else (model,))),
+        width=len(tokenizer),
+        pad_id=pad_id_of(tokenizer),
+        max_length=recipe.training.max_length,
+        max_new_tokens=recipe.data.max_new_tokens,
+        seed=recipe.training.seed,
+        precision=precision,
+        served={
+            number: _served(policy.served, student, tokenizer, precision)
+            for number, policy in enumerate(policies)
+            if getattr(policy, "served", None) is not None
+        },
+    )
+
+
+def _served(said: Any, student: nn.Module, tokenizer: Any, precision: Precision) -> ServedStudent:
+    key = key_of(said.api_key_env, POLICY.key)
+    server = CompletionServer(said.url, said.model, key, said.wait, ca=said.ca, settings=POLICY)
+    return ServedStudent(
+        server, said.kind, said.folder, student, tokenizer, said.refresh_every, dtype=precision.saved
+    )

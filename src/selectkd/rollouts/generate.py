@@ -1,0 +1,185 @@
+"""Many prompts to many completions: sorted by length, in batches, rows that are done leave. b texts.
+
+A token's random numbers are a function of (seed, step, the prompt's ids, its place), so a text depends neither on the
+batch it is in nor on the order of the prompts, but for the rounding of the models themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from selectkd.data.collate import sent
+from selectkd.errors import ConfigError
+from selectkd.models.devices import out_of_memory
+from selectkd.models.head import head_of, unwrapped
+from selectkd.objective.uniforms import uniforms
+from selectkd.rollouts.batch_memory import Request, Room
+from selectkd.rollouts.few_rows import FewRows
+from selectkd.rollouts.kv_decoder import reader
+from selectkd.rollouts.rules import Rule
+
+FEWER = 0.75
+"""Rows that are done leave once the rest is this share of the batch: leaving copies the cache."""
+LOOK_EVERY = 16
+"""Tokens between two looks at what an accelerator has written: at each the host waits for it. What a row writes behind
+its end by then is thrown away."""
+LOOK_BACK = 64
+"""Tokens at the end of a text that are decoded to look for a stop string."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written: ids (the end token with it, where there is one), tokens the second model put in, and whether it
+    came to an end by itself.
+    """
+
+    ids: list[int]
+    replaced: int = 0
+    ended: bool = False
+
+
+def prompt_key(prompt: Sequence[int], copy: int = 0) -> int:
+    """A 64-bit number of a prompt's ids, signed."""
+    digest = hashlib.blake2b(repr((list(map(int, prompt)), copy)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def ends_of(tokenizer: Any, *models: nn.Module) -> frozenset[int]:
+    """The ids that end a text: the tokenizer's EOS and those of the models' generation settings."""
+    own = [getattr(tokenizer, "eos_token_id", None)]
+    own += [
+        getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
+        for model in models
+    ]
+    ids: set[int] = set()
+    for one in own:
+        ids.update(() if one is None else (one,) if isinstance(one, int) else one)
+    return frozenset(ids)
+
+
+@torch.no_grad()
+def generate(
+    models: Sequence[nn.Module],
+    requests: Sequence[Request],
+    rule: Rule,
+    *,
+    ends: Collection[int],
+    width: int,
+    pad_id: int = 0,
+    seed: int = 0,
+    step: int = 0,
+    batch_tokens: int | None = None,
+    stops: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+) -> list[Completion]:
+    """One completion for each request, in their order, by as many models as the rule wants (student first).
+
+    ends: ids that end a text; width: how many leading ids may be written. A text also ends with the token that
+    completes one of ``stops``, for which ``decode`` is needed, and at its limit. The models keep their mode.
+    batch_tokens: prompt and completion tokens of a batch at most; None as of ``Room.of``.
+    Raises ConfigError for a rule and models that do not go together, and for a prompt without a token.
+    """
+    if len(models) != rule.models or not width > 0:
+        raise ConfigError(
+            f"{type(rule).__name__} writes with {rule.models} models, and there are {len(models)}."
+        )
+    if stops and decode is None:
+        raise ConfigError("stop strings need `decode`, a function from ids to text.")
+    if any(not request.prompt for request in requests):
+        raise ConfigError("a prompt has no token; there is nothing to go on from.")
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), i), reverse=True)
+    device = head_of(models[0]).weight.device
+    most = None  # rows of a batch, once memory has run out
+    done: dict[int, Completion] = {}
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(FewRows())
+        for model in models:
+            stack.enter_context(evaluating(model))
+        while order:
+            room = Room.of(models, device) if batch_tokens is None else Room(batch_tokens)
+            size = min(room.rows([requests[i] for i in order]), most or len(order))
+            batch = [requests[i] for i in order[:size]]
+            try:
+                texts = _batch(models, batch, rule, ends, width, pad_id, seed, step, stops, decode)
+            except (
+                RuntimeError
+            ) as error:  # a text does not depend on its batch: a smaller one writes the same
+                if size == 1 or not out_of_memory(error):
+                    raise
+                most = size // 2
+                continue
+            done.update(zip(order[:size], texts, strict=True))
+            order = order[size:]
+    return [done[i] for i in range(len(requests))]
+
+
+def _batch(
+    models: Sequence[nn.Module], requests: Sequence[Request], rule: Rule, ends: Collection[int], width: int,
+    pad_id: int, seed: int, step: int, stops: Sequence[str], decode: Callable[[list[int]], str] | None,
+) -> list[Completion]:  # fmt: skip
+    written: list[list[int]] = [[] for _ in requests]
+    replaced, ended = [0] * len(requests), [False] * len(requests)
+    readers = [
+        reader(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
+        for model in models
+    ]
+    shared = min(one.width for one in readers)
+    device = readers[0].logits.device
+    keys = [prompt_key(request.prompt, request.copy) for request in requests]
+    counter = sent(torch.tensor(keys, dtype=torch.int64), device)
+    here = list(range(len(requests)))  # the request of each row that is still read
+    active = [request.limit > 0 for request in requests]
+    token, place, every = None, 0, 1 if device.type == "cpu" else LOOK_EVERY
+    while any(active[i] for i in here):
+        left = min(requests[i].limit - len(written[i]) for i in here if active[i])
+        found, ahead = [], torch.arange(place, place + min(every, left), device=device)
+        place += len(ahead)
+        rows = (counter + ahead[:, None]).flatten()  # [tokens b]
+        uniform = uniforms(len(rows), rule.uniforms, seed=seed, step=step, counter=rows, device=device)
+        for own in uniform.unflatten(0, (len(ahead), len(here))):
+            if token is not None:
+                for one in readers:
+                    one.append(token)
+            logits = [one.logits[:, :shared].to(device) for one in readers]
+            token, overruled = rule(logits, own)
+            found.append(torch.stack([token, overruled.to(token.dtype)]))
+        for tokens, overruled in torch.stack(found).tolist():
+            for i, one, other in zip(here, tokens, overruled, strict=True):
+                if active[i]:
+                    written[i].append(one)
+                    replaced[i] += other
+                    ended[i] = one in ends or _stopped(written[i], stops, decode)
+                    active[i] = not ended[i] and len(written[i]) < requests[i].limit
+        kept = [row for row, i in enumerate(here) if active[i]]
+        if 0 < len(kept) <= FEWER * len(here):
+            index = sent(torch.tensor(kept), device)
+            here, token, counter = [here[row] for row in kept], token[index], counter[index]  # type: ignore[index]
+            for one in readers:
+                one.keep(index)
+    return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
+
+
+def _stopped(ids: list[int], stops: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
+    if not stops or decode is None:
+        return False
+    text = decode(ids[-LOOK_BACK:])
+    return any(stop in text for stop in stops)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """The model in evaluation mode for a while; dropout off, and checkpointing with it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

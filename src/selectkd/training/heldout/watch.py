@@ -1,0 +1,152 @@
+"""What a run sees of its student as it goes on: held-out measures, the probe, the best student, when to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from selectkd.data.supervised import supervised
+from selectkd.models.gathered import gathered
+from selectkd.models.sharded import like
+from selectkd.training.checkpoint.encoding import whole
+from selectkd.training.counts import rank, sequence_means
+from selectkd.training.heldout.breakdown import Breakdown, breakdown
+from selectkd.training.heldout.evaluation import Evaluation, evaluate, probe
+from selectkd.training.record.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    from selectkd.training.assembly import Assembly
+
+_PLAIN = ("verdicts", "latest_step", "best_step", "worse", "tar", "looked_at", "best")
+_EVALUATIONS = ("latest", "best_seen", "before")
+
+
+class Watch:
+    """Looks at held-out text and the probe as a run goes on; keeps the best student; says when to stop."""
+
+    def __init__(self, recipe: Any, made: Assembly, log: MetricsLog, device: torch.device) -> None:
+        self.recipe, self.made, self.log, self.device = recipe, made, log, device
+        self.every = recipe.training.evaluate_every
+        stopping = recipe.training.early_stopping
+        self.patience = None if stopping is None else stopping.patience
+        self.verdicts: Tensor | None = None
+        self.breakdown: Breakdown | None = None
+        self.latest: Evaluation | None = None
+        self.latest_step = self.best_step = 0
+        self.best_seen: Evaluation | None = None
+        self.worse, self.tar, self.looked_at = 0, 1.0, -1
+        self.best: dict[str, Tensor] = {}
+        self.before: Evaluation | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping has ended the run."""
+        return self.patience is not None and self.worse >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, the best student included."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        state["breakdown"] = None if self.breakdown is None else asdict(self.breakdown)
+        return state | {name: told(getattr(self, name)) for name in _EVALUATIONS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Looks are compared with the saved ones from here on."""
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        for name in _EVALUATIONS:
+            setattr(self, name, None if state[name] is None else Evaluation(**state[name]))
+        if self.verdicts is not None:
+            self.verdicts = self.verdicts.to(self.device)
+        if state["breakdown"] is not None:
+            self.breakdown = Breakdown(**{key: t.to(self.device) for key, t in state["breakdown"].items()})
+
+    def look(self, step: int) -> Evaluation | None:
+        """Measures the student and writes a line; remembers the student where it is the best so far."""
+        made, training = self.made, self.recipe.training
+        line: dict[str, Any] = {"step": step}
+        if made.heldout:
+            self.latest = evaluate(
+                made.student, made.teacher, made.heldout, replace(made.objective, beta=made.beta.end),
+                seed=training.seed, streams=made.streams, chunk=training.chunk, device=self.device,
+                precision=made.precision,
+            )  # fmt: skip
+            self.latest_step = step
+            line["evaluation"] = self.latest.as_dict()
+            if made.writer is not None:
+                made.writer.evaluated(math.log(self.latest.perplexity))
+        if made.probe is not None:
+            line |= self._probed()
+        if self.latest is not None:
+            self.tar = self.latest.tar
+        if rank() == 0 and len(line) > 1:
+            self.log.write(line)
+        if self.latest is not None and self.latest_step == step:
+            self._compare(step, self.latest)
+        self.looked_at = step
+        if step == 0:
+            self.before = self.latest
+        return self.latest
+
+    def _probed(self) -> dict[str, Any]:
+        made, training, line = self.made, self.recipe.training, {}
+        verdicts = probe(
+            made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk,
+            precision=made.precision,
+        )  # fmt: skip
+        line["probe_tar"] = tar_of(verdicts, made.probe)
+        if self.breakdown is None:
+            self.breakdown = breakdown(
+                made.student, made.teacher, made.probe, chunk=training.chunk, precision=made.precision
+            )
+        line |= self.breakdown.acceptance(verdicts)
+        if self.verdicts is not None:
+            line["probe_lost"] = int(((self.verdicts >= 0.5) & (verdicts < 0.5)).sum())
+            line["probe_won"] = int(((self.verdicts < 0.5) & (verdicts >= 0.5)).sum())
+        self.verdicts, self.tar = verdicts, line["probe_tar"]
+        return line
+
+    def _compare(self, step: int, seen: Evaluation) -> None:
+        if self.best_seen is None or seen.kl < self.best_seen.kl:
+            self.best_seen, self.best_step, self.worse = seen, step, 0
+            if self.patience is not None:
+                trained = {n: p for n, p in self.made.student.named_parameters() if p.requires_grad}
+                self.best = {name: whole(p).clone() for name, p in trained.items()}
+        else:
+            self.worse += 1
+
+    def __call__(self, step: int) -> bool:
+        """After each step: whether to stop."""
+        if self.every and step % self.every == 0:
+            self.look(step)
+            return self.stopped
+        return False
+
+    @torch.no_grad()
+    def finish(self, step: int) -> Evaluation | None:
+        """The last measure; with early stopping, of the best student, which is put back."""
+        if self.looked_at != step:
+            self.look(step)
+        if not self.best:
+            self.best_step = step
+            return self.latest
+        if self.worse:
+            for name, parameter in self.made.student.named_parameters():
+                if name in self.best:
+                    with gathered([parameter], changed=True):
+                        parameter.copy_(like(self.best[name], parameter))
+        return self.best_seen
+
+
+def told(seen: Evaluation | None) -> dict[str, Any] | None:
+    """An evaluation as plain data."""
+    return None if seen is None else seen.as_dict()
+
+
+def tar_of(verdicts: Tensor, batch: Any) -> float:
+    """The mean over a batch's sequences of the share of their rows accepted."""
+    shares = sequence_means(verdicts, supervised(batch))
+    return float(shares.mean()) if shares.numel() else 0.0

@@ -1,0 +1,1 @@
+"""Before a run: whether it can train (doctor) and what it needs (estimate)."""

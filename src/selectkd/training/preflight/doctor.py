@@ -1,0 +1,398 @@
+"""``selectkd doctor``: what can fail later is looked at now, first all that needs no weight, then with the models.
+
+n supervised rows of the probe batch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectkd.config.departures import told_of
+from selectkd.data import inspect
+from selectkd.data.render import Example, eos_ids_of
+from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
+from selectkd.loss.teacher_rows import Head, LiveRows
+from selectkd.models.devices import free_memory, training_device, wait_for
+from selectkd.models.head import backbone, head_of
+from selectkd.models.load import check_local
+from selectkd.models.sharded import inside
+from selectkd.teachers import exactness
+from selectkd.teachers.cache.origin import weights_checksum
+from selectkd.training import zero
+from selectkd.training.assembly import Assembly, Plan, assemble, prepare
+from selectkd.training.checkpoint.folder import newest
+from selectkd.training.counts import ranks, total
+from selectkd.training.feed import Feed
+from selectkd.training.heldout.evaluation import label_surprise, probe
+from selectkd.training.heldout.watch import tar_of
+from selectkd.training.ledger import Ledger
+from selectkd.training.loop import train_loop
+from selectkd.training.preflight.estimate import Memory, estimate
+from selectkd.training.record.metrics import check_loggers
+from selectkd.training.run import COLD_TAR, cold
+from selectkd.training.run_folder import (
+    CHECKPOINTS,
+    RUN,
+    check_output_dir,
+    date_of,
+    read_run,
+    same_recipe,
+    same_servers,
+)
+from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
+from selectkd.training.step import DistillationModel
+
+KS = (1, 5, 20)
+"""The k of greedy_topk that TAR at step 0 is told for: strict, the paper's, lenient."""
+
+BINS = 10
+SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; exit_code: what a run would end with, 0 where it is fine."""
+
+    check: str
+    ok: bool
+    message: str
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"check": self.check, "ok": self.ok, "message": self.message}
+
+
+def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Finding]:
+    """One Finding a check, as each is done; nothing is written. Where one of those without weights fails, the models
+    are not loaded. device: where the run will be, as of ``training_device``.
+    """
+    fine, device = True, training_device(device)
+    with ExitStack() as stack:
+        try:
+            recipe = stack.enter_context(as_launched(recipe))
+        except ConfigError as error:
+            yield Finding("sharding", False, str(error), error.exit_code)
+            return
+        ranks_meet(device)
+        for finding in without_weights(recipe, device):
+            fine = fine and finding.ok
+            yield finding
+        if fine:
+            yield from with_weights(recipe, device)
+
+
+def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
+    """Folder, loggers, weights by their headers, tokenizers, objective, text and masks, memory and disk."""
+    yield tried("output_dir", lambda: _folder(recipe))
+    yield tried("loggers", lambda: _loggers(recipe))
+    yield tried("weights", lambda: _weights(recipe))
+    if zero.asked_for():
+        yield tried("deepspeed", lambda: _zero(recipe))
+    sharded = tried("sharding", lambda: check_sharding(recipe, device) or "")
+    if sharded.message:
+        yield sharded
+    plan: Plan | None = None
+    try:
+        folder = Path(recipe.training.output_dir)
+        plan = prepare(recipe, device=device, date=date_of(folder))
+        if (folder / RUN).is_file():
+            same_servers(plan.teacher, read_run(folder).get("teacher_weights"))
+    except SelectKDError as error:
+        names = {DataError: "text", TeacherError: "teacher", ConfigError: "names and tokenizers"}
+        check = next((name for kind, name in names.items() if isinstance(error, kind)), "teacher")
+        yield Finding(check, False, str(error), error.exit_code)
+    if plan is not None:
+        yield Finding("tokenizer", True, _tokenizer(plan))
+        yield Finding("objective", True, _objective(plan, recipe))
+        yield tried("text", lambda: _text(plan))
+        yield Finding("masks", True, _masks(plan))
+    memory: list[Memory] = []
+    yield tried("memory", lambda: _memory(recipe, memory, device))
+    if memory:
+        yield tried("disk", lambda: _disk(recipe, memory[0]))
+
+
+def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
+    """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
+    made: Assembly | None = None
+    try:
+        made = assemble(recipe, device=device, date=date_of(Path(recipe.training.output_dir)))
+    except SelectKDError as error:
+        yield Finding("models", False, str(error), error.exit_code)
+    if made is None:
+        return
+    named = f"teacher {made.teacher_plan.source}, student {made.student_source}"
+    yield Finding("models", True, ". ".join([named, *(made.cut.searched if made.cut else []), *made.told]))
+    yield tried("teacher", lambda: _teacher(made))
+    yield tried("tar", lambda: _tar(made, recipe))
+    yield tried("calibration", lambda: _calibration(made))
+    yield tried("step", lambda: _step(made, recipe, device))
+    if ranks() > 1:
+        yield tried("ranks", lambda: _ranks(made))
+
+
+def tried(check: str, look: Callable[[], str]) -> Finding:
+    """A check as a Finding: the message it returns, or the error it raises."""
+    try:
+        return Finding(check, True, look())
+    except SelectKDError as error:
+        return Finding(check, False, str(error), error.exit_code)
+
+
+def _folder(recipe: Any) -> str:
+    folder = Path(recipe.training.output_dir)
+    if not check_output_dir(folder):
+        return f"{folder} is free"
+    same_recipe(folder, recipe)
+    found, damaged = newest(folder / CHECKPOINTS)
+    begun = "the beginning" if found is None else found.path.name
+    return f"{folder} holds this run; it would go on from {begun}" + "".join(
+        f". {told}" for _, told in damaged
+    )
+
+
+def _weights(recipe: Any) -> str:
+    """Local model folders hold the models that they describe, by their headers, and nothing that would run."""
+    here = [name for name in recipe.models if Path(name).expanduser().is_dir()]
+    check_local(*here)
+    told = "no pickles, no code, the tensors that config.json describes"
+    return f"{', '.join(here)}: {told}" if here else "no local model folder is named"
+
+
+def _loggers(recipe: Any) -> str:
+    check_loggers(recipe.training.report_to)
+    return ", ".join(["metrics.jsonl", *recipe.training.report_to])
+
+
+def _zero(recipe: Any) -> str:
+    zero.check_recipe(recipe)
+    return f"stage {zero.configuration(recipe.training)['zero_optimization']['stage']}"
+
+
+def _tokenizer(plan: Plan) -> str:
+    end = plan.tokenizer.eos_token
+    return f"{len(plan.tokenizer):,} tokens, the teacher's; end of sequence {end if end is not None else 'unknown'}"
+
+
+def _objective(plan: Plan, recipe: Any) -> str:
+    spec = recipe.objective
+    of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
+    told = f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
+    parts = exactness.of(plan.objective, plan.teacher.payload, k=plan.teacher.k)
+    bounds = [
+        f"the {part} is a {one.verdict}: {one.reason}"
+        for part, one in parts.items()
+        if "bound" in one.verdict
+    ]
+    return ". ".join([told, *bounds, *told_of(recipe)])
+
+
+def _said(component: dict[str, Any]) -> str:
+    """A component as a call: greedy_topk(k=5)."""
+    rest = ", ".join(f"{key}={value}" for key, value in component.items() if key != "name")
+    return f"{component['name']}({rest})" if rest else component["name"]
+
+
+def _text(plan: Plan) -> str:
+    examples = [example for source in plan.sources for example in source.examples]
+    found = inspect.check(examples, held_out=plan.heldout)
+    ends = ends_in(plan)
+    whole = sum(closed(example, ends) for example in examples)
+    told = (
+        f"{found.examples:,} samples, {found.trained_tokens:,} of {found.tokens:,} tokens trained, "
+        f"{found.shortest} to {found.longest} tokens; {whole:,} end with a trained end of sequence"
+    )
+    return " ".join([f"{told}; {len(plan.heldout):,} held out.", *plan.text.told, *found.warnings])
+
+
+def ends_in(plan: Plan) -> frozenset[int]:
+    """The tokens that end a turn in a plan's text."""
+    found = plan.text.ends | eos_ids_of(plan.tokenizer)
+    return found.union(*plan.text.template.ends.values())
+
+
+def closed(example: Example, ends: Collection[int]) -> bool:
+    """Whether the last token that is trained ends a turn or the text."""
+    trained = [index for index, one in zip(example.input_ids, example.completion, strict=True) if one]
+    return bool(trained) and trained[-1] in ends
+
+
+def _masks(plan: Plan) -> str:
+    """Two samples, what is trained on between [[ and ]]."""
+    shown = []
+    for example in plan.sources[0].examples[:SHOWN]:
+        parts = inspect.pieces(example, plan.tokenizer)
+        text = "".join(f"[[{piece}]]" if trained else piece for piece, trained in parts)
+        shown.append(f"{example.origin}: {text if len(text) <= 400 else text[:200] + ' ... ' + text[-200:]}")
+    return "\n".join(shown)
+
+
+def _memory(recipe: Any, found: list[Memory], device: torch.device) -> str:
+    memory = estimate(recipe, device=device)
+    found.append(memory)
+    need, free = memory.total, free_memory(device)
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in memory.as_dict().items() if size
+    )
+    if free is not None and need - memory.process > free:
+        raise ResourceError(
+            f"a process needs about {need / 2**30:.2f} GiB ({told}), and {free / 2**30:.2f} GiB are free. "
+            "Use a smaller training.batch_size or max_length, training.lora, or gradient_checkpointing: true."
+        )
+    return f"GiB: {told}" + ("" if free is None else f"; {free / 2**30:.2f} free")
+
+
+def _disk(recipe: Any, memory: Memory) -> str:
+    training = recipe.training
+    copies = 0 if training.save_every is None else training.keep + 1  # one more while it is written
+    need = copies * memory.saved + memory.student
+    above = Path(training.output_dir)
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    told = f"{copies} checkpoints of {memory.saved:,} bytes and the student: {need:,} bytes, {free:,} free"
+    if need > free:
+        raise ResourceError(
+            f"{told}. Free some space, name another training.output_dir, or lower training.keep."
+        )
+    return told
+
+
+def _teacher(made: Assembly) -> str:
+    started = time.perf_counter()
+    rows = inside(made.student, lambda: made.teacher(made.probe, supervised(made.probe).position))
+    wait_for(made.probe.input_ids.device)
+    seconds = time.perf_counter() - started
+    if isinstance(rows, LiveRows):
+        bad = int((~torch.isfinite(rows.hidden)).any(-1).sum())
+        if bad:
+            raise NumericsError(
+                f"{bad} of {rows.hidden.shape[0]} rows of the teacher are not finite. Load it in float32 or bfloat16, "
+                "or check its weights."
+            )
+    n = supervised(made.probe).position.shape[0]
+    return f"{n} rows of {made.probe.stream.shape[0]} samples in {seconds:.2f} s"
+
+
+def _tar(made: Assembly, recipe: Any) -> str:
+    width = min(head_of(made.student).width, made.teacher_plan.k or head_of(made.student).width)
+    found = []
+    for k in KS:
+        if k <= width:
+            objective = replace(made.objective, verifier={"name": "greedy_topk", "k": k})
+            verdicts = probe(
+                made.student,
+                made.teacher,
+                made.probe,
+                objective,
+                seed=recipe.training.seed,
+                precision=made.precision,
+            )
+            found.append(f"k = {k}: {tar_of(verdicts, made.probe):.3f}")
+    own = tar_of(
+        probe(
+            made.student, made.teacher, made.probe, made.objective, seed=recipe.training.seed,
+            precision=made.precision,
+        ),
+        made.probe,
+    )  # fmt: skip
+    told = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
+    return told + (f" {cold(own)}" if own < COLD_TAR and made.beta.start == made.beta.end < 1 else "")
+
+
+@torch.no_grad()
+def _calibration(made: Assembly) -> str:
+    """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
+    seen = supervised(made.probe)
+    made.student.eval()
+
+    def look() -> list[str]:
+        head = head_of(made.student)
+        with made.precision.autocast(made.probe.input_ids.device):
+            hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
+        rows = made.teacher(made.probe, seen.position)
+        own = _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)
+        theirs = _calibrated(rows.hidden, rows.head, seen.labels) if isinstance(rows, LiveRows) else None
+        return [f"student {own}"] if theirs is None else [f"teacher {theirs}", f"student {own}"]
+
+    return "; ".join(inside(made.student, look))
+
+
+def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
+    n = labels.shape[0]
+    sure, right = torch.empty(n), torch.empty(n)
+    for i in range(0, n, 64):
+        best = head.logits(hidden[i : i + 64]).softmax(-1).max(-1)
+        sure[i : i + 64], right[i : i + 64] = (
+            best.values.cpu(),
+            (best.indices == labels[i : i + 64]).float().cpu(),
+        )
+    of = torch.clamp((sure * BINS).long(), max=BINS - 1)
+    gap = sum(float((sure[of == b] - right[of == b]).sum().abs()) for b in range(BINS)) / n
+    perplexity = float(torch.tensor(label_surprise(hidden, head, labels) / n).exp())
+    return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
+
+
+def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
+    """An optimizer step of one micro-batch on the device of the run, and how long the run would take by it.
+
+    On an accelerator the second step is timed: the first compiles kernels.
+    """
+    training = recipe.training
+    ledger = Ledger(
+        made.objective,
+        recipe.objective.reduction,
+        made.beta,
+        seed=training.seed,
+        streams=made.streams,
+        device=device,
+    )
+    model = DistillationModel(
+        made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk,
+        offload=training.activation_offload,
+    )  # fmt: skip
+    feed, heard = Feed(made.micro_batches), []
+    clock = [time.perf_counter()]
+
+    def read_clock(_: int) -> bool:
+        wait_for(device)
+        clock.append(time.perf_counter())
+        return False
+
+    train_loop(
+        model, feed, ledger, steps=1 if device.type == "cpu" else 2, after_step=read_clock,
+        learning_rate=training.learning_rate, weight_decay=training.weight_decay,
+        optimizer=training.optimizer, betas=training.betas, eps=training.eps, precision=made.precision,
+        max_grad_norm=training.max_grad_norm, on_line=heard.append,
+    )  # fmt: skip
+    seconds = clock[-1] - clock[-2]
+    if ledger.skipped:
+        raise NumericsError(
+            f"the first step's loss ({heard[0]['loss']}) or gradient norm ({heard[0]['grad_norm']}) is not finite. "
+            "Train in float32, or check the models."
+        )
+    steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
+    whole = seconds * steps * training.gradient_accumulation
+    line = heard[0]
+    return (
+        f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; {seconds:.2f} s a micro-batch on {device}, "
+        f"about {whole / 3600:.2f} h for {steps:,} steps"
+    )
+
+
+def _ranks(made: Assembly) -> str:
+    """After one step with averaged gradients every rank has the same weights, if the gradients were equal."""
+    own = int(weights_checksum(made.student)[:12], 16)
+    if total([own])[0] != own * ranks():
+        raise NumericsError("after one step the ranks' weights differ: their gradients were not averaged.")
+    return f"{ranks()} ranks have the same weights after one step"

@@ -1,0 +1,61 @@
+"""manifest.json: what a run was made of, enough to make it again and to know that it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectkd.data.durable import write_whole
+
+PACKAGES = (
+    "selectkd",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages a result depends on, of those installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device in words."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def data_fingerprint(examples: Iterable[Any]) -> str:
+    """A hash of the token ids and of what is supervised, in order: equal exactly where training text is."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([list(example.input_ids), [int(c) for c in example.completion]]).encode())
+    return digest.hexdigest()
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content`` beside the time it was written, in one rename, so that no reader sees half of it."""
+    written = {"written": datetime.now(timezone.utc).isoformat(timespec="seconds"), **content}
+    text = json.dumps(written, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_whole(path, text.encode("utf-8", "surrogatepass"))

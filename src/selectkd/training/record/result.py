@@ -1,0 +1,158 @@
+"""What a run came to: as an object, as the student's card, as the manifest, and read again from a finished folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectkd import __version__
+from selectkd.config.departures import departures
+from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.errors import IntegrityError
+from selectkd.training.assembly import Assembly
+from selectkd.training.counts import ranks
+from selectkd.training.heldout.evaluation import Evaluation
+from selectkd.training.ledger import Ledger
+from selectkd.training.record.card import model_card
+from selectkd.training.record.manifest import data_fingerprint, device_name, versions
+from selectkd.training.run_folder import FINISHED, Claim, at_defaults, flat, identity
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. before, after: held-out measures, None without held-out text. kept: layers of a cut
+    student. resumed_from: the step it went on from.
+    """
+
+    run_dir: Path
+    before: Evaluation | None
+    after: Evaluation | None
+    kept: list[int] | None
+    steps: int
+    best_step: int
+    stopped_early: bool
+    skipped: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    resumed_from: int | None = None
+
+
+@dataclass
+class Origin:
+    """Where a run's student came from, and what was told at the start: not to be found again where a run goes on."""
+
+    kept: list[int] | None
+    cut: dict[str, Any] | None
+    told: list[str]
+
+
+def cut_of(made: Assembly) -> dict[str, Any] | None:
+    return None if made.cut is None else {"kept": made.kept, "choose": made.cut.choose, "kl": made.cut.kl}
+
+
+def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
+    """What a finished run of this very recipe came to; None where the run is not there or not over."""
+    path = folder / FINISHED
+    if claim.fresh or not path.is_file():
+        return None
+    if claim.opened_by_name:
+        path.unlink()  # the run goes on, so this says nothing any more
+        return None
+    try:
+        return _read(folder, json.loads(path.read_bytes()), recipe)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete it, and the run is finished again from its "
+            "newest checkpoint."
+        ) from None
+
+
+def _read(folder: Path, said: dict[str, Any], recipe: Any) -> RunResult | None:
+    if at_defaults(flat(said["config"]), recipe) != identity(recipe):
+        (folder / FINISHED).unlink()  # the run goes on, so this says nothing any more
+        return None
+    looks = {name: None if said[name] is None else Evaluation(**said[name]) for name in ("before", "after")}
+    cut = said["student"]["cut"]
+    return RunResult(
+        run_dir=folder,
+        before=looks["before"],
+        after=looks["after"],
+        kept=None if cut is None else cut["kept"],
+        **{
+            name: said[name]
+            for name in ("steps", "best_step", "stopped_early", "skipped", "seconds", "warnings")
+        },
+        resumed_from=said["steps"],
+    )
+
+
+def _plain(spec: Any) -> Any:
+    return spec.model_dump(exclude_none=True) if hasattr(spec, "model_dump") else spec
+
+
+def card_of(
+    recipe: Any, made: Assembly, before: Evaluation | None, after: Evaluation | None, ledger: Ledger
+) -> str:
+    objective = _plain(recipe.objective)
+    method = {key: value for key, value in objective.items() if value not in (None, [], ())}
+    method["lora" if recipe.training.lora is not None else "fine-tuning"] = (
+        _plain(recipe.training.lora) or "full"
+    )
+    if recipe.method is not None:
+        overridden = {key: own for key, (_, own) in departures(recipe).items()}
+        method = {"method": recipe.method, "overridden": overridden, **method}
+    return model_card(
+        teacher=made.teacher_plan.source,
+        student=made.student_source,
+        data=made.streams,
+        method=method,
+        before={} if before is None else before.as_dict(),
+        after={} if after is None else after.as_dict(),
+        steps=ledger.step,
+        tokens=ledger.tokens,
+        version=__version__,
+    )
+
+
+def manifest_of(
+    recipe: Any, made: Assembly, result: RunResult, ledger: Ledger, device: torch.device, origin: Origin
+) -> dict[str, Any]:
+    return {
+        "config": recipe.model_dump(mode="json"),
+        "overridden": {
+            key: {"method": methods, "recipe": own} for key, (methods, own) in departures(recipe).items()
+        },
+        "versions": versions(),
+        "device": device_name(device),
+        "precision": made.precision.name,
+        "ranks": ranks(),
+        "seed": recipe.training.seed,
+        "teacher": {"source": made.teacher_plan.source, "revision": made.teacher_plan.revision},
+        "student": {"source": made.student_source, "revision": made.student_revision, "cut": origin.cut},
+        "data": {
+            "fingerprint": data_fingerprint(
+                example for source in made.sources for example in source.examples
+            ),
+            "samples": sum(len(source.examples) for source in made.sources),
+            "sources": [{"name": s.name, "told": s.told, "counts": dict(s.counts)} for s in made.sources],
+            "heldout_samples": sum(int(batch.stream.shape[0]) for batch in made.heldout),
+            "streams": list(made.streams),
+        },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(made.tokenizer)},
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "skipped": result.skipped,
+        "skipped_steps": ledger.left_out,
+        "spikes": ledger.spikes.steps,
+        "tokens": ledger.tokens,
+        "seconds": round(result.seconds, 3),
+        "tar": {"before": getattr(result.before, "tar", None), "after": getattr(result.after, "tar", None)},
+        "before": None if result.before is None else result.before.as_dict(),
+        "after": None if result.after is None else result.after.as_dict(),
+        "warnings": result.warnings,
+    }

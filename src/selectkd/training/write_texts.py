@@ -1,0 +1,193 @@
+"""``selectkd generate``: the prompts of a recipe become a file of texts by its teacher, its student, or both."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
+from selectkd.data.rewrite import Written, last_turns
+from selectkd.errors import ConfigError, DataError
+from selectkd.rollouts.completion_server import CompletionServer
+from selectkd.rollouts.generate import Completion, Request, ends_of, generate, prompt_key
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
+from selectkd.rollouts.store import TextStore
+from selectkd.training.assembly import assemble, prepare
+
+BATCH = 64
+"""Prompts between two writes to the file: what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be written. by: teacher, student or both; copies: texts of each prompt; server: writes in the
+    teacher's place.
+    """
+
+    by: tuple[str, ...]
+    sampling: Sampling
+    copies: int = 1
+    max_new_tokens: int | None = None
+    server: CompletionServer | None = None
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What came of it: texts written now, those that were there, prompts that stood twice or left no room, tokens."""
+
+    written: int
+    found: int
+    twice: int
+    no_room: int
+    tokens: int
+
+
+def wish_of(recipe: Any, by: str | None, *, copies: int = 1, server: CompletionServer | None = None) -> Wish:
+    """What the recipe's policy asks for: its writer and its sampling, or ``by`` instead of its writer."""
+    policy = recipe.data.policy
+    writers = {"student": ("student",), "adaptive": ("student",), "pairs": ("teacher", "student")}
+    chosen = writers.get(policy.name, ("teacher",)) if by is None else tuple(by.split("+"))
+    if (
+        not chosen
+        or any(one not in ("teacher", "student") for one in chosen)
+        or len(set(chosen)) < len(chosen)
+    ):
+        raise ConfigError(f"--by {by!r} must be teacher, student or teacher+student.")
+    sampling = Sampling(
+        getattr(policy, "temperature", 1.0), getattr(policy, "top_p", 1.0), getattr(policy, "top_k", None)
+    )
+    most = getattr(policy, "max_new_tokens", None) or recipe.data.max_new_tokens
+    return Wish(chosen, sampling, copies, most, server)
+
+
+def write(
+    recipe: Any, file: Path, wish: Wish, *, device: torch.device | str = "cpu",
+    on_texts: Callable[[int, int], None] | None = None,
+) -> WrittenFile:  # fmt: skip
+    """Writes the texts that ``file`` does not hold yet; the prompts are those of the recipe's training text.
+
+    A prompt that stands twice is written to once. The text of a prompt is a function of (seed, prompt, copy), so a run
+    that was cut short leaves the file it would have left. on_texts hears (written, wanted). Raises DataError where the
+    file holds other text, ConfigError where the teacher cannot write.
+    """
+    store = TextStore.opened(file)
+    seed, room = recipe.training.seed, recipe.training.max_length
+    plan = prepare(recipe, device=device)
+    pad = pad_id_of(plan.tokenizer)
+    turns: dict[int, Written] = {}
+    examples = [example for source in plan.sources for example in source.examples]
+    for example in examples:
+        (turn,) = last_turns(collate([example], pad_id=pad))
+        turns.setdefault(prompt_key(turn.prompt), turn)
+    fits = [turn for turn in turns.values() if turn.prompt and len(turn.prompt) < room]
+    if not fits:
+        raise DataError("no prompt leaves room for an answer. Raise training.max_length.")
+    writers = _writers(recipe, plan, wish, device)
+    for name in wish.by:
+        store.check(_said(name, writers[name], wish, seed))
+    asked = [
+        (name, Request(turn.prompt, min(wish.max_new_tokens or room, room - len(turn.prompt)), copy))
+        for name in wish.by
+        for turn in fits
+        for copy in range(wish.copies)
+    ]
+    missing = [(name, one) for name, one in asked if not store.holds(name, one.prompt, one.copy)]
+    written = tokens = 0
+    for name in wish.by:
+        mine = [request for other, request in missing if other == name]
+        for start in range(0, len(mine), BATCH):
+            part = mine[start : start + BATCH]
+            texts = writers[name].write(part, wish, plan.tokenizer, pad, seed)
+            said = _said(name, writers[name], wish, seed)
+            store.add(
+                _record(request, text, said, plan.tokenizer)
+                for request, text in zip(part, texts, strict=True)
+                if text.ids
+            )
+            written += len(part)
+            tokens += sum(len(text.ids) for text in texts)
+            if on_texts is not None:
+                on_texts(written, len(missing))
+    return WrittenFile(
+        written,
+        len(asked) - len(missing),
+        len(examples) - len(turns),
+        len(turns) - len(fits),
+        tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A model in memory, or a server, that writes under a name."""
+
+    model: Any
+    source: str
+    revision: str | None
+
+    def write(
+        self, requests: Sequence[Request], wish: Wish, tokenizer: Any, pad: int, seed: int
+    ) -> list[Completion]:
+        if isinstance(self.model, CompletionServer):
+            end = min(ends_of(tokenizer), default=None)
+            return self.model.complete(requests, wish.sampling, tokenizer=tokenizer, end=end, seed=seed)
+        return generate(
+            [self.model],
+            requests,
+            Draw(wish.sampling),
+            ends=ends_of(tokenizer, self.model),
+            width=len(tokenizer),
+            pad_id=pad,
+            seed=seed,
+        )
+
+
+def _writers(recipe: Any, plan: Any, wish: Wish, device: torch.device | str) -> dict[str, _Writer]:
+    found: dict[str, _Writer] = {}
+    if "teacher" in wish.by and wish.server is not None:
+        found["teacher"] = _Writer(wish.server, f"{wish.server.model} at {wish.server.url}", None)
+    elif "teacher" in wish.by:
+        if plan.teacher.model is None or plan.teacher.payload != "live":
+            raise ConfigError(
+                f"{plan.teacher.source} is no model in memory that could write. Use teacher: {{model: ...}}, or "
+                "--server URL."
+            )
+        loaded = plan.teacher.loaded().on(device)
+        found["teacher"] = _Writer(loaded.model, plan.teacher.source, loaded.revision)
+    if "student" in wish.by:
+        with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
+            training = recipe.training.model_copy(update={"output_dir": empty})
+            made = assemble(recipe.model_copy(update={"training": training}), device=device)
+        found["student"] = _Writer(made.student, made.student_source, made.student_revision)
+    return found
+
+
+def _said(name: str, writer: _Writer, wish: Wish, seed: int) -> dict[str, Any]:
+    sampling = {**asdict(wish.sampling), "max_new_tokens": wish.max_new_tokens}
+    return {
+        "written_by": name,
+        "model": writer.source,
+        "revision": writer.revision,
+        "sampling": sampling,
+        "seed": seed,
+    }
+
+
+def _record(request: Request, text: Completion, said: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    prompt = list(request.prompt)
+    shown = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(text.ids)}
+    return {
+        "input_ids": [*prompt, *text.ids],
+        "completion_mask": [0] * len(prompt) + [1] * len(text.ids),
+        **said,
+        "copy": request.copy,
+        "ended": text.ended,
+        "shown": shown,
+    }
