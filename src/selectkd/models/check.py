@@ -31,9 +31,10 @@ def check_head(model: nn.Module) -> None:
     with torch.no_grad(), plain_attention(unwrapped(model)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own calls of torch
         theirs = model(input_ids=ids, use_cache=False).logits.float()
-        ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
         other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
         before = model(input_ids=other, use_cache=False).logits.float()
+        # last: it takes a sharded model apart again, and who freezes a weight must find its parts
+        ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
     model.train(was_training)
     # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
     finite = theirs.isfinite()  # a model whose own logits are not is another fault's business
