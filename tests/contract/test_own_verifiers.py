@@ -8,8 +8,7 @@ from torch import Tensor
 
 from selectkd import CachedRows, LiveRows, Objective, TokenPair, distillation_loss, uniforms
 from selectkd.loss.plan import LossPlan, StreamLoss
-from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.selectors.ranked import top_share
+from selectkd.objective.selectors import SELECTORS, top_share
 
 N, V, D = 12, 9, 4
 

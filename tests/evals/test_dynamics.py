@@ -15,7 +15,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals.dynamics import dynamics, fit, read_looks
 from selectkd.objective.objective import Objective
-from selectkd.objective.verifiers.gates import entropy
+from selectkd.objective.pair import entropy
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.heldout.breakdown import ENTROPIES, binned, breakdown
 from selectkd.training.heldout.evaluation import probe

@@ -24,8 +24,7 @@ from selectkd.loss.teacher_rows import (
     product_dtype,
 )
 from selectkd.objective.objective import Objective
-from selectkd.objective.pair import TokenPair
-from selectkd.objective.selectors.ranked import label_log_prob
+from selectkd.objective.pair import TokenPair, label_log_prob
 
 SCALARS = (
     "n",

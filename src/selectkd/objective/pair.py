@@ -5,6 +5,7 @@ n rows, s support columns, v vocabulary, K stored tokens. p = teacher, q = stude
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -155,3 +156,34 @@ def logsumexp(x: Float[Tensor, "n s"]) -> Float[Tensor, "n 1"]:
     empty = torch.isneginf(x).all(-1, keepdim=True)
     total = torch.logsumexp(x.masked_fill(empty, 0.0), -1, keepdim=True)
     return total.masked_fill(empty, -torch.inf)
+
+
+def entropy(log_a: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """Shannon entropy -sum a log a in nats, [n], in [0, log s]; an impossible outcome contributes 0."""
+    return -(log_a.exp() * log_a.masked_fill(torch.isneginf(log_a), 0.0)).sum(-1)
+
+
+def hellinger_distance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
+    """H(p, q) = ||sqrt p - sqrt q|| / sqrt 2, [n], in [0, 1]."""
+    return (0.5 * (torch.exp(0.5 * logp) - torch.exp(0.5 * logq)).square().sum(-1)).sqrt().clamp(max=1.0)
+
+
+def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
+    """The labels of the rows, or a ConfigError that says who needs them."""
+    if pair.label is None:
+        raise ConfigError(f"{name} looks at the tokens of the text; pass labels=[n] to distillation_loss.")
+    return pair.label
+
+
+def sequence_of(pair: TokenPair) -> Int[Tensor, " n"]:
+    """Which sequence each row belongs to, [n]; one sequence where nothing was said."""
+    if pair.sequence is not None:
+        return pair.sequence
+    return torch.zeros(pair.logp.shape[0], dtype=torch.long, device=pair.logp.device)
+
+
+def label_log_prob(pair: TokenPair, log_a: Float[Tensor, "n s"], name: str) -> Float[Tensor, " n"]:
+    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail, -inf where it is nowhere."""
+    column = pair.column(label_of(pair, name))
+    found = log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
+    return found if pair.tail else torch.where(column >= 0, found, -math.inf)

@@ -14,11 +14,10 @@ from selectkd.errors import DataError
 from selectkd.loss.terms import Forward
 from selectkd.models.head import backbone, head_of
 from selectkd.objective.divergences import forward_kl
-from selectkd.objective.pair import TokenPair
+from selectkd.objective.pair import TokenPair, entropy
 from selectkd.objective.registry import build
 from selectkd.objective.selectors import SELECTORS
 from selectkd.objective.verifiers import VERIFIERS, uniforms_of
-from selectkd.objective.verifiers.gates import entropy
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.heldout.breakdown import ENTROPIES, POSITIONS, binned
 from selectkd.training.uniforms_of_text import draws

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.pair import TokenPair
-from selectkd.objective.verifiers.gates import sequence_of
+from selectkd.objective.pair import TokenPair, sequence_of
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk
 

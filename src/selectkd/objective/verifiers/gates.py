@@ -9,19 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.pair import TokenPair
+from selectkd.objective.pair import TokenPair, entropy, hellinger_distance, label_of, sequence_of
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk, within_top
-
-
-def entropy(log_a: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """Shannon entropy -sum a log a in nats, [n], in [0, log s]; an impossible outcome contributes 0."""
-    return -(log_a.exp() * log_a.masked_fill(torch.isneginf(log_a), 0.0)).sum(-1)
-
-
-def hellinger_distance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
-    """H(p, q) = ||sqrt p - sqrt q|| / sqrt 2, [n], in [0, 1]."""
-    return (0.5 * (torch.exp(0.5 * logp) - torch.exp(0.5 * logq)).square().sum(-1)).sqrt().clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -149,17 +139,3 @@ class prefix_gate:
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
-
-
-def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
-    """The labels of the rows, or a ConfigError that says who needs them."""
-    if pair.label is None:
-        raise ConfigError(f"{name} looks at the tokens of the text; pass labels=[n] to distillation_loss.")
-    return pair.label
-
-
-def sequence_of(pair: TokenPair) -> Int[Tensor, " n"]:
-    """Which sequence each row belongs to, [n]; one sequence where nothing was said."""
-    if pair.sequence is not None:
-        return pair.sequence
-    return torch.zeros(pair.logp.shape[0], dtype=torch.long, device=pair.logp.device)

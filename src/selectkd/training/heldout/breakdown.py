@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from selectkd.data.supervised import supervised
 from selectkd.models.precision import FP32, Precision
 from selectkd.objective.objective import Objective
-from selectkd.objective.pair import TokenPair
-from selectkd.objective.verifiers.gates import entropy
+from selectkd.objective.pair import TokenPair, entropy
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.heldout.evaluation import probe
 

@@ -1,5 +1,10 @@
-"""Published token selectors, each a score and a share of the batch to keep. n rows, s support columns, m scores a row.
+"""Selectors that rank rows: a score per row times a keep rule. SELECTORS names them all.
 
+A selector is a frozen dataclass with ``score(pair, uniform) -> [n, m]`` (token-local, gathered in a first pass over
+the vocabulary) and ``keep(scores, sequence) -> acceptance [n]``. In training it is handed the rows of a whole optimizer
+step, or, where it has ``scope = "sequence"``, whole sequences at least. An Objective takes one in place of a verifier.
+
+The published ones are below, each a score and a share of the batch to keep. n rows, s support columns, m scores a row.
 Class names are the registry's names. ``share`` is the part of the rows that gets a = 1, the best scores first, ties in
 row order; at least one row is kept. ``scope``: the rows that are ranked together, those of an optimizer step, over its
 micro-batches and all ranks, or those of each sequence.
@@ -8,7 +13,10 @@ micro-batches and all ranks, or those of each sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +24,7 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.objective.divergences.kl import forward_kl
-from selectkd.objective.pair import TokenPair
-from selectkd.objective.verifiers.gates import entropy, hellinger_distance, label_of, sequence_of
+from selectkd.objective.pair import TokenPair, entropy, hellinger_distance, label_log_prob, sequence_of
 
 SCOPES = ("step", "sequence")
 QUANTILE = 0.05
@@ -60,11 +67,15 @@ def reference_of(pair: TokenPair, name: str) -> Float[Tensor, "n s"]:
     return pair.logr
 
 
-def label_log_prob(pair: TokenPair, log_a: Float[Tensor, "n s"], name: str) -> Float[Tensor, " n"]:
-    """log a(y_t) of the text's token, [n]; the tail's mass where the token is in the tail, -inf where it is nowhere."""
-    column = pair.column(label_of(pair, name))
-    found = log_a.gather(-1, torch.where(column >= 0, column, log_a.shape[-1] - 1)[:, None])[:, 0]
-    return found if pair.tail else torch.where(column >= 0, found, -math.inf)
+@runtime_checkable
+class Selector(Protocol):
+    """What an objective needs of a selector: a verifier with a first pass."""
+
+    def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]: ...
+
+    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]: ...
+
+    def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]: ...
 
 
 @dataclass(frozen=True)
@@ -194,3 +205,28 @@ class rho_1(Ranked):
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         reference = label_log_prob(pair, reference_of(pair, "rho_1"), "rho_1")
         return (reference - label_log_prob(pair, pair.logq, "rho_1"))[:, None]
+
+
+SELECTORS: Mapping[str, Callable[..., Selector]] = MappingProxyType(
+    {
+        "se_kd": se_kd,
+        "tip": tip,
+        "teachability": teachability,
+        "adaspec": adaspec,
+        "atkd": atkd,
+        "adakd": adakd,
+        "rho_1": rho_1,
+    }
+)
+
+__all__ = [
+    "SELECTORS",
+    "Selector",
+    "adakd",
+    "adaspec",
+    "atkd",
+    "rho_1",
+    "se_kd",
+    "teachability",
+    "tip",
+]
