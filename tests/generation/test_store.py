@@ -71,7 +71,7 @@ def test_generate_writes_the_teachers_text_and_a_cut_file_is_gone_on_with(
     assert file.read_bytes() == whole
     assert main(command) == 0 and "24 were there" in capsys.readouterr().out
     assert main([*command, "--set", "training.seed=7"]) == 3
-    assert "with seed 42, and now it is 7" in capsys.readouterr().err.replace("\n", " ")
+    assert "with seed 42; this command has 7" in capsys.readouterr().err.replace("\n", " ")
     assert main(["data", "show", str(file), "--tokenizer", str(folder / "student")]) == 0
     assert "[[" in capsys.readouterr().out
 

@@ -25,7 +25,7 @@ from selectkd.errors import ConfigError
 from selectkd.objective.objective import Objective
 from selectkd.rollouts.adaptive import AdaptiveScheduler
 from selectkd.rollouts.streams import streams_of
-from selectkd.rollouts.writer import Writer
+from selectkd.rollouts.writer import RolloutWriter
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
@@ -46,7 +46,7 @@ def student() -> Any:
     return tiny_llama(2)
 
 
-def writer(policy: Any, student: Any, teacher: Any, **changed: Any) -> Writer:
+def writer(policy: Any, student: Any, teacher: Any, **changed: Any) -> RolloutWriter:
     given: dict[str, Any] = {
         "ends": frozenset({2}),
         "width": VOCABULARY,
@@ -54,7 +54,7 @@ def writer(policy: Any, student: Any, teacher: Any, **changed: Any) -> Writer:
         "max_length": 40,
         "steps": 10,
     }
-    return Writer([policy], streams_of(["made"], [policy]), student, teacher, **{**given, **changed})
+    return RolloutWriter([policy], streams_of(["made"], [policy]), student, teacher, **{**given, **changed})
 
 
 def batch(count: int = 6) -> Batch:
@@ -124,7 +124,7 @@ def test_a_prompt_in_two_sources_has_the_teachers_text_of_each_ones_sampling_and
     policies = [TeacherPolicy(name="teacher", max_new_tokens=limit) for limit in (3, 9)]
     example = texts(1, streams=1)[0]
     given = collate([example, replace(example, stream=1)], pad_id=0)
-    both = Writer(
+    both = RolloutWriter(
         policies, streams_of(["a", "b"], policies), student, teacher, ends=frozenset(), width=VOCABULARY, pad_id=0,
         max_length=40,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def test_a_prompt_without_room_keeps_its_text_and_is_counted(student: Any, teach
     write = writer(StudentPolicy(name="student"), student, None, max_length=5)
     made = write(batch(), 0)
     kept = [old == new for old, new in zip(last_turns(batch()), last_turns(made), strict=True)]
-    assert any(kept) and write.told()["written"]["no_room"] == sum(kept)
+    assert any(kept) and write.log_fields()["written"]["no_room"] == sum(kept)
 
 
 def test_imitkd_trains_on_draws_from_its_buffer(student: Any, teacher: Any) -> None:
@@ -227,7 +227,7 @@ def test_a_run_taken_up_again_reaches_the_weights_of_one_that_was_not_interrupte
 ) -> None:
     start = tiny_llama(2)
 
-    def run(model: Any, write: Writer, first: int, last: int, optimizer: Any) -> None:
+    def run(model: Any, write: RolloutWriter, first: int, last: int, optimizer: Any) -> None:
         distilled = DistillationModel(model, LiveTeacher(copy.deepcopy(teacher))).train()
         ledger = Ledger(PLAIN, streams=[one.name for one in write.streams], write=write)
         for ledger.step in range(first, last):

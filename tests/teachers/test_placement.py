@@ -160,7 +160,7 @@ def test_a_sharded_teacher_does_not_write_text(pair: Path, tmp_path: Path) -> No
     told = run_on_two_ranks(
         Path(__file__).with_name("two_rank_teachers.py"), "writes", str(tmp_path), str(pair)
     )
-    assert "the policy teacher has the teacher write, for which it must be one whole model" in told
+    assert "the policy teacher has the teacher write, so the teacher must be one whole model" in told
 
 
 def test_the_estimate_counts_two_layers_of_an_offloaded_teacher_on_an_accelerator(

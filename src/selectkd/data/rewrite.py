@@ -11,7 +11,7 @@ from selectkd.errors import DataError
 
 
 @dataclass(frozen=True)
-class Written:
+class Rollout:
     """One sample as what it answers and the answer; stream: its stream; route: the teacher its record names."""
 
     prompt: list[int]
@@ -26,7 +26,7 @@ class Written:
         return Example([*self.prompt, *self.completion], trained, self.stream, route=self.route)
 
 
-def last_turns(batch: Batch) -> list[Written]:
+def last_turns(batch: Batch) -> list[Rollout]:
     """Each sample of a batch as (everything before its last trained run of tokens, that run); what follows it is cut.
 
     A conversation of several trained turns is so continued at its last one, its earlier turns being part of the prompt.
@@ -38,7 +38,7 @@ def last_turns(batch: Batch) -> list[Written]:
         start = stop
         while start > 0 and mask[start - 1]:
             start -= 1
-        found.append(Written(ids[:start], ids[start:stop], example.stream, example.route))
+        found.append(Rollout(ids[:start], ids[start:stop], example.stream, example.route))
     return found
 
 
@@ -47,13 +47,13 @@ def rebuilt(batch: Batch, samples: Sequence[Example], *, pad_id: int) -> Batch:
 
     DataError where the batch carries pictures or the like for other samples than these.
     """
-    made = collate(list(samples), pad_id=pad_id)
+    collated = collate(list(samples), pad_id=pad_id)
     if batch.extra and len(samples) != batch.stream.shape[0]:
         raise DataError(
             f"the batch has {batch.stream.shape[0]} samples with {', '.join(batch.extra)}, and a policy makes "
             f"{len(samples)} of them. Use one that writes one text a prompt."
         )
-    return replace(made, extra=batch.extra).to(batch.input_ids.device)
+    return replace(collated, extra=batch.extra).to(batch.input_ids.device)
 
 
 def examples_of(batch: Batch) -> list[Example]:

@@ -1,4 +1,4 @@
-"""DistiLLM's adaptive scheduler: how often the student's own text is trained on, by what held-out text says."""
+"""DistiLLM's adaptive scheduler: the held-out loss decides how often the student's own text is trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdaptiveScheduler:
     last: float | None = None
 
     def evaluated(self, loss: float) -> None:
-        """Takes notice of a held-out loss."""
+        """Raises phi where a held-out loss asks for it."""
         if self.last is None:
             self.last = loss
         elif loss >= self.last + self.margin:

@@ -1,4 +1,4 @@
-"""What is asked of a model that writes, and how many such questions fit its memory at once."""
+"""Prompts to be continued, and how many of them fit a device's memory at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from selectkd.models.devices import free_memory
 from selectkd.models.head import head_of, unwrapped
+from selectkd.rollouts.kv_decoder import GROWTH
 
 BATCH_TOKENS = 8192
 """Prompt and completion tokens of a batch on a CPU, a prompt counted at its longest neighbour's length."""
@@ -18,8 +19,7 @@ SHARE = 0.5
 """Of an accelerator's free memory: the rest is for what attention takes and for pieces too small to be used."""
 MOST_ROWS = 1024
 """Rows of a batch there: more write no faster."""
-GROWTH = 1.5
-"""Of a cache over what is in it (``reader.ROOM``)."""
+
 LOGITS = 40
 """Bytes a vocabulary entry takes while a token is drawn: logits and probabilities, sorted and summed in fp64."""
 
@@ -34,10 +34,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Room:
-    """How much a batch may take: ``size`` of whatever a token takes ``token`` of and a row ``row``; ``most`` rows.
+class BatchMemory:
+    """Limits of a batch: a token costs ``token`` units, a row ``row``, a batch ``size``; at most ``most`` rows.
 
-    Where memory is the measure, rows are a power of two: a little more or less of it then changes no batch.
+    With ``most`` set, the number of rows is a power of two: slightly different free memory then changes no batch.
     """
 
     size: int
@@ -46,8 +46,8 @@ class Room:
     most: int | None = None
 
     @classmethod
-    def of(cls, models: Sequence[nn.Module], device: torch.device) -> Room:
-        """BATCH_TOKENS on a CPU; on an accelerator its free memory, by what a token takes in these models' caches."""
+    def of(cls, models: Sequence[nn.Module], device: torch.device) -> BatchMemory:
+        """BATCH_TOKENS on a CPU; on an accelerator SHARE of its free bytes, a token costing its bytes in the caches."""
         free = None if device.type == "cpu" else free_memory(device)
         if free is None:
             return cls(BATCH_TOKENS)

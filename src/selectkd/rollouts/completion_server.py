@@ -19,7 +19,7 @@ PATH = "/v1/completions"
 BYTES = 256
 """A token of an answer at the most, as text and as an id with the JSON around it."""
 FRAME = 1 << 16
-"""What an answer holds besides its tokens."""
+"""Bytes of an answer besides its tokens, at most."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class CompletionServer:
 
         end: the id that ends a text, None where the tokenizer has none.
         """
-        return self.asked([self.question(one, sampling, tokenizer, end, seed) for one in requests])
+        return self.answers([self.question(one, sampling, tokenizer, end, seed) for one in requests])
 
-    def asked(self, questions: Sequence[Question[T]]) -> list[T]:
+    def answers(self, questions: Sequence[Question[T]]) -> list[T]:
         """The answers to any questions, in their order; TeacherError where one has none."""
         connection = Connection(
             self.url,
@@ -74,7 +74,7 @@ class CompletionServer:
     def question(
         self, request: Request, sampling: Sampling, tokenizer: Any, end: int | None, seed: int
     ) -> Question[Completion]:
-        """What is sent for one request."""
+        """The HTTP question for one request."""
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(request.prompt),
@@ -110,7 +110,7 @@ def completion_of(answer: bytes, request: Request, tokenizer: Any, end: int | No
 
 
 def until_end(ids: list[int], end: int | None) -> list[int]:
-    """The tokens up to the first that ends the text; a server told to write on has others behind it."""
+    """The tokens up to the first end token; a server that ignores it (ignore_eos) writes more behind it."""
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 

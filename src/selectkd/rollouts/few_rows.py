@@ -19,7 +19,7 @@ SMALLEST = 2**19
 class FewRows(TorchFunctionMode):
     """While it is entered, x W^T of few fp32 rows on a CPU is (W x^T)^T: the same sums by another kernel.
 
-    It rounds otherwise, so a result may differ in its last digits. Everything else is as it was.
+    The kernel rounds differently, so a result may differ in its last digits. Other functions are not touched.
     """
 
     def __torch_function__(

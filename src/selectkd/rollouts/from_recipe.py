@@ -1,4 +1,4 @@
-"""From a recipe to its Writer: which models write, where a text ends, and what may be written."""
+"""The RolloutWriter of a recipe: which models write, where a text ends, and how long it may be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selectkd.rollouts.completion_server import CompletionServer
 from selectkd.rollouts.generate import ends_of
 from selectkd.rollouts.served_student import ServedStudent
 from selectkd.rollouts.streams import Stream
-from selectkd.rollouts.writer import Writer
+from selectkd.rollouts.writer import RolloutWriter
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
 from selectkd.teachers.remote.secrets import key_of
@@ -28,16 +28,16 @@ def writer_for(
     tokenizer: Any,
     *,
     precision: Precision = FP32,
-) -> Writer | None:
-    """What writes the text of a step, None where all of it is the data set's. The teacher writes where it is one
-    whole model in memory; ConfigError where a policy wants it to and it is not.
+) -> RolloutWriter | None:
+    """The writer of every step's text; None where all text is the data set's. A teacher can write only as one whole
+    model in memory; ConfigError where a policy needs another teacher to write.
     """
     policies = recipe.data.policies
     if all(policy.name == "dataset" for policy in policies):
         return None
     whole = isinstance(teacher, ModelPlan) and teacher.placement != "sharded"
     model = teacher.loaded().model if whole else None
-    return Writer(
+    return RolloutWriter(
         policies,
         streams,
         student,
@@ -57,9 +57,17 @@ def writer_for(
     )
 
 
-def _served(said: Any, student: nn.Module, tokenizer: Any, precision: Precision) -> ServedStudent:
-    key = key_of(said.api_key_env, POLICY.key)
-    server = CompletionServer(said.url, said.model, key, said.wait, ca=said.ca, settings=POLICY)
+def _served(settings: Any, student: nn.Module, tokenizer: Any, precision: Precision) -> ServedStudent:
+    key = key_of(settings.api_key_env, POLICY.key)
+    server = CompletionServer(
+        settings.url, settings.model, key, settings.wait, ca=settings.ca, settings=POLICY
+    )
     return ServedStudent(
-        server, said.kind, said.folder, student, tokenizer, said.refresh_every, dtype=precision.saved
+        server,
+        settings.kind,
+        settings.folder,
+        student,
+        tokenizer,
+        settings.refresh_every,
+        dtype=precision.saved,
     )

@@ -20,24 +20,24 @@ from selectkd.errors import ConfigError
 from selectkd.models.devices import out_of_memory
 from selectkd.models.head import head_of, unwrapped
 from selectkd.objective.uniforms import uniforms
-from selectkd.rollouts.batch_memory import Request, Room
+from selectkd.rollouts.batch_memory import BatchMemory, Request
 from selectkd.rollouts.few_rows import FewRows
-from selectkd.rollouts.kv_decoder import reader
+from selectkd.rollouts.kv_decoder import kv_decoder
 from selectkd.rollouts.rules import Rule
 
 FEWER = 0.75
 """Rows that are done leave once the rest is this share of the batch: leaving copies the cache."""
-LOOK_EVERY = 16
-"""Tokens between two looks at what an accelerator has written: at each the host waits for it. What a row writes behind
-its end by then is thrown away."""
-LOOK_BACK = 64
+FETCH_EVERY = 16
+"""Tokens an accelerator writes before the host fetches them, which waits for the device. Tokens behind a row's end are
+thrown away."""
+STOP_WINDOW = 64
 """Tokens at the end of a text that are decoded to look for a stop string."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written: ids (the end token with it, where there is one), tokens the second model put in, and whether it
-    came to an end by itself.
+    """A written text. ids: with the end token, where one was written; replaced: tokens the second model put in; ended:
+    whether an end token or a stop string ended it.
     """
 
     ids: list[int]
@@ -53,15 +53,15 @@ def prompt_key(prompt: Sequence[int], copy: int = 0) -> int:
 
 def ends_of(tokenizer: Any, *models: nn.Module) -> frozenset[int]:
     """The ids that end a text: the tokenizer's EOS and those of the models' generation settings."""
-    own = [getattr(tokenizer, "eos_token_id", None)]
-    own += [
+    found = [getattr(tokenizer, "eos_token_id", None)]
+    found += [
         getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
         for model in models
     ]
-    ids: set[int] = set()
-    for one in own:
-        ids.update(() if one is None else (one,) if isinstance(one, int) else one)
-    return frozenset(ids)
+    all_ids: set[int] = set()
+    for ids in found:
+        all_ids.update(() if ids is None else (ids,) if isinstance(ids, int) else ids)
+    return frozenset(all_ids)
 
 
 @torch.no_grad()
@@ -83,17 +83,17 @@ def generate(
 
     ends: ids that end a text; width: how many leading ids may be written. A text also ends with the token that
     completes one of ``stops``, for which ``decode`` is needed, and at its limit. The models keep their mode.
-    batch_tokens: prompt and completion tokens of a batch at most; None as of ``Room.of``.
+    batch_tokens: prompt and completion tokens of a batch at most; None as of ``BatchMemory.of``.
     Raises ConfigError for a rule and models that do not go together, and for a prompt without a token.
     """
     if len(models) != rule.models or not width > 0:
         raise ConfigError(
-            f"{type(rule).__name__} writes with {rule.models} models, and there are {len(models)}."
+            f"{type(rule).__name__} writes with {rule.models} models; generate() was given {len(models)}."
         )
     if stops and decode is None:
         raise ConfigError("stop strings need `decode`, a function from ids to text.")
     if any(not request.prompt for request in requests):
-        raise ConfigError("a prompt has no token; there is nothing to go on from.")
+        raise ConfigError("a prompt has no token. Give each prompt at least one.")
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), i), reverse=True)
     device = head_of(models[0]).weight.device
     most = None  # rows of a batch, once memory has run out
@@ -104,8 +104,8 @@ def generate(
         for model in models:
             stack.enter_context(evaluating(model))
         while order:
-            room = Room.of(models, device) if batch_tokens is None else Room(batch_tokens)
-            size = min(room.rows([requests[i] for i in order]), most or len(order))
+            memory = BatchMemory.of(models, device) if batch_tokens is None else BatchMemory(batch_tokens)
+            size = min(memory.rows([requests[i] for i in order]), most or len(order))
             batch = [requests[i] for i in order[:size]]
             try:
                 texts = _batch(models, batch, rule, ends, width, pad_id, seed, step, stops, decode)
@@ -127,29 +127,29 @@ def _batch(
 ) -> list[Completion]:  # fmt: skip
     written: list[list[int]] = [[] for _ in requests]
     replaced, ended = [0] * len(requests), [False] * len(requests)
-    readers = [
-        reader(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
+    decoders = [
+        kv_decoder(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
         for model in models
     ]
-    shared = min(one.width for one in readers)
-    device = readers[0].logits.device
+    shared = min(one.width for one in decoders)
+    device = decoders[0].logits.device
     keys = [prompt_key(request.prompt, request.copy) for request in requests]
     counter = sent(torch.tensor(keys, dtype=torch.int64), device)
     here = list(range(len(requests)))  # the request of each row that is still read
     active = [request.limit > 0 for request in requests]
-    token, place, every = None, 0, 1 if device.type == "cpu" else LOOK_EVERY
+    token, place, every = None, 0, 1 if device.type == "cpu" else FETCH_EVERY
     while any(active[i] for i in here):
         left = min(requests[i].limit - len(written[i]) for i in here if active[i])
         found, ahead = [], torch.arange(place, place + min(every, left), device=device)
         place += len(ahead)
         rows = (counter + ahead[:, None]).flatten()  # [tokens b]
         uniform = uniforms(len(rows), rule.uniforms, seed=seed, step=step, counter=rows, device=device)
-        for own in uniform.unflatten(0, (len(ahead), len(here))):
+        for numbers in uniform.unflatten(0, (len(ahead), len(here))):
             if token is not None:
-                for one in readers:
+                for one in decoders:
                     one.append(token)
-            logits = [one.logits[:, :shared].to(device) for one in readers]
-            token, overruled = rule(logits, own)
+            logits = [one.logits[:, :shared].to(device) for one in decoders]
+            token, overruled = rule(logits, numbers)
             found.append(torch.stack([token, overruled.to(token.dtype)]))
         for tokens, overruled in torch.stack(found).tolist():
             for i, one, other in zip(here, tokens, overruled, strict=True):
@@ -162,7 +162,7 @@ def _batch(
         if 0 < len(kept) <= FEWER * len(here):
             index = sent(torch.tensor(kept), device)
             here, token, counter = [here[row] for row in kept], token[index], counter[index]  # type: ignore[index]
-            for one in readers:
+            for one in decoders:
                 one.keep(index)
     return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
 
@@ -170,7 +170,7 @@ def _batch(
 def _stopped(ids: list[int], stops: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
     if not stops or decode is None:
         return False
-    text = decode(ids[-LOOK_BACK:])
+    text = decode(ids[-STOP_WINDOW:])
     return any(stop in text for stop in stops)
 
 

@@ -1,4 +1,4 @@
-"""A model that reads texts token by token: from its cache where that gives the logits of a full pass, else all again.
+"""A model that reads texts token by token: from its cache where its logits equal a full pass's, else from the start.
 
 b texts, v vocabulary.
 """
@@ -24,12 +24,12 @@ PROBES = (5, 2)
 """Lengths of the texts that a cache is tried on: one of them padded, the padded one left alone at the end."""
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
-ROOM = 1.5
+GROWTH = 1.5
 """A full buffer grows by this factor: copies are then a third of a token's cost on the average, and memory half idle at
 the most."""
 
 
-class Reader(Protocol):
+class KVDecoder(Protocol):
     """Reads prompts at once, then one token a text at a time; the model is in evaluation mode while it does.
 
     ``logits`` is [b, width], fp32, of each text's next token. width: how many leading ids may be written; padding rows
@@ -46,34 +46,34 @@ class Reader(Protocol):
         """Goes on with the texts ``rows`` [m] alone."""
 
 
-def reader(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int) -> Reader:
-    """A reader of ``prompts`` whose logits are those of a full forward pass over each text alone.
+def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int) -> KVDecoder:
+    """A decoder of ``prompts`` whose logits equal those of a full forward pass over each text alone.
 
-    From the model's cache, which costs a token what one token costs; where that is not the same, which a few tokens
-    show the first time a model reads, all of each text is read again for every token.
+    It reads one token a step from the model's cache. The first call for a model compares the cache with full passes on
+    a few tokens; a model whose cache gives other logits reads each whole text again for every token.
     """
     plain = unwrapped(model)
     if plain not in _tried:
-        _tried[plain] = holds(CachedReader, model)
-        if not _tried[plain] and not holds(WholeReader, model):
+        _tried[plain] = holds(CachedDecoder, model)
+        if not _tried[plain] and not holds(RecomputingDecoder, model):
             raise ConfigError(
                 f"{type(plain).__name__} gives a text other logits beside a longer one than alone, so it cannot write "
                 "several. Use policy: dataset, or another model."
             )
-    kind = CachedReader if _tried[plain] else WholeReader
+    kind = CachedDecoder if _tried[plain] else RecomputingDecoder
     return kind(model, prompts, width=width, pad_id=pad_id)
 
 
-def holds(kind: type[CachedReader] | type[WholeReader], model: nn.Module) -> bool:
+def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module) -> bool:
     """Whether reading two texts at once, one of which leaves, gives the logits of full passes over each alone.
 
-    Half of the digits must be the same: a text read without its history, or with its padding, is off by far more.
+    Half of the digits must agree: a text read without its history, or with its padding, is off by far more.
     """
     head = head_of(model)
     ids = torch.linspace(1, head.width - 1, sum(PROBES)).long().tolist()
     texts = [ids[: PROBES[0]], ids[PROBES[0] :]]
     given: dict[str, Any] = {"width": head.width, "pad_id": 0}
-    alone = [WholeReader(model, [text], **given) for text in texts]
+    alone = [RecomputingDecoder(model, [text], **given) for text in texts]
     try:
         read = kind(model, texts, **given)
         same = _same(read, alone, head.weight.dtype)
@@ -93,7 +93,7 @@ def holds(kind: type[CachedReader] | type[WholeReader], model: nn.Module) -> boo
     return same
 
 
-def _same(read: Reader, alone: Sequence[Reader], dtype: torch.dtype) -> bool:
+def _same(read: KVDecoder, alone: Sequence[KVDecoder], dtype: torch.dtype) -> bool:
     wanted = torch.cat([one.logits for one in alone])
     if read.logits.shape != wanted.shape:
         return False
@@ -101,7 +101,7 @@ def _same(read: Reader, alone: Sequence[Reader], dtype: torch.dtype) -> bool:
     return bool(off <= torch.finfo(dtype).eps ** 0.5)
 
 
-class WholeReader:
+class RecomputingDecoder:
     """Every text from its beginning for each token, padded on the right, where no token of a causal model looks."""
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class WholeReader:
         return inside(self.model, read)
 
 
-class CachedReader:
+class CachedDecoder:
     """The texts padded on the left, beside the model's own kind of cache."""
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class CachedReader:
         return inside(self.model, read)
 
     def _mask(self, new: int) -> Tensor | None:
-        """What hides the padding from ``new`` tokens of each text: None where there is none to hide.
+        """The mask that hides the padding from ``new`` tokens of each text; None where no text is padded.
 
         A model asks a mask [b, t] at each token whether it hides anything, and the host waits for the answer. On an
         accelerator a single token's mask is therefore given as attention takes it, [b, 1, 1, t], where every layer sees
@@ -214,16 +214,16 @@ class CachedReader:
         plain = rotary and all(type(layer) is RoomyLayer for layer in self.cache.layers)
         if self.mask.is_cpu or new > 1 or not plain or kind not in ("sdpa", "eager"):
             return self.mask
-        seen = self.mask[:, None, None, :] > 0
+        visible = self.mask[:, None, None, :] > 0
         if kind == "sdpa":
-            return seen
-        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(
-            ~seen, torch.finfo(self.dtype).min
+            return visible
+        return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(
+            ~visible, torch.finfo(self.dtype).min
         )
 
 
 class RoomyLayer(DynamicLayer):
-    """A dynamic layer that writes into a buffer with room, instead of copying the whole cache for every token."""
+    """A dynamic layer that writes into a buffer with spare capacity instead of copying the cache for every token."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *given: Any, **named: Any
@@ -237,7 +237,7 @@ class RoomyLayer(DynamicLayer):
         for index, (buffer, states) in enumerate(zip(self.buffers, new, strict=True)):
             if stop > buffer.shape[-2]:
                 b, heads, _, d = states.shape
-                larger = states.new_empty(b, heads, int(stop * ROOM) + 8, d)
+                larger = states.new_empty(b, heads, int(stop * GROWTH) + 8, d)
                 larger[..., : self.size, :] = buffer[..., : self.size, :]
                 self.buffers[index] = buffer = larger
             buffer[..., self.size : stop, :] = states
@@ -251,7 +251,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config: Any) -> DynamicCache:
-    """The model's own kind of cache, its plain growing layers with room; sliding windows and others stay."""
+    """The model's own kind of cache, its growing layers with spare capacity; sliding windows and others stay."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -1,11 +1,11 @@
-"""A buffer of the texts a student wrote, oldest out first."""
+"""A buffer of the student's rollouts; the oldest leaves first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from selectkd.data.rewrite import Written
+from selectkd.data.rewrite import Rollout
 from selectkd.errors import ConfigError
 
 
@@ -15,13 +15,13 @@ class ReplayBuffer:
 
     >>> buffer = ReplayBuffer(2)
     >>> for token in (1, 2, 3):
-    ...     buffer.add(Written([0], [token], stream=0))
+    ...     buffer.add(Rollout([0], [token], stream=0))
     >>> buffer.at(0.0).completion, buffer.at(0.9).completion, len(buffer)
     ([2], [3], 2)
     """
 
     capacity: int
-    texts: list[Written] = field(default_factory=list)
+    texts: list[Rollout] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -34,12 +34,12 @@ class ReplayBuffer:
     def full(self) -> bool:
         return len(self.texts) >= self.capacity
 
-    def add(self, text: Written) -> None:
+    def add(self, text: Rollout) -> None:
         """Keeps one text."""
         self.texts.append(text)
         del self.texts[: -self.capacity]
 
-    def at(self, uniform: float) -> Written:
+    def at(self, uniform: float) -> Rollout:
         """The text at a number in [0, 1): each with the same probability."""
         return self.texts[min(int(uniform * len(self.texts)), len(self.texts) - 1)]
 
@@ -48,4 +48,4 @@ class ReplayBuffer:
         return {"texts": [dict(vars(text)) for text in self.texts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.texts = [Written(**text) for text in state["texts"]]
+        self.texts = [Rollout(**text) for text in state["texts"]]

@@ -29,7 +29,7 @@ class Sampling:
             or (self.top_k is not None and self.top_k < 1)
         ):
             raise ConfigError(
-                f"{self}: temperature >= 0, 0 < top_p <= 1 and top_k >= 1 are what can be drawn from."
+                f"{self} cannot be drawn from. Use temperature >= 0, 0 < top_p <= 1 and top_k >= 1."
             )
 
     def probabilities(self, logits: Tensor) -> Tensor:

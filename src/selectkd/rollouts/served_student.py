@@ -68,13 +68,13 @@ class ServedStudent:
         )
 
     def refresh(self) -> None:
-        """The student as it is now into the folder, and the server told to read it."""
+        """Writes the student's present weights into the folder and has the server load them."""
         save_student(self.student, self.tokenizer, self.folder, CARD, dtype=self.dtype)
         if self.kind == "sglang":
-            self.server.asked([_question("/update_weights_from_disk", {"model_path": self.folder}, _taken)])
+            self.server.answers([_question("/update_weights_from_disk", {"model_path": self.folder}, _taken)])
             return
-        self.server.asked([_question("/collective_rpc", {"method": "reload_weights"}, lambda _: None)])
-        self.server.asked([_question("/reset_prefix_cache", {}, lambda _: None)])
+        self.server.answers([_question("/collective_rpc", {"method": "reload_weights"}, lambda _: None)])
+        self.server.answers([_question("/reset_prefix_cache", {}, lambda _: None)])
 
 
 def _question(path: str, body: dict[str, Any], read: Any) -> Question[None]:
@@ -83,6 +83,6 @@ def _question(path: str, body: dict[str, Any], read: Any) -> Question[None]:
 
 def _taken(reply: Reply) -> None:
     """WrongAnswer unless the server says that it took the weights."""
-    said = json_object(reply.body)
-    if said.get("success") is not True:
-        raise WrongAnswer(f"the weights were not taken: {str(said.get('message'))[:200]}")
+    answer = json_object(reply.body)
+    if answer.get("success") is not True:
+        raise WrongAnswer(f"the weights were not taken: {str(answer.get('message'))[:200]}")

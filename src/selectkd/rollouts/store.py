@@ -26,7 +26,7 @@ class TextStore:
 
     path: Path
     known: set[tuple[str, int]] = field(default_factory=set)
-    _said: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _facts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def opened(cls, path: Path) -> TextStore:
@@ -40,27 +40,27 @@ class TextStore:
         try:
             record = json.loads(line)
             ids, mask = record["input_ids"], record["completion_mask"]
-            said = {name: record[name] for name in SAME}
+            facts = {name: record[name] for name in SAME}
             prompt = ids[: mask.index(1) if 1 in mask else len(ids)]
             self.known.add((record["written_by"], prompt_key(prompt, record["copy"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self.path}:{number}: no record of generated text ({type(error).__name__}: {error}). "
+                f"{self.path}:{number}: the line is no record of generated text ({type(error).__name__}: {error}). "
                 "Name another file."
             ) from None
-        self._said.setdefault(record["written_by"], said)
+        self._facts.setdefault(record["written_by"], facts)
 
-    def check(self, said: dict[str, Any]) -> None:
-        """DataError where the file's records by the same writer were made otherwise than ``said`` (keys SAME)."""
-        other = self._said.get(said["written_by"], said)
-        apart = [name for name in SAME if other[name] != said[name]]
+    def check(self, facts: dict[str, Any]) -> None:
+        """DataError where the file's records by this writer differ from ``facts`` in one of the keys SAME."""
+        other = self._facts.get(facts["written_by"], facts)
+        apart = [name for name in SAME if other[name] != facts[name]]
         if apart:
             name = apart[0]
             raise DataError(
-                f"{self.path} holds text by {said['written_by']} with {name} {other[name]!r}, and now it is "
-                f"{said[name]!r}. Name another file, or ask for the same again."
+                f"{self.path} holds text by {facts['written_by']} with {name} {other[name]!r}; this command has "
+                f"{facts[name]!r}. Name another file, or generate with {name} {other[name]!r}."
             )
-        self._said.setdefault(said["written_by"], said)
+        self._facts.setdefault(facts["written_by"], facts)
 
     def holds(self, written_by: str, prompt: Sequence[int], copy: int) -> bool:
         """Whether a prompt's text is there."""

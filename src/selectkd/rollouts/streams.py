@@ -65,35 +65,35 @@ def streams_of(
 
 
 def losses_of(recipe: Any, streams: Sequence[Stream]) -> list[StreamSpec]:
-    """What each stream changes of the run's objective; an empty list where none changes anything.
+    """The changes each stream makes to the run's objective; an empty list where no stream changes anything.
 
     ``objective`` counts least, then ``objective.by_writer``, then the source's own ``objective``.
     """
     specs = []
     writers = {stream.writer for stream in streams}
-    for writer, said in recipe.objective.by_writer.items():
-        if said is not None and writer not in writers:
+    for writer, changes in recipe.objective.by_writer.items():
+        if changes is not None and writer not in writers:
             raise ConfigError(
-                f"objective.by_writer.{writer} is for text that nobody writes here: the policies give text by "
+                f"objective.by_writer.{writer} names a writer that no policy uses: the policies give text by "
                 f"{', '.join(sorted(writers))}. Set it to null, or change data.policy."
             )
     for stream in streams:
         layers = [recipe.objective.by_writer.get(stream.writer), recipe.data.sources[stream.source].objective]
-        own: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         for layer in layers:
-            own |= {} if layer is None else layer.model_dump(exclude_none=True)
+            changes |= {} if layer is None else layer.model_dump(exclude_none=True)
         selector, verifier = recipe.objective.selector, recipe.objective.verifier
-        selector, verifier = own.get("selector", selector), own.get("verifier", verifier)
-        weight = own.get("weight", 1.0)
+        selector, verifier = changes.get("selector", selector), changes.get("verifier", verifier)
+        weight = changes.get("weight", 1.0)
         if not isinstance(weight, Mapping):
             weight = {"start": weight, "end": weight, "share": 1.0}
         both = selector is not None and verifier is not None
-        divergence = own.get("divergence")
+        divergence = changes.get("divergence")
         specs.append(
             StreamSpec(
                 divergence=None if divergence is None else bind(LOSSES, divergence, kind="divergence"),
-                verifier=_judge(own, both),
-                beta=own.get("beta"),
+                verifier=_gate(changes, both),
+                beta=changes.get("beta"),
                 selector=build(SELECTORS, selector, kind="selector") if selector and both else None,
                 weight=(weight["start"], weight["end"], weight.get("share", 1.0)),
                 language_model=recipe.objective.language_model if stream.writer in LABELLED else 0.0,
@@ -101,14 +101,14 @@ def losses_of(recipe: Any, streams: Sequence[Stream]) -> list[StreamSpec]:
         )
     if recipe.objective.language_model and not any(spec.language_model for spec in specs):
         raise ConfigError(
-            f"objective.language_model = {recipe.objective.language_model} is for text that the student had no "
-            "part in, and there is none here. Set it to 0, or add a source with policy: dataset."
+            f"objective.language_model = {recipe.objective.language_model} needs text by the data set or the teacher, "
+            "and no source has any. Set it to 0, or add a source with policy: dataset."
         )
     return [] if all(spec == StreamSpec() for spec in specs) else specs
 
 
 LABELLED = ("dataset", "teacher")
-"""Writers whose text a language model may be trained on: not the student's own."""
+"""Writers whose text ``language_model`` trains on: not the student's own."""
 
 
 def extras_of(recipe: Any) -> list[Extra]:
@@ -140,15 +140,15 @@ def check_labels(extras: Sequence[Extra], payload: str, source: str) -> None:
     gives["aligned"] = "has another tokenizer, whose spans of text have one probability for several tokens"
     if extras and payload in gives:
         names = ", ".join(name_of(type(extra)) for extra in extras)
-        own = " and the student's tokenizer" if payload == "aligned" else ""
+        also = " and the student's tokenizer" if payload == "aligned" else ""
         raise ConfigError(
             f"objective.extras {names} ask for the teacher's probability of the text's own tokens, and {source} "
-            f"{gives[payload]}. Use a teacher that gives hidden states{own} (live, or a cache built with payload: "
+            f"{gives[payload]}. Use a teacher that gives hidden states{also} (live, or a cache built with payload: "
             "hidden)."
         )
 
 
-def _judge(own: Mapping[str, Any], both: bool) -> Any:
-    """A stream's own verifier, or selector where there is no verifier; None where the run's own stands."""
-    spec = own.get("verifier") or (None if both else own.get("selector"))
+def _gate(changes: Mapping[str, Any], both: bool) -> Any:
+    """A stream's verifier, or selector where it has no verifier; None where the run's stands."""
+    spec = changes.get("verifier") or (None if both else changes.get("selector"))
     return None if spec is None else build({**VERIFIERS, **SELECTORS}, spec, kind="verifier or selector")

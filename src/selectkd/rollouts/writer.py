@@ -1,4 +1,4 @@
-"""Writer: turns the batches of a step, as the data room has them, into the text that is trained on."""
+"""RolloutWriter: replaces the answers of a step's batches by generated ones, as each source's policy says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from selectkd.data.collate import Batch
 from selectkd.data.render import Example
-from selectkd.data.rewrite import Written, examples_of, last_turns, rebuilt
+from selectkd.data.rewrite import Rollout, examples_of, last_turns, rebuilt
 from selectkd.errors import ConfigError
 from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import whole_while
@@ -35,15 +35,15 @@ KEPT = 20_000
 
 
 @dataclass
-class Writer:
+class RolloutWriter:
     """(batch, step) -> the batch with its text written, by the policy of each sample's source.
 
     student, teacher: the models that write (teacher None where no policy needs one). streams: of the run; the first
     ones are the sources'. ends, width: as ``generate`` takes them. steps: optimizer steps of the run, for the
     adaptive scheduler. served: servers that write a source's student text in the student's place. Whatever is drawn
     is a function of (seed, step, the prompt), so a run that is taken up again with ``state_dict`` writes what it would
-    have written; the teacher's text of a prompt is the same at every step. A prompt that leaves no room for an answer
-    keeps the text it has. precision: the student writes as it trains, the teacher alone in its own dtype.
+    have written; the teacher's text of a prompt is the same at every step. A prompt that fills ``max_length`` keeps
+    the text it has. precision: the student writes as it trains, the teacher alone in its own dtype.
     """
 
     policies: Sequence[Any]
@@ -71,8 +71,8 @@ class Writer:
         for number, policy in enumerate(self.policies):
             if policy.name in NEEDS_TEACHER and self.teacher is None and not _has_text(policy):
                 raise ConfigError(
-                    f"the policy {policy.name} has the teacher write, for which it must be one whole model in memory. "
-                    "Use teacher: {model: ...}, or write its text beforehand with `selectkd generate`."
+                    f"the policy {policy.name} has the teacher write, so the teacher must be one whole model in "
+                    "memory. Use teacher: {model: ...}, or write its text beforehand with `selectkd generate`."
                 )
             if policy.name == "adaptive":
                 self.buffers[number] = ReplayBuffer(policy.capacity)
@@ -86,24 +86,24 @@ class Writer:
     def __call__(self, batch: Batch, step: int) -> Batch:
         """The batch of optimizer step ``step`` with its text written; one without generated text as it is."""
         with whole_while(self.student):  # the ranks write as many tokens as their own texts have
-            return self._written(batch, step)
+            return self._with_text(batch, step)
 
-    def _written(self, batch: Batch, step: int) -> Batch:
+    def _with_text(self, batch: Batch, step: int) -> Batch:
         if all(self.policies[source].name == "dataset" for source in batch.stream.tolist()):
             return batch
         started = time.perf_counter()
         whole, turns = examples_of(batch), last_turns(batch)
-        made: list[list[Example]] = [[] for _ in turns]
+        written: list[list[Example]] = [[] for _ in turns]
         for source in sorted({turn.stream for turn in turns}):
-            mine = [i for i, turn in enumerate(turns) if turn.stream == source]
-            texts = self._write(source, [turns[i] for i in mine], [whole[i] for i in mine], step)
-            for i, text in zip(mine, texts, strict=True):
-                made[i] = text
+            chosen = [i for i, turn in enumerate(turns) if turn.stream == source]
+            texts = self._write(source, [turns[i] for i in chosen], [whole[i] for i in chosen], step)
+            for i, text in zip(chosen, texts, strict=True):
+                written[i] = text
         self.seconds += time.perf_counter() - started
-        return rebuilt(batch, [one for texts in made for one in texts], pad_id=self.pad_id)
+        return rebuilt(batch, [one for texts in written for one in texts], pad_id=self.pad_id)
 
     def _write(
-        self, source: int, turns: list[Written], whole: list[Example], step: int
+        self, source: int, turns: list[Rollout], whole: list[Example], step: int
     ) -> list[list[Example]]:
         """For each sample of one source the samples that are trained on in its place."""
         policy = self.policies[source]
@@ -149,7 +149,7 @@ class Writer:
         return [[*one, *other] for one, other in zip(as_it_is, parts, strict=True)]
 
     def _adaptive(
-        self, source: int, policy: Any, turns: list[Written], as_it_is: list[list[Example]], step: int
+        self, source: int, policy: Any, turns: list[Rollout], as_it_is: list[list[Example]], step: int
     ) -> list[list[Example]]:
         buffer, scheduler = self.buffers[source], self.schedulers[source]
         number = float(uniforms(1, 1, seed=self.seed, step=step, rank=CHOICE, micro=source))
@@ -166,7 +166,7 @@ class Writer:
             texts = [buffer.at(one) for one in self._places(turns, step)]
         return self._answered(as_it_is, texts, source, "student")
 
-    def _through_buffer(self, source: int, turns: list[Written], texts: list[Text], step: int) -> list[Text]:
+    def _through_buffer(self, source: int, turns: list[Rollout], texts: list[Text], step: int) -> list[Text]:
         """The fresh texts into the buffer, and as many drawn from it."""
         buffer = self.buffers[source]
         for text in texts:
@@ -176,17 +176,17 @@ class Writer:
             return texts
         return [buffer.at(one) for one in self._places(turns, step)]
 
-    def _places(self, turns: Sequence[Written], step: int) -> list[float]:
+    def _places(self, turns: Sequence[Rollout], step: int) -> list[float]:
         keys = torch.tensor([prompt_key(turn.prompt) for turn in turns], dtype=torch.int64)
         return uniforms(len(turns), 1, seed=self.seed, step=step, rank=REPLAY, counter=keys)[:, 0].tolist()
 
-    def _fresh(self, source: int, turns: Sequence[Written], step: int) -> list[Text]:
+    def _fresh(self, source: int, turns: Sequence[Rollout], step: int) -> list[Text]:
         policy = self.policies[source]
         return self._generated(
             [self.student], policy, turns, Draw(_sampling(policy)), step, self.served.get(source)
         )
 
-    def _by_teacher(self, policy: Any, turns: Sequence[Written]) -> list[Text]:
+    def _by_teacher(self, policy: Any, turns: Sequence[Rollout]) -> list[Text]:
         """The teacher's text of each prompt, written once for each way of writing it: its sampling and its limit."""
         keys = [(prompt_key(turn.prompt), _sampling(policy), self._most(policy, turn)) for turn in turns]
         new = {key: turn for key, turn in zip(keys, turns, strict=True) if key not in self._teacher_text}
@@ -206,13 +206,13 @@ class Writer:
         ]
 
     def _generated(
-        self, models: list[nn.Module], policy: Any, turns: Sequence[Written], rule: Rule, step: int,
+        self, models: list[nn.Module], policy: Any, turns: Sequence[Rollout], rule: Rule, step: int,
         served: ServedStudent | None = None,
     ) -> list[Text]:  # fmt: skip
-        """Each turn with a new completion, None where the prompt leaves no room."""
-        room = [self._most(policy, turn) for turn in turns]
-        able = [i for i, one in enumerate(room) if one > 0 and turns[i].prompt]
-        requests = [Request(turns[i].prompt, room[i]) for i in able]
+        """Each turn with a new completion; None where the prompt fills ``max_length``."""
+        limits = [self._most(policy, turn) for turn in turns]
+        able = [i for i, one in enumerate(limits) if one > 0 and turns[i].prompt]
+        requests = [Request(turns[i].prompt, limits[i]) for i in able]
         if served is not None:
             end = min(self.ends, default=None)
             texts = served.complete(requests, _sampling(policy), end=end, seed=self.seed, step=step)
@@ -233,8 +233,8 @@ class Writer:
             self.counts["ended"] += text.ended
         return result
 
-    def _most(self, policy: Any, turn: Written) -> int:
-        """How many tokens may follow a prompt; none or fewer where it leaves no room."""
+    def _most(self, policy: Any, turn: Rollout) -> int:
+        """How many tokens may follow a prompt; 0 or less where the prompt fills ``max_length``."""
         most = policy.max_new_tokens or self.max_new_tokens or self.max_length
         return min(most, self.max_length - len(turn.prompt))
 
@@ -253,18 +253,19 @@ class Writer:
         return result
 
     def _the_teacher(self) -> nn.Module:
-        assert self.teacher is not None  # __post_init__ saw to it
+        assert self.teacher is not None  # __post_init__ checks it
         return self.teacher
 
     def evaluated(self, loss: float) -> None:
-        """Tells the adaptive schedulers a held-out loss, in nats a token of the text."""
+        """Passes a held-out loss, in nats a token of the text, to the adaptive schedulers."""
         for scheduler in self.schedulers.values():
             scheduler.evaluated(loss)
 
-    def told(self) -> dict[str, Any]:
-        """What was written since the last call, for a log line: ``written`` (texts but the teacher's own, tokens, the
-        share that came to an end, the share of tokens a second model put in, steps since a server had the student's
-        weights, the buffers, phi) and ``writing_seconds``.
+    def log_fields(self) -> dict[str, Any]:
+        """Fields of a log line since the last call: ``written`` and ``writing_seconds``.
+
+        ``written`` counts texts (the teacher's own left out) and tokens, the fraction that reached an end token, the
+        fraction of tokens a second model replaced, steps since a server had the student's weights, buffers and phi.
         """
         counts, seconds = self.counts, self.seconds
         self.counts, self.seconds = Counter(), 0.0
@@ -285,9 +286,7 @@ class Writer:
         return {"written": written, "writing_seconds": seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is taken up again needs, as plain data: buffers, schedulers, the counts of the next log
-        line.
-        """
+        """Plain data that a resumed run needs: buffers, schedulers, the counts of the next log line."""
         return {
             "counts": dict(self.counts),
             "buffers": {str(source): buffer.state_dict() for source, buffer in self.buffers.items()},
@@ -302,8 +301,8 @@ class Writer:
             scheduler.load_state_dict(state["schedulers"][str(source)])
 
 
-Text = Written | None
-"""What was written to a prompt; None where nothing could be."""
+Text = Rollout | None
+"""A prompt with its new completion; None where nothing could be written."""
 
 
 def _sampling(policy: Any) -> Sampling:

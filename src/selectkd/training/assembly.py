@@ -30,7 +30,7 @@ from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.rollouts.from_recipe import writer_for
 from selectkd.rollouts.streams import Stream, check_labels, extras_of, losses_of, streams_of
-from selectkd.rollouts.writer import Writer
+from selectkd.rollouts.writer import RolloutWriter
 from selectkd.teachers import exactness
 from selectkd.teachers.adapters_off import AdaptersOffPlan
 from selectkd.teachers.aligned import AlignedPlan
@@ -83,7 +83,7 @@ class Assembly:
     told: list[str] = field(default_factory=list)
     losses: list[StreamSpec] = field(default_factory=list)
     extras: list[Extra] = field(default_factory=list)
-    writer: Writer | None = None
+    writer: RolloutWriter | None = None
     precision: Precision = FP32
     text: Reading | None = None
 

@@ -235,7 +235,7 @@ def _run(
         made.writer.steps = steps
 
     def on_line(line: dict[str, Any]) -> None:
-        log.write(line if made.writer is None else line | made.writer.told())
+        log.write(line if made.writer is None else line | made.writer.log_fields())
 
     if training.engine == "loop":
         ledger = Ledger(

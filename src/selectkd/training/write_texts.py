@@ -12,7 +12,7 @@ import torch
 
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
-from selectkd.data.rewrite import Written, last_turns
+from selectkd.data.rewrite import Rollout, last_turns
 from selectkd.errors import ConfigError, DataError
 from selectkd.rollouts.completion_server import CompletionServer
 from selectkd.rollouts.generate import Completion, Request, ends_of, generate, prompt_key
@@ -81,7 +81,7 @@ def write(
     seed, room = recipe.training.seed, recipe.training.max_length
     plan = prepare(recipe, device=device)
     pad = pad_id_of(plan.tokenizer)
-    turns: dict[int, Written] = {}
+    turns: dict[int, Rollout] = {}
     examples = [example for source in plan.sources for example in source.examples]
     for example in examples:
         (turn,) = last_turns(collate([example], pad_id=pad))

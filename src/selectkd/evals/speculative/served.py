@@ -122,10 +122,10 @@ def served(
         else _completion(server, one, sampling, tokenizer, end, seed)
         for one in requests
     ]
-    server.asked(questions[:1])
+    server.answers(questions[:1])
     before = _settled(server) if kind == "vllm" else None
     started = time.perf_counter()
-    answers = server.asked(questions)
+    answers = server.answers(questions)
     seconds = time.perf_counter() - started
     texts = [text.ids for text, _ in answers]
     if kind == "vllm":
@@ -234,7 +234,7 @@ def _settled(server: CompletionServer) -> dict[tuple[str, int], float] | None:
     seen: dict[tuple[str, int], float] | None = None
     for _ in range(SETTLED):
         try:
-            (now,) = server.asked([question])
+            (now,) = server.answers([question])
         except NotThere:
             return None
         if now is None or now == seen:
