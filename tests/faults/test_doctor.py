@@ -182,19 +182,6 @@ REFUSED = {"R6", "D1", "D2", "D5", "D6", "D7", "D9", "V2", "V4", "G1", "G3", "T3
 """The rows of the faults that are known before training and end a run; the others are counted or trained on."""
 
 
-def test_what_deepspeed_cannot_run_is_found_before_a_weight_loads(
-    written: Callable[..., Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loop engine, or, where DeepSpeed is not installed, that; only where a run was started for it."""
-    assert main(["doctor", str(written()), "--json"]) == 0
-    assert "deepspeed" not in findings(capsys)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert main(["doctor", str(written()), "--json"]) == 2
-    found = findings(capsys)
-    assert not found["deepspeed"]["ok"] and "DeepSpeed" in found["deepspeed"]["message"]
-    assert "models" not in found
-
-
 def test_nine_in_ten_of_the_faults_that_need_no_weight_are_found_before_one_loads() -> None:
     """Each row of STATIC is found, by the test above; the rest of T3 is asked of a server that is there."""
     assert len(REFUSED & {row.split()[0] for row in STATIC}) / len(REFUSED) >= 0.9

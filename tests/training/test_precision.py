@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,14 +272,3 @@ def test_a_student_with_a_teachers_quantization_is_told_what_saves_memory(folder
     content["student"]["quantization"] = "bitsandbytes-4bit"
     with pytest.raises(ConfigError, match=r"student\.quantization.*student is never.*training\.lora.*bf16"):
         recipe_from(content)
-
-
-def test_deepspeed_trains_in_float32_by_adamw_alone(monkeypatch):
-    from selectkd.training import zero
-
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: SimpleNamespace())
-    training = SimpleNamespace(precision="bf16", optimizer="adamw", engine="trainer")
-    with pytest.raises(ConfigError, match="float32"):
-        zero.check_recipe(SimpleNamespace(training=training))
-    assert precision_of("auto", "cpu", sharded_fp32=True).name == "fp32"

@@ -109,7 +109,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
         ("training.log_every", STEPS, "logging_steps log_interval logging_interval log_steps"),
         ("training.report_to", "It is a list: [wandb].", "wandb use_wandb wandb_project loggers logger tensorboard"),
         ("training.compile_loss", "", "torch_compile compile"),
-        ("training.sharding", "It is a mapping; {} shards over all ranks.", "fsdp fsdp_config deepspeed ddp"),
+        ("training.sharding", "It is a mapping; {} shards over all ranks.",
+         "fsdp fsdp_config deepspeed deepspeed_config zero_stage ddp"),
     )
     for word in words.split()
 }  # fmt: skip

@@ -67,12 +67,11 @@ PRECISIONS = {
 }
 
 
-def precision_of(name: str, device: torch.device | str, *, sharded_fp32: bool = False) -> Precision:
+def precision_of(name: str, device: torch.device | str) -> Precision:
     """The precision a recipe's ``training.precision`` means on ``device``.
 
-    auto: bf16 on a GPU that has it, tf32 on any other GPU, fp32 elsewhere. sharded_fp32: under DeepSpeed, where a
-    student trains in float32, auto is tf32 on every GPU. tf32 on a device without it is fp32. ConfigError for bf16 on
-    a GPU that only emulates it. Of a GPU that is not here it is taken that it has bf16.
+    auto: bf16 on a GPU that has it, tf32 on any other GPU, fp32 elsewhere. tf32 on a device without it is fp32.
+    ConfigError for bf16 on a GPU that only emulates it. Of a GPU that is not here it is taken that it has bf16.
 
     >>> precision_of("auto", "cpu").name
     'fp32'
@@ -81,7 +80,7 @@ def precision_of(name: str, device: torch.device | str, *, sharded_fp32: bool = 
     has_bf16 = kind in ("cpu", "xpu") or (kind == "cuda" and _gpu_has_bf16())
     if name == "auto":
         plain = kind not in ("cuda", "xpu")
-        name = "fp32" if plain else "bf16" if has_bf16 and not sharded_fp32 else "tf32"
+        name = "fp32" if plain else "bf16" if has_bf16 else "tf32"
     precision = PRECISIONS[name]
     if "bfloat16" in (precision.weights, precision.frozen) and not (has_bf16 or kind == "mps"):
         raise ConfigError(

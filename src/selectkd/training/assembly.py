@@ -45,7 +45,6 @@ from selectkd.training.optimizer import check_optimizer
 from selectkd.training.preflight.estimate import check_student
 from selectkd.training.recipe_text import Reading, read_text
 from selectkd.training.record.metrics import check_loggers
-from selectkd.training.zero import asked_for
 
 CUT_SAMPLES = 4
 """Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
@@ -204,9 +203,8 @@ def prepare(
     teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be. date: as of
     ``read_text``.
     """
-    precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
-    if not asked_for():  # whose own settings are checked with the rest of them
-        check_launched(precision)
+    precision = precision_of(recipe.training.precision, device)
+    check_launched(precision)
     check_optimizer(recipe.training.optimizer)
     sharding = recipe.training.sharding
     teacher = teacher or plan_teacher(recipe.teacher, dtype=precision.frozen, sharding=sharding)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +46,6 @@ TEACHER_BAD_SHARE = 0.3
 BAD_SHARE of all its steps (and more than BAD_IN_A_ROW), or a step in which this share of the teacher's rows
 is not finite.
 """
-
-
-class HasGradient(Protocol):
-    """A parameter, or what lies in its place where gradients are kept elsewhere."""
-
-    grad: Tensor | None
 
 
 @dataclass
@@ -173,7 +167,7 @@ class Ledger:
         self._sums += step_sums(portion, loss, sums, streams=len(self.streams))
 
     @torch.no_grad()
-    def settle(self, parameters: Iterable[HasGradient]) -> Tensor:
+    def settle(self, parameters: Iterable[Tensor]) -> Tensor:
         """Reduces the step's sums over ranks, finishes the gradient (see ``correction``) and returns the step's loss, a
         number on the device: nothing is read before ``accept``.
         """

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from selectkd.loss.plan import FirstPass
 from selectkd.models.precision import FP32, Precision
-from selectkd.training.checkpoint import Checkpoints, Stateful
+from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import ranks
 from selectkd.training.feed import Feed
@@ -122,18 +122,10 @@ def register_engine(
     feed: Feed,
     optimizer: Any,
     scheduler: Any,
-    *,
-    parts: Stateful | None = None,
 ) -> None:
-    """What any engine adds to a run's checkpoints; where the run goes on, all of it has its state afterwards.
-
-    parts: this rank's part of the optimizer, where each rank has another one.
-    """
+    """What any engine adds to a run's checkpoints; where the run goes on, all of it has its state afterwards."""
     checkpoints.register("student", Weights(model.student), heavy=True)
-    if parts is None:
-        checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
-    else:
-        checkpoints.register("optimizer", parts, own=True)
+    checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
     checkpoints.register("scheduler", scheduler, heavy=True)
     checkpoints.register("feed", feed)
     checkpoints.register("loss", Named(model, "chunk"))

@@ -16,7 +16,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.devices import training_device
-from selectkd.models.gathered import gathered
 from selectkd.models.precision import precision_of
 from selectkd.models.save import save_student
 from selectkd.models.sharded import is_sharded
@@ -41,7 +40,6 @@ from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
 from selectkd.training.trainer import DistillTrainer, on_device
-from selectkd.training.zero import asked_for, check_recipe, configured
 
 COLD_TAR = 0.2
 """Below this TAR at step 0 the gate leaves a student almost no signal (measured, see docs/log.md)."""
@@ -80,7 +78,6 @@ def train(
     device = training_device(device)
     started = time.perf_counter()
     with as_launched(recipe) as recipe:
-        check_recipe(recipe)
         ranks_meet(device)  # now, so that one alone claims the folder
         check_sharding(recipe, device)
         run_dir = Path(recipe.training.output_dir)
@@ -88,7 +85,7 @@ def train(
             finished = finished_run(run_dir, recipe, claim)
             if finished:
                 return finished
-            precision = precision_of(recipe.training.precision, device, sharded_fp32=asked_for())
+            precision = precision_of(recipe.training.precision, device)
             with precision.products(device), claim.threads(allow_change):
                 return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
 
@@ -180,12 +177,11 @@ def _train(
         warnings=list(origin.told),
         resumed_from=None if claim.opened is None else claim.opened.step,
     )
-    with gathered(made.student.parameters()):
-        if rank() == 0 or is_sharded(made.student):
-            card = card_of(recipe, made, watch.before, after, ledger)
-            save_student(made.student, made.tokenizer, run_dir / "student", card, dtype=made.precision.saved)
-        if rank() == 0:
-            write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
+    if rank() == 0 or is_sharded(made.student):
+        card = card_of(recipe, made, watch.before, after, ledger)
+        save_student(made.student, made.tokenizer, run_dir / "student", card, dtype=made.precision.saved)
+    if rank() == 0:
+        write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     return result
@@ -268,32 +264,30 @@ def _run(
             checkpoints=checkpoints,
         )
         return ledger
-    with configured(training) as deepspeed:
-        args = TrainingArguments(
-            deepspeed=deepspeed,
-            output_dir=str(training.output_dir),
-            max_steps=steps,
-            per_device_train_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation,
-            **arguments(
-                training.optimizer,
-                learning_rate=training.learning_rate,
-                betas=training.betas,
-                eps=training.eps,
-                device=device,
-            ),
-            lr_scheduler_type=SCHEDULES[training.schedule],
-            warmup_steps=warmup,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            logging_steps=training.log_every,
-            bf16=made.precision.autocasts,
-            seed=training.seed,
-            use_cpu=device.type == "cpu" and deepspeed is None,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+    args = TrainingArguments(
+        output_dir=str(training.output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        **arguments(
+            training.optimizer,
+            learning_rate=training.learning_rate,
+            betas=training.betas,
+            eps=training.eps,
+            device=device,
+        ),
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        warmup_steps=warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        logging_steps=training.log_every,
+        bf16=made.precision.autocasts,
+        seed=training.seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     on_device(args, device)
 
     def looked(step: int) -> bool:

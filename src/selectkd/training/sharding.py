@@ -17,7 +17,6 @@ from selectkd.errors import ConfigError
 from selectkd.models.load import PACKAGED, load_shape
 from selectkd.models.sharded import Spread, parts_of
 from selectkd.teachers.placement import PLACEMENT
-from selectkd.training import zero
 
 _ENVIRONMENT = "ACCELERATE_USE_FSDP"
 _KEY = "training.sharding"
@@ -26,7 +25,7 @@ _KEY = "training.sharding"
 def ranks_meet(device: torch.device) -> None:
     """The processes that torchrun or accelerate started together become ranks; nothing in one process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=device.type == "cpu" and not zero.asked_for())
+        PartialState(cpu=device.type == "cpu")
 
 
 def check_sharding(recipe: Any, device: torch.device) -> str | None:
@@ -45,10 +44,6 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
         for teacher in recipe.teachers
         if isinstance(teacher, ModelTeacher) and teacher.placement == "sharded"
     ]
-    if training.sharding is not None and zero.asked_for():
-        raise ConfigError(
-            f"{_KEY} and DeepSpeed both take the student apart. Start the run with torchrun, or leave the key out."
-        )
     there = torch.accelerator.current_accelerator() if wanted else None
     if there is not None and there.type != device.type:
         raise ConfigError(
@@ -74,8 +69,13 @@ def as_launched(recipe: Any) -> Iterator[Any]:
     """The recipe with ``training.sharding`` where the process was started with ``accelerate launch --use_fsdp``.
 
     One way to shard is then tried: accelerate itself hears nothing of FSDP while the context lasts. ConfigError for
-    settings of accelerate that are another thing than this key.
+    settings of accelerate that are another thing than this key, DeepSpeed among them.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "the run was started by accelerate with --use_deepspeed, and selectkd shards a student by FSDP2. Start it "
+            f"with torchrun or `accelerate launch --use_fsdp --fsdp_version 2`, or set {_KEY}: {{}}."
+        )
     if os.environ.get(_ENVIRONMENT, "false").lower() != "true":
         yield recipe
         return

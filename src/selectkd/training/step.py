@@ -21,7 +21,6 @@ from selectkd.loss.plan import Extra, FirstPass, LossPlan
 from selectkd.loss.teacher_rows import product_dtype
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.models.devices import out_of_memory
-from selectkd.models.gathered import head_parameters
 from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.sharded import at_work, average_gradients, head_whole, held_by, inside, is_sharded
 from selectkd.objective.objective import Objective
@@ -139,7 +138,7 @@ class DistillationModel(nn.Module):
             lambda here: weighted_sum(plan.terms(here), here, row_scale), here, plan.extras
         )
         if is_sharded(self.student) and torch.is_grad_enabled() and head.weight.requires_grad:
-            loss = _Reaching.apply(loss, *head_parameters(head))
+            loss = _Reaching.apply(loss, *(p for p in (head.weight, head.bias) if p is not None))
         return loss, {"kl": sums["divergence"], "row_kl": sums["row_divergence"]} | sums
 
     def _in_chunks(self, ask: Callable[[Forward], T], here: Forward, extras: Sequence[Extra]) -> T:

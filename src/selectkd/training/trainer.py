@@ -1,4 +1,4 @@
-"""DistillTrainer: the same numbers on transformers.Trainer, for DDP, FSDP and DeepSpeed's ZeRO."""
+"""DistillTrainer: the same numbers on transformers.Trainer, for DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from selectkd.errors import ConfigError
 from selectkd.loss.plan import Extra, FirstPass, StreamSpec
 from selectkd.models.devices import use_device
-from selectkd.models.gathered import gathered
 from selectkd.models.sharded import is_sharded, plain_copy, whole
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule, TaidSchedule
@@ -28,7 +27,6 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.loop import AfterStep, OnLine, register_engine
 from selectkd.training.optimizer import decaying
 from selectkd.training.step import DistillationModel, Teacher
-from selectkd.training.zero import HeldStep, PartsOfRank, check_models, check_settings, hold_step
 
 
 class DistillTrainer(Trainer):
@@ -46,7 +44,7 @@ class DistillTrainer(Trainer):
     the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
     student as a plain Hugging Face folder.
 
-    Raises ConfigError for arguments that would change the loss behind our back, and for what DeepSpeed cannot do here.
+    Raises ConfigError for arguments that would change the loss behind our back, and for DeepSpeed.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step; dividing again would be wrong
@@ -88,6 +86,12 @@ class DistillTrainer(Trainer):
                 f"mixed precision {args.mixed_precision}: a row's gradient of the loss is below fp16's range, where "
                 "loss scaling does not reach it. Use bf16=True, or float32 with tf32=True."
             )
+        if args.deepspeed or args.deepspeed_plugin is not None:
+            raise ConfigError(
+                "the arguments ask for DeepSpeed, which takes the optimizer step before a bad one can be left out. "
+                "Leave deepspeed and --use_deepspeed out; FSDP2 shards the student: "
+                "`accelerate launch --use_fsdp --fsdp_version 2`."
+            )
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel over every GPU that it sees
         args.logging_nan_inf_filter = (
@@ -108,11 +112,6 @@ class DistillTrainer(Trainer):
         )
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
-        if self.is_deepspeed_enabled:
-            plugin: Any = self.accelerator.state.deepspeed_plugin
-            check_settings(plugin.deepspeed_config)
-            check_models(student, teacher)
-        self.held: HeldStep | None = None  # the step that DeepSpeed would take within the backward pass
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
             model.config.use_cache = caches
         self.ledger = Ledger(
@@ -182,19 +181,15 @@ class DistillTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         if inputs.last:
             self.distillation.finish_gradient()
-            self.ledger.settle(model.parameters() if self.held is None else self.held.pieces())
+            self.ledger.settle(model.parameters())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = whole(norm) if isinstance(norm, Tensor) else norm
-        good = self.ledger.accept(norm)  # type: ignore[arg-type]
-        if self.held is not None:
-            self.held.take() if good else self.held.leave_out()
-        elif not good:
-            model.zero_grad(
-                set_to_none=True
-            )  # AdamW leaves a parameter without a gradient, and its state, alone
+        if not self.ledger.accept(norm):  # type: ignore[arg-type]
+            # AdamW leaves a parameter without a gradient, and its state, alone
+            model.zero_grad(set_to_none=True)
         return norm
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -235,13 +230,7 @@ class DistillTrainer(Trainer):
                 self._write(made, output_dir)
             self.accelerator.wait_for_everyone()
             return
-        if self.held is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        with gathered(self.student.parameters()):
-            if rank() == 0:
-                self._save(output_dir)
-        self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -276,8 +265,6 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        if trainer.is_deepspeed_enabled:
-            trainer.held = hold_step(trainer)
         if trainer.checkpoints is not None:
             register_engine(
                 trainer.checkpoints,
@@ -285,7 +272,6 @@ class _Steps(TrainerCallback):
                 trainer.feed,
                 trainer.optimizer,
                 trainer.lr_scheduler,
-                parts=None if trainer.held is None else PartsOfRank(trainer.held.engine.optimizer),
             )
             state.global_step = trainer._asked_at = trainer.ledger.step
 

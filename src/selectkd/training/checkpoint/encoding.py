@@ -14,7 +14,6 @@ from torch import Tensor
 
 from selectkd.errors import IntegrityError
 from selectkd.models import sharded
-from selectkd.models.gathered import gathered, in_parts
 
 MARK = "$"
 """First letter of the only key of a JSON object that stands for something JSON does not have."""
@@ -95,10 +94,7 @@ def gather(state: Any) -> None:
     rank. Whole tensors are not copied.
     """
     if isinstance(state, Tensor):
-        if in_parts(state):
-            whole(state)
-        else:
-            sharded.whole(state)
+        sharded.whole(state)
     elif isinstance(state, dict):
         for each in state.values():
             gather(each)
@@ -109,9 +105,6 @@ def gather(state: Any) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in this process's memory, contiguous; gathered where it is sharded, a collective call then."""
-    if in_parts(tensor):
-        with gathered([tensor]):
-            return tensor.detach().to("cpu", copy=True).contiguous()
     return sharded.whole(tensor).cpu().contiguous()
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.errors import IntegrityError
-from selectkd.models.gathered import gathered
 from selectkd.models.sharded import like
 
 
@@ -38,13 +37,12 @@ class Weights:
             side = "the checkpoint lacks" if name in own else "the student has no"
             raise IntegrityError(f"{side} {name}: the checkpoint is of another student.")
         for name, tensor in own.items():
-            with gathered([tensor], changed=True):
-                if tensor.shape != state[name].shape:
-                    raise IntegrityError(
-                        f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
-                        "of another student."
-                    )
-                tensor.copy_(like(state[name], tensor))
+            if tensor.shape != state[name].shape:
+                raise IntegrityError(
+                    f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
+                    "of another student."
+                )
+            tensor.copy_(like(state[name], tensor))
 
 
 class OptimizerState:

@@ -15,7 +15,6 @@ from selectkd.data.supervised import supervised
 from selectkd.loss.distillation import distillation_loss
 from selectkd.loss.teacher_rows import Head, LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
-from selectkd.models.gathered import gathered, head_parameters
 from selectkd.models.head import backbone, head_of
 from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import inside
@@ -118,7 +117,7 @@ def _measured(
         hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
     rows = teacher(batch, seen.position)
-    with gathered(head_parameters(head)), precision.autocast(hidden.device):
+    with precision.autocast(hidden.device):
         loss, sums = distillation_loss(
             hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
         )
@@ -166,7 +165,7 @@ def _judged(
         hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
     rows = teacher(batch, seen.position)
-    with gathered(head_parameters(head)), precision.autocast(hidden.device):
+    with precision.autocast(hidden.device):
         sums = distillation_loss(
             hidden, head, rows, objective, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
         )[1]

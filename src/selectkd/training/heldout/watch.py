@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from selectkd.data.supervised import supervised
-from selectkd.models.gathered import gathered
 from selectkd.models.sharded import like
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.counts import rank, sequence_means
@@ -136,8 +135,7 @@ class Watch:
         if self.worse:
             for name, parameter in self.made.student.named_parameters():
                 if name in self.best:
-                    with gathered([parameter], changed=True):
-                        parameter.copy_(like(self.best[name], parameter))
+                    parameter.copy_(like(self.best[name], parameter))
         return self.best_seen
 
 

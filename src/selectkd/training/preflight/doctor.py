@@ -28,7 +28,6 @@ from selectkd.models.load import check_local
 from selectkd.models.sharded import inside
 from selectkd.teachers import exactness
 from selectkd.teachers.cache.origin import weights_checksum
-from selectkd.training import zero
 from selectkd.training.assembly import Assembly, Plan, assemble, prepare
 from selectkd.training.checkpoint.folder import newest
 from selectkd.training.counts import ranks, total
@@ -96,8 +95,6 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     yield tried("output_dir", lambda: _folder(recipe))
     yield tried("loggers", lambda: _loggers(recipe))
     yield tried("weights", lambda: _weights(recipe))
-    if zero.asked_for():
-        yield tried("deepspeed", lambda: _zero(recipe))
     sharded = tried("sharding", lambda: check_sharding(recipe, device) or "")
     if sharded.message:
         yield sharded
@@ -172,11 +169,6 @@ def _weights(recipe: Any) -> str:
 def _loggers(recipe: Any) -> str:
     check_loggers(recipe.training.report_to)
     return ", ".join(["metrics.jsonl", *recipe.training.report_to])
-
-
-def _zero(recipe: Any) -> str:
-    zero.check_recipe(recipe)
-    return f"stage {zero.configuration(recipe.training)['zero_optimization']['stage']}"
 
 
 def _tokenizer(plan: Plan) -> str:

@@ -31,7 +31,6 @@ from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.teachers.cache.index import read_index
 from selectkd.training.activations import LEAST_BYTES, checkpoint_activations
 from selectkd.training.optimizer import state_bytes
-from selectkd.training.zero import asked_for
 
 FP32 = 4
 KEPT_WIDTHS = 34
@@ -80,7 +79,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
     cannot be found.
     """
     training, kind = recipe.training, torch.device(device).type
-    precision = precision_of(training.precision, device, sharded_fp32=asked_for())
+    precision = precision_of(training.precision, device)
     b, t = training.batch_size, length or training.max_length
     shapes = _teacher_shapes(recipe, precision.frozen)
     teacher = [model for model, _ in shapes]
