@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from selectkd import CachedRows, LiveRows, Objective, TokenPair, distillation_loss, uniforms
 from selectkd.loss.plan import LossPlan, StreamLoss
 from selectkd.objective.selectors import SELECTORS, top_share
+from selectkd.objective.verifiers import STATISTICS, VERIFIERS, VerifierTraits, greedy_topk, traits_of
 
 N, V, D = 12, 9, 4
 
@@ -23,6 +26,83 @@ class Sure:
 
     def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         return sure(pair, uniform)
+
+
+class Stated:
+    """Judges by statistics, reads one uniform number, and states so."""
+
+    traits = VerifierTraits(uniforms_per_token=1, teacher_tokens=3, reads=("rank",))
+
+    def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return torch.ones(len(uniform))
+
+    def from_statistics(self, statistics, uniform: Tensor) -> Tensor:
+        return torch.ones(len(uniform))
+
+
+class Attributes:
+    """The same, each trait by an attribute of its name."""
+
+    uniforms_per_token = 1
+    teacher_tokens = 3
+    reads = ("rank",)
+
+    __call__ = Stated.__call__
+    from_statistics = Stated.from_statistics
+
+
+class Ranks(Sure):
+    """Has a first pass, and says nothing of itself."""
+
+    def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
+        return sure(pair, uniform)[:, None]
+
+    def keep(self, scores: Tensor, sequence: Tensor) -> Tensor:
+        return scores[:, 0]
+
+
+class Compares(Ranks):
+    scope = "sequence"
+    needs_reference = True
+
+
+class OfOurs(greedy_topk):
+    """One of ours with another need: an attribute comes before the traits of the parent."""
+
+    uniforms_per_token = 2
+
+
+class ReadsNothing(Sure):
+    """Names statistics that it has no way to judge by."""
+
+    reads = ("rank",)
+    scope = "sequence"
+
+
+@pytest.mark.parametrize(
+    ("own", "traits"),
+    [
+        (sure, VerifierTraits()),
+        (Sure(), VerifierTraits()),
+        (Stated(), Stated.traits),
+        (Attributes(), Stated.traits),
+        (Ranks(), VerifierTraits(scope="step")),
+        (Compares(), VerifierTraits(scope="sequence", needs_reference=True)),
+        (OfOurs(k=3), replace(greedy_topk(3).traits, uniforms_per_token=2)),
+        (ReadsNothing(), VerifierTraits()),
+        (SELECTORS["adaspec"](scope="sequence"), VerifierTraits(scope="sequence", needs_reference=True)),
+    ],
+)
+def test_traits_are_stated_whole_or_by_attributes_of_their_names(own, traits) -> None:
+    assert traits_of(own) == traits == Objective("forward_kl", own).traits
+
+
+@pytest.mark.parametrize("name", [*VERIFIERS, *SELECTORS])
+def test_the_traits_of_ours_are_those_of_their_methods(name) -> None:
+    own = {**VERIFIERS, **SELECTORS}[name]()
+    assert traits_of(own).ranks == hasattr(own, "keep")
+    assert (traits_of(own).reads is not None) == hasattr(own, "from_statistics")
+    assert set(traits_of(own).reads or ()) <= set(STATISTICS)
 
 
 @pytest.mark.parametrize("own", [sure, Sure()])

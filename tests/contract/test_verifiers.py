@@ -11,7 +11,7 @@ from selectkd.errors import ConfigError
 from selectkd.objective.contract import check_verifier, example_log_dists
 from selectkd.objective.pair import dense_pair, topk_pair
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 
 ACCEPT_EQUALS = {"greedy_topk", "spec_k", "expected_spec_k", "spec_k_literal", "hellinger", "always"}
 
@@ -35,7 +35,7 @@ def test_spec_k_accepts_at_the_rate_theory_gives(name, k):
     assert 0.05 < tv < 0.95
     verifier = VERIFIERS[name](k=k)
     generator = torch.Generator().manual_seed(11)
-    uniform = torch.rand(trials, verifier.uniforms_per_token, generator=generator)
+    uniform = torch.rand(trials, traits_of(verifier).uniforms_per_token, generator=generator)
     rate = verifier(dense_pair(p.expand(trials, -1), q.expand(trials, -1)), uniform).mean().item()
     expected = 1 - tv**k
     assert abs(rate - expected) < 4 * math.sqrt(

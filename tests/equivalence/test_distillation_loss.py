@@ -39,7 +39,7 @@ def both(
     """(loss, d hidden, d weight) of the fused loss and of the plain program."""
     hidden, weight, teacher_hidden, teacher_weight = rows(dtype=dtype)
     head = (lambda w: Head(w)) if head is None else head
-    u = uniforms(N, objective.verifier.uniforms_per_token, seed=1, step=2)
+    u = uniforms(N, objective.uniforms_per_token, seed=1, step=2)
     scale = torch.full((N,), 1.0 / N, dtype=dtype) if row_scale is None else row_scale
     reference = LiveRows(teacher_hidden * 0.5, teacher_weight)
     loss, sums = distillation_loss(
@@ -226,7 +226,7 @@ def test_dead_rows_of_the_heads_change_nothing_of_a_cache(name, verifier, head):
     logp = torch.log_softmax(teacher_hidden @ teacher_weight.t(), -1)
     best = logp.topk(V, -1)
     objective = Objective(name, verifier, beta=0.1)
-    u = uniforms(N, objective.verifier.uniforms_per_token, seed=1, step=2)
+    u = uniforms(N, objective.uniforms_per_token, seed=1, step=2)
     results = []
     for teacher in (
         LiveRows(teacher_hidden, teacher_weight, shared=shared[:V]),

@@ -34,7 +34,7 @@ def test_the_library_takes_the_same_steps(one_file, variant):
     n = int(batches[0]["supervised"][:, 1:].sum())
     for step, batch in enumerate(batches):
         if variant == "spec_k_literal":
-            batch["uniform"] = uniforms(n, objective.verifier.uniforms_per_token, seed=3, step=step)
+            batch["uniform"] = uniforms(n, objective.uniforms_per_token, seed=3, step=step)
     ours = copy.deepcopy(student)
     history = one_file.train(student, teacher, batches, learning_rate=3e-3)
 

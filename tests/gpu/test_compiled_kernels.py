@@ -14,7 +14,7 @@ from triton.backends.amd.compiler import HIPBackend
 
 from selectkd.loss import block_triton as kernels
 from selectkd.loss.block_triton.launch import FLAGS
-from selectkd.objective.verifiers import VERIFIERS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 
 REGISTERS = 128
 """Of a thread at most: half of the threads an SM can hold, 16 warps, run at once."""
@@ -95,5 +95,4 @@ def test_other_chunks_of_the_same_run_need_no_other_kernel(tmp_path):
 
 def test_every_statistic_that_a_verifier_reads_has_its_part_of_the_kernel():
     for name, factory in VERIFIERS.items():
-        if hasattr(factory(), "from_statistics"):
-            assert set(getattr(factory(), "reads", ())) <= {"overlap", *FLAGS}, name
+        assert set(traits_of(factory()).reads or ()) <= {"overlap", *FLAGS}, name

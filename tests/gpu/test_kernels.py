@@ -17,11 +17,11 @@ from selectkd.loss.block import Rows, Settings
 from selectkd.loss.block_autograd import judge as reference
 from selectkd.loss.block_triton import launch
 from selectkd.loss.teacher_rows import LiveChunk, Scratch
-from selectkd.objective.verifiers import VERIFIERS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C, V, D, E = 7, 300, 8, 12
-READ_STATISTICS = [name for name, factory in VERIFIERS.items() if hasattr(factory(), "from_statistics")]
+READ_STATISTICS = [name for name, factory in VERIFIERS.items() if traits_of(factory()).reads is not None]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from selectkd import Head, LiveRows, Objective
 from selectkd.loss.plan import LossPlan, StreamLoss, StreamSpec
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import traits_of
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS
 from selectkd.training.ledger import Ledger
@@ -103,7 +104,7 @@ def test_dead_rows_of_the_students_head_take_no_part_in_a_language_modelling_los
     )
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if SELECTORS[name].needs_reference])
+@pytest.mark.parametrize("name", [name for name in SELECTORS if traits_of(SELECTORS[name]()).needs_reference])
 def test_a_reference_student_with_a_narrower_head_is_compared_on_the_ids_it_has(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight, theirs, teacher, own = (

@@ -18,7 +18,7 @@ from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.divergences.from_top_k import from_top_k
 from selectkd.objective.pair import dense_pair, topk_pair
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 from selectkd.teachers.exactness import check, of_verifier, page, table
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_a_verifier_is_what_it_declares_on_every_row(name, k):
         edge = logp.topk(k + 1, -1).values[:, -2:]  # a tie across the edge of the K tokens cannot be seen
         logp, logq = logp[edge[:, 0] > edge[:, 1]], logq[edge[:, 0] > edge[:, 1]]
         uniform = torch.rand(
-            logp.shape[0], verifier.uniforms_per_token, generator=torch.Generator().manual_seed(3)
+            logp.shape[0], traits_of(verifier).uniforms_per_token, generator=torch.Generator().manual_seed(3)
         )
         label = torch.arange(logp.shape[0]) % logp.shape[1]
         pairs = [dense_pair(logp, logq), from_k(logp, logq, k)]

@@ -17,7 +17,7 @@ from selectkd.loss.teacher_rows import Head, Scratch, TeacherChunk
 from selectkd.objective.divergences.kl import forward_kl
 from selectkd.objective.objective import Objective
 from selectkd.objective.pair import TokenPair
-from selectkd.objective.verifiers import STATISTICS
+from selectkd.objective.verifiers import traits_of
 
 IMPOSSIBLE = -1e12
 """The logit of an unshared id in a closed form: its probability is exactly 0, its logarithm still finite."""
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
 
 def statistics_of(verifier: Any, rows: Rows) -> tuple[str, ...]:
     """The statistics a verifier reads, without those that need labels where there are none."""
-    reads = getattr(verifier, "reads", STATISTICS)
+    reads = traits_of(verifier).reads or ()
     return tuple(name for name in reads if name != "label_rank" or rows.label is not None)
 
 

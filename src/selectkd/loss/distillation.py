@@ -17,7 +17,6 @@ from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows, TeacherRows, 
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.objective.divergences.uld import is_unpaired
 from selectkd.objective.objective import Objective
-from selectkd.objective.verifiers import reads_proposal_alone
 
 
 @untraced
@@ -192,8 +191,8 @@ def _by_spans(
 
 def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:
     """ConfigError for what no alignment of two vocabularies gives."""
-    verifier, name = objective.verifier, type(objective.verifier).__name__
-    if not reads_proposal_alone(verifier) or objective.ranks_the_batch:
+    name = type(objective.verifier).__name__
+    if not objective.traits.crosses_vocabularies or objective.ranks_the_batch:
         raise ConfigError(
             f"{name} compares the two distributions token by token, and teacher and student have different tokens. "
             "Use greedy_topk, always or matched_random."

@@ -13,7 +13,7 @@ from selectkd.loss.ranking import Contest, Kept, decided
 from selectkd.loss.teacher_rows import TeacherRows, wide
 from selectkd.loss.terms import Forward, Term, weighted_sum
 from selectkd.objective.objective import Objective
-from selectkd.objective.verifiers import uniforms_of
+from selectkd.objective.verifiers import traits_of
 
 
 @runtime_checkable
@@ -100,7 +100,9 @@ class LossPlan:
     def uniforms_per_token(self) -> int:
         """Columns of uniform numbers the widest objective or selector reads."""
         needs = [stream.objective.uniforms_per_token for stream in self.streams]
-        return max(needs + [uniforms_of(stream.selector) for stream in self.streams if stream.selector])
+        return max(
+            needs + [traits_of(one.selector).uniforms_per_token for one in self.streams if one.selector]
+        )
 
     @property
     def contests(self) -> list[Contest]:
@@ -115,7 +117,7 @@ class LossPlan:
                 judge, temperature = stream.objective.verifier, stream.objective.verify_temperature
                 found.append(Contest(("verifier", number), judge, of, temperature, apart))
         extras = enumerate(self.extras)
-        return found + [Contest(("extra", number), one) for number, one in extras if hasattr(one, "keep")]
+        return found + [Contest(("extra", number), one) for number, one in extras if traits_of(one).ranks]
 
     @property
     def models_language(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError
 from selectkd.loss.aligned_rows import AlignedRows
 from selectkd.loss.terms import Forward
+from selectkd.objective.verifiers import traits_of
 
 Key = tuple[str, int]
 """("selector", stream), ("verifier", stream) or ("extra", place)."""
@@ -40,7 +41,7 @@ class Contest:
     @property
     def over_step(self) -> bool:
         """Whether rows of other batches of the step are ranked too; else those of a sequence, which is in one batch."""
-        return getattr(self.judge, "scope", "step") != "sequence"
+        return traits_of(self.judge).scope != "sequence"
 
     @torch.no_grad()
     def scores(self, forward: Forward) -> Float[Tensor, "n m"]:

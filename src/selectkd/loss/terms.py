@@ -243,9 +243,6 @@ def unshared_of(teacher: TeacherRows, width: int) -> Bool[Tensor, " v"] | None:
 class _LabelLogProbs:
     """A selector that keeps what it saw: log p(y) and log q(y)."""
 
-    uniforms_per_token = 0
-    teacher_tokens = None
-
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n 2"]:
         name = "the method"
         return torch.stack([label_log_prob(pair, log_a, name) for log_a in (pair.logp, pair.logq)], -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selectkd.objective.divergences.closed_form import Block, Column, closed_form_of
 from selectkd.objective.pair import dense_pair
-from selectkd.objective.verifiers import Verifier, teacher_tokens_of, uniforms_of
+from selectkd.objective.verifiers import Verifier, traits_of
 
 
 def example_log_dists(
@@ -155,9 +155,9 @@ def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
     >>> from selectkd.objective.verifiers import VERIFIERS
     >>> check_verifier(VERIFIERS["greedy_topk"](k=2))
     """
-    r = uniforms_of(verifier)
+    traits = traits_of(verifier)
+    r, needs = traits.uniforms_per_token, traits.teacher_tokens
     _must(isinstance(r, int) and r >= 0, f"uniforms_per_token is {r!r}, not an integer >= 0")
-    needs = teacher_tokens_of(verifier)
     _must(needs is None or (isinstance(needs, int) and needs >= 0), f"teacher_tokens is {needs!r}")
     p, q = example_log_dists(seed=1), example_log_dists(seed=2)
     n = p.shape[0]
@@ -170,7 +170,7 @@ def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
     _must(a.shape == (n,), f"shape is {tuple(a.shape)}, not ({n},)")
     _must(bool(((a >= 0) & (a <= 1)).all()), f"outside [0, 1]: {a}")
     _must(torch.equal(a, again), "the same input gave another verdict: randomness must come from ``uniform``")
-    if not hasattr(verifier, "keep"):
+    if not traits.ranks:
         part = replace(dense_pair(p[3:9], q[3:9]), label=label[3:9])
         _must(
             torch.equal(verifier(part, uniform[3:9]), a[3:9]), "not token-local: a part of the rows differs"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, Divergence
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.registry import bind, build, name_of
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS, teacher_tokens_of, uniforms_of
+from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, traits_of
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]
 LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
@@ -72,15 +73,20 @@ class Objective:
         table = {**VERIFIERS, **SELECTORS}
         object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
 
+    @cached_property
+    def traits(self) -> VerifierTraits:
+        """What the verifier states of itself."""
+        return traits_of(self.verifier)
+
     @property
     def uniforms_per_token(self) -> int:
         """Columns of uniform numbers a call reads: the verifier's, and one more to thin rejected rows."""
-        return uniforms_of(self.verifier) + self.thin_rejected
+        return self.traits.uniforms_per_token + self.thin_rejected
 
     @property
     def teacher_tokens(self) -> int | None:
-        """How many of the teacher's best tokens the verifier needs: see ``Verifier``."""
-        return teacher_tokens_of(self.verifier)
+        """How many of the teacher's best tokens the verifier needs: see ``VerifierTraits``."""
+        return self.traits.teacher_tokens
 
     @property
     def drops_rows(self) -> bool:
@@ -90,13 +96,13 @@ class Objective:
     @property
     def reads_statistics(self) -> bool:
         """Whether the verifier can judge by ``RowStatistics`` alone, without a pair."""
-        return hasattr(self.verifier, "from_statistics")
+        return self.traits.reads is not None
 
     @property
     def ranks_the_batch(self) -> bool:
         """Whether the verifier needs a first pass over all rows: it has ``keep`` as well as ``score``. Rows are ranked
         over what the caller hands in at once; a training step hands in the acceptance of its ranking over all of it."""
-        return hasattr(self.verifier, "keep")
+        return self.traits.ranks
 
     @torch.no_grad()
     def accept(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:

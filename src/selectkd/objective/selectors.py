@@ -25,6 +25,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError
 from selectkd.objective.divergences.kl import forward_kl
 from selectkd.objective.pair import TokenPair, entropy, hellinger_distance, label_log_prob, sequence_of
+from selectkd.objective.verifiers.traits import VerifierTraits
 
 SCOPES = ("step", "sequence")
 QUANTILE = 0.05
@@ -84,9 +85,6 @@ class Ranked:
 
     share: float = 0.5
     scope: str = field(default="step", kw_only=True)
-    uniforms_per_token = 0
-    teacher_tokens = None
-    needs_reference = False  # whether it compares with a reference student
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
@@ -166,7 +164,7 @@ class adaspec(Ranked):
     """
 
     share: float = 0.4
-    needs_reference = True
+    traits = VerifierTraits(needs_reference=True)
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         reference = reference_of(pair, "adaspec")
@@ -200,7 +198,7 @@ class rho_1(Ranked):
     """
 
     share: float = 0.6
-    needs_reference = True
+    traits = VerifierTraits(needs_reference=True)
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         reference = label_log_prob(pair, reference_of(pair, "rho_1"), "rho_1")

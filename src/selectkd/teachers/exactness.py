@@ -1,8 +1,8 @@
 """What each payload of a teacher is worth to each divergence and each verifier: exact, a bound, or refused, and why.
 
-Divergences say it of themselves (``divergences.top_k``); verifiers by ``teacher_tokens`` and, where that is None,
-``from_top_k``; what is here puts the two together. ``of`` is the one way to ask, ``check`` and ``check_edge`` the ways
-to refuse.
+Divergences say it of themselves (``divergences.from_top_k``); verifiers by the traits ``teacher_tokens`` and, where
+that is None, ``from_top_k``; what is here puts the two together. ``of`` is the one way to ask, ``check`` and
+``check_edge`` the ways to refuse.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from selectkd.objective.divergences.uld import is_unpaired
 from selectkd.objective.objective import Objective
 from selectkd.objective.registry import name_of
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS, reads_proposal_alone, teacher_tokens_of
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 from selectkd.teachers.protocol import Payload
 
 PAYLOADS: dict[Payload, str] = {
@@ -87,22 +87,22 @@ def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exa
     """What a verifier's or selector's acceptance is from a payload of K = ``k`` tokens; None: as many as it needs."""
     if payload == "sampled":
         return EVERY if name_of(verifier) == DRAWN[1] else DRAWS
+    traits = traits_of(verifier)
     if payload == "aligned":
-        if hasattr(verifier, "keep"):
+        if traits.ranks:
             return BATCH_ACROSS
-        if teacher_tokens_of(verifier) == 0:
+        if traits.teacher_tokens == 0:
             return Exactness("exact", "it does not look at the teacher")
-        return TRANSLATED if reads_proposal_alone(verifier) else APART
+        return TRANSLATED if traits.crosses_vocabularies else APART
     if payload != "top_k":
         return WHOLE
-    need = teacher_tokens_of(verifier)
+    need, verdict = traits.teacher_tokens, traits.from_top_k
     if need is None:
-        verdict = getattr(verifier, "from_top_k", None)
         if verdict is not None and k == 1:
             return Exactness("refused", SINGLE)
         if verdict is not None:
             return Exactness(verdict, WHY[verdict])
-        return BATCH if hasattr(verifier, "keep") else SILENT
+        return BATCH if traits.ranks else SILENT
     if need == 0:
         return Exactness("exact", "it does not look at the teacher")
     if k is not None and k < need:

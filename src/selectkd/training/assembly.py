@@ -262,7 +262,7 @@ def prepare(
         if recipe.training.compile_loss:
             whole = teacher.payload in ("live", "hidden") and not isinstance(teacher, SeveralPlan)
             check_compiled(own.divergence, whole=whole)
-        if getattr(own.verifier, "needs_reference", False) and recipe.reference is None:
+        if own.traits.needs_reference and recipe.reference is None:
             raise ConfigError(
                 f"objective.selector = {type(own.verifier).__name__} compares with a reference student. "
                 "Name one: reference: {model: FOLDER}, for instance a student distilled with forward_kl before."

@@ -17,7 +17,7 @@ from selectkd.objective.divergences import forward_kl
 from selectkd.objective.pair import TokenPair, entropy
 from selectkd.objective.registry import build
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS, uniforms_of
+from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, traits_of
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.heldout.breakdown import ENTROPIES, POSITIONS, binned
 from selectkd.training.uniforms_of_text import draws
@@ -36,9 +36,7 @@ def judges(names: Mapping[str, Any] | None = None, *, reference: bool = False) -
     if names is not None:
         return {name: build(table, spec, kind="verifier or selector") for name, spec in names.items()}
     every = {name: build(table, name, kind="verifier or selector") for name in table if name != "always"}
-    return {
-        name: one for name, one in every.items() if reference or not getattr(one, "needs_reference", False)
-    }
+    return {name: one for name, one in every.items() if reference or not traits_of(one).needs_reference}
 
 
 @dataclass
@@ -50,11 +48,11 @@ class _Panel:
 
     members: Mapping[str, Any]
     widths: list[int] = field(default_factory=list)
-    teacher_tokens = None
 
     @property
-    def uniforms_per_token(self) -> int:
-        return sum(uniforms_of(one) for one in self.members.values())
+    def traits(self) -> VerifierTraits:
+        columns = sum(traits_of(one).uniforms_per_token for one in self.members.values())
+        return VerifierTraits(uniforms_per_token=columns, scope="step")
 
     def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         """[n, OWN + columns]: the panel's own measures, then each judge's acceptance or scores."""
@@ -63,9 +61,10 @@ class _Panel:
         start = 0
         self.widths = []
         for one in self.members.values():
-            own = uniform[:, start : start + uniforms_of(one)]
-            start += uniforms_of(one)
-            seen = one.score(pair, own) if hasattr(one, "keep") else one(pair, own)[:, None]
+            traits = traits_of(one)
+            own = uniform[:, start : start + traits.uniforms_per_token]
+            start += traits.uniforms_per_token
+            seen = one.score(pair, own) if traits.ranks else one(pair, own)[:, None]
             columns.append(seen.to(columns[0].dtype))
             self.widths.append(seen.shape[1])
         return torch.cat(columns, -1)
@@ -158,7 +157,7 @@ def _scores(
     hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
     rows = teacher(batch, seen.position)
-    uniform = draws(batch, seen, member.uniforms_per_token, seed=seed, step=0)
+    uniform = draws(batch, seen, member.traits.uniforms_per_token, seed=seed, step=0)
     here = Forward(hidden, head, rows, seen.labels, seen.sequence, seen.stream, uniform, chunk=chunk)
     return here.scores(member)
 
@@ -169,7 +168,7 @@ def _kept(member: _Panel, scores: Tensor, sequence: Tensor) -> Iterable[tuple[st
     for (name, one), width in zip(member.members.items(), member.widths, strict=True):
         columns = scores[:, start : start + width]
         start += width
-        yield name, one.keep(columns, sequence) if hasattr(one, "keep") else columns[:, 0]
+        yield name, one.keep(columns, sequence) if traits_of(one).ranks else columns[:, 0]
 
 
 def _removed(acceptance: Tensor, amount: Tensor, beta: float) -> float:

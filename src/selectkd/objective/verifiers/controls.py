@@ -12,6 +12,7 @@ from selectkd.errors import ConfigError
 from selectkd.objective.pair import TokenPair, sequence_of
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk
+from selectkd.objective.verifiers.traits import VerifierTraits
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class always:
     1.0
     """
 
-    uniforms_per_token = 0
-    reads = ()
-    teacher_tokens = 0
+    traits = VerifierTraits(teacher_tokens=0, reads=())
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return torch.ones(pair.logp.shape[0], dtype=pair.logp.dtype, device=pair.logp.device)
@@ -45,9 +44,7 @@ class matched_random:
     """
 
     rate: float = 0.5
-    uniforms_per_token = 1
-    reads = ()
-    teacher_tokens = 0
+    traits = VerifierTraits(uniforms_per_token=1, teacher_tokens=0, reads=())
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rate <= 1.0:
@@ -70,14 +67,13 @@ class matched_shuffle:
     """
 
     k: int = 5
-    uniforms_per_token = 1
 
     def __post_init__(self) -> None:
         at_least_one(type(self).__name__, self.k)
 
     @property
-    def teacher_tokens(self) -> int:
-        return self.k
+    def traits(self) -> VerifierTraits:
+        return VerifierTraits(uniforms_per_token=1, teacher_tokens=self.k, scope="step")
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         verdict = greedy_topk(self.k)(pair, uniform)

@@ -12,6 +12,7 @@ from selectkd.errors import ConfigError
 from selectkd.objective.pair import TokenPair, entropy, hellinger_distance, label_of, sequence_of
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk, within_top
+from selectkd.objective.verifiers.traits import VerifierTraits
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,7 @@ class hellinger:
     Source: SelecTKD (arXiv 2510.24021), ablation of the weighting.
     """
 
-    reads = ("affinity",)
-    uniforms_per_token = 0
-    teacher_tokens = None
-    from_top_k = "upper bound"  # merging outcomes only lowers H
+    traits = VerifierTraits(reads=("affinity",), from_top_k="upper bound")  # merging outcomes only lowers H
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return 1.0 - hellinger_distance(pair.logp, pair.logq)
@@ -40,10 +38,8 @@ class teacher_entropy:
     """a = 1 where the teacher's entropy is at most ``max`` nats: learn where the teacher is sure. Default 1 nat."""
 
     max: float = 1.0
-    reads = ("teacher_entropy",)
-    uniforms_per_token = 0
-    teacher_tokens = None
-    from_top_k = "upper bound"  # merging outcomes only lowers an entropy
+    # merging outcomes only lowers an entropy
+    traits = VerifierTraits(reads=("teacher_entropy",), from_top_k="upper bound")
 
     def __post_init__(self) -> None:
         if not self.max >= 0:
@@ -63,10 +59,8 @@ class student_entropy:
     """a = 1 where the student's entropy is at least ``min`` nats: learn where the student is unsure. Default 1 nat."""
 
     min: float = 1.0
-    reads = ("student_entropy",)
-    uniforms_per_token = 0
-    teacher_tokens = None
-    from_top_k = "lower bound"  # merging outcomes only lowers an entropy
+    # merging outcomes only lowers an entropy
+    traits = VerifierTraits(reads=("student_entropy",), from_top_k="lower bound")
 
     def __post_init__(self) -> None:
         if not self.min >= 0:
@@ -86,15 +80,13 @@ class label_top_k:
     """a = 1 where the token of the text, y_t, is among the teacher's k best: verifies the label, not the proposal."""
 
     k: int = 5
-    reads = ("label_rank",)
-    uniforms_per_token = 0
 
     def __post_init__(self) -> None:
         at_least_one("label_top_k", self.k)
 
     @property
-    def teacher_tokens(self) -> int:
-        return self.k
+    def traits(self) -> VerifierTraits:
+        return VerifierTraits(teacher_tokens=self.k, reads=("label_rank",))
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.column(label_of(pair, "label_top_k")), self.k, "label_top_k")
@@ -113,15 +105,13 @@ class prefix_gate:
     """
 
     k: int = 5
-    uniforms_per_token = 0
-    scope = "sequence"
 
     def __post_init__(self) -> None:
         at_least_one("prefix_gate", self.k)
 
     @property
-    def teacher_tokens(self) -> int:
-        return self.k
+    def traits(self) -> VerifierTraits:
+        return VerifierTraits(teacher_tokens=self.k, scope="sequence")
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return greedy_topk(self.k)(pair, uniform)[:, None]  # [n, 1]

@@ -14,6 +14,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.verifiers.row_statistics import RowStatistics
+from selectkd.objective.verifiers.traits import VerifierTraits
 
 
 def at_least_one(name: str, k: int) -> None:
@@ -57,16 +58,13 @@ class greedy_topk:
     """
 
     k: int = 5
-    uniforms_per_token = 0
-    reads = ("rank",)
-    proposal_alone = True  # of the student it asks its argmax, which may be translated
 
     def __post_init__(self) -> None:
         at_least_one("greedy_topk", self.k)
 
     @property
-    def teacher_tokens(self) -> int:
-        return self.k
+    def traits(self) -> VerifierTraits:
+        return VerifierTraits(teacher_tokens=self.k, reads=("rank",), proposal_alone=True)
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.student_top, self.k, "greedy_topk")
@@ -93,10 +91,8 @@ class spec_k:
     """
 
     k: int = 5
-    uniforms_per_token = 1
-    reads = ("overlap",)
-    teacher_tokens = None
-    from_top_k = "upper bound"  # merging outcomes only lowers TV
+    # merging outcomes only lowers TV
+    traits = VerifierTraits(uniforms_per_token=1, reads=("overlap",), from_top_k="upper bound")
 
     def __post_init__(self) -> None:
         at_least_one("spec_k", self.k)
@@ -126,10 +122,7 @@ class expected_spec_k:
     """
 
     k: int = 5
-    uniforms_per_token = 0
-    reads = ("overlap",)
-    teacher_tokens = None
-    from_top_k = "upper bound"  # merging outcomes only lowers TV
+    traits = VerifierTraits(reads=("overlap",), from_top_k="upper bound")  # merging outcomes only lowers TV
 
     def __post_init__(self) -> None:
         at_least_one("expected_spec_k", self.k)
@@ -159,15 +152,13 @@ class spec_k_literal:
     """
 
     k: int = 5
-    teacher_tokens = None
-    from_top_k = "upper bound"  # merging outcomes only lowers TV
 
     def __post_init__(self) -> None:
         at_least_one("spec_k_literal", self.k)
 
     @property
-    def uniforms_per_token(self) -> int:
-        return 2 * self.k
+    def traits(self) -> VerifierTraits:  # merging outcomes only lowers TV
+        return VerifierTraits(uniforms_per_token=2 * self.k, from_top_k="upper bound")
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         q = pair.logq.double().exp()

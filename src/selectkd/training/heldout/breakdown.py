@@ -13,6 +13,7 @@ from selectkd.data.supervised import supervised
 from selectkd.models.precision import FP32, Precision
 from selectkd.objective.objective import Objective
 from selectkd.objective.pair import TokenPair, entropy
+from selectkd.objective.verifiers import VerifierTraits
 from selectkd.teachers.protocol import Teacher
 from selectkd.training.heldout.evaluation import probe
 
@@ -28,9 +29,7 @@ MOST_NATS = 32.0
 class _TeacherEntropy:
     """H(p) / MOST_NATS as if it were an acceptance: the loss's own pass over the chunks then measures any teacher."""
 
-    uniforms_per_token = 0
-    teacher_tokens = None
-    proposal_alone = True  # it asks nothing of the student at all
+    traits = VerifierTraits(proposal_alone=True)  # it asks nothing of the student at all
 
     def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         return entropy(pair.logp) / MOST_NATS
