@@ -188,7 +188,7 @@ def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
         "cut to max_length 64": 1,
     }
     assert {name: count for name, count in source.counts.items() if count} == counts
-    assert "prompt_completion (detected)" in source.told and "chat.jsonl:5" in source.problems[0]
+    assert "prompt_completion (detected)" in source.summary and "chat.jsonl:5" in source.problems[0]
     with pytest.raises(DataError, match=r"chat\.jsonl:5"):
         dataset_source({"path": path}, tokenizer, max_length=64)
     report = check(source, held_out=source.examples[:1])

@@ -101,7 +101,7 @@ def test_a_special_token_that_the_teacher_has_not_is_refused_by_name():
     student.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     crossing = cross(student, TEACHER)
     ids = student("<|user|>tokens", add_special_tokens=False)["input_ids"]
-    with pytest.raises(ConfigError, match=r"'<\|user\|>' .* teacher's tokenizer has not"):
+    with pytest.raises(ConfigError, match=r"'<\|user\|>' .* teacher's tokenizer does not have"):
         crossing.check(ids)
     crossing.check(ids[1:])
     assert crossing.read(ids).spans[0].student_start == 1

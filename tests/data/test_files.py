@@ -40,7 +40,7 @@ def test_the_same_rows_are_read_however_json_is_written(tmp_path, name, content)
     records = read_records(write(tmp_path, content, name))
     assert records.rows == ROWS
     assert records.format == "prompt_completion"
-    assert "5 records" in records.told and "prompt_completion" in records.told
+    assert "5 records" in records.summary and "prompt_completion" in records.summary
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
@@ -58,7 +58,7 @@ def test_a_bad_line_is_named_by_file_and_line_or_counted(tmp_path, name, positio
     with pytest.raises(DataError, match=rf"{name}:{position + 1}:"):
         read_records(file)
     records = read_records(file, on_bad_record="skip")
-    assert records.rows == ROWS and len(records.skipped) == 1 and "1 bad" in records.told
+    assert records.rows == ROWS and len(records.skipped) == 1 and "1 bad" in records.summary
 
 
 def test_an_array_that_breaks_off_names_the_line_and_keeps_what_came_before(tmp_path):

@@ -160,7 +160,7 @@ def test_arguments_that_are_json_text_become_the_object(arguments, flat):
 def test_a_label_that_may_be_a_verdict_asks_for_the_format(tmp_path, label, name, format):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(FULL[format] | {name: label}))
-    with pytest.raises(DataError, match=f"say `format: {format}`"):
+    with pytest.raises(DataError, match=f"set `format: {format}`"):
         read_records(file)
     assert len(read_records(file, format=format)) == 1
 
@@ -171,7 +171,7 @@ def test_answers_labelled_false_are_counted_and_not_trained(tmp_path, tokenizer,
     rows = [{"prompt": "q", "completion": f"a{i}", name: i != 1} for i in range(3)]
     file.write_text("\n".join(map(json.dumps, rows)))
     source = dataset_source({"path": str(file)}, tokenizer, max_length=64)
-    assert len(source) == 2 and source.counts["labelled false"] == 1 and "1 labelled false" in source.told
+    assert len(source) == 2 and source.counts["labelled false"] == 1 and "1 labelled false" in source.summary
 
 
 def write(folder, *names):
@@ -197,7 +197,7 @@ def test_a_folder_gives_the_files_of_one_split(tmp_path, names, split, read):
     write(tmp_path, *names)
     found = read_records(tmp_path, split=split)
     assert len(found) == read if isinstance(read, int) else [row["text"] for row in found.rows] == read
-    assert "from" in found.told and found.rows[0]["text"] in found.told
+    assert "from" in found.summary and found.rows[0]["text"] in found.summary
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,6 @@ def test_fields_of_text_that_a_format_does_not_read_are_named(tmp_path):
     file = tmp_path / "data.jsonl"
     rows = [{"question": "q", "answer": "a", "id": 1}, {"question": "q", "answer": "a", "context": "c"}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert read_records(file).told.endswith("; not part of the text: context")
+    assert read_records(file).summary.endswith("; not part of the text: context")
     file.write_text(json.dumps({"instruction": "q", "output": "a", "context": "c", "system": "s"}))
-    assert "not part" not in read_records(file).told
+    assert "not part" not in read_records(file).summary

@@ -79,7 +79,7 @@ def check(
     for source in sources:
         found = look(source, held_out=held or ())
         overlap = "no held-out text" if held is None else f"overlap with held-out text {found.overlap}"
-        say(source.told)
+        say(source.summary)
         say(
             f"  examples {found.examples}, tokens {found.tokens}, trained on {found.trained_tokens}, "
             f"duplicates {found.duplicates}, {overlap}"
@@ -113,7 +113,7 @@ def show(
         for spec in wanted.sources:
             few = {**_reading(spec), "limit": min(samples, spec.get("limit") or samples)}
             records = read_records(on_bad_record=_policy(on_bad_record), **few)
-            say(records.told)
+            say(records.summary)
             for origin, record in records:
                 say(f"--- {origin}\n{json.dumps(record, ensure_ascii=False, indent=2, default=str)}")
         say("give --tokenizer MODEL to see what is trained on.")
@@ -122,7 +122,7 @@ def show(
 
     loaded = _tokenizer(wanted)
     for source in _read(wanted, loaded, samples)[0]:
-        say(source.told)
+        say(source.summary)
         for example in source.examples:
             say(f"--- {example.origin}: {len(example)} tokens, {sum(example.completion)} trained on")
             write(paint(pieces(example, loaded)))
@@ -218,7 +218,7 @@ def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
     from selectkd.data import read_records, to_sample
 
     records = read_records(on_bad_record=_policy(on_bad_record), **_reading(spec))
-    say(records.told)
+    say(records.summary)
     seen: Counter[str] = Counter()
     sizes: list[int] = []
     for origin, record in records:

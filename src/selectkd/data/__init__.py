@@ -1,4 +1,4 @@
-"""The data room: records to samples to examples to batches to trained positions."""
+"""Data: records become samples, examples, batches, and positions that are trained."""
 
 from __future__ import annotations
 

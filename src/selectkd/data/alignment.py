@@ -31,9 +31,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Alignment:
-    """Ids 0 .. shared_width - 1 mean the same to both; head rows from there on are padding. EOS ids may
-    differ.
-    """
+    """Ids 0 .. shared_width - 1 mean the same to both; head rows from there on are padding. EOS ids may differ."""
 
     shared_width: int
     teacher_eos: tuple[int, ...]
@@ -135,16 +133,16 @@ def _same_model(teacher: Any, student: Any, vocab: dict[str, int]) -> None:
     if ours == theirs and ours:
         return
     advice = "What would work: a student with the teacher's own tokenizer."
-    mine, other = ours.get("merges") or [], theirs.get("merges") or []
-    if mine != other and ours and theirs:
+    ours_merges, theirs_merges = ours.get("merges") or [], theirs.get("merges") or []
+    if ours_merges != theirs_merges and ours and theirs:
         rank = next(
-            (i for i, (a, b) in enumerate(zip(other, mine, strict=False)) if a != b),
-            min(len(mine), len(other)),
+            (i for i, (a, b) in enumerate(zip(theirs_merges, ours_merges, strict=False)) if a != b),
+            min(len(ours_merges), len(theirs_merges)),
         )
-        shown = [_merge(merges, rank, vocab) for merges in (other, mine)]
+        shown = [_merge(merges, rank, vocab) for merges in (theirs_merges, ours_merges)]
         raise ConfigError(
-            f"Teacher and student have the same tokens but other merges ({len(other)} and "
-            f"{len(mine)}); the first, "
+            f"Teacher and student have the same tokens but other merges ({len(theirs_merges)} and "
+            f"{len(ours_merges)}); the first, "
             f"number {rank}:\n  teacher {shown[0]}\n  student {shown[1]}\n{advice}"
         )
     for probe in PROBES:

@@ -1,7 +1,7 @@
 """Conversations to tokens: a chat template renders, and positions in its text say which tokens are trained.
 
-A turn is trained from the end of its generation prompt to the token that ends it, and nothing behind that: a newline,
-or an end of sequence that closes the whole conversation, is what no model is asked to write.
+A turn is trained from the end of its generation prompt to the token that ends it. Tokens behind that one, a newline or
+the end of the whole conversation, are not trained: no model has to write them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def tokenize_chat(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{sample.origin}: {type(tokenizer).__name__} gives no character positions, so turns "
-            "cannot be told apart.\n"
+            f"{sample.origin}: {type(tokenizer).__name__} gives no character positions, so its tokens cannot be "
+            "assigned to turns.\n"
             "What would work: a fast tokenizer (a folder with tokenizer.json), or pre-tokenised "
             "input_ids + labels."
         )

@@ -33,7 +33,7 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
+    """The tensors of one step. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
 
     ``completion`` says whether token i is trained, ``stream`` is the stream of each sample, ``route`` the teacher its
     record names, -1 for none. ``extra`` passes to the model untouched.
@@ -55,10 +55,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; tensors of ``extra`` move too. The one it came from stays as ``origin``."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "extra"}
-        there = replace(self, **moved(own, device), extra=moved(self.extra, device))
-        there.note("origin", self.in_memory)
-        return there
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "extra"}
+        copy = replace(self, **moved(values, device), extra=moved(self.extra, device))
+        copy.note("origin", self.in_memory)
+        return copy
 
     @property
     def in_memory(self) -> Batch:
@@ -80,8 +80,7 @@ class Batch:
         return [ids[owner == sample] for sample in range(self.stream.shape[0])]
 
     def model_inputs(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """What a Hugging Face backbone takes. ``dtype`` is that of the model, for the additive mask of a
-        packed batch.
+        """The inputs of a Hugging Face backbone. ``dtype``: the model's, for the additive mask of a packed batch.
 
         The mask of a packed batch is [b, 1, t, t], 0 where a token may look (itself and earlier tokens of its
         sample) and the most negative number elsewhere; sdpa and eager attention add it. It holds for models
@@ -154,8 +153,7 @@ def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, p
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Bins of at most ``max_length`` tokens, first fit decreasing: the longest first, each into the first
-    with room.
+    """Bins of at most ``max_length`` tokens, first fit decreasing: the longest first, each into the first bin it fits.
 
     Deterministic; equal lengths keep their order. Needs at most 11/9 of the fewest possible bins, plus 6/9.
     Raises DataError for an example longer than ``max_length``. Source: Dosa 2007, the tight bound of FFD.
@@ -163,26 +161,26 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     size = 1
     while size < max(1, len(examples)):
         size *= 2
-    # A tree over the bins whose nodes hold the most room below them finds the first bin with room in log
-    # time.
-    room = [max_length] * (2 * size)
+    # A tree over the bins whose nodes hold the most free space below them finds the first fitting bin in log time.
+    space = [max_length] * (2 * size)
     bins: list[list[Example]] = []
     for example in sorted(examples, key=len, reverse=True):
         if len(example) > max_length:
             raise DataError(
-                f"{example.origin}: {len(example)} tokens do not fit a bin of max_length {max_length}."
+                f"{example.origin}: {len(example)} tokens do not fit a bin of max_length {max_length}. Raise "
+                "max_length, or use on_too_long: truncate | drop."
             )
         node = 1
         while node < size:
             node *= 2
-            if room[node] < len(example):
+            if space[node] < len(example):
                 node += 1
         index = node - size
         if index == len(bins):
             bins.append([])
         bins[index].append(example)
-        room[node] -= len(example)
+        space[node] -= len(example)
         while node > 1:
             node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+            space[node] = max(space[2 * node], space[2 * node + 1])
     return bins

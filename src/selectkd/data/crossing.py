@@ -89,8 +89,8 @@ class Crossing:
                 name = self.student.convert_ids_to_tokens(index)
                 raise ConfigError(
                     f"the text has the student's special token {name!r} (id {index}), which the teacher's tokenizer "
-                    "has not, so the teacher cannot read it. Use prompt and completion without a chat template, or a "
-                    "teacher with the same template."
+                    "does not have. Use prompt and completion without a chat template, or a teacher with the same "
+                    "template."
                 )
 
     def _read_text(
@@ -99,19 +99,21 @@ class Crossing:
         pieces = [self.student_bytes[index] or b"" for index in ids[start:stop]]
         content = b"".join(pieces)
         if not any(span.text for span in spans) and content.startswith(b" "):
-            said = self.student.decode(ids[start:stop], clean_up_tokenization_spaces=False)
-            if not said.startswith(" "):  # the space SentencePiece puts before a text is not the text's
+            decoded = self.student.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+            if not decoded.startswith(" "):  # the space SentencePiece puts before a text is not the text's
                 pieces[0], content = pieces[0][1:], content[1:]
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
             text = content[: error.start].decode()
-        own = list(self.teacher(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        theirs = [self.teacher_bytes.get(index) or b"" for index in own]
+        teacher_ids = list(
+            self.teacher(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+        theirs = [self.teacher_bytes.get(index) or b"" for index in teacher_ids]
         if theirs and b"".join(theirs) == b" " + text.encode():
             theirs[0] = theirs[0][1:]  # SentencePiece puts a space before a text
         before = len(out)
-        out.extend(own)
+        out.extend(teacher_ids)
         ours, others = list(accumulate(map(len, pieces))), list(accumulate(map(len, theirs)))
         read = b"".join(theirs)
         i = j = begin_i = begin_j = 0

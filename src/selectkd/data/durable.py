@@ -69,7 +69,7 @@ def whole_lines(path: Path) -> list[bytes]:
     if not path.exists():
         return []
     with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing now is not cut short
+        fcntl.flock(file, fcntl.LOCK_EX)  # a line that another process is writing now is not cut short
         content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
@@ -171,7 +171,7 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(raw: bytes) -> dict[str, Any] | None:
-    """What ``sealed`` made, its checksum included; None where one byte is another.
+    """The content of bytes written by ``sealed``, its checksum included; None where any byte differs.
 
     >>> unsealed(sealed({"step": 3}))["step"], unsealed(sealed({"step": 3}).replace(b"3", b"4", 1))
     (3, None)
@@ -189,7 +189,7 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def disk_error(error: OSError, path: Path, *, needed: int | None = None) -> ResourceError:
-    """The ResourceError for a failed write: which path, what the system said, what is needed and what is free."""
+    """The ResourceError for a failed write: the path, the system's error, the bytes needed and the bytes free."""
     above = path
     while not above.exists():
         above = above.parent
@@ -202,12 +202,12 @@ def disk_error(error: OSError, path: Path, *, needed: int | None = None) -> Reso
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room."""
+    """Whether a write failed because the disk or a quota is full."""
     return error.errno in _FULL
 
 
 def os_error_of(error: Exception) -> OSError:
-    """The system's error behind one that a library tells in words alone, ``... (os error 28)``."""
+    """The system's error in a library's message, ``... (os error 28)``."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = int(found.group(1)) if found else errno.EIO
     return OSError(number, os.strerror(number) if found else str(error))

@@ -31,14 +31,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass
 class Records:
-    """Rows as dictionaries with ``origins`` beside them; ``told`` says in one line what was read and
-    detected.
-    """
+    """Rows as dictionaries with ``origins`` beside them; ``summary`` is one line on what was read and detected."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     format: str = ""
-    told: str = ""
+    summary: str = ""
     skipped: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -60,8 +58,7 @@ def read_records(
     limit: int | None = None,
     on_bad_record: OnBad = "error",
 ) -> Records:
-    """The records of a file, a folder of files, a saved data set or a Hugging Face id, at most ``limit`` of
-    them.
+    """At most ``limit`` records of a file, a folder of files, a saved data set or a Hugging Face id.
 
     ``format`` (a key of FORMATS) overrides detection. With ``on_bad_record="skip"`` a record that cannot be
     read is left out and its message kept in ``skipped``. Raises DataError with file:line otherwise, and
@@ -98,8 +95,8 @@ def read_records(
             and _verdict(record)
         ):
             problem = DataError(
-                f"{origin}: has a label, {verdict_of(record)!r}. If it says whether the answer is good, make it "
-                f"true or false.\nIf it does not, say `format: {found[0]}` in the source."
+                f"{origin}: the row has the label {verdict_of(record)!r}. If it says whether the answer is good, make "
+                f"it true or false.\nIf it does not, set `format: {found[0]}` in the source."
             )
         if problem is not None:
             if on_bad_record == "error":
@@ -120,17 +117,17 @@ def read_records(
         raise DataError(f"{path}: no records{bad}. Give a file with at least one record.")
     records.format = _one_format(str(path), examples)
     how = "given" if format else "detected"
-    records.told = f"{path}: {len(records)} records, format {records.format} ({how})"
+    records.summary = f"{path}: {len(records)} records, format {records.format} ({how})"
     files = list(dict.fromkeys(origin.rpartition(":")[0] for origin in records.origins))
     if Path(path).is_dir() and files != [str(path)]:
         names = [str(Path(file).relative_to(path)) for file in files if Path(file).is_relative_to(path)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        records.told += f", from {', '.join(names[:3])}{more}"
+        records.summary += f", from {', '.join(names[:3])}{more}"
     aside = list(dict.fromkeys(name for row in records.rows for name in left_aside(row, records.format)))
     if aside:
-        records.told += f"; not part of the text: {', '.join(aside)}"
+        records.summary += f"; not part of the text: {', '.join(aside)}"
     if records.skipped:
-        records.told += f", {len(records.skipped)} bad records skipped"
+        records.summary += f", {len(records.skipped)} bad records skipped"
     return records
 
 
@@ -212,7 +209,7 @@ def _file(file: Path) -> Iterator[Item]:
 
 
 def _convert(file: Path) -> str:
-    """What to tell someone who has a table of text."""
+    """The message for a table of text: how to convert it."""
     sign = ", delimiter=chr(9)" if file.suffix.lower() == ".tsv" else ""
     out = file.with_suffix(".jsonl").name
     return (
@@ -315,8 +312,8 @@ def _array(file: Path, raw: bytes, number: int) -> Iterator[Item]:
             at = line + (
                 text.count("\n", counted, error.pos) if isinstance(error, json.JSONDecodeError) else 0
             )
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
-            yield f"{file}:{at}", DataError(f"{file}:{at}: the JSON array breaks off here: {said}.")
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
+            yield f"{file}:{at}", DataError(f"{file}:{at}: the JSON array breaks off here: {reason}.")
             return
         yield origin, _object(value, origin)
         position = after_space(position)
@@ -390,10 +387,10 @@ def _hub(name: str, split: str | None, config: str | None) -> Iterator[Item]:
     try:
         loaded = datasets.load_dataset(name, config, split=wanted)
     except (OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError) as error:
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{name}: no such file or folder, and as a Hugging Face data set (config {config}, split "
-            f"{wanted}): {said}\n"
+            f"{name}: no file or folder has this name, and as a Hugging Face data set (config {config}, split "
+            f"{wanted}) it cannot be loaded: {reason}\n"
             "Check the id, `config:` and `split:`, the network, or give a local file or folder."
         ) from error
     for number, row in enumerate(loaded):

@@ -18,7 +18,7 @@ SPLIT = re.compile(
 
 
 def split_of(path: str) -> str | None:
-    """The split that a path within a folder tells, None where it tells none.
+    """The split that a path within a folder names, None where it names none.
 
     >>> [split_of(p) for p in ("data/train_sft-00000-of-00002.parquet", "gsm8k_test.jsonl", "train/a.json", "a.json")]
     ['train_sft', 'test', 'train', None]
@@ -54,12 +54,12 @@ def files_of(folder: Path, split: str | None, config: str | None = None) -> list
     if wanted is None and splits and (len(splits) > 1 or None in files.values()):
         more = "" if None not in files.values() else " and files of none"
         raise ConfigError(
-            f"{folder} holds the splits {', '.join(splits)}{more}. Say which one is meant: split: {splits[-1]}."
+            f"{folder} holds the splits {', '.join(splits)}{more}. Choose one, for example split: {splits[-1]}."
         )
     chosen = [name for name, each in files.items() if wanted is None or each == wanted.lower()]
     if not chosen:
-        told = f"Its splits: {', '.join(splits)}." if splits else f"Its files: {', '.join(list(files)[:6])}."
-        raise DataError(f"{folder}: no file of split {wanted!r}. {told}")
+        known = f"Its splits: {', '.join(splits)}." if splits else f"Its files: {', '.join(list(files)[:6])}."
+        raise DataError(f"{folder}: no file of split {wanted!r}. {known}")
     return [folder / name for name in (_of_config(folder, chosen, config) if splits else chosen)]
 
 
@@ -74,7 +74,7 @@ def _of_config(folder: Path, names: list[str], config: str | None) -> list[str]:
         return [name for name in names if where[name] == config] or names
     if len(kinds) > 1:
         raise ConfigError(
-            f"{folder} holds the configurations {', '.join(kind or '.' for kind in kinds)}. Say which one is meant: "
+            f"{folder} holds the configurations {', '.join(kind or '.' for kind in kinds)}. Choose one, for example "
             f"config: {kinds[-1]}, or name its folder."
         )
     return names

@@ -103,7 +103,7 @@ def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
 
 
 def verdict_of(record: Mapping[str, Any]) -> Any:
-    """What a record says of its answer, None where it says nothing."""
+    """The record's verdict on its answer, None where it has none."""
     name = _present(record, VERDICTS)
     return None if name is None else record[name]
 

@@ -1,6 +1,4 @@
-"""What is in a data set, before training on it: counts, duplicates, overlap, lengths, and the mask as pieces
-of text.
-"""
+"""The content of a data set before training: counts, duplicates, overlap, lengths, and the mask as pieces of text."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from selectkd.data.sources import Source
 
 @dataclass(frozen=True)
 class Check:
-    """What ``check`` found. ``lengths`` maps an upper bound in tokens (a power of two) to how many are that
-    long.
-    """
+    """The counts of ``check``. ``lengths`` maps an upper bound in tokens (a power of two) to a number of examples."""
 
     examples: int
     tokens: int
@@ -33,15 +29,13 @@ class Check:
 
 
 def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Example] = ()) -> Check:
-    """Counts over examples; a duplicate has the token ids of an earlier one, overlap counts those also held
-    out.
-    """
+    """Counts over examples. A duplicate has the token ids of an earlier example; overlap counts held-out ones."""
     examples = list(data.examples if isinstance(data, Source) else data)
     held = held_out.examples if isinstance(held_out, Source) else held_out
-    seen = Counter(_key(example) for example in examples)
+    counted = Counter(_key(example) for example in examples)
     held_keys = {_key(example) for example in held}
-    duplicates = len(examples) - len(seen)
-    overlap = sum(count for key, count in seen.items() if key in held_keys)
+    duplicates = len(examples) - len(counted)
+    overlap = sum(count for key, count in counted.items() if key in held_keys)
     sizes = [len(example) for example in examples]
     lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes)
     warnings = []
@@ -50,7 +44,7 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
         warnings.append(f"{duplicates} of {len(examples)} examples are exact duplicates of an earlier one.")
     if overlap:
         warnings.append(
-            f"{overlap} of {len(examples)} examples are also in the held-out data; its numbers would flatter."
+            f"{overlap} of {len(examples)} examples are also in the held-out data, whose results would be too good."
         )
     return Check(
         examples=len(examples),

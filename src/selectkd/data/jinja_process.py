@@ -77,7 +77,7 @@ def compiled(template: str) -> Any:
 
 
 def rendered(request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """{text} of one job, or {error, told}."""
+    """{text} of one job, or {error, message}."""
     moment = datetime.fromisoformat(request["moment"])
     try:
         text = compiled(request["template"]).render(
@@ -88,22 +88,24 @@ def rendered(request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
             add_generation_prompt=job["prompt"],
         )
     except MemoryError:
-        return {"error": "memory", "told": ""}
+        return {"error": "memory", "message": ""}
     except RAISED as error:
         name = type(error).__name__
-        return {"error": "template" if isinstance(error, Refused) else name, "told": str(error)[:400]}
+        return {"error": "template" if isinstance(error, Refused) else name, "message": str(error)[:400]}
     if len(text) > request["most"]:
-        return {"error": "memory", "told": ""}
+        return {"error": "memory", "message": ""}
     return {"text": text}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under the names that templates read."""
-    said = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return (
+        message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    )
 
 
-def limit(seconds: float, room: int) -> None:
+def limit(seconds: float, memory: int) -> None:
     """Processor seconds until the process ends, and bytes of memory it may have; neither on Windows."""
     if sys.platform != "win32":
         import resource
@@ -112,7 +114,7 @@ def limit(seconds: float, room: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(
-            resource.RLIMIT_AS, (room if hard == resource.RLIM_INFINITY else min(room, hard), hard)
+            resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard)
         )
 
 
@@ -138,9 +140,9 @@ def send(stream: IO[bytes], message: Any) -> int:
 def main() -> None:
     """Answers requests until the input ends."""
     while (request := read(sys.stdin.buffer)) is not None:
-        limit(request["seconds"], request["room"])
+        limit(request["seconds"], request["memory"])
         answers = [rendered(request, job) for job in request["jobs"]]
-        limit(0, request["room"])
+        limit(0, request["memory"])
         send(sys.stdout.buffer, answers)
 
 

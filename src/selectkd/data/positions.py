@@ -56,8 +56,8 @@ class Layout:
 
 @dataclass
 class _Reading:
-    """A conversation as it was rendered. marked: the rendering with its marks. text: without; ends: where the text of a
-    message ends in it, by message; spans: what the template marks as generated, None where it marks nothing.
+    """A rendered conversation. text: without marks; ends: where the text of each message ends in it; spans: the parts
+    that the template marks as generated, None where it marks nothing; prompts: the generation prompt behind each role.
     """
 
     sample: Sample
@@ -81,7 +81,7 @@ def lay_out(sample: Sample, template: ChatTemplate, *, turns: bool = True) -> La
     """
     reading = _read(sample, template, turns)
     for number, message in enumerate(reading.messages):
-        if number not in reading.ends and message["role"] != "assistant" and _said(message):
+        if number not in reading.ends and message["role"] != "assistant" and _content(message):
             _lost(sample, number, "content", message["role"])
     if not turns:
         for number in sample.trained:
@@ -106,9 +106,9 @@ def _read(sample: Sample, template: ChatTemplate, turns: bool) -> _Reading:
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
         )
-    marks_own = GENERATION.search(COMMENT.sub("", template.text(sample.origin, tools=bool(sample.tools))))
+    has_marks = GENERATION.search(COMMENT.sub("", template.text(sample.origin, tools=bool(sample.tools))))
     before: dict[str, int] = {}
-    for number in sample.trained if turns and not marks_own else ():
+    for number in sample.trained if turns and not has_marks else ():
         if number:
             before.setdefault(messages[number - 1]["role"], number)
     jobs = [_job(sample, messages, marks=()), _job(sample, messages)]
@@ -121,7 +121,7 @@ def _read(sample: Sample, template: ChatTemplate, turns: bool) -> _Reading:
     }
     reading = _Reading(sample, template, messages, plain, {}, None, prompts)
     reading.text, spans = _unmarked(plain)
-    reading.spans = spans if marks_own else None
+    reading.spans = spans if has_marks else None
     reading.ends = _ends(reading, marked)
     _with_system(reading, marked)
     reading.order = sorted(reading.ends)
@@ -141,15 +141,15 @@ def _job(
 
 def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     """A message in the shapes a template takes: content as text or parts, arguments as an object or JSON text."""
-    made = dict(message)
-    content = made.get("content")
+    turn = dict(message)
+    content = turn.get("content")
     if traits.parts and isinstance(content, str):
-        made["content"] = [{"type": "text", "text": content}] if content else []
+        turn["content"] = [{"type": "text", "text": content}] if content else []
     elif not traits.parts and isinstance(content, list):
-        made["content"] = "".join(part["text"] for part in content)
-    if made.get("tool_calls") and not traits.objects:
-        made["tool_calls"] = [_in_text(call) for call in made["tool_calls"]]
-    return made
+        turn["content"] = "".join(part["text"] for part in content)
+    if turn.get("tool_calls") and not traits.objects:
+        turn["tool_calls"] = [_in_text(call) for call in turn["tool_calls"]]
+    return turn
 
 
 def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _marked(text: str, number: int) -> str:
     return body + mark(number) + text[len(body) :]
 
 
-def _said(message: Mapping[str, Any]) -> str:
+def _content(message: Mapping[str, Any]) -> str:
     """The text of a message, of parts their texts together."""
     content = message.get("content")
     if isinstance(content, list):
@@ -240,9 +240,9 @@ def _ends(reading: _Reading, marked: str) -> dict[int, int]:
     for one in reading.template.rendered(reading.sample.origin, jobs):
         ends |= _placed(one, reading.text) or {}
     for number, message in enumerate(reading.messages):
-        said = _said(message)
-        if number not in ends and said and reading.text.count(said) == 1:
-            ends[number] = reading.text.index(said) + len(said)
+        content = _content(message)
+        if number not in ends and content and reading.text.count(content) == 1:
+            ends[number] = reading.text.index(content) + len(content)
     return ends
 
 
@@ -251,13 +251,13 @@ def _with_system(reading: _Reading, marked: str) -> None:
     lost = [
         number
         for number, message in enumerate(reading.messages)
-        if message["role"] in ("system", "developer") and number not in reading.ends and _said(message)
+        if message["role"] in ("system", "developer") and number not in reading.ends and _content(message)
     ]
     last = max(reading.sample.trained, default=0)
     if not lost or not last or last - 1 not in reading.ends:
         return
-    (seen,) = reading.template.rendered(reading.sample.origin, [reading.job(last, prompt=True)])
-    head, found, _ = seen.rpartition(mark(last - 1))
+    (prompted,) = reading.template.rendered(reading.sample.origin, [reading.job(last, prompt=True)])
+    head, found, _ = prompted.rpartition(mark(last - 1))
     _, again, rest = marked.rpartition(mark(last - 1))
     if not found or not again or any(mark(number) not in head for number in lost):
         return
@@ -267,12 +267,12 @@ def _with_system(reading: _Reading, marked: str) -> None:
         reading.spans = _unmarked(MARK.sub("", head + rest))[1]
 
 
-def _prompt(sample: Sample, turn: int, asked: str, left: str) -> str:
+def _prompt(sample: Sample, turn: int, with_prompt: str, without: str) -> str:
     """What a template writes between the message before ``turn`` and the place where a model goes on."""
-    before, found, prompt = _unmarked(asked)[0].rpartition(mark(turn - 1))
+    before, found, prompt = _unmarked(with_prompt)[0].rpartition(mark(turn - 1))
     if not found:
         _lost(sample, turn - 1, "content", (sample.messages or ())[turn - 1]["role"])
-    if before != _unmarked(left)[0].rpartition(mark(turn - 1))[0]:
+    if before != _unmarked(without)[0].rpartition(mark(turn - 1))[0]:
         _nowhere(sample, turn, "its generation prompt is not how the turn begins", "", "")
     return prompt
 
@@ -305,8 +305,8 @@ def _turn(reading: _Reading, number: int) -> Turn:
 
 def _start(reading: _Reading, number: int) -> int:
     """Where the text of a message begins, or a place shortly behind that."""
-    said, end = _said(reading.messages[number]), reading.ends[number]
-    return end - len(said) if reading.text.endswith(said, 0, end) else end
+    content, end = _content(reading.messages[number]), reading.ends[number]
+    return end - len(content) if reading.text.endswith(content, 0, end) else end
 
 
 def _begin(reading: _Reading, number: int, after: int) -> int:
@@ -321,10 +321,10 @@ def _begin(reading: _Reading, number: int, after: int) -> int:
     if text.startswith(prompt, after):
         return after + len(prompt)
     first = next(iter(_fields(reading.messages[number])), ("", ""))[1]
-    own = text.find(TAG.split(first)[0] or first, after) if first else -1
-    own = len(text) if own < 0 else own
-    common = _common(text[after : min(own, after + len(prompt))], prompt)
-    rests = (prompt[common:], text[after + common : own])
+    place = text.find(TAG.split(first)[0] or first, after) if first else -1
+    place = len(text) if place < 0 else place
+    common = _common(text[after : min(place, after + len(prompt))], prompt)
+    rests = (prompt[common:], text[after + common : place])
     if not common or any(LAYOUT.sub("", rest) for rest in rests):
         shown = text[after + common : after + common + 30]
         _nowhere(
@@ -344,9 +344,9 @@ def _common(one: str, other: str) -> int:
 
 
 def _known(reading: _Reading, number: int, begin: int, limit: int) -> int:
-    """The end of what a turn says: of its text and of the names of its calls."""
+    """The end of a turn's content: of its text and of the names of its calls."""
     message = reading.messages[number]
-    known = max(begin, reading.ends[number]) if _said(message) and number in reading.ends else begin
+    known = max(begin, reading.ends[number]) if _content(message) and number in reading.ends else begin
     for name in _calls(message):
         place = reading.text.find(name, known, limit)
         known = place + len(name) if place >= 0 else known
@@ -358,15 +358,15 @@ def _calls(message: Mapping[str, Any]) -> list[str]:
 
 
 def _fields(message: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a turn says, by field, in the order templates write it."""
+    """The content of a turn, by field, in the order templates write it."""
     thought = [(name, str(message[name]).strip()) for name in REASONING if message.get(name) is not None][:1]
-    said = [("content", NO_THOUGHT.sub("", _said(message)).strip())]
+    spoken = [("content", NO_THOUGHT.sub("", _content(message)).strip())]
     calls = [(f"tool_calls[{index}].name", name) for index, name in enumerate(_calls(message))]
-    return [(name, text) for name, text in (*thought, *said, *calls) if text]
+    return [(name, text) for name, text in (*thought, *spoken, *calls) if text]
 
 
 def _check(reading: _Reading, number: int, region: str) -> None:
-    """DataError where something that a trained turn says is not in its part of the rendering."""
+    """DataError where a field of a trained turn is not in its part of the rendering."""
     message = reading.messages[number]
     for name, text in _fields(message):
         if text not in region and not _in_pieces(text, region):

@@ -65,9 +65,9 @@ class Dropped:
 
 def eos_ids_of(tokenizer: Any, extra: Collection[int] = ()) -> frozenset[int]:
     """The ids that end a turn: the tokenizer's EOS (one or a list) and ``extra`` (a model's list)."""
-    own = getattr(tokenizer, "eos_token_id", None)
-    own_ids = () if own is None else (own,) if isinstance(own, int) else tuple(own)
-    return frozenset((*own_ids, *extra))
+    eos = getattr(tokenizer, "eos_token_id", None)
+    eos_of_tokenizer = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return frozenset((*eos_of_tokenizer, *extra))
 
 
 def pad_id_of(tokenizer: Any) -> int:

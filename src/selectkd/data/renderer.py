@@ -22,9 +22,9 @@ SECONDS = 1.0
 """Processor time of a request whose messages are small: a template renders in microseconds to milliseconds."""
 SECONDS_A_MEGABYTE = 0.3
 """More for long messages; plain templates need a tenth of it."""
-ROOM = 512 * 2**20
+MEMORY = 512 * 2**20
 """Bytes of memory of the process beside what messages need; it holds some 60 MB itself."""
-ROOM_A_BYTE = 40
+MEMORY_A_BYTE = 40
 MOST, MOST_A_BYTE = 4_000_000, 16
 """Characters a template may write: so many, and so many more for each byte it is given."""
 
@@ -47,7 +47,7 @@ class Failure:
     """
 
     kind: str
-    told: str = ""
+    message: str = ""
 
 
 Answer = str | Failure
@@ -73,7 +73,7 @@ class Renderer:
             "moment": moment,
             "jobs": [{"messages": job.messages, "tools": job.tools, "prompt": job.prompt} for job in jobs],
             "seconds": seconds,
-            "room": ROOM + ROOM_A_BYTE * size,
+            "memory": MEMORY + MEMORY_A_BYTE * size,
             "most": MOST + MOST_A_BYTE * size,
         }
         with self._lock:
@@ -91,18 +91,20 @@ class Renderer:
             jinja_process.send(process.stdin, request)
             answers = jinja_process.read(process.stdout)
             answered = True
-        except OSError:  # the pipe broke: the process has ended, and how is told below
+        except OSError:  # the pipe broke: the process has ended, and its exit code is read below
             answers, answered = None, True
         finally:
             if clock is not None:
                 clock.cancel()
-            if not answered:  # an interrupt between question and answer: what is half read is of no use
+            if not answered:  # an interrupt between question and answer: a half-read answer is of no use
                 self.close()
         if answers is None:
             code = process.wait()
             self._drop()
             return [_ended(code)] * len(request["jobs"])
-        return [each["text"] if "text" in each else Failure(each["error"], each["told"]) for each in answers]
+        return [
+            each["text"] if "text" in each else Failure(each["error"], each["message"]) for each in answers
+        ]
 
     def _started(self) -> subprocess.Popen[bytes]:
         process = self._process
@@ -129,11 +131,11 @@ class Renderer:
         self._drop()
 
     def _drop(self) -> None:
-        """Closes our ends of the pipes, which is also how the process learns that nothing more is asked."""
+        """Closes our ends of the pipes; the process ends when its input does."""
         process, self._process = self._process, None
         for pipe in (None, None) if process is None else (process.stdin, process.stdout):
             if pipe is not None:
-                with suppress(OSError):  # what was not sent to a process that has ended
+                with suppress(OSError):  # unsent bytes to a process that has ended
                     pipe.close()
 
 

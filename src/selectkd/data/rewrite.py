@@ -12,7 +12,7 @@ from selectkd.errors import DataError
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sample as what it answers and the answer; stream: its stream; route: the teacher its record names."""
+    """A prompt and its completion; stream: the stream it belongs to; route: the teacher its record names."""
 
     prompt: list[int]
     completion: list[int]
@@ -43,15 +43,15 @@ def last_turns(batch: Batch) -> list[Rollout]:
 
 
 def rebuilt(batch: Batch, samples: Sequence[Example], *, pad_id: int) -> Batch:
-    """A padded batch of ``samples``, with what else ``batch`` carries for the model where there is one for each of its.
+    """A padded batch of ``samples`` with the other model inputs of ``batch``, such as pictures.
 
-    DataError where the batch carries pictures or the like for other samples than these.
+    DataError where the batch has other inputs and ``samples`` are more or fewer than its own.
     """
     collated = collate(list(samples), pad_id=pad_id)
     if batch.extra and len(samples) != batch.stream.shape[0]:
         raise DataError(
-            f"the batch has {batch.stream.shape[0]} samples with {', '.join(batch.extra)}, and a policy makes "
-            f"{len(samples)} of them. Use one that writes one text a prompt."
+            f"the batch has {batch.stream.shape[0]} samples with {', '.join(batch.extra)}, and the policy makes "
+            f"{len(samples)} of them. Use a policy that writes one text a prompt."
         )
     return replace(collated, extra=batch.extra).to(batch.input_ids.device)
 

@@ -30,17 +30,17 @@ WITHOUT_TOOLS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Examples under a name. ``weight`` is how often each is seen per epoch: 1 once, 2 twice, 0.5 every other
-    epoch.
+    """Examples under a name. ``weight`` is how often an epoch has each: 1 once, 2 twice, 0.5 every other epoch.
 
-    ``counts`` says what became of the records (read, kept, truncated, bad, and each reason for dropping one).
+    ``counts`` has the number of records read, kept, truncated, bad, and dropped for each reason; ``summary`` is one
+    line on them.
     """
 
     examples: Sequence[Example]
     name: str = "data"
     weight: float = 1.0
     format: str = ""
-    told: str = ""
+    summary: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -142,13 +142,13 @@ def dataset_source(
             f"Check the format ({FORMATS[records.format]}) and max_length {max_length}."
         )
     counts.update(kept=len(examples), bad=len(problems))
-    told = f"{records.told}; {len(examples)} kept" + (f", {reasons}" if reasons else "")
+    summary = f"{records.summary}; {len(examples)} kept" + (f", {reasons}" if reasons else "")
     if counts["truncated"]:
-        told += f", {counts['truncated']} truncated" + "".join(
+        summary += f", {counts['truncated']} truncated" + "".join(
             f", {counts[name]} {name}" for name in cuts[2:] if counts[name]
         )
     name = str(given.get("name") or Path(str(given["path"])).stem.split(".")[0] or "data")
-    return Source(examples, name, weight, records.format, told, dict(counts), tuple(problems))
+    return Source(examples, name, weight, records.format, summary, dict(counts), tuple(problems))
 
 
 def _weight(value: Any, path: str) -> float:
@@ -233,9 +233,7 @@ def batches(
     start: int = 0,
     pad_to_multiple_of: int = 8,
 ) -> Iterator[Batch]:
-    """The batches of ``plan`` as tensors, from batch ``start`` on (resuming costs no tensors for those before
-    it).
-    """
+    """The batches of ``plan`` as tensors, from batch ``start`` on; no tensor is made for those before it."""
     rows = plan(
         sources,
         batch_size=batch_size,

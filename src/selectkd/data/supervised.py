@@ -64,8 +64,8 @@ def in_memory(batch: Batch, position: Tensor) -> tuple[Batch, Tensor]:
 
 
 def _search(batch: Batch) -> Supervised:
-    own = batch.sequence[:, 1:] == batch.sequence[:, :-1]  # [b, t-1]
-    chosen = batch.completion[:, 1:] & own & (batch.sequence[:, 1:] >= 0)
+    same_sample = batch.sequence[:, 1:] == batch.sequence[:, :-1]  # [b, t-1]
+    chosen = batch.completion[:, 1:] & same_sample & (batch.sequence[:, 1:] >= 0)
     row, before = chosen.nonzero(as_tuple=True)
     width = batch.input_ids.shape[1]
     sequence = batch.sequence[row, before + 1]

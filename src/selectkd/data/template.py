@@ -27,9 +27,9 @@ FILES = (".jinja", ".jinja2", ".j2", ".txt")
 
 @dataclass(frozen=True)
 class Traits:
-    """What a template does with turns. parts: content is a list of parts to it, not text. objects: the arguments of a
-    tool call are an object to it, not JSON text. tails: what it writes behind an assistant's text in the middle and at
-    the end of a conversation, and behind a tool call; up to the next turn's text.
+    """How a template takes and writes turns. parts: it takes content as a list of parts, not text. objects: it takes
+    the arguments of a tool call as an object, not JSON text. middle, last, call: the text it writes behind an
+    assistant's text within and at the end of a conversation, and behind a tool call, up to the next turn's text.
     """
 
     parts: bool = False
@@ -92,7 +92,7 @@ class ChatTemplate:
                 )
         if not source:
             raise DataError(
-                f"{origin}: a conversation, but the tokenizer has no chat template to render it with.\n"
+                f"{origin}: the row is a conversation, but the tokenizer has no chat template to render it with.\n"
                 "What would work: the tokenizer of a chat model (its folder has chat_template.jinja), "
                 "data.chat_template: FILE,\nor rows of prompt + completion, instruction + output, or text, which need "
                 "no template."
@@ -113,7 +113,7 @@ class ChatTemplate:
         return [answer for answer in found if isinstance(answer, str)]
 
     def traits(self, origin: str, *, tools: bool = False) -> Traits:
-        """What the template does with turns, found by rendering a few that hold nothing but marks."""
+        """The traits of the template, found by rendering a few turns that hold nothing but marks."""
         template = self.text(origin, tools=tools)
         if template not in self._traits:
             self._traits[template] = self._probed(template, origin)
@@ -135,14 +135,14 @@ class ChatTemplate:
             **call,
             "function": {"name": "look", "arguments": json.dumps({"at": mark(1)}, ensure_ascii=False)},
         }
-        asked = [
+        conversations = [
             [_turn("user", 0), {"role": "assistant", "content": "", "tool_calls": [one]},
              {**_turn("tool", 2), "name": "look", "tool_call_id": "call00000"}, _turn("assistant", 3)]
             for one in (call, written)
         ]  # fmt: skip
         if parts:
-            asked = [[_in_parts(turn) for turn in each] for each in asked]
-        by_object, by_text = self.answers(template, [Job(each) for each in asked])
+            conversations = [[_in_parts(turn) for turn in each] for each in conversations]
+        by_object, by_text = self.answers(template, [Job(each) for each in conversations])
         objects = _holds(by_object, 4) or not _holds(by_text, 4)
         called = by_object if objects else by_text
         return Traits(
@@ -166,10 +166,10 @@ def now() -> str:
 
 def source_of(wanted: str, tokenizer: Any) -> str:
     """The template that ``data.chat_template`` means: a file, a name among the tokenizer's own, or the text itself."""
-    own = getattr(tokenizer, "chat_template", None)
-    names = sorted(own) if isinstance(own, Mapping) else []
-    if isinstance(own, Mapping) and wanted in own:
-        return own[wanted]
+    named = getattr(tokenizer, "chat_template", None)
+    names = sorted(named) if isinstance(named, Mapping) else []
+    if isinstance(named, Mapping) and wanted in named:
+        return named[wanted]
     if "{{" in wanted or "{%" in wanted:
         return wanted
     path = Path(wanted).expanduser()
@@ -223,6 +223,6 @@ def _refuse(origin: str, job: Job, failure: Failure) -> NoReturn:
     name = "TemplateError" if failure.kind == "template" else failure.kind
     raise DataError(
         f"{origin}: the chat template cannot render these turns ({roles}): "
-        f"{name}: {' '.join(failure.told.split())[:160]}.\n"
+        f"{name}: {' '.join(failure.message.split())[:160]}.\n"
         "Change the row to what the template accepts, or skip such rows with `on_bad_record: skip`."
     )

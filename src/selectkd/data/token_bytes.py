@@ -1,4 +1,4 @@
-"""The bytes that each token of a vocabulary stands for: what two tokenizers can be compared by."""
+"""The bytes that each token of a vocabulary stands for, by which two tokenizers are compared."""
 
 from __future__ import annotations
 

@@ -87,16 +87,16 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
         raise DataError(f"{where}: needs a turn such as {{role, content}}, not {type(item).__name__}.")
     turn = {str(name): value for name, value in item.items() if value is not None}
     role_name, text_name = ("role", "content") if "role" in turn else ("from", "value")
-    said = turn.pop(role_name, None)
-    role = ROLES.get(said) if isinstance(said, str) else None
+    given_role = turn.pop(role_name, None)
+    role = ROLES.get(given_role) if isinstance(given_role, str) else None
     if role is None:
-        shown = repr(said)[:60]
+        shown = repr(given_role)[:60]
         raise DataError(
             f"{where}.{role_name}: no role is called {shown}. What would work: {', '.join(sorted(ROLES))}."
         )
     content = turn.pop(text_name, None)
     at = where.at(text_name)
-    if said == "function_call":
+    if given_role == "function_call":
         turn["tool_calls"] = [_spoken_call(plain_text(content, at), at)]
         content = ""
     elif "tool_calls" in turn:
@@ -158,7 +158,7 @@ def _tool_calls(value: Any, where: Where) -> list[dict[str, Any]]:
         return []
     if not isinstance(calls, list | tuple):
         raise DataError(f"{where}: needs a list of calls, not {type(value).__name__} {repr(value)[:60]}.")
-    made = []
+    checked = []
     for index, call in enumerate(calls):
         at = where.at(index)
         if not isinstance(call, Mapping):
@@ -172,27 +172,27 @@ def _tool_calls(value: Any, where: Where) -> list[dict[str, Any]]:
                 raise DataError(
                     f"{at}.function: needs {{name, arguments}}, not {repr(kept['function'])[:60]}."
                 )
-            made.append({**kept, "function": _function(kept["function"], at.at("function"))})
+            checked.append({**kept, "function": _function(kept["function"], at.at("function"))})
         else:
-            made.append(_function(kept, at))
-    return made
+            checked.append(_function(kept, at))
+    return checked
 
 
-def _function(said: Mapping[str, Any], where: Where) -> dict[str, Any]:
+def _function(call: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """A call's own fields, its name text and its arguments an object."""
-    name = plain_text(said.get("name"), where.at("name"))
+    name = plain_text(call.get("name"), where.at("name"))
     if not name:
         raise DataError(f"{where}.name: is empty; a call needs the name of what it calls.")
-    arguments = said.get("arguments")
+    arguments = call.get("arguments")
     if isinstance(arguments, str):
         arguments = from_json(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise DataError(
-            f"{where}.arguments: needs an object, or JSON text of one, not {repr(said.get('arguments'))[:60]}."
+            f"{where}.arguments: needs an object, or JSON text of one, not {repr(call.get('arguments'))[:60]}."
         )
-    return {**said, "name": name, "arguments": dict(arguments)}
+    return {**call, "name": name, "arguments": dict(arguments)}
 
 
 def from_json(text: str) -> Any:

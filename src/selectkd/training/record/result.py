@@ -138,7 +138,7 @@ def manifest_of(
                 example for source in made.sources for example in source.examples
             ),
             "samples": sum(len(source.examples) for source in made.sources),
-            "sources": [{"name": s.name, "told": s.told, "counts": dict(s.counts)} for s in made.sources],
+            "sources": [{"name": s.name, "told": s.summary, "counts": dict(s.counts)} for s in made.sources],
             "heldout_samples": sum(int(batch.stream.shape[0]) for batch in made.heldout),
             "streams": list(made.streams),
         },
