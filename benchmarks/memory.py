@@ -50,7 +50,7 @@ def main() -> None:
         for name in given.only or SETTINGS:
             training = SETTINGS[name]
             recipe = write_recipe(root, training)
-            told = json.loads(selectkd("estimate", str(recipe), "--json")[0])
+            told = json.loads(selectkd("estimate", str(recipe), "--json", "-")[0])
             _, most = selectkd("train", str(recipe))
             rows.append({"setting": name, "estimated": told["total"], "measured": most, "parts": told})
             print(

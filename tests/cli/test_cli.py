@@ -145,7 +145,7 @@ def test_show_lists_every_table_as_json(capsys: pytest.CaptureFixture[str]) -> N
     from selectkd.objective.selectors import SELECTORS
     from selectkd.objective.verifiers import VERIFIERS
 
-    assert main(["show", "--json"]) == 0
+    assert main(["show", "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     kinds = ["divergences", "label_losses", "verifiers", "selectors", "extras", "policies", "methods"]
     assert list(told) == kinds
@@ -160,7 +160,7 @@ def test_show_methods_is_a_list_of_presets_with_parts_defaults_and_sources(
 ) -> None:
     from selectkd.config.methods import METHODS
 
-    assert main(["show", "methods", "--json"]) == 0
+    assert main(["show", "methods", "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in told] == list(METHODS)
     for row in told:
@@ -191,7 +191,7 @@ def test_env_says_versions_and_no_secret(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    assert main(["env", "--json"]) == 0
+    assert main(["env", "--json", "-"]) == 0
     told = capsys.readouterr().out
     found = json.loads(told)
     assert found["selectkd"] == "0.1.0" and found["packages"]["torch"] and found["cores"] >= 1

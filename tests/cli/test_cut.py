@@ -39,7 +39,7 @@ def test_a_cut_is_the_student_that_a_run_would_choose_and_trains_as_a_model(
     assert main(["cut", str(recipe), "--out", str(tmp_path / "cut"), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "with layers" in told and "nats" in told
-    assert main(["doctor", str(recipe), "--json", "--device", "cpu"]) == 0
+    assert main(["doctor", str(recipe), "--json", "-", "--device", "cpu"]) == 0
     found = {one["check"]: one["message"] for one in json.loads(capsys.readouterr().out)}
     kept = told.split("with layers ")[1].split(", held-out")[0]
     assert f"[{kept}]" in found["models"] and "selectkd cut" in found["models"]

@@ -126,7 +126,7 @@ def test_a_recipe_runs_nothing_that_the_user_did_not_allow(
     text = json.dumps((ESCAPES | WITH_OWN)[what])
     sections = json.loads(text.replace("WITNESS", str(root / "witness")).replace("ROOT", str(root)))
     allowed = ["--allow-plugin", "own_parts"] if what in WITH_OWN else []
-    code = main(["doctor", str(written(root, sections)), "--json", *allowed])
+    code = main(["doctor", str(written(root, sections)), "--json", "-", *allowed])
     assert not (root / "witness").exists() and "evil" not in sys.modules
     told = json.loads(capsys.readouterr().out)
     assert code in (2, 3) and any(not row["ok"] for row in told), told

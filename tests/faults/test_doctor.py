@@ -47,7 +47,7 @@ def findings(capsys: Any) -> dict[str, dict[str, Any]]:
 def test_a_sound_recipe_passes_every_check_and_nothing_is_written(
     written: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
-    assert main(["doctor", str(written()), "--json"]) == 0
+    assert main(["doctor", str(written()), "--json", "-"]) == 0
     found = findings(capsys)
     assert all(row["ok"] for row in found.values())
     static = "recipe output_dir loggers weights tokenizer objective text masks memory disk"
@@ -61,7 +61,7 @@ def test_nothing_is_said_of_weights_that_are_not_here(
     written: Callable[..., Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert main(["doctor", str(written(teacher={"model": "nobody/no-such-model"})), "--json"]) == 2
+    assert main(["doctor", str(written(teacher={"model": "nobody/no-such-model"})), "--json", "-"]) == 2
     assert "nobody" not in findings(capsys)["weights"]["message"]
 
 
@@ -171,7 +171,7 @@ def test_what_needs_no_weight_is_found_before_one_loads(
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
-    assert main(["doctor", str(recipe), "--json"]) == code
+    assert main(["doctor", str(recipe), "--json", "-"]) == code
     found = findings(capsys)
     told = {name for name, one in found.items() if not one["ok"] and one["message"]}
     assert check in told
@@ -251,5 +251,5 @@ def test_a_full_disk_is_found_before_a_weight_loads(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert main(["doctor", str(written()), "--json"]) == 7
+    assert main(["doctor", str(written()), "--json", "-"]) == 7
     assert not findings(capsys)["disk"]["ok"]

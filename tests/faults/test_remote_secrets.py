@@ -128,7 +128,7 @@ def test_a_key_written_in_the_place_of_a_variables_name_is_never_printed(
         ["train", str(path), "--set", "teacher={model: " + model + "}", "--set", f"data.policy={policy}"],
         ["teacher", "doctor", "http://127.0.0.1:9", "--api-key-env", key],
         ["speculate", "--target", model, "--server", "http://127.0.0.1:9", "--server-model", "m",
-         "--server-key-env", key],
+         "--api-key-env", key],
     ):  # fmt: skip
         assert main(command) == 2, command
         told = capsys.readouterr()

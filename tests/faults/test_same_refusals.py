@@ -211,7 +211,7 @@ def test_doctor_and_train_refuse_a_recipe_in_the_same_words_before_a_weight_load
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
     capsys.readouterr()
-    code = main(["doctor", str(path), "--json"])
+    code = main(["doctor", str(path), "--json", "-"])
     found = json.loads(capsys.readouterr().out)
     told = [row["message"] for row in found if not row["ok"]]
     trained = main(["train", str(path)])

@@ -102,12 +102,12 @@ def address(url: str) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--host", "0.0.0.0"], "--token-env NAME and --certificate and --key are missing"),
-        (["--host", "::", "--token-env", "SELECTKD_TEST_TOKEN"], "--certificate and --key are missing"),
+        (["--host", "0.0.0.0"], "--api-key-env NAME and --certificate and --key are missing"),
+        (["--host", "::", "--api-key-env", "SELECTKD_TEST_TOKEN"], "--certificate and --key are missing"),
         (["--host", "192.0.2.7"], "needs a token and TLS"),
         (["--host", "example.com"], "is no address"),
-        (["--token-env", "SELECTKD_TEST_SHORT"], "16 printable characters"),
-        (["--token-env", "SELECTKD_TEST_NOT_SET"], "16 printable characters"),
+        (["--api-key-env", "SELECTKD_TEST_SHORT"], "16 printable characters"),
+        (["--api-key-env", "SELECTKD_TEST_NOT_SET"], "16 printable characters"),
         (["--certificate", "no.pem"], "go together"),
         (["--certificate", "no.pem", "--key", "no.pem"], "is not there"),
     ],

@@ -104,7 +104,7 @@ def test_what_a_method_cannot_do_is_said_in_words(said: Any, told: str, recipe: 
 def test_every_number_of_a_preset_says_where_it_is_from_and_the_docs_say_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["show", "methods", "--json"]) == 0
+    assert main(["show", "methods", "--json", "-"]) == 0
     rows = []
     for method in json.loads(capsys.readouterr().out):
         for one in method["defaults"]:

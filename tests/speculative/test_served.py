@@ -232,7 +232,7 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_loads(
 ) -> None:
     for flags, told in (
         ([], "--draft"), (["--plain-server", "http://x"], "--server"), (["--server", "http://x"], "--server-model"),
-        (["--server", "http://x", "--server-model", "m", "--server-key-env", "NO_SUCH"], "NO_SUCH"),
+        (["--server", "http://x", "--server-model", "m", "--api-key-env", "NO_SUCH"], "NO_SUCH"),
     ):  # fmt: skip
         assert main(["speculate", "--target", "no-such/model", *flags]) == 2
         err = capsys.readouterr().err

@@ -226,7 +226,7 @@ def test_doctor_passes_it_and_says_where_nothing_would_move_the_student(
         path = tmp_path / "recipe.yaml"
         content = recipe(pair, tmp_path / "run", language_model=factor)
         path.write_text(json.dumps(content.model_dump(mode="json", exclude_none=True)), "utf-8")
-        assert main(["doctor", str(path), "--json"]) == 0
+        assert main(["doctor", str(path), "--json", "-"]) == 0
         found = {row["check"]: row["message"] for row in json.loads(capsys.readouterr().out)}
         assert found["models"].startswith("teacher the student with its adapters off, student ")
         assert (ITS_OWN_TEACHER in found["models"]) is told

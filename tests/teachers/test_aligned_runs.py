@@ -137,7 +137,7 @@ def test_data_align_shows_every_span_that_differs(root, tmp_path, capsys):
     assert main(["data", "align", path, "-n", "2"]) == 0
     shown = capsys.readouterr().out
     assert "tokens are among the teacher's" in shown and "| text before | student | teacher |" in shown
-    assert main(["data", "align", path, "-n", "2", "--json"]) == 0
+    assert main(["data", "align", path, "-n", "2", "--json", "-"]) == 0
     samples = json.loads(capsys.readouterr().out)
     assert len(samples) == 2
     for sample in samples:

@@ -85,7 +85,7 @@ def test_a_finished_cache_says_what_it_holds(recipe: Made, pair: Path, tmp_path:
     path = recipe({"cache": str(tmp_path / "cache"), "model": str(pair / "teacher")})
     assert main(["cache", "build", path]) == 0
     capsys.readouterr()
-    assert main(["cache", "info", str(tmp_path / "cache"), "--json"]) == 0
+    assert main(["cache", "info", str(tmp_path / "cache"), "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["payload"], told["precision"], told["row_bytes"], told["records"]) == (
         "hidden",

@@ -207,7 +207,7 @@ def test_the_page_in_the_docs_is_the_one_the_code_writes():
 
 
 def test_show_teachers_prints_the_table(capsys):
-    assert main(["show", "teachers", "--json"]) == 0
+    assert main(["show", "teachers", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["teachers"] == table()
     assert main(["show", "teachers", "reverse_kl"]) == 0
     assert "top_k refused" in capsys.readouterr().out

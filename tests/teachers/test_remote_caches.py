@@ -77,8 +77,8 @@ def test_a_run_from_a_cache_that_vllm_filled_has_the_losses_of_a_live_teacher(
         assert "selectkd cache repair RECIPE" in capsys.readouterr().err
         assert main(["cache", "repair", path]) == 0
         assert shards(folder) == whole
-    assert main(["cache", "info", str(folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["cache", "info", str(folder), "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert told["engine"]["server"] == "vllm" and told["teacher"]["model"] == "tiny"
     assert url not in json.dumps(told)
     torch.testing.assert_close(losses(recipe({"cache": str(folder)}, run="cached")), live, rtol=0, atol=1e-5)

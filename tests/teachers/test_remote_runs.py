@@ -112,7 +112,7 @@ def test_a_server_that_cannot_be_asked_is_a_fault_of_the_recipe(
 
 def examined(url: str, pair: Path, capsys: Any, *more: str) -> tuple[int, dict[str, Any]]:
     code = main(
-        ["teacher", "doctor", url, "--tokenizer", str(pair / "teacher"), "--k", "12", "--json", *more]
+        ["teacher", "doctor", url, "--tokenizer", str(pair / "teacher"), "--k", "12", "--json", "-", *more]
     )
     return code, json.loads(capsys.readouterr().out or "null")
 

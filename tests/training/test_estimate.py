@@ -104,7 +104,7 @@ def test_eight_bit_moments_are_a_quarter_of_fp32_ones_for_large_tensors():
 def test_the_verb_estimates_for_a_device_that_is_not_here(folders, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe_of(folders, training=FREE)), "utf-8")
-    assert main(["estimate", str(path), "--device", "cuda", "--json"]) == 0
+    assert main(["estimate", str(path), "--device", "cuda", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["process"] == 0
     assert main(["estimate", str(path), "--device", "gpu"]) == 2
     assert "gpu" in capsys.readouterr().err

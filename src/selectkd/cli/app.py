@@ -35,8 +35,9 @@ from selectkd.cli import (
     train,
 )
 from selectkd.cli.overrides import OfRecipe
-from selectkd.cli.terminal import say, told, without_others
+from selectkd.cli.terminal import be_quiet, say, show_error, without_others
 from selectkd.cli.threads import settle_threads
+from selectkd.cli.verb import Debug, Quiet, Verb
 from selectkd.errors import ResourceError, SelectKDError
 
 INTERRUPTED = 130
@@ -53,7 +54,7 @@ app = typer.Typer(
 )
 app.command("train", cls=OfRecipe)(train.train)
 app.command("demo", cls=OfRecipe)(demo.demo)
-app.command("show")(show.show)
+app.command("show", cls=Verb)(show.show)
 app.command("generate", cls=OfRecipe)(generate.generate)
 app.command("cut", cls=OfRecipe)(cut.cut)
 app.command("compare", cls=OfRecipe)(compare.compare)
@@ -61,16 +62,16 @@ app.command("panel", cls=OfRecipe)(panel.panel)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
-app.command("serve-teacher")(serve.serve_teacher)
-app.command("dynamics")(dynamics.dynamics)
-app.command("env")(env.env)
-app.command("eval")(eval.evaluate)
-app.command("init")(init.init)
-app.command("landscape")(landscape.landscape)
-app.command("speculate")(speculate.speculate)
+app.command("serve-teacher", cls=Verb)(serve.serve_teacher)
+app.command("dynamics", cls=Verb)(dynamics.dynamics)
+app.command("env", cls=Verb)(env.env)
+app.command("eval", cls=Verb)(eval.evaluate)
+app.command("init", cls=Verb)(init.init)
+app.command("landscape", cls=Verb)(landscape.landscape)
+app.command("speculate", cls=Verb)(speculate.speculate)
 app.command("doctor", cls=OfRecipe)(doctor.doctor)
 app.command("estimate", cls=OfRecipe)(estimate.estimate)
-app.command("schema")(schema.schema)
+app.command("schema", cls=Verb)(schema.schema)
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""
@@ -80,7 +81,8 @@ WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
 ) -> None:
     """Distil a large language model into a small one, learning where the teacher agrees with the student."""
     if version:
@@ -92,29 +94,30 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; an error is told in at most six lines on stderr."""
+    """Runs one command line and returns its exit code; an error is at most six lines on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if sys.platform == "win32":
-        told(
+        show_error(
             "error: selectkd runs on Linux and macOS. On Windows use WSL 2: https://learn.microsoft.com/windows/wsl"
         )
         return USAGE
     debug = "--debug" in given
+    be_quiet("--quiet" in given)
     settle_threads()
     if arguments is None and not debug:
         without_others()
     try:
         code = app(given, standalone_mode=False, prog_name="selectkd")
     except KeyboardInterrupt:
-        told("interrupted.")
+        show_error("interrupted.")
         return INTERRUPTED
     except typer.Abort:
-        told("interrupted.")
+        show_error("interrupted.")
         return INTERRUPTED
     except typer.Exit as stop:
         return stop.exit_code
     except WrongUsage as error:
-        told(f"error: {error.format_message()}\nTry `selectkd --help`.")  # type: ignore[attr-defined]
+        show_error(f"error: {error.format_message()}\nTry `selectkd --help`.")  # type: ignore[attr-defined]
         return USAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone
@@ -122,12 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SelectKDError as error:
         if debug:
             raise
-        told(f"error: {error}")
+        show_error(f"error: {error}")
         return error.exit_code
     except MemoryError:
         if debug:
             raise
-        told("error: out of memory. A smaller training.batch_size or training.chunk needs less.")
+        show_error("error: out of memory. A smaller training.batch_size or training.chunk needs less.")
         return ResourceError.exit_code
     except OSError as error:
         if debug or (error.filename is None and error.errno != errno.ENOSPC):
@@ -135,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             from selectkd.data.durable import disk_error
 
-            told(f"error: {disk_error(error, Path(error.filename or '.').absolute())}")
+            show_error(f"error: {disk_error(error, Path(error.filename or '.').absolute())}")
         else:
-            told(f"error: {error.filename or 'writing'}: {error.strerror}.")
+            show_error(f"error: {error.filename or 'writing'}: {error.strerror}.")
         return ResourceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-        told("interrupted.")
+        show_error("interrupted.")
     return code if isinstance(code, int) else 0

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes, OfRecipe
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say, told
+from selectkd.cli.terminal import say, show_progress
 from selectkd.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ app = typer.Typer(
 Target = Annotated[
     str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe with teacher.cache, or the cache's folder.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
 @app.command("build", cls=OfRecipe)
@@ -40,7 +39,7 @@ def build(
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
     device: Device = "auto",
-    as_json: Json = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Build or finish a recipe's cache: training, held-out and probe text."""
     from selectkd.models.devices import use_device
@@ -65,37 +64,33 @@ def build(
                 raise stopped(stop.asked, f"the shards that were done are in {folder}")
 
         index = build_cache(
-            folder, plan, records, origin, rank=rank, ranks=ranks, say=told if as_json else say,
+            folder, plan, records, origin, rank=rank, ranks=ranks, say=show_progress,
             before_shard=between_shards,
         )  # fmt: skip
     if index is None:
-        say(
-            json.dumps({"finished": False})
-            if as_json
-            else "the shards of this rank are there; others are not yet."
-        )
+        write_answer(json_file, {"finished": False})
+        say("the shards of this rank are there; others are not yet.")
     else:
-        _describe(folder, index, as_json)
+        _describe(folder, index, json_file)
 
 
 @app.command("verify", cls=OfRecipe)
 def verify(
-    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
+    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, json_file: JsonFile = None
 ) -> None:
     """Check every byte of a cache; exit code 5 where one is wrong."""
     from selectkd.teachers.cache import verify as look
 
     folder = _folder(target, changes)
     found = look(folder)
-    if as_json:
-        say(
-            json.dumps({"sound": not found, "shards": found.shards, "files": found.files, "told": found.told})
-        )
+    write_answer(
+        json_file,
+        {"sound": not found, "shards": found.shards, "files": found.files, "problems": found.told},
+    )
     if found:
         more = "" if len(found.told) <= 4 else f"\n... and {len(found.told) - 4} more"
         raise CacheError("\n".join(found.told[:4]) + more)
-    if not as_json:
-        say(f"{folder}: sound")
+    say(f"{folder}: sound")
 
 
 @app.command("repair", cls=OfRecipe)
@@ -104,7 +99,7 @@ def repair(
     changes: Changes = None,
     allow_plugin: AllowPlugin = None,
     device: Device = "auto",
-    as_json: Json = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Compute again what is broken, and only that."""
     from selectkd.models.devices import use_device
@@ -117,29 +112,25 @@ def repair(
     if _is_recipe(target):
         teacher, examples, *_ = _text(_recipe(target, changes), on)
         records, origin = records_of(examples), _origin(teacher, on, folder)
-    found = mend(folder, records=records, origin=origin, say=told if as_json else say)
-    if as_json:
-        say(json.dumps({"shards": found.shards, "files": found.files}))
-    else:
-        say(f"{folder}: {len(found.shards)} shards and {len(found.files)} other files written again")
+    found = mend(folder, records=records, origin=origin, say=show_progress)
+    write_answer(json_file, {"shards": found.shards, "files": found.files})
+    say(f"{folder}: {len(found.shards)} shards and {len(found.files)} other files written again")
 
 
 @app.command("info", cls=OfRecipe)
 def info(
-    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, as_json: Json = False
+    target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, json_file: JsonFile = None
 ) -> None:
     """Say what a cache holds and whose it is."""
     from selectkd.teachers.cache import read_index
 
     folder = _folder(target, changes)
-    _describe(folder, read_index(folder / "index.json"), as_json)
+    _describe(folder, read_index(folder / "index.json"), json_file)
 
 
-def _describe(folder: Path, index: dict[str, Any], as_json: bool) -> None:
+def _describe(folder: Path, index: dict[str, Any], json_file: Path | None) -> None:
     size = sum(shard["size"] for shard in index["shards"])
-    if as_json:
-        say(json.dumps({**index, "finished": True, "bytes": size, "folder": str(folder)}))
-        return
+    write_answer(json_file, {**index, "finished": True, "bytes": size, "folder": str(folder)})
     teacher = index["teacher"]
     k = "" if index["k"] is None else f", K = {index['k']}"
     whose = teacher["model"] + (f" in {teacher['dtype']}" if teacher["dtype"] else "")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectkd.cli.answer import JsonFile, check_answer
-from selectkd.cli.device import Device
+from selectkd.cli.answer import STDOUT, JsonFile, write_answer
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say
+from selectkd.cli.terminal import say, show_progress
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ def compare(
     from selectkd.evals.studies.compare import differences, plan
     from selectkd.models.devices import device_of
 
-    check_answer(json_file)
     device_of(device)
-    if json_file == Path("-"):
-        raise ConfigError("--json - cannot be taken up again; name a file for the rows.")
+    file = None if json_file == STDOUT else json_file
     values: dict[str, Mapping[str, Any]] = {}
     for path in recipes:
         load_recipe(path, changes or [])  # every problem of the recipe itself, with its lines
@@ -79,16 +77,18 @@ def compare(
             raise ConfigError(
                 "a comparison needs held-out text; set data.evaluation to {path: ...} or a share."
             )
-    _planned(plan(found, json_file))
+    _planned(plan(found, file))
     if dry_run:
         return
     folder = runs if runs is not None else Path(next(iter(values.values()))["training"]["output_dir"])
 
-    def told(number: int, row: dict[str, Any]) -> None:
+    def show(number: int, row: dict[str, Any]) -> None:
         what = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
-        say(f"{number + 1}/{len(found)} {_called(row)}: {what}")
+        show_progress(f"{number + 1}/{len(found)} {_called(row)}: {what}")
 
-    rows = run(found, json_file, folder, keep=keep_students, on_row=told, device=device)
+    rows = run(found, file, folder, keep=keep_students, on_row=show, device=device)
+    if file is None:
+        write_answer(json_file, rows)
     _table(rows)
     _paired(differences(rows))
 
@@ -103,15 +103,15 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> None:
     head = f"{'method':<22}{'selection':<16}{'runs':>5}{'KL':>9}{'loss':>8}{'TAR':>7}{'bite':>7}"
     say(f"{head}{'tokens/s':>10}{'peak MB':>9}")
     for key in dict.fromkeys((row["recipe"], row["method"], row["selection"]) for row in good):
-        mine = [row for row in good if (row["recipe"], row["method"], row["selection"]) == key]
+        of_arm = [row for row in good if (row["recipe"], row["method"], row["selection"]) == key]
 
-        def mean(name: str, mine: list[Mapping[str, Any]] = mine) -> float:
-            seen = [row[name] for row in mine if row[name] is not None]
+        def mean(name: str, of_arm: list[Mapping[str, Any]] = of_arm) -> float:
+            seen = [row[name] for row in of_arm if row[name] is not None]
             return sum(seen) / len(seen) if seen else float("nan")
 
         name = " ".join(part for part in key[:2] if part)
         say(
-            f"{name:<22}{key[2]:<16}{len(mine):>5}{mean('held_out_kl'):>9.4f}{mean('held_out_loss'):>8.3f}"
+            f"{name:<22}{key[2]:<16}{len(of_arm):>5}{mean('held_out_kl'):>9.4f}{mean('held_out_loss'):>8.3f}"
             f"{mean('tar'):>7.3f}{mean('bite'):>7.3f}{mean('tokens_per_second'):>10.1f}"
             f"{mean('peak_bytes') / 2**20:>9.0f}"
         )

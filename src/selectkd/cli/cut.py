@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def cut(
     made = assemble(
         checked.model_copy(update={"training": plain}),
         device=training_device(device),
-        stage=told if sys.stderr.isatty() else None,
+        stage=show_progress if sys.stderr.isatty() else None,
     )
     kl = f", held-out KL to the teacher {made.cut.kl[-1]:.4g} nats" if made.cut and made.cut.kl else ""
     folder = save_student(made.student, made.tokenizer, out, f"# {made.student_source}\n")

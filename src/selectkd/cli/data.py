@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import clean, paint, say, write
@@ -135,7 +136,7 @@ def align(
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
     ] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Show how student and teacher cut the same text, span by span, as Markdown."""
     from selectkd.config import ModelTeacher, load_recipe
@@ -152,12 +153,9 @@ def align(
     student = _tokenizer(wanted)
     crossing = cross(student, load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision))
     sources, _ = _read(wanted, student, samples)
-    told = [aligned(example, crossing) for source in sources for example in source.examples]
-    say(
-        json.dumps([one.as_dict() for one in told], ensure_ascii=False)
-        if as_json
-        else page(told, crossing).rstrip("\n")
-    )
+    texts = [aligned(example, crossing) for source in sources for example in source.examples]
+    write_answer(json_file, [one.as_dict() for one in texts])
+    say(page(texts, crossing).rstrip("\n"))
 
 
 def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: str) -> Wanted:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
-from selectkd.cli.terminal import say, without_other_bars
+from selectkd.cli.terminal import progress_console, say, show_progress, without_other_bars
 
 if TYPE_CHECKING:
     from selectkd.training.assembly import Assembly
@@ -31,7 +31,6 @@ def demo(
     ] = None,
     changes: Changes = None,
     device: Device = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil a real teacher into a student of fewer layers and say what came of it."""
     from selectkd.cli.demo_pair import PROMPTS, help_texts, quick_recipe, real_recipe
@@ -45,7 +44,7 @@ def demo(
     changes = list(changes or [])
     if quick:
         folder = output_dir or Path(tempfile.mkdtemp(prefix="selectkd-demo-"))
-        say("making a tiny teacher of four layers (about 10 seconds)")
+        show_progress("making a tiny teacher of four layers (about 10 seconds)")
         path = quick_recipe(folder)
         prompts: tuple[str, ...] = tuple(text[:40] for text in help_texts()[500:503])
     else:
@@ -62,7 +61,7 @@ def demo(
         seen["teacher"] = _answers(made.teacher_plan.loaded().model, made.tokenizer, prompts)
         seen["before"] = _answers(made.student, made.tokenizer, prompts)
 
-    with TrainingProgress() as progress:
+    with TrainingProgress(progress_console()) as progress:
         result = train(recipe, progress=progress, on_assembled=before_training, device=on)
     seen["after"] = _answers(seen["made"].student, seen["made"].tokenizer, prompts)
     _report(result, prompts, seen)

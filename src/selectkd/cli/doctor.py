@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
@@ -19,46 +20,37 @@ def doctor(
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     device: Device = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a list of {check, ok, message} as JSON.")
-    ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Check recipe, text, models, memory and disk; ends with the exit code of the first thing a run would fail at."""
+    rows, exit_code = [], 0
+    for check, ok, message, code in _findings(recipe, changes or [], device):
+        say(f"{'ok    ' if ok else 'FAILS '} {check:<12} {message}")
+        rows.append({"check": check, "ok": ok, "message": message})
+        exit_code = exit_code or code
+    write_answer(json_file, rows)
+    raise typer.Exit(exit_code)
+
+
+def _findings(recipe: str, changes: list[str], device: str) -> Iterator[tuple[str, bool, str, int]]:
+    """(check, whether it holds, message, exit code) of each check, as it is done; torch loads for a sound recipe."""
     from selectkd.config import load_recipe
 
     try:
-        checked = load_recipe(recipe, changes or [])
+        checked = load_recipe(recipe, changes)
     except ConfigError as error:
-        _tell([{"check": "recipe", "ok": False, "message": str(error)}], as_json)
-        raise typer.Exit(error.exit_code) from error
+        yield "recipe", False, str(error), error.exit_code
+        return
 
     from selectkd.models.devices import training_device
-    from selectkd.training.preflight.doctor import Finding
     from selectkd.training.preflight.doctor import doctor as examine
 
     without_other_bars()
     try:
         on = training_device(device)
     except ConfigError as error:
-        _tell([{"check": "device", "ok": False, "message": str(error)}], as_json)
-        raise typer.Exit(error.exit_code) from error
-    found: list[Finding] = []
-    rows: list[dict[str, Any]] = [{"check": "recipe", "ok": True, "message": f"{recipe} is a recipe"}]
-    if not as_json:
-        _tell(rows, as_json)
-    for finding in examine(checked, device=on):
-        found.append(finding)
-        rows.append(finding.as_dict())
-        if not as_json:
-            _tell(rows[-1:], as_json)
-    if as_json:
-        _tell(rows, as_json)
-    raise typer.Exit(next((finding.exit_code for finding in found if not finding.ok), 0))
-
-
-def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        say(json.dumps(rows))
+        yield "device", False, str(error), error.exit_code
         return
-    for row in rows:
-        say(f"{'ok    ' if row['ok'] else 'FAILS '} {row['check']:<12} {row['message']}")
+    yield "recipe", True, f"{recipe} is a recipe", 0
+    for finding in examine(checked, device=on):
+        yield finding.check, finding.ok, finding.message, finding.exit_code

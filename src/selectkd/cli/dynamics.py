@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
+from selectkd.cli.answer import FigureFile, JsonFile, write_answer
 from selectkd.cli.terminal import say
 
 
@@ -20,14 +20,11 @@ def dynamics(
     from selectkd.evals.dynamics import dynamics as measure
     from selectkd.evals.figures import check_figure, draw_dynamics
 
-    check_answer(json_file)
     check_figure(figure)
     seen = measure(run)
     if figure is not None:
         draw_dynamics(seen, figure)
     write_answer(json_file, seen.as_dict())
-    if json_file == STDOUT:
-        return
     say(f"{'step':>7}{'TAR':>8}{'held-out KL':>13}{'lost':>6}{'won':>6}")
     for look in seen.looks:
         kl = "" if look.kl is None else f"{look.kl:.4f}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.terminal import say
 
 PACKAGES = (
@@ -27,12 +25,10 @@ PACKAGES = (
 )
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def env(json_file: JsonFile = None) -> None:
     """Versions, cores, memory and accelerators of this machine."""
     found = environment()
-    if as_json:
-        say(json.dumps(found, indent=2))
-        return
+    write_answer(json_file, found)
     for key, value in found.items():
         if isinstance(value, dict):
             for name, one in value.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say
@@ -24,7 +24,7 @@ def estimate(
         str,
         typer.Option(metavar="auto|cpu|cuda|mps|xpu", help="Where the run will be; it need not be here."),
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON, in bytes.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Say what memory one process needs, part by part, and what a checkpoint takes on disk. Reads no weight."""
     from selectkd.config import load_recipe
@@ -37,9 +37,7 @@ def estimate(
 
     where = device_of("auto") if device == "auto" else _kind(device)
     memory = count(checked, length=length, device=where).as_dict()
-    if as_json:
-        say(json.dumps(memory))
-        return
+    write_answer(json_file, memory)
     for name, size in memory.items():
         say(f"{name.replace('_', ' '):<14} {size / 2**20:>12,.1f} MiB")
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
-from selectkd.cli.device import Device
-from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.cli.answer import JsonFile, check_answer, write_answer
+from selectkd.cli.options import ApiKeyEnv, Device
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 from selectkd.objective.registry import did_you_mean
 
@@ -75,10 +75,7 @@ def evaluate(
         str | None,
         typer.Option("--judge-model", help="instruct: its name there, or a local model."),
     ] = None,
-    judge_key: Annotated[
-        str | None,
-        typer.Option("--judge-key-env", help="instruct: the environment variable with the server's key."),
-    ] = None,
+    api_key_env: ApiKeyEnv = None,
     judge_tokens: Annotated[
         int,
         typer.Option(
@@ -132,7 +129,6 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """How good a model is at a task, with intervals, and which of several is better on the same problems."""
-    check_answer(json_file)
     check_answer(answers, flag="--answers")
     is_run = (Path(model).expanduser() / "manifest.json").is_file()
     if suite is None:
@@ -175,12 +171,12 @@ def evaluate(
 
         loaders = [(name, partial(load_student, name, dtype=dtype, device=on)) for name in names]
         rows, comparisons = own_text(
-            model, loaders, limit=limit, batch_size=batch_size, device=on, heard=told
+            model, loaders, limit=limit, batch_size=batch_size, device=on, heard=show_progress
         )
     elif suite == "perplexity":
         rows, comparisons = _perplexity(names, asked, dtype)
     elif suite == "instruct":
-        voice = _judge(judge, judge_model, judge_key, dtype, on, judge_tokens)
+        voice = _judge(judge, judge_model, api_key_env, dtype, on, judge_tokens)
         budget = (price_in, price_out, max_cost)
         rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
     elif suite == "harness":
@@ -190,8 +186,7 @@ def evaluate(
     else:
         rows, comparisons = _problems(names, asked, dtype, answers, Memory.opened(memory))
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
-    if json_file != STDOUT:
-        _table(rows, comparisons)
+    _table(rows, comparisons)
 
 
 def _problems(
@@ -206,7 +201,7 @@ def _problems(
         loaded = load_student(name, dtype=dtype, device=asked.device)
         for one in suites:
             scored[one.task].append(
-                run_suite(name, loaded, one, batch_size=asked.batch_size, memory=memory, heard=told)
+                run_suite(name, loaded, one, batch_size=asked.batch_size, memory=memory, heard=show_progress)
             )
     return _kept_and_compared(scored, answers)
 
@@ -223,7 +218,11 @@ def _harness(
     scored: dict[str, list[Any]] = {}
     for name in names:
         for one in harness.run(
-            name, load_student(name, dtype=dtype, device=asked.device), manager, memory=memory, heard=told
+            name,
+            load_student(name, dtype=dtype, device=asked.device),
+            manager,
+            memory=memory,
+            heard=show_progress,
         ):
             scored.setdefault(f"{one.task} {one.metric}", []).append(one)
     return _kept_and_compared(scored, answers)
@@ -265,7 +264,7 @@ def _suites(asked: Asked) -> list[Suite]:
         )
     if asked.suite in ("code", "quick"):
         level = require(unsafe=asked.unsafe)
-        told(f"programs are locked in by {level}")
+        show_progress(f"programs are locked in by {level}")
         made.append(
             programming(
                 asked.data if asked.suite == "code" else None,
@@ -337,7 +336,7 @@ def _instruct(
     pairs = {}
     for name in names:
         loaded: Loaded = load_student(name, dtype=dtype, device=asked.device)
-        heard = lambda done, name=name: told(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
+        heard = lambda done, name=name: show_progress(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
         pairs[name] = answered(
             loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, memory=memory, heard=heard
         )
@@ -346,7 +345,7 @@ def _instruct(
     todo = unasked([pair for of_model in pairs.values() for pair in of_model], judge.name, memory)
     questions = [one.text for one in todo.values()]
     into, out, dollars = cost(questions, price_in=price_in, price_out=price_out, tokens=judge.tokens)
-    told(
+    show_progress(
         f"{len(questions)} verdicts to ask for: about {into:,} tokens to read and at most {out:,} to write, "
         f"${dollars:.2f}"
     )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.options import ApiKeyEnv, Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say, without_other_bars
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
 
@@ -32,10 +31,7 @@ def generate(
         str | None, typer.Option("--server-model", help="The model's name there.")
     ] = None,
     wait: Annotated[float, typer.Option("--server-wait", min=0, help="Seconds to wait for it.")] = 60.0,
-    key_env: Annotated[
-        str | None,
-        typer.Option("--server-key-env", help="The environment variable that holds the server's key."),
-    ] = None,
+    api_key_env: ApiKeyEnv = None,
     device: Device = "auto",
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
@@ -53,8 +49,10 @@ def generate(
         raise ConfigError(f"--out {out}: the texts are lines of JSON; name a .jsonl file.")
     if (server is None) != (server_model is None):
         raise ConfigError("--server URL and --server-model NAME go together.")
-    if key_env is not None and key_env not in os.environ:
-        raise ConfigError(f"--server-key-env {key_env}: there is no such variable in the environment.")
+
+    from selectkd.teachers.remote.secrets import key_of
+
+    api_key = key_of(api_key_env, "--api-key-env")
 
     from selectkd.models.devices import use_device
     from selectkd.rollouts.completion_server import CompletionServer
@@ -64,11 +62,11 @@ def generate(
     on = use_device(device)
     there = None
     if server is not None and server_model is not None:
-        there = CompletionServer(server, server_model, os.environ.get(key_env) if key_env else None, wait)
+        there = CompletionServer(server, server_model, api_key, wait)
     wish = wish_of(checked, by, copies=copies, server=there)
     started = time.perf_counter()
-    told = lambda written, wanted: say(f"{written} of {wanted} texts")  # noqa: E731
-    done = write(checked, out, wish, device=on, on_texts=told)
+    count = lambda written, wanted: show_progress(f"{written} of {wanted} texts")  # noqa: E731
+    done = write(checked, out, wish, device=on, on_texts=count)
     seconds = time.perf_counter() - started
     say(
         f"{out}: {done.written} texts written ({done.tokens} tokens, {done.tokens / seconds:.0f} a second), "

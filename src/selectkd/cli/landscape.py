@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from selectkd.cli.answer import STDOUT, FigureFile, JsonFile, check_answer, write_answer
-from selectkd.cli.device import Device
+from selectkd.cli.answer import FigureFile, JsonFile, write_answer
+from selectkd.cli.options import Device
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
 
@@ -51,7 +51,6 @@ def landscape(
     """How flat the loss is around a student's weights, and around others' on the same held-out text."""
     from selectkd.evals.figures import check_figure, draw_landscapes
 
-    check_answer(json_file)
     check_figure(figure)
     if not 0 < reach < float("inf"):
         raise ConfigError(f"--reach {reach:g} must be above 0: the line goes from -reach to reach.")
@@ -67,7 +66,7 @@ def landscape(
     plan = plan_of(run)
     batch = heldout_batch(plan, samples).to(on)
     if not plan.heldout:
-        told(f"{run} held no text out: the loss is that of the text it was trained on")
+        show_progress(f"{run} held no text out: the loss is that of the text it was trained on")
     loaders: dict[str, Any] = {str(run): lambda: load_student(run, device=on)}
     if before:
         loaders[f"{run} before"] = lambda: load_student_before(run, device=on)
@@ -75,9 +74,9 @@ def landscape(
     teacher = plan.teacher.loaded().model.to(on) if loss == "kl" else None
     found = {}
     for name, load in loaders.items():
-        told(f"{name}: loading")
+        show_progress(f"{name}: loading")
         model = load().model.requires_grad_(False)
-        told(f"{name}: measuring")
+        show_progress(f"{name}: measuring")
         closure = text_loss(model, batch) if teacher is None else divergence_loss(model, teacher, batch)
         found[name] = measure(
             list(model.parameters()), closure, points=points, grid=grid, reach=reach, kicks=kicks,
@@ -91,8 +90,6 @@ def landscape(
     }  # fmt: skip
     students = [{"student": name, **asdict(seen)} for name, seen in found.items()]
     write_answer(json_file, {"students": students, "settings": settings})
-    if json_file == STDOUT:
-        return
     say(f"{'student':<40}{'loss':>9} {'top eigenvalue':>15} {'sharpness':>10} {'[95%':>9} {']':>9}")
     for name, seen in found.items():
         top = "" if seen.top_eigenvalue is None else f"{seen.top_eigenvalue:.4g}"

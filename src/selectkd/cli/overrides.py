@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from selectkd.cli.verb import Verb
 from selectkd.errors import ConfigError
 
 Changes = Annotated[
@@ -23,7 +23,7 @@ Changes = Annotated[
 KEY_AND_VALUE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
-class OfRecipe(TyperCommand):
+class OfRecipe(Verb):
     """A verb that reads a recipe: --config RECIPE is RECIPE, and KEY=VALUE is --set KEY=VALUE."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -54,5 +54,5 @@ def _check(name: str, known: Any) -> None:
     if name.startswith("--") and name not in known:
         from selectkd.config.words import instead
 
-        if told := instead([name[2:]]):
-            raise ConfigError(f"there is no option {name}.{told} Give it as KEY=VALUE, without dashes.")
+        if hint := instead([name[2:]]):
+            raise ConfigError(f"there is no option {name}.{hint} Give it as KEY=VALUE, without dashes.")

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
-from selectkd.cli.device import Device
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
@@ -31,7 +31,6 @@ def panel(
     from selectkd.config import load_recipe
 
     checked = load_recipe(recipe, changes or [])
-    check_answer(json_file)
 
     from selectkd.data import collate, pad_id_of
     from selectkd.evals.studies.panel import judges
@@ -62,8 +61,7 @@ def panel(
         device=on,
     )
     write_answer(json_file, seen)
-    if json_file != STDOUT:
-        _table(seen)
+    _table(seen)
 
 
 def _table(seen: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.options import ApiKeyEnv, Device
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
@@ -27,9 +27,7 @@ def serve_teacher(
         int,
         typer.Option(min=1, help="Samples read together; 1 makes an answer independent of other questions."),
     ] = 8,
-    token_env: Annotated[
-        str | None, typer.Option(help="The variable that holds the token every request must bear.")
-    ] = None,
+    api_key_env: ApiKeyEnv = None,
     certificate: Annotated[Path | None, typer.Option(help="A TLS certificate, PEM.")] = None,
     key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,
 ) -> None:
@@ -41,7 +39,7 @@ def serve_teacher(
             raise
         raise ConfigError(f"a server needs {error.name}. Install it: {how_to_install('server')}.") from error
 
-    token = token_of(token_env)
+    token = token_of(api_key_env)
     check_place(host, token, certificate, key)
     listener = listen(host, port)
 

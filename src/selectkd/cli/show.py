@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.terminal import say
 from selectkd.errors import ConfigError
 from selectkd.objective.registry import did_you_mean, parameters
@@ -24,30 +26,30 @@ def show(
             help="divergences, label_losses, verifiers, selectors, extras, policies, methods, teachers, or a name."
         ),
     ] = None,
-    name: Annotated[str | None, typer.Argument(help="One component, told in full.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    name: Annotated[str | None, typer.Argument(help="One component, in full.")] = None,
+    json_file: JsonFile = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/teachers.md.")] = False,
 ) -> None:
     """What a recipe can name, with parameters and defaults; of teachers, what each payload is worth."""
     if markdown and kind != "teachers":
         raise ConfigError("--markdown prints one page: write `selectkd show teachers --markdown`.")
     if kind == "teachers":
-        _teachers(name, as_json, markdown)
+        _teachers(name, json_file, markdown)
         return
     if kind in ("method", "methods"):
-        _methods(name, as_json)
+        _methods(name, json_file)
         return
     chosen = _chosen(catalogue(), kind, name)
-    if as_json:
-        shown = {
+    write_answer(
+        json_file,
+        {
             title: [{key: row[key] for key in ("name", "parameters", "doc")} for row in rows]
             for title, rows in chosen.items()
-        }
-        say(json.dumps(shown, indent=2, default=str))
-        return
+        },
+    )
     if sum(map(len, chosen.values())) == 1:
         for row in (row for rows in chosen.values() for row in rows):
-            say(f"{row['name']}({_spelled(row['parameters'])})\n\n{row['told']}")
+            say(f"{row['name']}({_spelled(row['parameters'])})\n\n{row['full_doc']}")
         return
     for title, rows in chosen.items():
         say(title)
@@ -55,7 +57,7 @@ def show(
             say(f"  {row['name']}({_spelled(row['parameters'])})\n      {row['doc']}")
 
 
-def _teachers(name: str | None, as_json: bool, markdown: bool) -> None:
+def _teachers(name: str | None, json_file: Path | None, markdown: bool) -> None:
     """Divergence, verifier or selector x payload: exact, a bound or refused."""
     from selectkd.teachers.exactness import PAYLOADS, page, table
 
@@ -64,20 +66,19 @@ def _teachers(name: str | None, as_json: bool, markdown: bool) -> None:
     if name is not None and name not in known:
         raise ConfigError(f"no component is called {name!r}.{did_you_mean(name, known)}")
     rows = [row for row in rows if name in (None, row["name"])]
-    if as_json:
-        say(json.dumps({"payloads": PAYLOADS, "teachers": rows}, indent=2))
-    elif markdown:
+    write_answer(json_file, {"payloads": PAYLOADS, "teachers": rows})
+    if markdown:
         say(page().rstrip("\n"))
     else:
         for one in dict.fromkeys((row["kind"], row["name"]) for row in rows):
-            mine = [row for row in rows if (row["kind"], row["name"]) == one]
-            say(f"{one[0]} {one[1]}: " + ", ".join(f"{row['payload']} {row['verdict']}" for row in mine))
-            for row in mine:
+            of_one = [row for row in rows if (row["kind"], row["name"]) == one]
+            say(f"{one[0]} {one[1]}: " + ", ".join(f"{row['payload']} {row['verdict']}" for row in of_one))
+            for row in of_one:
                 if row["payload"] in ("top_k", "sampled", "aligned"):
                     say(f"      {row['payload']}: {row['reason']}")
 
 
-def _methods(name: str | None, as_json: bool) -> None:
+def _methods(name: str | None, json_file: Path | None) -> None:
     """Every method, or one with its parts as a recipe would have them, each number with its source."""
     from selectkd.config.methods import METHODS
 
@@ -86,13 +87,12 @@ def _methods(name: str | None, as_json: bool) -> None:
             f"no method is called {name!r}.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}."
         )
     rows = [_method_row(one) for one in METHODS if name in (None, one)]
-    if as_json:
-        say(json.dumps(rows if name is None else rows[0], indent=2))
-    elif name is None:
+    write_answer(json_file, rows if name is None else rows[0])
+    if name is None:
         for row in rows:
             say(f"{row['name']}\n      {row['doc']}")
     else:
-        _tell_method(rows[0])
+        _print_method(rows[0])
 
 
 def _method_row(name: str) -> dict[str, Any]:
@@ -112,15 +112,15 @@ def _method_row(name: str) -> dict[str, Any]:
             for key, value in leaves.items()
         ],
         "options": [
-            {"name": option, "doc": told.doc, "parts": _plainly(told.parts)}
-            for option, told in method.options.items()
+            {"name": option, "doc": extra.doc, "parts": _plainly(extra.parts)}
+            for option, extra in method.options.items()
         ],
         "needs": list(method.needs),
         "source": method.source,
     }
 
 
-def _tell_method(row: dict[str, Any]) -> None:
+def _print_method(row: dict[str, Any]) -> None:
     say(f"{row['name']}: {row['doc']}\nSource: {row['source']}\n")
     say(f"method: {row['name']}          # stands for these parts; what a recipe says itself counts more")
     for key, value in _leaves(row["parts"]).items():
@@ -152,7 +152,7 @@ def _plainly(parts: Any) -> Any:
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Every component: {kind: [{name, parameters {name: default}, doc (first line), told (all of it)}]}."""
+    """Every component: {kind: [{name, parameters {name: default}, doc (first line), full_doc}]}."""
     from selectkd.config.methods import METHODS
     from selectkd.config.policies import KINDS
     from selectkd.loss.extras import EXTRAS
@@ -175,7 +175,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             "name": str(policy.model_fields["name"].annotation.__args__[0]),  # type: ignore[union-attr]
             "parameters": {key: f.default for key, f in policy.model_fields.items() if key != "name"},
             "doc": _first(inspect.getdoc(policy) or ""),
-            "told": inspect.getdoc(policy) or "",
+            "full_doc": inspect.getdoc(policy) or "",
         }
         for policy in KINDS
     ]
@@ -184,7 +184,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             "name": name,
             "parameters": _leaves(_plainly(method.parts)),
             "doc": method.doc,
-            "told": f"{method.doc}\nSource: {method.source}",
+            "full_doc": f"{method.doc}\nSource: {method.source}",
         }
         for name, method in METHODS.items()
     ]
@@ -192,20 +192,20 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 
 
 def _row(name: str, component: Callable[..., Any]) -> dict[str, Any]:
-    told = inspect.getdoc(component) or ""
+    doc = inspect.getdoc(component) or ""
     defaults = {key: None if p.default is p.empty else p.default for key, p in parameters(component).items()}
     return {
         "name": name,
         "parameters": defaults,
-        "doc": _first(told),
-        "told": told.partition("\n>>>")[0].rstrip(),
+        "doc": _first(doc),
+        "full_doc": doc.partition("\n>>>")[0].rstrip(),
     }
 
 
-def _first(told: str) -> str:
+def _first(doc: str) -> str:
     """The first line of a docstring, with the lines after it until a sentence ends."""
     taken: list[str] = []
-    for line in told.partition("\n\n")[0].splitlines():
+    for line in doc.partition("\n\n")[0].splitlines():
         taken.append(line.strip())
         if line.rstrip().endswith("."):
             break

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selectkd.cli.answer import STDOUT, JsonFile, check_answer, write_answer
-from selectkd.cli.device import Device
-from selectkd.cli.terminal import say, told, without_other_bars
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.options import ApiKeyEnv, Device
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,10 +71,7 @@ def speculate(
             "--server-kind", help="What publishes the counts: vLLM's /metrics, SGLang's answers, nothing."
         ),
     ] = "vllm",
-    server_key: Annotated[
-        str | None,
-        typer.Option("--server-key-env", help="The environment variable that holds the servers' key."),
-    ] = None,
+    api_key_env: ApiKeyEnv = None,
     at_once: Annotated[
         int, typer.Option("--concurrency", min=1, help="Prompts under way at once on a server.")
     ] = 1,
@@ -83,7 +80,6 @@ def speculate(
 ) -> None:
     """How much faster the teacher writes with the student as its draft, and that it writes the same."""
     chosen = _lengths(lengths)
-    check_answer(json_file)
     if not draft and server is None:
         raise ConfigError("name a student with --draft, or a server that speculates with --server URL.")
     if plain_server is not None and server is None:
@@ -93,7 +89,7 @@ def speculate(
     from selectkd.teachers.remote.secrets import key_of
     from selectkd.teachers.remote.settings import SPECULATE
 
-    key = key_of(server_key, SPECULATE.key)
+    key = key_of(api_key_env, SPECULATE.key)
     without_other_bars()
 
     import torch
@@ -136,9 +132,8 @@ def speculate(
     last = [row for row in rows if row["draft"] == rows[-1]["draft"] and row["temperature"] == 0]
     best = max(last, key=lambda row: row["speedup_measured"] or 0.0)
     write_answer(json_file, {**best, "rows": rows, "settings": settings})
-    if json_file != STDOUT:
-        _table([row for row in rows if row["server"] is None])
-        _served_table([row for row in rows if row["server"] is not None])
+    _table([row for row in rows if row["server"] is None])
+    _served_table([row for row in rows if row["server"] is not None])
 
 
 def _here(
@@ -163,11 +158,11 @@ def _here(
     ids, rows = [torch.tensor(one, device=on) for one in texts], []
     for heat in heats:
         options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": heat, "eos": eos}
-        told(f"the target alone, temperature {heat:g}, {len(ids)} prompts")
+        show_progress(f"the target alone, temperature {heat:g}, {len(ids)} prompts")
         alone = timed_alone(teacher.model, ids, seed=seed, **options)
         for name, student in students:
             for g in lengths:
-                told(f"{name}, draft length {g}, temperature {heat:g}")
+                show_progress(f"{name}, draft length {g}, temperature {heat:g}")
                 seen = speculation(
                     teacher.model, student.model, ids, draft_length=g, seed=seed, alone=alone, **options
                 )
@@ -192,7 +187,7 @@ def _there(
     for heat in heats:
         found = []
         for one in servers:
-            told(f"{one.url}, temperature {heat:g}, {len(requests)} prompts")
+            show_progress(f"{one.url}, temperature {heat:g}, {len(requests)} prompts")
             found.append(
                 served(
                     one,
@@ -252,7 +247,7 @@ def _served_row(
         "acceptance_by_position": counts and counts.by_position,
         "accepted_of_drafted": counts and counts.of_drafted,
         "mean_accepted_length": counts and counts.mean_accepted_length,
-        "not_published": seen.untold,
+        "not_published": seen.unshow_progress,
         "tokens_per_second": seen.pace,
         "plain_tokens_per_second": plain and plain.pace,
         "speedup_measured": plain and seen.pace / plain.pace,

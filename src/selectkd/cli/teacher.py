@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.options import ApiKeyEnv
 from selectkd.cli.terminal import say
+from selectkd.cli.verb import Verb
 from selectkd.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ def teacher() -> None:
     """Servers that teach."""
 
 
-@app.command("doctor")
+@app.command("doctor", cls=Verb)
 def doctor(
     url: Annotated[str, typer.Argument(help="The address of a server: http://HOST:PORT")],
     kind: Annotated[
@@ -39,10 +42,10 @@ def doctor(
     tokenizer: Annotated[
         str | None, typer.Option(help="The tokenizer it serves with: a folder or hub name.")
     ] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="The variable that holds the key.")] = None,
+    api_key_env: ApiKeyEnv = None,
     ca: Annotated[str | None, typer.Option(help="The authority of its certificate, PEM.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds an answer may take.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Ask a server what it gives, and say the flags to start it with; exit code 4 where it cannot teach as it is."""
     from pydantic import ValidationError
@@ -56,7 +59,9 @@ def doctor(
         section = RemoteTeacher.model_validate(keys)
     except ValidationError as error:
         wrong = explained(error, RemoteTeacher, keys)
-        raise raised([Problem(path, "selectkd teacher doctor", told) for path, told in wrong], url) from None
+        raise raised(
+            [Problem(path, "selectkd teacher doctor", message) for path, message in wrong], url
+        ) from None
 
     from selectkd.models.load import load_tokenizer
     from selectkd.teachers.remote.own import OwnServer
@@ -68,7 +73,7 @@ def doctor(
     connection = connection_of(section, DOCTOR)
     kind = kind or kind_of(connection)
     if kind == "selectkd":
-        _own(OwnServer(connection), as_json)
+        _own(OwnServer(connection), json_file)
         return
     vocabulary = WIDEST
     if tokenizer is not None:
@@ -77,18 +82,16 @@ def doctor(
     found = examine(TopKServer(connection, kind, k, vocabulary, model), prompt)
     connection.close()
     able = found.most is not None and found.most >= k and max(found.repeated, found.prefix) <= UNSTEADY
-    if as_json:
-        say(json.dumps({**asdict(found), "able": able}))
-    else:
-        length = "" if found.max_length is None else f", up to {found.max_length:,} tokens"
-        most = "as many as there are" if found.most == vocabulary else f"{found.most} at most"
-        say(f"{found.url}: {found.kind}, model {found.model}{length}")
-        say(f"  best tokens a position: {most}" + (", and the text's own beside them" if found.extra else ""))
-        say(f"  log-probabilities: {'processed' if found.processed else 'raw'}")
-        say(f"  one prompt asked twice: {found.repeated:.3g} nats apart; begun alike: {found.prefix:.3g}")
-    if found.wrong and not as_json:
-        for told in found.wrong:
-            say(f"  {told}")
+    write_answer(json_file, {**asdict(found), "able": able})
+    length = "" if found.max_length is None else f", up to {found.max_length:,} tokens"
+    most = "as many as there are" if found.most == vocabulary else f"{found.most} at most"
+    say(f"{found.url}: {found.kind}, model {found.model}{length}")
+    say(f"  best tokens a position: {most}" + (", and the text's own beside them" if found.extra else ""))
+    say(f"  log-probabilities: {'processed' if found.processed else 'raw'}")
+    say(f"  one prompt asked twice: {found.repeated:.3g} nats apart; begun alike: {found.prefix:.3g}")
+    if found.wrong:
+        for problem in found.wrong:
+            say(f"  {problem}")
         say(
             f"  start it with: {' '.join(found.flags)}"
             if found.flags
@@ -98,14 +101,12 @@ def doctor(
         raise TeacherError(f"{found.url} cannot teach with k = {k} as it is: {'; '.join(found.wrong)}.")
 
 
-def _own(server: OwnServer, as_json: bool) -> None:
+def _own(server: OwnServer, json_file: Path | None) -> None:
     """Our own server says what it gives; its head is fetched, which shows that it does."""
     about = server.about
     server.head()
     server.connection.close()
-    if as_json:
-        say(json.dumps({"url": server.connection.url, "kind": "selectkd", **about, "able": True}))
-        return
+    write_answer(json_file, {"url": server.connection.url, "kind": "selectkd", **about, "able": True})
     length = "" if about["max_length"] is None else f", up to {about['max_length']:,} tokens"
     say(f"{server.connection.url}: selectkd, model {about['model']} in {about['dtype']}{length}")
     say(f"  hidden states of width {about['width']} and their head, or as many best tokens as there are")

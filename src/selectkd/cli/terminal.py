@@ -1,4 +1,4 @@
-"""What reaches the terminal: text with control characters made visible, whatever a file or model said."""
+"""What reaches the terminal: text with control characters made visible, whatever a file or model wrote."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import os
 import sys
 import unicodedata
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MOST_LINES = 6
 INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories that move the cursor, turn the direction of text or cannot be printed."""
+
+PROGRESS = logging.getLogger("selectkd.progress")
+"""Its level is what --quiet sets."""
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
@@ -34,7 +41,25 @@ def say(text: object = "") -> None:
     print(_encodable(clean(text), sys.stdout), flush=True)
 
 
-def told(text: object) -> None:
+def show_progress(text: object) -> None:
+    """One line on stderr of what is going on, unless --quiet was given."""
+    if PROGRESS.isEnabledFor(logging.INFO):
+        show_error(text)
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether progress is left out from now on."""
+    PROGRESS.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def progress_console() -> Console:
+    """Where a progress bar is drawn: stderr, or nowhere after --quiet."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not PROGRESS.isEnabledFor(logging.INFO))
+
+
+def show_error(text: object) -> None:
     """One message on stderr, cleaned and at most six lines long."""
     lines = clean(text).splitlines() or [""]
     if len(lines) > MOST_LINES:
@@ -60,11 +85,11 @@ def write(text: str) -> None:
     print(_encodable(text, sys.stdout), flush=True)
 
 
-class Told(logging.Handler):
+class WarningLines(logging.Handler):
     """Warnings of the library, on stderr as the command line's own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        told(f"{record.levelname.lower()}: {record.getMessage()}")
+        show_error(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _encodable(text: str, stream: object) -> str:

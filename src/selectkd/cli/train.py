@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.device import Device
+from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import Told, say, without_other_bars
+from selectkd.cli.terminal import WarningLines, progress_console, say, without_other_bars
 
 
 def train(
@@ -29,7 +29,6 @@ def train(
         typer.Option(metavar="KEY", help="A key that may differ from the run that goes on; may be repeated."),
     ] = None,
     device: Device = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Distil the teacher of a recipe into its student."""
     from selectkd.config import load_recipe
@@ -41,9 +40,9 @@ def train(
 
     without_other_bars()
     log = logging.getLogger("selectkd")
-    log.addHandler(Told(logging.WARNING))
+    log.addHandler(WarningLines(logging.WARNING))
     log.propagate = False
-    with TrainingProgress() as progress:
+    with TrainingProgress(progress_console()) as progress:
         result = run(
             checked, progress=progress, resume=resume, allow_change=allow_change or [], device=device
         )

@@ -25,6 +25,6 @@ class Settings:
 
 TEACHER = Settings.under("teacher")
 POLICY = Settings.under("data.policy.served")
-JUDGE = Settings("--judge", "--judge-model", "--judge-key-env")
-SPECULATE = Settings("--server", "--server-model", "--server-key-env")
+JUDGE = Settings("--judge", "--judge-model", "--api-key-env")
+SPECULATE = Settings("--server", "--server-model", "--api-key-env")
 DOCTOR = Settings("the URL", "--model", "--api-key-env", k="--k", ca="--ca")

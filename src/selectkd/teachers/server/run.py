@@ -92,7 +92,7 @@ def token_of(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"--token-env names {named(variable)}, which holds no token of {SHORTEST_TOKEN} printable characters or "
+            f"--api-key-env names {named(variable)}, which holds no token of {SHORTEST_TOKEN} printable characters or "
             f'more. Make one: export {variable if named(variable) == variable else "NAME"}="$(openssl rand -hex 24)"'
         )
     return token
@@ -116,7 +116,7 @@ def check_place(host: str, token: str | None, certificate: Path | None, key: Pat
     if not local and (token is None or certificate is None):
         missing = [
             name
-            for name, value in (("--token-env NAME", token), ("--certificate and --key", certificate))
+            for name, value in (("--api-key-env NAME", token), ("--certificate and --key", certificate))
             if not value
         ]
         raise ConfigError(

@@ -1,0 +1,24 @@
+"""Options that several verbs share: where models run, and where a key is found."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps|xpu",
+        help="Where the models run; auto takes an accelerator where there is one.",
+    ),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="NAME",
+        help="The environment variable that holds the server's key. The key itself is never an argument.",
+    ),
+]

@@ -1,0 +1,101 @@
+"""What is the same for every verb: its options, its help and where its answer goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from selectkd.cli import main
+from selectkd.cli.answer import JsonFile, write_answer
+from selectkd.cli.app import app
+from selectkd.cli.terminal import be_quiet, say, show_error, show_progress
+from selectkd.cli.verb import Verb
+
+
+def verbs(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command) of every verb, those of groups with the group's name before."""
+    command = typer.main.get_command(app) if command is None else command
+    for word, inner in getattr(command, "commands", {}).items():
+        if hasattr(inner, "commands"):
+            yield from verbs(inner, f"{name}{word} ")
+        else:
+            yield f"{name}{word}", inner
+
+
+def options(command: Any) -> dict[str, Any]:
+    return {name: one for one in command.params for name in one.opts if name.startswith("--")}
+
+
+def test_every_verb_takes_debug_and_quiet_and_one_name_means_one_thing() -> None:
+    wrong = []
+    for name, command in verbs():
+        found = options(command)
+        wrong += [f"{name}: no {flag}" for flag in ("--debug", "--quiet") if flag not in found]
+        wrong += [f"{name}: {flag}" for flag in found if flag.endswith("-env") and flag != "--api-key-env"]
+        if "--json" in found and (found["--json"].metavar, found["--json"].name) != ("FILE|-", "json_file"):
+            wrong.append(f"{name}: --json is something else")
+        if "--device" in found and not found["--device"].metavar.startswith("auto|cpu|cuda"):
+            wrong.append(f"{name}: --device {found['--device'].metavar}")
+    assert not wrong, "\n".join(wrong)
+
+
+def noisy(json_file: JsonFile = None, tokens: Annotated[int, typer.Option()] = 3) -> None:
+    print("a library prints")
+    show_progress("half done")
+    write_answer(json_file, {"tokens": tokens, "kl": float("inf")})
+    say("a table for people")
+    show_error("warning: something")
+
+
+@pytest.fixture
+def noisy_app() -> Any:
+    own = typer.Typer(add_completion=False)
+    own.command(cls=Verb)(noisy)
+    return own
+
+
+def test_json_dash_leaves_stdout_to_the_answer(
+    noisy_app: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    be_quiet(False)
+    noisy_app(["--json", "-"], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"tokens": 3, "kl": None}
+    assert "a table for people" in printed.err and "a library prints" in printed.err
+    noisy_app(["--json", str(tmp_path / "answer.json")], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert json.loads((tmp_path / "answer.json").read_text("utf-8")) == {"tokens": 3, "kl": None}
+    assert printed.out == "a library prints\na table for people\n"
+
+
+def test_quiet_leaves_out_progress_alone(noisy_app: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet, lines in ((True, "warning: something\n"), (False, "half done\nwarning: something\n")):
+        be_quiet(quiet)
+        noisy_app([], standalone_mode=False)
+        printed = capsys.readouterr()
+        assert printed.err == lines and "a table for people" in printed.out
+    assert main(["env", "--quiet"]) == 0 and "torch" in capsys.readouterr().out
+    assert (
+        main(["env", "--json", "no/such/folder/x.json"]) == 2
+        and "a folder that exists" in capsys.readouterr().err
+    )
+
+
+def test_verbs_without_a_model_print_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faulty = tmp_path / "faulty.yaml"
+    faulty.write_text("teacher: {}\n")
+    for words, code in (
+        ("show", 0),
+        ("show methods", 0),
+        ("show method kd", 0),
+        ("show teachers", 0),
+        ("env", 0),
+        (f"doctor {faulty}", 2),
+    ):
+        assert main([*words.split(), "--json", "-"]) == code
+        assert json.loads(capsys.readouterr().out)
