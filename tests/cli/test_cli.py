@@ -34,12 +34,12 @@ training: {output_dir: runs/x, max_steps: 2, batch_size: 2}
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys; from selectkd.cli import main; codes = [main([*verb.split(), '--help']) for verb in "
-        "('', 'train', 'demo', 'show', 'data', 'data check', 'data show', 'dynamics', 'env', "
-        "'eval', 'init', 'landscape', 'speculate')]; "
+        "('', 'train', 'demo', 'show', 'data', 'data check', 'data show', 'study', 'study dynamics', 'env', "
+        "'eval', 'init', 'study landscape', 'study speculate')]; "
         "print(codes, [m for m in ('torch', 'transformers', 'numpy', 'datasets', 'scipy') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == f"{[0] * 13} []"
+    assert ran.stdout.splitlines()[-1] == f"{[0] * 14} []"
 
 
 def test_python_dash_m_is_the_command_line() -> None:

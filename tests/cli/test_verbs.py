@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 
 from selectkd.cli import main
 from selectkd.cli.answer import JsonFile, write_answer
-from selectkd.cli.app import app
+from selectkd.cli.app import ORDER, app
 from selectkd.cli.terminal import be_quiet, say, show_error, show_progress
 from selectkd.cli.verb import Verb
 
@@ -41,6 +42,37 @@ def test_every_verb_takes_debug_and_quiet_and_one_name_means_one_thing() -> None
             wrong.append(f"{name}: --json is something else")
         if "--device" in found and not found["--device"].metavar.startswith("auto|cpu|cuda"):
             wrong.append(f"{name}: --device {found['--device'].metavar}")
+    assert not wrong, "\n".join(wrong)
+
+
+PRIVATE = re.compile(
+    r"\b(told|tells?|said|says?|seen|judged|gone on|goes on|house|room|book|crowd|ledger|looks?|wish|mine|"
+    r"arms?|at the most|stands?|nobody|hear\w*)\b",
+    re.I,
+)
+"""Words of the maintainers' own language."""
+
+
+def help_texts() -> Iterator[tuple[str, str]]:
+    """(whose, text) of every help text, of arguments and options too."""
+    root = typer.main.get_command(app)
+    groups = [(name, one) for name, one in root.commands.items() if hasattr(one, "commands")]  # type: ignore[attr-defined]
+    for name, command in (("selectkd", root), *groups, *verbs()):
+        yield name, f"{command.help}\n\n{command.epilog or ''}"
+        yield from ((f"{name} {one.opts[0]}", getattr(one, "help", None) or "") for one in command.params)
+
+
+def test_help_is_plain_english_in_short_sentences() -> None:
+    wrong = []
+    for whose, text in help_texts():
+        if not text.strip():
+            wrong.append(f"{whose}: no help")
+        for paragraph in text.split("\n\n"):
+            if not re.search(r"[.:]\S*$|^$", paragraph.strip()):
+                wrong.append(f"{whose}: ends without a full stop: {paragraph!r}")
+            for sentence in re.split(r"(?<=[.!?])\s+", paragraph):
+                if len(sentence.split()) > 25 or PRIVATE.search(sentence):
+                    wrong.append(f"{whose}: {sentence!r}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -99,3 +131,27 @@ def test_verbs_without_a_model_print_json_alone(tmp_path: Path, capsys: pytest.C
     ):
         assert main([*words.split(), "--json", "-"]) == code
         assert json.loads(capsys.readouterr().out)
+
+
+def test_a_newcomer_sees_the_verbs_in_the_order_of_a_project_each_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inner = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for group, expected in (
+        ("", ORDER),
+        *((name, inner[name].commands) for name in ("data", "cache", "teacher", "study")),
+    ):
+        assert main([*group.split(), "--help"]) == 0
+        lines = capsys.readouterr().out.partition(" Commands ")[2].splitlines()
+        assert [line[1:].partition("  ")[0].strip() for line in lines if line.startswith("│")] == [*expected]
+
+
+def test_the_verbs_of_research_stand_in_a_group_and_are_found_by_their_old_names() -> None:
+    verb = dict(verbs())
+    for name in ("compare", "panel", "dynamics", "landscape", "speculate"):
+        assert verb[name].hidden and not verb[f"study {name}"].hidden
+        assert verb[name].callback.__wrapped__ is verb[f"study {name}"].callback.__wrapped__
+
+
+def test_the_version_is_a_verb_and_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == main(["--version"]) == 0 and capsys.readouterr().out == "0.1.0\n0.1.0\n"

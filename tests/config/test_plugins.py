@@ -132,7 +132,9 @@ def test_a_recipe_runs_nothing_that_the_user_did_not_allow(
     assert code in (2, 3) and any(not row["ok"] for row in told), told
 
 
-@pytest.mark.parametrize("verb", [["train"], ["panel"], ["estimate"], ["generate", "--out", "x.jsonl"]])
+@pytest.mark.parametrize(
+    "verb", [["train"], ["study", "panel"], ["estimate"], ["generate", "--out", "x.jsonl"]]
+)
 def test_every_verb_refuses_a_module_that_is_not_allowed_and_names_the_option(
     verb: list[str], root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

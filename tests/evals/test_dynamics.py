@@ -171,7 +171,7 @@ def test_dynamics_of_a_real_run_are_what_it_logged(
 ) -> None:
     answer = tmp_path / "dynamics.json"
     picture = tmp_path / "dynamics.svg"
-    assert main(["dynamics", str(tiny_run), "--json", str(answer), "--figure", str(picture)]) == 0
+    assert main(["study", "dynamics", str(tiny_run), "--json", str(answer), "--figure", str(picture)]) == 0
     told, lines = capsys.readouterr().out, (tiny_run / "metrics.jsonl").read_text().splitlines()
     looks = [line for line in map(json.loads, lines) if "probe_tar" in line]
     seen = json.loads(answer.read_text())
@@ -184,14 +184,14 @@ def test_dynamics_of_a_real_run_are_what_it_logged(
 
 
 def test_json_to_the_terminal_is_json_alone(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dynamics", str(tiny_run), "--json", "-"]) == 0
+    assert main(["study", "dynamics", str(tiny_run), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == str(tiny_run)
 
 
 def test_answers_that_cannot_be_written_are_refused_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["dynamics", "nowhere", "--json", str(tmp_path / "no" / "x.json")]) == 2
-    assert main(["dynamics", "nowhere", "--figure", str(tmp_path / "x.gif")]) == 2
+    assert main(["study", "dynamics", "nowhere", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert main(["study", "dynamics", "nowhere", "--figure", str(tmp_path / "x.gif")]) == 2
     told = capsys.readouterr().err
     assert "--json" in told and ".png, .svg, .pdf" in told

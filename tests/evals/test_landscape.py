@@ -146,7 +146,7 @@ def test_landscape_of_a_run_and_of_its_student_before(
 ) -> None:
     answer, picture = tmp_path / "l.json", tmp_path / "l.png"
     common = ["--samples", "3", "--points", "5", "--grid", "3", "--kicks", "3", "--json", str(answer)]
-    assert main(["landscape", str(tiny_run), "--before", *common, "--figure", str(picture)]) == 0
+    assert main(["study", "landscape", str(tiny_run), "--before", *common, "--figure", str(picture)]) == 0
     students = json.loads(answer.read_text())["students"]
     assert [one["student"] for one in students] == [str(tiny_run), f"{tiny_run} before"]
     assert students[0]["loss"] != students[1]["loss"]
@@ -154,7 +154,20 @@ def test_landscape_of_a_run_and_of_its_student_before(
     assert picture.read_bytes()[:4] == b"\x89PNG" and "top eigenvalue" in capsys.readouterr().out
     teacher = str(tiny_run.parent / "teacher")
     assert (
-        main(["landscape", str(tiny_run), "--loss", "kl", "--compare", teacher, "--no-hessian", *common]) == 0
+        main(
+            [
+                "study",
+                "landscape",
+                str(tiny_run),
+                "--loss",
+                "kl",
+                "--compare",
+                teacher,
+                "--no-hessian",
+                *common,
+            ]
+        )
+        == 0
     )
     students = json.loads(answer.read_text())["students"]
     assert students[1]["loss"] == pytest.approx(0.0, abs=1e-6) and students[1]["top_eigenvalue"] is None
@@ -166,8 +179,8 @@ def test_landscape_of_a_run_and_of_its_student_before(
         1.0,
         True,
     )
-    assert main(["landscape", str(tmp_path)]) == 2
-    assert main(["landscape", str(tiny_run), "--reach", "0"]) == 2
+    assert main(["study", "landscape", str(tmp_path)]) == 2
+    assert main(["study", "landscape", str(tiny_run), "--reach", "0"]) == 2
 
 
 @pytest.mark.parametrize("name", ["runs/a$x_1", "$\\frac{$", "a\\$b$c", "_hidden", "$$", "runs/{a}^b"])

@@ -44,7 +44,9 @@ def test_every_verb_leaves_the_figures_of_its_answer(verb: Any, tiny_run: Path, 
         (["dynamics", run], lambda seen: [(seen["kappa"], f"{seen['kappa_low']:.3g}..{seen['kappa_high']:.3g}")]),
         (["panel", recipe], lambda seen: [(one["rate"], "") for one in seen["judges"].values()]),
     ):  # fmt: skip
-        assert verb.main([*command, "--json", str(answer)]) == 0
+        assert (
+            verb.main([*(() if command[0] == "eval" else ("study",)), *command, "--json", str(answer)]) == 0
+        )
         rows = [row for row in written(tmp_path) if row["benchmark"] == command[0]]
         assert all(row["case"] == " ".join(command[1:]) and row["commit"] and row["date"] for row in rows)
         for value, spread in expected(json.loads(answer.read_text())):
@@ -64,9 +66,9 @@ def test_rows_of_a_comparison_have_their_seeds_and_differences(verb: Any) -> Non
 
 
 def test_a_verb_that_fails_leaves_no_row_and_its_code(verb: Any, tmp_path: Path) -> None:
-    assert verb.main(["dynamics", str(tmp_path)]) == 2
+    assert verb.main(["study", "dynamics", str(tmp_path)]) == 2
     assert not (tmp_path / "results.csv").exists()
-    for wrong in (["train", "x"], [], ["dynamics", "x", "--json", "-"]):
+    for wrong in (["train", "x"], [], ["study", "dynamics", "x", "--json", "-"]):
         with pytest.raises(SystemExit, match="Verbs: eval"):
             verb.main(wrong)
     assert verb.case_of(["m", "--json", "x", "--figure=y", "--suite", "math"]) == "m --suite math"

@@ -127,7 +127,7 @@ def test_a_key_written_in_the_place_of_a_variables_name_is_never_printed(
         ["doctor", str(path)],
         ["train", str(path), "--set", "teacher={model: " + model + "}", "--set", f"data.policy={policy}"],
         ["teacher", "doctor", "http://127.0.0.1:9", "--api-key-env", key],
-        ["speculate", "--target", model, "--server", "http://127.0.0.1:9", "--server-model", "m",
+        ["study", "speculate", "--target", model, "--server", "http://127.0.0.1:9", "--server-model", "m",
          "--api-key-env", key],
     ):  # fmt: skip
         assert main(command) == 2, command
@@ -184,6 +184,7 @@ def test_speculate_asks_a_server_named_with_its_v1(pair: Path, capsys: Any) -> N
     with on_a_port(served) as url:
         main(
             [
+                "study",
                 "speculate",
                 "--target",
                 str(pair / "teacher"),

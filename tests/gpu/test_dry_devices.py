@@ -58,7 +58,7 @@ ELSEWHERE = ["--set", "training.output_dir=elsewhere"]
 VERBS = {
     "train": ["train", "r.yaml"],
     "doctor": ["doctor", "r.yaml", *ELSEWHERE],
-    "panel": ["panel", "r.yaml"],
+    "panel": ["study", "panel", "r.yaml"],
     "generate": ["generate", "r.yaml", "--out", "t.jsonl", "--by", "teacher+student"],
     "cache build": ["cache", "build", "c.yaml"],
     "eval perplexity": ["eval", "student", "--suite", "perplexity", "--data", "text.jsonl"],
@@ -74,8 +74,21 @@ VERBS = {
         "--memory",
         "m.jsonl",
     ],
-    "landscape": ["landscape", "run", "--loss", "kl", "--points", "3", "--kicks", "1", "--samples", "2"],
+    "landscape": [
+        "study",
+        "landscape",
+        "run",
+        "--loss",
+        "kl",
+        "--points",
+        "3",
+        "--kicks",
+        "1",
+        "--samples",
+        "2",
+    ],
     "speculate": [
+        "study",
         "speculate",
         "--target",
         "teacher",
@@ -150,7 +163,7 @@ def test_a_verb_refuses_a_device_that_is_not_there_before_it_loads_a_model(
     verb, root, monkeypatch, capsys, tmp_path
 ):
     others = {
-        "compare": ["compare", "r.yaml"],
+        "compare": ["study", "compare", "r.yaml"],
         "demo": ["demo", "--quick", "--output-dir", str(tmp_path / "d")],
     }
     arguments = VERBS.get(verb) or others.get(verb) or ["serve-teacher", "no-such-model", "--port", "0"]

@@ -80,7 +80,7 @@ def test_speculate_reports_a_run_before_and_after(
     answer = tmp_path / "speculate.json"
     teacher, text = tiny_run.parent / "teacher", tiny_run.parent / "text.jsonl"
     code = main(
-        ["speculate", "--draft", str(tiny_run), "--before", "--target", str(teacher), "--prompts", str(text),
+        ["study", "speculate", "--draft", str(tiny_run), "--before", "--target", str(teacher), "--prompts", str(text),
          "--limit", "3", "--lengths", "1,3", "--tokens", "10", "--json", str(answer)]
     )  # fmt: skip
     told = capsys.readouterr()
@@ -102,6 +102,6 @@ def test_another_vocabulary_is_refused(
     tiny(0).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
     teacher = str(tiny_run.parent / "teacher")
-    assert main(["speculate", "--draft", str(tmp_path / "other"), "--target", teacher]) == 2
+    assert main(["study", "speculate", "--draft", str(tmp_path / "other"), "--target", teacher]) == 2
     assert "different tokenizers" in capsys.readouterr().err
-    assert main(["speculate", "--draft", teacher, "--target", teacher, "--lengths", "0,2"]) == 2
+    assert main(["study", "speculate", "--draft", teacher, "--target", teacher, "--lengths", "0,2"]) == 2

@@ -113,7 +113,8 @@ def verb(tiny_run: Path, tmp_path: Path) -> Iterator[Verb]:
             if plain is not None:
                 flags += ["--plain-server", stack.enter_context(on_a_port(plain)) + "/v1"]
             code = main(
-                ["speculate", "--target", str(teacher), *flags, "--server-model", "tiny", "--server-kind", server.kind,
+                ["study", "speculate", "--target", str(teacher), *flags, "--server-model", "tiny",
+                 "--server-kind", server.kind,
                  "--prompts", str(tiny_run.parent / "text.jsonl"), "--limit", "4", "--tokens", "13", "--json",
                  str(answer), *more]
             )  # fmt: skip
@@ -234,7 +235,7 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_loads(
         ([], "--draft"), (["--plain-server", "http://x"], "--server"), (["--server", "http://x"], "--server-model"),
         (["--server", "http://x", "--server-model", "m", "--api-key-env", "NO_SUCH"], "NO_SUCH"),
     ):  # fmt: skip
-        assert main(["speculate", "--target", "no-such/model", *flags]) == 2
+        assert main(["study", "speculate", "--target", "no-such/model", *flags]) == 2
         err = capsys.readouterr().err
         assert told in err and "no-such/model" not in err
 

@@ -113,6 +113,7 @@ def test_compare_writes_a_row_for_every_arm_and_goes_on_where_it_was(
 ) -> None:
     file = tmp_path / "rows.json"
     command = [
+        "study",
         "compare",
         str(recipe),
         "--methods",
@@ -269,6 +270,11 @@ def test_an_arm_that_diverges_leaves_the_others_their_rows(recipe: Path, tmp_pat
     assert read_rows(tmp_path / "rows.json") == json.loads(json.dumps(rows))
 
 
+def test_a_plan_is_an_answer_too(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "compare", str(recipe), "--methods", "kd", "--dry-run", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["left"] == 2
+
+
 def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'kd'"):
         arms({"one": {}}, ["kdd"], seeds=1)
@@ -278,5 +284,4 @@ def test_names_and_files_that_cannot_be_are_refused_before_any_run(recipe: Path,
     other.write_text('{"a": 1}', "utf-8")
     with pytest.raises(ConfigError, match="does not hold the rows"):
         read_rows(other)
-    assert main(["compare", str(recipe), "--json", "-"]) == 2
-    assert main(["compare", str(recipe), "--methods", "adaspec"]) == 2  # it needs a reference
+    assert main(["study", "compare", str(recipe), "--methods", "adaspec"]) == 2  # it needs a reference

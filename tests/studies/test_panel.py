@@ -94,7 +94,9 @@ def test_panel_of_a_recipe_has_every_judge(tmp_path: Path, capsys: pytest.Captur
                      "max_prompt_length": 12},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), "utf-8")
-    assert main(["panel", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "panel.json")]) == 0
+    assert (
+        main(["study", "panel", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "panel.json")]) == 0
+    )
     told = json.loads((tmp_path / "panel.json").read_text("utf-8"))
     assert set(told["judges"]) == set(judges(reference=True)) and "adaspec" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -18,12 +18,12 @@ from selectkd.errors import ConfigError
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE|-", help="Write the answer to a JSON file, or to standard output with -."
+        "--json", metavar="FILE|-", help="Write the results as JSON to a file, or to standard output with -."
     ),
 ]
 FigureFile = Annotated[
     Path | None,
-    typer.Option("--figure", metavar="FILE", help="Draw a figure: a name that ends in .png, .svg or .pdf."),
+    typer.Option("--figure", metavar="FILE", help="Draw a figure into this .png, .svg or .pdf file."),
 ]
 STDOUT = Path("-")
 ANSWERS: ContextVar[TextIO | None] = ContextVar("ANSWERS", default=None)

@@ -7,30 +7,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from selectkd import __version__
 from selectkd.cli import (
     cache,
-    compare,
     cut,
     data,
     demo,
     doctor,
-    dynamics,
     env,
     estimate,
     eval,
     generate,
     init,
-    landscape,
-    panel,
     schema,
     serve,
     show,
-    speculate,
+    study,
     teacher,
     train,
 )
@@ -43,35 +40,56 @@ from selectkd.errors import ResourceError, SelectKDError
 INTERRUPTED = 130
 USAGE = 2
 
+ORDER = (
+    *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train", "eval"),
+    *("serve-teacher", "teacher", "study", "show", "schema", "env", "version"),
+)
+"""Verbs in the order of a first project, as `selectkd --help` lists them; what is hidden comes after them."""
+
+
+class InOrder(TyperGroup):
+    """The group of all verbs, in ORDER."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all verbs."""
+        return sorted(super().list_commands(ctx), key=(*ORDER, *study.VERBS).index)
+
+
 app = typer.Typer(
     name="selectkd",
+    cls=InOrder,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a large language model into a small one.",
-    epilog="Exit codes: 0 ok, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources, "
-    "75 preempted and 130 interrupted, the state saved.",
+    epilog="Exit codes: 0 success, 2 usage or recipe, 3 data, 4 teacher, 5 integrity, 6 numbers, 7 resources. "
+    "75: preempted; 130: interrupted. In both cases training can be resumed.",
 )
-app.command("train", cls=OfRecipe)(train.train)
 app.command("demo", cls=OfRecipe)(demo.demo)
-app.command("show", cls=Verb)(show.show)
-app.command("generate", cls=OfRecipe)(generate.generate)
-app.command("cut", cls=OfRecipe)(cut.cut)
-app.command("compare", cls=OfRecipe)(compare.compare)
-app.command("panel", cls=OfRecipe)(panel.panel)
-app.add_typer(data.app, name="data")
-app.add_typer(cache.app, name="cache")
-app.add_typer(teacher.app, name="teacher")
-app.command("serve-teacher", cls=Verb)(serve.serve_teacher)
-app.command("dynamics", cls=Verb)(dynamics.dynamics)
-app.command("env", cls=Verb)(env.env)
-app.command("eval", cls=Verb)(eval.evaluate)
 app.command("init", cls=Verb)(init.init)
-app.command("landscape", cls=Verb)(landscape.landscape)
-app.command("speculate", cls=Verb)(speculate.speculate)
+app.add_typer(data.app, name="data")
 app.command("doctor", cls=OfRecipe)(doctor.doctor)
 app.command("estimate", cls=OfRecipe)(estimate.estimate)
+app.command("cut", cls=OfRecipe)(cut.cut)
+app.command("generate", cls=OfRecipe)(generate.generate)
+app.add_typer(cache.app, name="cache")
+app.command("train", cls=OfRecipe)(train.train)
+app.command("eval", cls=Verb)(eval.evaluate)
+app.command("serve-teacher", cls=Verb)(serve.serve_teacher)
+app.add_typer(teacher.app, name="teacher")
+app.add_typer(study.app, name="study")
+app.command("show", cls=Verb)(show.show)
 app.command("schema", cls=Verb)(schema.schema)
+app.command("env", cls=Verb)(env.env)
+for _name, (_class, _function) in study.VERBS.items():  # their names before there was a group
+    app.command(_name, cls=_class, hidden=True)(_function)
+
+
+@app.command("version", cls=Verb)
+def version() -> None:
+    """Print the version."""
+    say(__version__)
+
 
 WrongUsage: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for a wrong command line, wherever this version of it takes that from."""
@@ -84,7 +102,7 @@ def root(
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a large language model into a small one, learning where the teacher agrees with the student."""
+    """Distil a large language model into a small one."""
     if version:
         say(__version__)
         raise typer.Exit(0)

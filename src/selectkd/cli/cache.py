@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    help="The teacher's rows on disk, checked when read.",
+    help="Store a teacher's outputs on disk.",
 )
 
 Target = Annotated[
@@ -36,12 +36,18 @@ def build(
     ],
     changes: Changes = None,
     allow_plugin: AllowPlugin = None,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Which of several builders this is.")] = 0,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the shards.")] = 1,
+    rank: Annotated[
+        int,
+        typer.Option("--rank", min=0, help="The number of this builder, from 0, if several build one cache."),
+    ] = 0,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="How many builders share the work.")] = 1,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Build or finish a recipe's cache: training, held-out and probe text."""
+    """Build the cache of a recipe, or finish it.
+
+    The cache covers the text for training, evaluation and the probe.
+    """
     from selectkd.models.devices import use_device
     from selectkd.teachers.cache import build_cache, plan_of
     from selectkd.training.stopping import StopRequests, stopped
@@ -78,7 +84,7 @@ def build(
 def verify(
     target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, json_file: JsonFile = None
 ) -> None:
-    """Check every byte of a cache; exit code 5 where one is wrong."""
+    """Check every byte of a cache. The exit code is 5 for damage."""
     from selectkd.teachers.cache import verify as look
 
     folder = _folder(target, changes)
@@ -101,7 +107,7 @@ def repair(
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Compute again what is broken, and only that."""
+    """Recompute only the damaged parts of a cache."""
     from selectkd.models.devices import use_device
     from selectkd.teachers.cache import records_of
     from selectkd.teachers.cache import repair as mend
@@ -121,7 +127,7 @@ def repair(
 def info(
     target: Target, changes: Changes = None, allow_plugin: AllowPlugin = None, json_file: JsonFile = None
 ) -> None:
-    """Say what a cache holds and whose it is."""
+    """Show what a cache contains and which teacher made it."""
     from selectkd.teachers.cache import read_index
 
     folder = _folder(target, changes)

@@ -1,8 +1,9 @@
-"""``selectkd compare RECIPE...``."""
+"""``selectkd study compare RECIPE...``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,40 +21,45 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One recipe or several.")],
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One or several recipes.")],
     methods: Annotated[
         str,
         typer.Option(
-            "--methods", help="NAME or NAME+OPTION, with commas; without it the recipes as they are."
+            "--methods",
+            help="Methods as NAME or NAME+OPTION, separated by commas. Default: the recipes unchanged.",
         ),
     ] = "",
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Seeds of each arm, from the recipe's own on.")
+        int,
+        typer.Option(
+            "--seeds", min=1, help="The number of seeds for each method, counted from the recipe's own."
+        ),
     ] = 1,
     controls: Annotated[
         bool,
         typer.Option(
             "--controls",
-            help="Also random rows at the same rate, and at the same rate at each place of an answer.",
+            help="Add controls that select random tokens at the same rate, overall and by position.",
         ),
     ] = False,
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     runs: Annotated[
-        Path | None, typer.Option("--runs", help="Where run folders go; the recipe's output_dir otherwise.")
+        Path | None,
+        typer.Option("--runs", help="The folder for run folders. Default: the recipe's output_dir."),
     ] = None,
     keep_students: Annotated[
-        bool, typer.Option("--keep-students", help="Keep the students' weights.")
+        bool, typer.Option("--keep-students", help="Keep the weights of the students.")
     ] = False,
     device: Device = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many runs there are and how long they may take.")
+        bool, typer.Option("--dry-run", help="Only print how many runs there are and how long they may take.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Run methods on one budget, plain and with the selection, and say what differs by how much.
+    """Compare methods on one budget, with and without selection.
 
-    Rows stay in the file as they come; the same command goes on where it was, and runs again what failed.
+    Each finished run adds its results to the JSON file. Repeating the command runs what is missing or failed.
     """
     from selectkd.config import load_recipe, recipe_from
     from selectkd.config.load import values_of
@@ -77,8 +83,11 @@ def compare(
             raise ConfigError(
                 "a comparison needs held-out text; set data.evaluation to {path: ...} or a share."
             )
-    _planned(plan(found, file))
+    ahead = plan(found, file)
+    _planned(ahead)
     if dry_run:
+        if file is None:  # a file holds the rows that are done
+            write_answer(json_file, {**asdict(ahead), "left": ahead.left})
         return
     folder = runs if runs is not None else Path(next(iter(values.values()))["training"]["output_dir"])
 

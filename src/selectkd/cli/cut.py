@@ -16,13 +16,16 @@ from selectkd.errors import ConfigError
 
 
 def cut(
-    recipe: Annotated[str, typer.Argument(help="A recipe with student.from_teacher, a YAML file.")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the student is written.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file with student.from_teacher.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="The folder to write the student to.")],
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     device: Device = "auto",
 ) -> None:
-    """Choose the layers of a student once, and write it as a model folder: name that folder in student.model."""
+    """Cut a student from its teacher and save it as a model folder.
+
+    Recipes can then name that folder in student.model.
+    """
     from selectkd.config import load_recipe
 
     checked = load_recipe(recipe, changes or [])

@@ -23,21 +23,24 @@ if TYPE_CHECKING:
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
-app = typer.Typer(
-    no_args_is_help=False, pretty_exceptions_enable=False, help="Look at data before training on it."
-)
+app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False, help="Check and show training data.")
 
 Target = Annotated[
-    str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file, folder or hub data set id.")
+    str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file, a folder or a data set on the hub.")
 ]
 TokenizerOf = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="A model whose tokenizer is used; a recipe's own is its student's."),
+    typer.Option("--tokenizer", help="A model whose tokenizer to use. Default: the recipe's student."),
 ]
 Length = Annotated[
-    int, typer.Option("--max-length", min=2, help="Tokens kept of a sample; a recipe has its own.")
+    int, typer.Option("--max-length", min=2, help="Maximum tokens of a sample, unless a recipe gives it.")
 ]
-Bad = Annotated[str, typer.Option("--on-bad-record", help="error or skip; a recipe has its own.")]
+Bad = Annotated[
+    str,
+    typer.Option(
+        "--on-bad-record", help="What to do with a bad record: error or skip, unless a recipe gives it."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def check(
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
-    """Count records, duplicates, overlap with held-out text and lengths."""
+    """Count records, duplicates, lengths and held-out overlap."""
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
     if wanted.tokenizer is None:
         for spec in wanted.sources:
@@ -101,12 +104,15 @@ def show(
     tokenizer: TokenizerOf = None,
     allow_plugin: AllowPlugin = None,
     samples: Annotated[
-        int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
+        int, typer.Option("--samples", "-n", min=1, help="Samples to show from each source.")
     ] = 3,
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
-    """Print samples; what is trained on stands in colour, or between [[ and ]] where there is none."""
+    """Print samples with the trained tokens marked.
+
+    They are coloured on a terminal, and between [[ and ]] elsewhere.
+    """
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
     if wanted.tokenizer is None:
         from selectkd.data import read_records
@@ -134,11 +140,14 @@ def align(
     target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe with teacher.cross_tokenizer.")],
     allow_plugin: AllowPlugin = None,
     samples: Annotated[
-        int, typer.Option("--samples", "-n", min=1, help="How many samples of each source.")
+        int, typer.Option("--samples", "-n", min=1, help="Samples to show from each source.")
     ] = 3,
     json_file: JsonFile = None,
 ) -> None:
-    """Show how student and teacher cut the same text, span by span, as Markdown."""
+    """Compare how student and teacher tokenize the same text.
+
+    The output is Markdown, one line for each span of text.
+    """
     from selectkd.config import ModelTeacher, load_recipe
     from selectkd.data.aligned_page import aligned, page
     from selectkd.data.crossing import cross

@@ -24,15 +24,17 @@ ANSWER_TOKENS = 40
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny pair made on the spot: under a minute, no download.")
+        bool,
+        typer.Option("--quick", help="Train tiny models from scratch instead: under a minute, no download."),
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Where the run folder goes; a new or empty folder.")
+        Path | None,
+        typer.Option("--output-dir", help="Where to write the run folder: a new or empty folder."),
     ] = None,
     changes: Changes = None,
     device: Device = "auto",
 ) -> None:
-    """Distil a real teacher into a student of fewer layers and say what came of it."""
+    """Distil a teacher and compare its student before and after."""
     from selectkd.cli.demo_pair import PROMPTS, help_texts, quick_recipe, real_recipe
     from selectkd.config import load_recipe
     from selectkd.models.devices import training_device

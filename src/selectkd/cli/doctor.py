@@ -16,13 +16,16 @@ from selectkd.errors import ConfigError
 
 
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Check recipe, text, models, memory and disk; ends with the exit code of the first thing a run would fail at."""
+    """Check a recipe, its data, models, memory and disk first.
+
+    The exit code is that of the first problem a run would meet.
+    """
     rows, exit_code = [], 0
     for check, ok, message, code in _findings(recipe, changes or [], device):
         say(f"{'ok    ' if ok else 'FAILS '} {check:<12} {message}")

@@ -1,4 +1,4 @@
-"""``selectkd dynamics RUN``."""
+"""``selectkd study dynamics RUN``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from selectkd.cli.terminal import say
 
 
 def dynamics(
-    run: Annotated[Path, typer.Argument(help="A run folder, with metrics.jsonl.")],
+    run: Annotated[Path, typer.Argument(help="A run folder with its metrics.jsonl.")],
     json_file: JsonFile = None,
     figure: FigureFile = None,
 ) -> None:
-    """How TAR grew on the fixed probe batch: Theorem 1's kappa, steps back, flips, TAR against held-out loss."""
+    """Analyse how token acceptance (TAR) grew during a run.
+
+    The output has the fitted rate kappa, decreases, changed decisions and the relation to held-out loss.
+    """
     from selectkd.evals.dynamics import dynamics as measure
     from selectkd.evals.figures import check_figure, draw_dynamics
 

@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def env(json_file: JsonFile = None) -> None:
-    """Versions, cores, memory and accelerators of this machine."""
+    """Print the versions and the hardware of this machine."""
     found = environment()
     write_answer(json_file, found)
     for key, value in found.items():

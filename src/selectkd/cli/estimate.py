@@ -14,19 +14,25 @@ from selectkd.errors import ConfigError
 
 
 def estimate(
-    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of the longest sample; default training.max_length.")
+        int | None, typer.Option(min=2, help="Tokens in the longest sample. Default: training.max_length.")
     ] = None,
     device: Annotated[
         str,
-        typer.Option(metavar="auto|cpu|cuda|mps|xpu", help="Where the run will be; it need not be here."),
+        typer.Option(
+            metavar="auto|cpu|cuda|mps|xpu",
+            help="The kind of device the run will use. This machine need not have one.",
+        ),
     ] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Say what memory one process needs, part by part, and what a checkpoint takes on disk. Reads no weight."""
+    """Estimate the memory and disk space that a run needs.
+
+    The memory is that of one process, part by part. No weights are loaded.
+    """
     from selectkd.config import load_recipe
 
     checked = load_recipe(recipe, changes or [])

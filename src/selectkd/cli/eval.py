@@ -47,39 +47,55 @@ class Asked:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a .gguf file or a hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="A run folder, a model folder, a .gguf file or a model on the hub.")
+    ],
     suite: Annotated[
         SuiteName | None,
-        typer.Option("--suite", help="What to measure. Of a run folder: own, its held-out text; else quick."),
+        typer.Option(
+            "--suite", help="What to measure. Default: own (held-out text) for a run folder, else quick."
+        ),
     ] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", help="Another model on the same problems. May stand several times."),
+        typer.Option("--compare", help="Another model to measure on the same problems. Repeatable."),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="A file of problems, text or requests.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many problems at the most.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens an answer, at the most.")] = 256,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="code: programs a problem.")] = 1,
-    k: Annotated[int, typer.Option("--k", min=1, help="code: the k of pass@k.")] = 1,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A file with the problems, texts or requests.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use at most this many problems.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Maximum new tokens in each answer.")] = 256,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="code: programs to write for each problem.")
+    ] = 1,
+    k: Annotated[int, typer.Option("--k", min=1, help="code: the k in pass@k.")] = 1,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="code, with several samples; one is greedy.")
+        float,
+        typer.Option("--temperature", min=0.0, help="code: sampling temperature. A single sample is greedy."),
     ] = 0.8,
     unsafe: Annotated[
         bool,
-        typer.Option("--unsafe-exec", help="code: run programs though this machine cannot lock them in."),
+        typer.Option("--unsafe-exec", help="code: run programs even if this machine cannot isolate them."),
     ] = False,
     judge: Annotated[
-        str | None, typer.Option("--judge", help="instruct: URL of an OpenAI-compatible server.")
+        str | None,
+        typer.Option("--judge", help="instruct: URL of an OpenAI-compatible server with the judge model."),
     ] = None,
     judge_model: Annotated[
         str | None,
-        typer.Option("--judge-model", help="instruct: its name there, or a local model."),
+        typer.Option(
+            "--judge-model", help="instruct: the judge model's name on that server, or a local model."
+        ),
     ] = None,
     api_key_env: ApiKeyEnv = None,
     judge_tokens: Annotated[
         int,
         typer.Option(
-            "--judge-tokens", min=1, help="instruct: room for a verdict and the thinking before it."
+            "--judge-tokens",
+            min=1,
+            help="instruct: maximum tokens for a verdict and the reasoning before it.",
         ),
     ] = 2048,
     protocol: Annotated[
@@ -88,47 +104,62 @@ def evaluate(
     memory: Annotated[
         Path,
         typer.Option(
-            "--memory", help="Answers and verdicts are kept here as they come; none is asked for twice."
+            "--memory", help="A file that keeps answers and verdicts. A repeated command reuses them."
         ),
     ] = Path("eval-memory.jsonl"),
     price_in: Annotated[
-        float, typer.Option("--price-in", min=0.0, help="instruct: $ a million tokens read.")
+        float, typer.Option("--price-in", min=0.0, help="instruct: dollars for a million input tokens.")
     ] = 0.0,
     price_out: Annotated[
-        float, typer.Option("--price-out", min=0.0, help="instruct: $ a million written.")
+        float, typer.Option("--price-out", min=0.0, help="instruct: dollars for a million output tokens.")
     ] = 0.0,
     max_cost: Annotated[
-        float | None, typer.Option("--max-cost", min=0.0, help="instruct: stop before spending more dollars.")
+        float | None,
+        typer.Option(
+            "--max-cost", min=0.0, help="instruct: stop before spending more than this, in dollars."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Answers written at once; 8, and 64 on an accelerator."),
+        typer.Option(
+            "--batch-size", min=1, help="Answers to generate at once. Default: 8, or 64 on an accelerator."
+        ),
     ] = None,
     max_length: Annotated[
-        int, typer.Option("--max-length", min=2, help="perplexity: tokens of a text.")
+        int, typer.Option("--max-length", min=2, help="perplexity: maximum tokens of each text.")
     ] = 1024,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made problems and of sampling.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The number format of the weights: float32 or bfloat16.")
+    ] = "float32",
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed for generated problems and for sampling.")
+    ] = 0,
     answers: Annotated[
         Path | None, typer.Option("--answers", help="Write every answer to a JSONL file.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="harness: tasks of lm-evaluation-harness, with commas.")
+        str | None,
+        typer.Option("--tasks", help="harness: tasks of lm-evaluation-harness, separated by commas."),
     ] = None,
     task_folder: Annotated[
-        Path | None, typer.Option("--task-folder", help="harness: a folder with task files of your own.")
+        Path | None, typer.Option("--task-folder", help="harness: a folder with your own task files.")
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option("--shots", min=0, help="harness: examples before a problem; the task's own otherwise."),
+        typer.Option(
+            "--shots", min=0, help="harness: examples before each problem. Default: the task's own number."
+        ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="harness: ask in the model's chat template; the harness does not.")
+        bool, typer.Option("--chat", help="harness: use the model's chat template, which is off by default.")
     ] = False,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """How good a model is at a task, with intervals, and which of several is better on the same problems."""
+    """Measure a model on a task and compare it with others.
+
+    Results have confidence intervals; models are compared on the same problems.
+    """
     check_answer(answers, flag="--answers")
     is_run = (Path(model).expanduser() / "manifest.json").is_file()
     if suite is None:

@@ -16,29 +16,44 @@ from selectkd.errors import ConfigError
 
 
 def generate(
-    recipe: Annotated[str, typer.Argument(help="A recipe, whose prompts and models are used.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .jsonl file, gone on with if there.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, whose prompts and models are used.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="A .jsonl file. If it exists, only the missing texts are added."
+        ),
+    ],
     by: Annotated[
         str | None,
-        typer.Option("--by", help="teacher, student or teacher+student; the policy's writer otherwise."),
+        typer.Option(
+            "--by", help="Who writes: teacher, student or teacher+student. Default: the policy's choice."
+        ),
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", min=1, help="Texts of each prompt.")] = 1,
+    copies: Annotated[int, typer.Option("--copies", min=1, help="Texts to write for each prompt.")] = 1,
     server: Annotated[
         str | None,
-        typer.Option("--server", metavar="URL", help="An OpenAI-compatible server writes for the teacher."),
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="An OpenAI-compatible server that serves the teacher and writes its texts.",
+        ),
     ] = None,
     server_model: Annotated[
-        str | None, typer.Option("--server-model", help="The model's name there.")
+        str | None, typer.Option("--server-model", help="The teacher's name on the server.")
     ] = None,
-    wait: Annotated[float, typer.Option("--server-wait", min=0, help="Seconds to wait for it.")] = 60.0,
+    wait: Annotated[
+        float, typer.Option("--server-wait", min=0, help="Seconds to wait until the server answers.")
+    ] = 60.0,
     api_key_env: ApiKeyEnv = None,
     device: Device = "auto",
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
 ) -> None:
-    """Write the answers to a recipe's prompts: teacher's text for SeqKD, pairs for DistiLLM-2.
+    """Generate training texts for the prompts of a recipe.
 
-    The sampling is the policy's: --set method=seqkd, or --set 'data.policy={name: teacher, temperature: 0.8}'.
+    SeqKD trains on the teacher's texts, DistiLLM-2 on pairs of teacher's and student's.
+
+    Sampling follows the recipe's policy: --set method=seqkd, or --set 'data.policy={name: teacher, temperature: 0.8}'.
     """
     from selectkd.config import load_recipe
 

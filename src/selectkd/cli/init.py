@@ -51,7 +51,7 @@ training:
 
 
 def init(
-    recipe: Annotated[Path, typer.Argument(help="The file to write; one that exists is left as it is.")],
+    recipe: Annotated[Path, typer.Argument(help="The file to write. An existing file is never overwritten.")],
     origin: Annotated[
         str | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""``selectkd landscape RUN``."""
+"""``selectkd study landscape RUN``."""
 
 from __future__ import annotations
 
@@ -16,39 +16,44 @@ from selectkd.errors import ConfigError
 
 
 def landscape(
-    run: Annotated[
-        Path, typer.Argument(help="A finished run; its held-out text is what the loss is taken on.")
-    ],
+    run: Annotated[Path, typer.Argument(help="A finished run. The loss is measured on its held-out text.")],
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", help="Another run or model, on the same text. May stand several times."),
+        typer.Option("--compare", help="Another run or model to measure on the same text. Repeatable."),
     ] = None,
-    before: Annotated[bool, typer.Option("--before", help="Also the student the run began with.")] = False,
+    before: Annotated[
+        bool, typer.Option("--before", help="Also measure the student before training.")
+    ] = False,
     loss: Annotated[
         Literal["text", "kl"],
-        typer.Option("--loss", help="Of the text's own tokens, or KL from the run's teacher."),
+        typer.Option("--loss", help="text: loss on the text's tokens. kl: KL divergence from the teacher."),
     ] = "text",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Held-out texts in the batch.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Held-out texts to measure on.")] = 8,
     points: Annotated[
-        int, typer.Option("--points", min=3, help="Points of the line through the weights.")
+        int, typer.Option("--points", min=3, help="Points on the line through the weights.")
     ] = 21,
     grid: Annotated[
-        int, typer.Option("--grid", min=0, help="Points on a side of the square; 0 for none.")
+        int, typer.Option("--grid", min=0, help="Points on each side of the square. 0 leaves the square out.")
     ] = 0,
     reach: Annotated[
-        float, typer.Option("--reach", help="How far the line goes, in norms of each row.")
+        float,
+        typer.Option("--reach", help="How far the line goes, relative to the norm of each row of weights."),
     ] = 1.0,
-    kicks: Annotated[int, typer.Option("--kicks", min=0, help="Random directions for the sharpness.")] = 8,
-    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="The top eigenvalue.")] = True,
+    kicks: Annotated[
+        int, typer.Option("--kicks", min=0, help="Random directions to measure sharpness in.")
+    ] = 8,
+    hessian: Annotated[
+        bool, typer.Option("--hessian/--no-hessian", help="Compute the top eigenvalue of the Hessian.")
+    ] = True,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the directions, the same for every student.")
+        int, typer.Option("--seed", min=0, help="Seed for the directions, which every student shares.")
     ] = 0,
     device: Device = "auto",
     allow_plugin: AllowPlugin = None,
     json_file: JsonFile = None,
     figure: FigureFile = None,
 ) -> None:
-    """How flat the loss is around a student's weights, and around others' on the same held-out text."""
+    """Measure how flat the loss is around a student's weights."""
     from selectkd.evals.figures import check_figure, draw_landscapes
 
     check_figure(figure)

@@ -11,7 +11,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where the models run; auto takes an accelerator where there is one.",
+        help="Where the models run. auto takes an accelerator if there is one.",
     ),
 ]
 ApiKeyEnv = Annotated[
@@ -19,6 +19,6 @@ ApiKeyEnv = Annotated[
     typer.Option(
         "--api-key-env",
         metavar="NAME",
-        help="The environment variable that holds the server's key. The key itself is never an argument.",
+        help="The environment variable that holds the server's key: its name, never the key.",
     ),
 ]

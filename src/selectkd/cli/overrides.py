@@ -16,7 +16,7 @@ Changes = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one key of the recipe: training.learning_rate=1e-4, with or without --set; may be repeated.",
+        help="Change one key of the recipe, such as training.learning_rate=1e-4. Repeatable; --set may be left out.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""``selectkd panel RECIPE``."""
+"""``selectkd study panel RECIPE``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ SAMPLES = 32
 
 def panel(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe; its student is judged as it is, its held-out text is used.")
+        str, typer.Argument(help="The recipe. Its student is used untrained, on its held-out text.")
     ],
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """What every verifier and selector would keep of the same rows: rates, overlaps, loss and gradient removed."""
+    """Compare which tokens each verifier and selector keeps.
+
+    The table has rates, overlaps and the loss and gradient that each removes.
+    """
     from selectkd.config import load_recipe
 
     checked = load_recipe(recipe, changes or [])

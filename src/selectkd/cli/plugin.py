@@ -21,6 +21,6 @@ AllowPlugin = Annotated[
         "--allow-plugin",
         metavar="MODULE",
         callback=_allow,
-        help="A module of your own that the recipe may load components from; may be repeated.",
+        help="A module of yours that the recipe may load components from. Repeatable.",
     ),
 ]

@@ -12,7 +12,7 @@ from selectkd.cli.terminal import say
 
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print docs/recipe.md, every key in words.")
+        bool, typer.Option("--markdown", help="Print the page docs/recipe.md, which describes every key.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of a recipe."""

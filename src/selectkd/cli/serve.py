@@ -14,24 +14,35 @@ from selectkd.errors import ConfigError
 
 
 def serve_teacher(
-    model: Annotated[
-        str, typer.Argument(help="The model that teaches: a folder, a .gguf file or a hub name.")
-    ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8765,
-    host: Annotated[str, typer.Option(help="Beyond this machine it needs a token and TLS.")] = "127.0.0.1",
-    revision: Annotated[str | None, typer.Option(help="The commit of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    quantization: Annotated[str | None, typer.Option(help="bitsandbytes-4bit or bitsandbytes-8bit.")] = None,
+    model: Annotated[str, typer.Argument(help="The teacher: a folder, a .gguf file or a model on the hub.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on. 0 takes a free one.")
+    ] = 8765,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. Any but this machine's own needs a key and TLS.")
+    ] = "127.0.0.1",
+    revision: Annotated[str | None, typer.Option(help="The commit of a model on the hub.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="The number format of the weights: float32 or bfloat16.")
+    ] = "float32",
+    quantization: Annotated[
+        str | None, typer.Option(help="Load with fewer bits: bitsandbytes-4bit or bitsandbytes-8bit.")
+    ] = None,
     device: Device = "auto",
     batch: Annotated[
         int,
-        typer.Option(min=1, help="Samples read together; 1 makes an answer independent of other questions."),
+        typer.Option(
+            min=1, help="Samples to read together. With 1, answers do not depend on other requests."
+        ),
     ] = 8,
     api_key_env: ApiKeyEnv = None,
-    certificate: Annotated[Path | None, typer.Option(help="A TLS certificate, PEM.")] = None,
-    key: Annotated[Path | None, typer.Option(help="The certificate's private key, PEM.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="A TLS certificate, as a PEM file.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The certificate's private key, as a PEM file.")] = None,
 ) -> None:
-    """Answer for a model: its hidden states or its best tokens, to runs on this machine or elsewhere."""
+    """Serve a teacher to runs on this machine or others.
+
+    The server gives hidden states or the best tokens of each position.
+    """
     try:
         from selectkd.teachers.server.run import check_place, listen, serve, token_of
     except ModuleNotFoundError as error:

@@ -26,11 +26,14 @@ def show(
             help="divergences, label_losses, verifiers, selectors, extras, policies, methods, teachers, or a name."
         ),
     ] = None,
-    name: Annotated[str | None, typer.Argument(help="One component, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One component, to show in full.")] = None,
     json_file: JsonFile = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/teachers.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/teachers.md.")] = False,
 ) -> None:
-    """What a recipe can name, with parameters and defaults; of teachers, what each payload is worth."""
+    """List the components a recipe can name, with their parameters.
+
+    `selectkd show teachers` lists what each kind of teacher data supports.
+    """
     if markdown and kind != "teachers":
         raise ConfigError("--markdown prints one page: write `selectkd show teachers --markdown`.")
     if kind == "teachers":

@@ -1,4 +1,4 @@
-"""``selectkd speculate --draft STUDENT --target TEACHER``, and ``--server URL --target TEACHER``."""
+"""``selectkd study speculate --draft STUDENT --target TEACHER``, and ``--server URL --target TEACHER``."""
 
 from __future__ import annotations
 
@@ -23,62 +23,84 @@ if TYPE_CHECKING:
 
 def speculate(
     target: Annotated[
-        str, typer.Option("--target", help="The teacher: a folder, a .gguf file or a hub name.")
+        str, typer.Option("--target", help="The teacher: a folder, a .gguf file or a model on the hub.")
     ],
     draft: Annotated[
         list[str] | None,
-        typer.Option("--draft", help="The student: a run folder or a model. May stand several times."),
+        typer.Option("--draft", help="The student: a run folder or a model. Repeatable."),
     ] = None,
     before: Annotated[
-        bool, typer.Option("--before", help="Also the student a run folder began with, for each --draft.")
+        bool, typer.Option("--before", help="Also measure the student of each run folder before training.")
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A file of records; three short prompts without one.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="A file of records to take prompts from. Default: three built-in prompts."
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many prompts of the file.")] = 8,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Maximum number of prompts from the file.")
+    ] = 8,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="G,G,...", help="Draft lengths to try.")
+        str, typer.Option("--lengths", metavar="G,G,...", help="Draft lengths to try, separated by commas.")
     ] = "2,4,8",
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="New tokens a prompt, at the most.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Maximum new tokens for each prompt.")] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Of the sampled rows; 0 leaves them out.")
+        float,
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            help="Temperature for sampling, measured beside greedy decoding. 0 leaves sampling out.",
+        ),
     ] = 1.0,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampled rows.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The number format of the weights: float32 or bfloat16.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for sampling.")] = 0,
     beside: Annotated[
         bool,
-        typer.Option("--transformers/--no-transformers", help="Time transformers' assisted generation too."),
+        typer.Option(
+            "--transformers/--no-transformers", help="Also time assisted generation of transformers."
+        ),
     ] = True,
     server: Annotated[
         str | None,
         typer.Option(
-            "--server", metavar="URL", help="A server that speculates; of --target the tokenizer is used."
+            "--server",
+            metavar="URL",
+            help="A server that speculates. Only the tokenizer of --target is used then.",
         ),
     ] = None,
     plain_server: Annotated[
         str | None,
         typer.Option(
-            "--plain-server", metavar="URL", help="The same model served without a draft, to compare with."
+            "--plain-server",
+            metavar="URL",
+            help="A server with the same model but no draft, to compare with.",
         ),
     ] = None,
     server_model: Annotated[
         str | None,
-        typer.Option("--server-model", help="The target's name on the servers; sglang needs none."),
+        typer.Option("--server-model", help="The target's name on the servers. SGLang needs none."),
     ] = None,
     server_kind: Annotated[
         Literal["vllm", "sglang", "openai"],
         typer.Option(
-            "--server-kind", help="What publishes the counts: vLLM's /metrics, SGLang's answers, nothing."
+            "--server-kind",
+            help="Where counts come from: vLLM's /metrics, SGLang's answers, or nowhere (openai).",
         ),
     ] = "vllm",
     api_key_env: ApiKeyEnv = None,
     at_once: Annotated[
-        int, typer.Option("--concurrency", min=1, help="Prompts under way at once on a server.")
+        int, typer.Option("--concurrency", min=1, help="Prompts to send to a server at once.")
     ] = 1,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """How much faster the teacher writes with the student as its draft, and that it writes the same."""
+    """Measure speculative decoding with the student as draft.
+
+    It reports the speed-up and whether the output stays the same.
+    """
     chosen = _lengths(lengths)
     if not draft and server is None:
         raise ConfigError("name a student with --draft, or a server that speculates with --server URL.")

@@ -17,7 +17,9 @@ from selectkd.errors import TeacherError
 if TYPE_CHECKING:
     from selectkd.teachers.remote.own import OwnServer
 
-app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False, help="Servers that teach.")
+app = typer.Typer(
+    no_args_is_help=False, pretty_exceptions_enable=False, help="Check a server that a teacher runs on."
+)
 
 ORDINARY = 1000
 """Ids below this are tokens of every vocabulary there is; those of one that is named may be fewer."""
@@ -28,26 +30,31 @@ WIDEST = 1 << 20
 
 @app.callback()
 def teacher() -> None:
-    """Servers that teach."""
+    """Check a server that a teacher runs on."""
 
 
 @app.command("doctor", cls=Verb)
 def doctor(
-    url: Annotated[str, typer.Argument(help="The address of a server: http://HOST:PORT")],
+    url: Annotated[str, typer.Argument(help="The address of the server: http://HOST:PORT")],
     kind: Annotated[
-        str | None, typer.Option(help="vllm, sglang, openai or selectkd; found out if not given.")
+        str | None, typer.Option(help="vllm, sglang, openai or selectkd. Default: detected.")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many best tokens are wanted.")] = 32,
-    model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="The number of best tokens wanted at each position.")] = 32,
+    model: Annotated[str | None, typer.Option(help="The model's name on the server.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer it serves with: a folder or hub name.")
+        str | None, typer.Option(help="The server's tokenizer: a folder or a model on the hub.")
     ] = None,
     api_key_env: ApiKeyEnv = None,
-    ca: Annotated[str | None, typer.Option(help="The authority of its certificate, PEM.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds an answer may take.")] = 60.0,
+    ca: Annotated[
+        str | None, typer.Option(help="The authority of the server's certificate, as a PEM file.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Ask a server what it gives, and say the flags to start it with; exit code 4 where it cannot teach as it is."""
+    """Check whether a server can act as a teacher.
+
+    It prints the flags to start the server with. The exit code is 4 if it cannot teach as it is.
+    """
     from pydantic import ValidationError
 
     from selectkd.config import RemoteTeacher

@@ -14,19 +14,19 @@ from selectkd.cli.terminal import WarningLines, progress_console, say, without_o
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file. `selectkd init` writes one.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file. `selectkd init` writes one.")],
     allow_plugin: AllowPlugin = None,
     changes: Changes = None,
     resume: Annotated[
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="Go on with the run in output_dir (auto), take a new folder only (never), or a checkpoint (PATH).",
+            help="auto resumes a run found in output_dir, never refuses one, PATH resumes from that checkpoint.",
         ),
     ] = "auto",
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="A key that may differ from the run that goes on; may be repeated."),
+        typer.Option(metavar="KEY", help="A key that may differ from the run being resumed. Repeatable."),
     ] = None,
     device: Device = "auto",
 ) -> None:

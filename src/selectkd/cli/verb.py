@@ -9,10 +9,12 @@ from typer.core import TyperCommand
 
 from selectkd.cli.answer import answering
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the full traceback of an error.", show_default=False)
+]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", help="Print results, warnings and errors, but no progress.", show_default=False),
+    typer.Option("--quiet", help="Print no progress, only results, warnings and errors.", show_default=False),
 ]
 
 

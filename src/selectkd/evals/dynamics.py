@@ -81,7 +81,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What ``selectkd dynamics`` reports. line: None with fewer than three looks below TAR 1; then there are no claims.
+    """What ``selectkd study dynamics`` reports. line: None with fewer than three looks below TAR 1; then there are no
+    claims.
 
     nondecreasing_share: of successive looks, how many had TAR at least as high as before. rank_correlation:
     Spearman's, of TAR and held-out KL over the looks (the paper's Figure 3a expects it near -1).
