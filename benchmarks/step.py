@@ -41,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from selectkd import DIVERGENCES, Objective
 from selectkd.data import Batch, Example, collate
+from selectkd.loss.options import LossOptions
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher
@@ -112,8 +113,8 @@ def selectkd(
 
     trainer = DistillTrainer(
         student, LiveTeacher(teacher), Objective(divergence, "greedy_topk", beta=1.0), lambda _: [batch],
-        arguments_for(TrainingArguments, folder), reduction="token_mean", also_kl=divergence != "forward_kl",
-        compile_loss=compiled,
+        arguments_for(TrainingArguments, folder), reduction="token_mean",
+        options=LossOptions(also_kl=divergence != "forward_kl", compiled=compiled),
     )  # fmt: skip
     model: Any = trainer.model
 

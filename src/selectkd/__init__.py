@@ -24,6 +24,7 @@ _HOMES = {
     "DistillTrainer": "selectkd.training.trainer",
     "Head": "selectkd.loss.teacher_rows",
     "LiveRows": "selectkd.loss.teacher_rows",
+    "LossOptions": "selectkd.loss.options",
     "Objective": "selectkd.objective.objective",
     "SELECTORS": "selectkd.objective.selectors",
     "TaidSchedule": "selectkd.objective.schedules",
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
     "LiveRows",
     "CachedRows",
     "Head",
+    "LossOptions",
     "uniforms",
     "DIVERGENCES",
     "VERIFIERS",
@@ -62,6 +64,7 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
 if TYPE_CHECKING:
     from selectkd.config import load_recipe
     from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.options import LossOptions
     from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
     from selectkd.objective.divergences import DIVERGENCES
     from selectkd.objective.objective import Objective

@@ -97,7 +97,8 @@ def test_the_mathematics_imports_torch_and_nothing_else_that_is_installed() -> N
         "triton",
         "selectkd",
         "jaxtyping",
-    }  # jaxtyping: shapes in signatures
+        "typing_extensions",
+    }  # jaxtyping: shapes in signatures; typing_extensions: torch brings it
     for name, tree in trees(MATHEMATICS):
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

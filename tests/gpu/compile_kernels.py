@@ -26,6 +26,7 @@ from selectkd import Head, LiveRows, Objective
 from selectkd.loss import block_triton as kernels
 from selectkd.loss.block import Rows, Settings
 from selectkd.loss.block_triton import passes
+from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import Scratch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -106,7 +107,7 @@ def judged(case: dict[str, Any]) -> None:
     chunk = LiveRows(torch.randn(rows, D).to(dtype), head, shared=shared).open(slice(0, rows), V, Scratch())
     at = Rows(torch.rand(rows, 2), torch.ones(rows), torch.arange(rows), None, None)
     objective = Objective(case["divergence"], case["verifier"], beta=0.1)
-    settings = Settings(objective, head, case["temperature"], True, also_kl=case["also_kl"])
+    settings = Settings(objective, head, LossOptions(case["temperature"], also_kl=case["also_kl"]), True)
     kernels.judge(torch.randn(rows, V).to(dtype), chunk, at, settings)
 
 

@@ -16,6 +16,7 @@ from selectkd.loss import chunks as chunked
 from selectkd.loss.block import Rows, Settings
 from selectkd.loss.block_autograd import judge as reference
 from selectkd.loss.block_triton import launch
+from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import LiveChunk, Scratch
 from selectkd.objective.verifiers import VERIFIERS, traits_of
 
@@ -61,7 +62,7 @@ def compare(
         torch.zeros(C, dtype=torch.long),
     )
     at = Rows(*(x.to(DEVICE) for x in columns), None)
-    settings = Settings(objective, head, temperature, wants_gradient=True, also_kl=True)
+    settings = Settings(objective, head, LossOptions(temperature, also_kl=True), wants_gradient=True)
     results = []
     for run in ("kernel", "reference"):
         raw = head.raw(hidden).detach().clone()
@@ -184,7 +185,7 @@ def test_what_the_kernels_do_not_claim_is_left_to_the_reference():
     chunk = live.open(slice(0, C), V, Scratch())
 
     def claimed(*objective):
-        return kernels.claims(Settings(Objective(*objective), head, 1.0, True), chunk)
+        return kernels.claims(Settings(Objective(*objective), head, LossOptions(), True), chunk)
 
     assert claimed("forward_kl", "greedy_topk")
     assert not claimed("adaptive_kl", "greedy_topk") and not claimed("taid", "greedy_topk")
@@ -226,7 +227,7 @@ def judged(
     )
     label = None if label is None else label.to(DEVICE)
     at = Rows(torch.empty(c, 0, device=DEVICE), torch.ones(c, device=DEVICE), label, None, None)
-    settings = Settings(objective, ours.head.to(DEVICE), 1.0, wants_gradient=True)
+    settings = Settings(objective, ours.head.to(DEVICE), LossOptions(), wants_gradient=True)
     return kernels.judge(raw, chunk, at, settings), raw
 
 
@@ -322,7 +323,7 @@ def test_a_shift_of_all_logits_changes_nothing_beside_unshared_ids() -> None:
         raw = head.raw(hidden).detach() + shift
         chunk = live.open(slice(0, C), V, Scratch())
         chunk.raw.add_(shift)
-        settings = Settings(Objective("forward_kl", "greedy_topk"), head, 1.0, wants_gradient=True)
+        settings = Settings(Objective("forward_kl", "greedy_topk"), head, LossOptions(), wants_gradient=True)
         uniform = torch.empty(C, 0, device=DEVICE)
         at = Rows(
             uniform, torch.ones(C, device=DEVICE), None, torch.zeros(C, dtype=torch.long, device=DEVICE), None

@@ -16,6 +16,7 @@ from selectkd import Head, LiveRows, Objective
 from selectkd.loss import block_triton as kernels
 from selectkd.loss.block import Rows, Settings
 from selectkd.loss.block_triton import launch
+from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import Scratch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,9 @@ def test_the_kernels_move_the_bytes_that_are_counted(loss_cost, monkeypatch):
             (False, loss_cost.STATISTICS_BYTES),
             (True, loss_cost.STATISTICS_BYTES + loss_cost.GRADIENT_BYTES),
         ):
-            settings = Settings(Objective("forward_kl", "hellinger", beta=0.1), Head(weight), 1.0, wants)
+            settings = Settings(
+                Objective("forward_kl", "hellinger", beta=0.1), Head(weight), LossOptions(), wants
+            )
             moved.clear()
             kernels.judge(torch.randn(c, v).bfloat16(), chunk, at, settings)
             assert moved["all"] == size * c * v

@@ -12,6 +12,7 @@ from selectkd import Objective
 from selectkd.data.supervised import supervised
 from selectkd.errors import ResourceError
 from selectkd.loss.extras.adaptive_alpha import adaptive_alpha
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import LossPlan, StreamLoss
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.step import DistillationModel
@@ -33,7 +34,7 @@ class Short(TorchDispatchMode):
 
 
 def step(rows: int | None, chunk: int | None = None) -> tuple[float, torch.Tensor, DistillationModel, int]:
-    model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1)), chunk=chunk)
+    model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1)), options=LossOptions(chunk=chunk))
     batch = padded(texts(6), 6)[0]
     n = len(supervised(batch))
     given = (batch, torch.full((n,), 1 / n), torch.empty(n, 0), Objective("forward_kl", "greedy_topk"))
@@ -51,7 +52,7 @@ def step(rows: int | None, chunk: int | None = None) -> tuple[float, torch.Tenso
 def test_an_allocation_that_fails_halves_the_chunk_and_keeps_the_value():
     plain, gradient, _, _ = step(None)
     short, short_gradient, model, failures = step(5)
-    assert failures >= 1 and model.chunk is not None and model.chunk <= 5
+    assert failures >= 1 and model.options.chunk is not None and model.options.chunk <= 5
     assert short == pytest.approx(plain, rel=1e-6)
     torch.testing.assert_close(short_gradient, gradient, atol=1e-6, rtol=1e-5)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from selectkd.errors import ConfigError, DataError, NumericsError
+from selectkd.loss.options import LossOptions
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
@@ -139,7 +140,7 @@ def test_a_line_holds_the_keys_that_are_promised(student: Any, teacher_model: An
 
 
 def test_a_stream_logs_its_own_divergence_and_beside_it_the_true_kl(student: Any, teacher_model: Any) -> None:
-    model = DistillationModel(student, LiveTeacher(teacher_model), also_kl=True)
+    model = DistillationModel(student, LiveTeacher(teacher_model), options=LossOptions(also_kl=True))
     ledger = Ledger(Objective("reverse_kl", GREEDY), streams=("a", "b"))
     (portion,) = ledger.begin(padded(texts(4), 4))
     loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)

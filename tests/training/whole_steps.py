@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from selectkd.data.collate import collate_packed, pack
 from selectkd.loss.extras import EXTRAS
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import StreamSpec
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.objective.objective import Objective
@@ -198,13 +199,13 @@ def models(kind: str) -> tuple[nn.Module, LiveTeacher, LiveTeacher]:
 @cache
 def _losses(kind: str) -> DistillationModel:
     student, teacher, _ = models(kind)
-    return DistillationModel(student, teacher, also_kl=True).train()
+    return DistillationModel(student, teacher, options=LossOptions(also_kl=True)).train()
 
 
 def loss_of(case: Case) -> tuple[nn.Module, DistillationModel]:
     """(student, its loss)."""
     made = _losses(case.models)
-    made.temperature = case.temperature
+    made.options = replace(made.options, temperature=case.temperature)
     return made.student, made
 
 

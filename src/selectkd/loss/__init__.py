@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selectkd.loss.aligned_rows import AlignedRows
     from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.options import LossOptions
     from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
     from selectkd.loss.token_log_probs import token_log_probs
 
@@ -16,6 +17,7 @@ _HOMES = {
     "CachedRows": "selectkd.loss.teacher_rows",
     "Head": "selectkd.loss.teacher_rows",
     "LiveRows": "selectkd.loss.teacher_rows",
+    "LossOptions": "selectkd.loss.options",
     "distillation_loss": "selectkd.loss.distillation",
     "token_log_probs": "selectkd.loss.token_log_probs",
 }
@@ -25,6 +27,7 @@ __all__ = [
     "CachedRows",
     "Head",
     "LiveRows",
+    "LossOptions",
     "distillation_loss",
     "token_log_probs",
 ]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import Head, Scratch, TeacherChunk
 from selectkd.objective.divergences.kl import forward_kl
 from selectkd.objective.objective import Objective
@@ -37,10 +38,8 @@ class Settings:
 
     objective: Objective
     head: Head
-    temperature: float
+    options: LossOptions
     wants_gradient: bool
-    also_kl: bool = False
-    compiled: bool = False
 
 
 class Rows(NamedTuple):
@@ -153,7 +152,7 @@ def finish_gradient(
     head = settings.head
     if capped is not None and head.softcap is not None:
         gradient.mul_(capped.div_(head.softcap).square_().neg_().add_(1.0))
-    factor = head.scale / settings.temperature
+    factor = head.scale / settings.options.temperature
     scale = factor if share is None else (share * factor)[:, None]
     if out.dtype != gradient.dtype:  # one product that also rounds is slower than a product and a copy
         out.copy_(gradient.mul_(scale))

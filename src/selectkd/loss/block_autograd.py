@@ -44,10 +44,10 @@ def judge(
         return _aligned(raw, block, teacher, rows, settings)
     closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
     verified = None
-    if rows.acceptance is None and settings.objective.verify_temperature != settings.temperature:
+    if rows.acceptance is None and settings.objective.verify_temperature != settings.options.temperature:
         verified = pair_at(settings.objective.verify_temperature, raw, block, teacher, rows, settings)
     if isinstance(teacher, LiveChunk) and closed_form is not None:
-        compiled = compiled_block(settings) if settings.compiled else None
+        compiled = compiled_block(settings) if settings.options.compiled else None
         return judge_dense(raw, block, teacher, rows, settings, scratch, closed_form, verified, compiled)
     if isinstance(teacher, CachedChunk):
         return _top_k(raw, block, teacher, rows, settings, scratch, verified)
@@ -70,7 +70,7 @@ def _top_k(
     and q_v (h_rest / q_rest - sum(h)) for any other.
     """
     head, target = settings.head, raw[block]
-    ids, stored = teacher.stored(block, settings.temperature)
+    ids, stored = teacher.stored(block, settings.options.temperature)
     with torch.no_grad():
         logits = widened(head, target, "zq", scratch)
         capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
@@ -87,7 +87,9 @@ def _top_k(
     leaf = support.requires_grad_(settings.wants_gradient)
     with torch.set_grad_enabled(settings.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
-        kl = kl_of(pair) if settings.also_kl else None  # at temperature 1: a top-K teacher has no other
+        kl = (
+            kl_of(pair) if settings.options.also_kl else None
+        )  # at temperature 1: a top-K teacher has no other
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
@@ -111,12 +113,12 @@ def _autograd(
     fp = wide(raw.dtype)
     leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
     kl: Tensor | None = None
-    if settings.also_kl and settings.temperature != 1.0:
+    if settings.options.also_kl and settings.options.temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     with torch.set_grad_enabled(settings.wants_gradient):
-        pair = teacher.pair(block, settings.head.finish(leaf), settings.temperature)
+        pair = teacher.pair(block, settings.head.finish(leaf), settings.options.temperature)
         pair = replace(pair, label=rows.label, sequence=rows.sequence)
-        if settings.also_kl and settings.temperature == 1.0:
+        if settings.options.also_kl and settings.options.temperature == 1.0:
             kl = kl_of(pair)
         loss, seen = _judged(pair, rows, settings, verified)
     if settings.wants_gradient:
@@ -140,7 +142,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
         divergence = _across(objective.divergence, logp, logq, pair, teacher)
         with torch.no_grad():
             overlap = torch.minimum(pair.logp, pair.logq)[:, :-1].exp().sum(-1).clamp(max=1.0)
-            kl = _across(forward_kl, logp, logq, pair, teacher) if settings.also_kl else None
+            kl = _across(forward_kl, logp, logq, pair, teacher) if settings.options.also_kl else None
             column = teacher.proposal(logq)
             seen = TokenPair(
                 logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,

@@ -158,9 +158,9 @@ def compiled_block(settings: Settings) -> CompiledBlock:
     def block_of(
         raw: Tensor, teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: Rows, out: Tensor
     ) -> Told | None:
-        kl = settings.also_kl and settings.temperature == 1.0
+        kl = settings.options.also_kl and settings.options.temperature == 1.0
         student, divergence = settings.head, settings.objective.divergence
-        plan = plan_of(divergence, student, teacher.head, settings.temperature, reads, kl=kl)
+        plan = plan_of(divergence, student, teacher.head, settings.options.temperature, reads, kl=kl)
         logits = raw, teacher.raw[block], student.bias, teacher.head.bias, teacher.unshared
         for shifts in (False, True):  # not remembered: what a block gives depends on nothing before it
             columns = program(replace(plan, shifts=shifts))(*logits, rows.label, out)

@@ -90,9 +90,9 @@ def judge_dense(
 ) -> Seen:  # fmt: skip
     """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
     temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
-    objective, temperature = settings.objective, settings.temperature
+    objective, temperature = settings.objective, settings.options.temperature
     kl: Tensor | None = None
-    if settings.also_kl and temperature != 1.0:
+    if settings.options.also_kl and temperature != 1.0:
         kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
     if verified is None and rows.acceptance is None and not objective.reads_statistics:
         verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, settings)
@@ -155,7 +155,7 @@ def tell(
             forbidden.floor(part)
         for name in sums:
             told[name].append(statistic(name, part, top, label))
-        if settings.also_kl and settings.temperature == 1.0:
+        if settings.options.also_kl and settings.options.temperature == 1.0:
             told["kl"].append(forward_value(part))
         told["divergence"].append(closed_form(part))
         if forbidden is not None:
@@ -196,8 +196,8 @@ def parts(
         if capped is not None:
             capped[at] = ours
         for z in (ours, theirs):
-            if settings.temperature != 1.0:
-                z.div_(settings.temperature)
+            if settings.options.temperature != 1.0:
+                z.div_(settings.options.temperature)
             if teacher.unshared is not None:
                 z.masked_fill_(teacher.unshared, -torch.inf)
         part, finite = together(ours, theirs, *memory)

@@ -99,7 +99,7 @@ def rows_of_block(raw: Tensor, teacher: Any, settings: Settings) -> int:
     elif isinstance(teacher, CachedChunk):
         size = TOP_K_ENTRIES // width
     elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
-        size = compiled_rows(width) if settings.compiled else block_rows(width, wide(raw.dtype))
+        size = compiled_rows(width) if settings.options.compiled else block_rows(width, wide(raw.dtype))
     else:
         size = AUTOGRAD_ENTRIES // widest
     return max(1, size)

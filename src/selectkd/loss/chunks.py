@@ -8,7 +8,7 @@ elementwise work. The gradient is taken in the forward pass, chunk by chunk; bac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from selectkd.loss.block import Rows, Seen, Settings, pair_at
 from selectkd.loss.block_autograd import judge
 from selectkd.loss.by_device import by_kernels, kernels_for, rows_of_block, scored_rows
+from selectkd.loss.options import LossOptions
 from selectkd.loss.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
 from selectkd.loss.teacher_rows import Head, Scratch, TeacherRows, wide
 from selectkd.objective.objective import Objective
@@ -35,16 +36,18 @@ class Work:
     objective: Objective
     uniform: Tensor  # [n, r]
     row_scale: Tensor  # [n]
-    temperature: float
-    chunk: int
-    labels: Tensor | None  # [n]
-    sequence: Tensor | None  # [n]
-    also_kl: bool = False
-    gradient_filter: float = 0.0
-    compiled: bool = False
-    acceptance: Tensor | None = None  # [n], from the first pass
+    labels: Tensor | None = None  # [n]
+    sequence: Tensor | None = None  # [n]
+    acceptance: Tensor | None = None  # [n], the verdicts where a ranking has given them
+    options: LossOptions = field(default_factory=LossOptions)
     later: Tensor | None = None  # [n], of the tokens after each span's first
     products: torch.dtype | None = None  # of the student's products; None: the head's own
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a chunk."""
+        assert self.options.chunk is not None  # chosen where the call begins
+        return self.options.chunk
 
     def rows(self, chunk: slice, block: slice) -> Rows:
         """What the rows of a block of a chunk need beside their logits."""
@@ -77,7 +80,7 @@ def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
         width = min(width, beside.shared_width(width))
     head = replace(head, weight=head.weight.to(work.products or head.weight.dtype))
     scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
-    settings = Settings(work.objective, head, work.temperature, wants_gradient=False)
+    settings = Settings(work.objective, head, work.options, wants_gradient=False)
     for rows in cuts(0, hidden.shape[0], work.chunk):
         raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
         teacher = work.teacher.open(rows, width, scratch)
@@ -137,7 +140,7 @@ class ChunkedLoss(torch.autograd.Function):
         if later is not None:
             work = replace(work, later=later.detach())
 
-        settings = Settings(work.objective, head, work.temperature, wants_any, work.also_kl, work.compiled)
+        settings = Settings(work.objective, head, work.options, wants_any)
         scratch = Scratch()
         for rows in cuts(0, n, work.chunk):
             chunk = hidden[rows].detach()  # [c, d]
@@ -158,7 +161,8 @@ class ChunkedLoss(torch.autograd.Function):
                 kept = rows_with_gradient(judged.weight) if looks else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
-                strong = strong_columns(gradient, work.gradient_filter) if work.gradient_filter else None
+                share = work.options.gradient_filter
+                strong = strong_columns(gradient, share) if share else None
                 if grad_hidden is not None:
                     part = hidden_gradient(gradient, weight[:width], strong)
                     if kept is None:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from selectkd.errors import ConfigError
 from selectkd.loss.aligned_rows import AlignedRows
 from selectkd.loss.block_compiled import check_compiled
 from selectkd.loss.by_device import chunk_rows
 from selectkd.loss.chunks import ROWS, ChunkedLoss, Work, first_pass, untraced
+from selectkd.loss.options import LossKeywords, LossOptions
 from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows, TeacherRows, product_dtype
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.objective.divergences.uld import is_unpaired
@@ -28,14 +30,10 @@ def distillation_loss(
     uniform: Float[Tensor, "n r"] | None = None,
     *,
     row_scale: Float[Tensor, " n"] | None = None,
-    temperature: float = 1.0,
-    chunk: int | None = None,
     labels: Int[Tensor, " n"] | None = None,
     sequence: Int[Tensor, " n"] | None = None,
     acceptance: Float[Tensor, " n"] | None = None,
-    also_kl: bool = False,
-    gradient_filter: float = 0.0,
-    compiled: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """sum_i row_scale_i * V_i * D(p_i || q_i) over n supervised rows, and the sums the metrics are made of.
 
@@ -83,45 +81,34 @@ def distillation_loss(
     >>> tuple(head.grad.shape), int(sums["n"])
     ((20, 8), 6)
     """
-    student = Head.of(head)
-    if not torch.is_grad_enabled():  # a head that wants a gradient would get one all the same, for nothing
-        hidden, student = hidden.detach(), student.detach()
     n = hidden.shape[0]
-    uniform = _checked_uniform(uniform, n, objective, hidden.device)
-    _check(hidden, student, teacher, objective, temperature, chunk)
-    if not 0.0 <= gradient_filter < 1.0:
-        raise ConfigError(
-            f"gradient_filter = {gradient_filter} must lie in [0, 1); 0 is exact, 2^-14 = 6.1e-5."
-        )
-    if compiled:
-        check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
-    columns = {"row_scale": row_scale, "labels": labels, "sequence": sequence, "acceptance": acceptance}
-    for name, value in columns.items():
-        if value is not None and tuple(value.shape) != (n,):
-            raise ConfigError(
-                f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
-            )
+    if uniform is None:
+        uniform = torch.empty(n, 0, device=hidden.device)
     if row_scale is None:
         row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
+    work = Work(teacher, objective, uniform, row_scale, labels, sequence, acceptance, LossOptions(**options))
+    return fused_loss(hidden, Head.of(head), work)
 
-    width, products = teacher.shared_width(student.width), product_dtype(student.weight)
-    work = Work(
-        teacher=teacher,
-        objective=objective,
-        uniform=uniform,
-        row_scale=row_scale.detach(),
-        temperature=temperature,
-        chunk=chunk_rows(n, width, chunk, products, hidden.device),
-        labels=labels,
-        sequence=sequence,
-        also_kl=also_kl,
-        gradient_filter=gradient_filter,
-        compiled=compiled,
-        acceptance=acceptance,
+
+@untraced
+def fused_loss(
+    hidden: Float[Tensor, "n d"], student: Head, work: Work
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """``distillation_loss`` of a call whose parts are gathered."""
+    if not torch.is_grad_enabled():  # a head that wants a gradient would get one all the same, for nothing
+        hidden, student = hidden.detach(), student.detach()
+    _check(hidden, student, work)
+    n, width = hidden.shape[0], work.teacher.shared_width(student.width)
+    products = product_dtype(student.weight)
+    chunk = chunk_rows(n, width, work.options.chunk, products, hidden.device)
+    work = replace(
+        work,
+        row_scale=work.row_scale.detach(),
+        options=replace(work.options, chunk=chunk),
         products=products,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, bad, seen = _fused(hidden, student, teacher, work, width)
+        loss, bad, seen = _fused(hidden, student, work, width)
     sums = {
         "n": torch.full((), float(n), device=hidden.device),  # filled there: a copy would wait for the device
         "accepted": seen["acceptance"].sum(),
@@ -132,19 +119,17 @@ def distillation_loss(
         "unverified": seen["unverified"].sum(),
         "teacher_nonfinite": bad,
     }
-    if also_kl:
+    if work.options.also_kl:
         sums["kl"] = seen["kl"].sum()
     else:
         del seen["kl"]
     return loss, sums | {f"row_{name}": values for name, values in seen.items()}
 
 
-def _fused(
-    hidden: Tensor, student: Head, teacher: TeacherRows, work: Work, width: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _fused(hidden: Tensor, student: Head, work: Work, width: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, bad rows, columns [n]) of all rows."""
-    if isinstance(teacher, AlignedRows):
-        return _by_spans(hidden, student, teacher, work)
+    if isinstance(work.teacher, AlignedRows):
+        return _by_spans(hidden, student, work.teacher, work)
     if work.acceptance is None and work.objective.ranks_the_batch and hidden.shape[0]:
         work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
     loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
@@ -210,26 +195,15 @@ def _check_across(teacher: AlignedRows, objective: Objective, temperature: float
             )
 
 
-def _checked_uniform(uniform: Tensor | None, n: int, objective: Objective, device: torch.device) -> Tensor:
-    need = objective.uniforms_per_token
-    if uniform is None:
-        uniform = torch.empty(n, 0, device=device)
+def _check(hidden: Tensor, student: Head, work: Work) -> None:
+    """ConfigError where shapes or the teacher do not fit the objective."""
+    n, teacher, objective = hidden.shape[0], work.teacher, work.objective
+    uniform, need = work.uniform, objective.uniforms_per_token
     if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:
         raise ConfigError(
             f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers "
             f"for each of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
         )
-    return uniform
-
-
-def _check(
-    hidden: Tensor,
-    student: Head,
-    teacher: TeacherRows,
-    objective: Objective,
-    temperature: float,
-    chunk: int | None,
-) -> None:
     if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.weight.shape[1]:
         raise ConfigError(
             f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d], [v, d]."
@@ -239,18 +213,25 @@ def _check(
             "the student's head is float16, whose range ends above the gradient of a row, some row_scale / v an entry. "
             "Give it in float32 or bfloat16; the hidden states may be float16, and a loss scaler's factor reaches them."
         )
-    if teacher.count != hidden.shape[0]:
-        raise ConfigError(
-            f"the student has {hidden.shape[0]} rows and the teacher {teacher.count}; they must be the same."
-        )
-    if not temperature > 0:
-        raise ConfigError(f"temperature = {temperature} must be above 0.")
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk = {chunk} must be 1 or more rows.")
+    if teacher.count != n:
+        raise ConfigError(f"the student has {n} rows and the teacher {teacher.count}; they must be the same.")
+    for name in ("row_scale", "labels", "sequence", "acceptance"):
+        value = getattr(work, name)
+        if value is not None and tuple(value.shape) != (n,):
+            raise ConfigError(
+                f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
+            )
     if isinstance(teacher, AlignedRows):
-        _check_across(teacher, objective, temperature)
+        _check_across(teacher, objective, work.options.temperature)
+    if work.options.compiled:
+        check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
+    _check_support(teacher, objective, student.width)
+
+
+def _check_support(teacher: TeacherRows, objective: Objective, width: int) -> None:
+    """ConfigError where a verifier needs more of the teacher's best tokens than its rows hold."""
     need = objective.teacher_tokens
-    held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(student.width)
+    held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(width)
     if need is not None and need > held:
         what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from selectkd.loss.aligned_rows import AlignedRows
 from selectkd.loss.by_device import chunk_rows
 from selectkd.loss.chunks import ROWS, Work, scored
-from selectkd.loss.distillation import distillation_loss
+from selectkd.loss.distillation import fused_loss
+from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import (
     CachedRows,
     Head,
@@ -52,11 +53,7 @@ class Forward:
     sequence: Int[Tensor, " n"]
     stream: Int[Tensor, " n"]
     uniform: Float[Tensor, "n r"]
-    temperature: float = 1.0
-    chunk: int | None = None
-    also_kl: bool = False
-    gradient_filter: float = 0.0
-    compiled: bool = False
+    options: LossOptions = field(default_factory=LossOptions)
     of_stream: Mapping[int, Tensor] | None = None
 
     def rows_of(self, stream: int) -> Int[Tensor, " m"]:
@@ -83,8 +80,7 @@ class Forward:
             objective=Objective("forward_kl", selector, beta=0.0, verify_temperature=temperature),
             uniform=self.uniform,
             row_scale=torch.zeros(n, device=self.hidden.device),
-            temperature=1.0,
-            chunk=chunk_rows(n, width, self.chunk, products, self.hidden.device),
+            options=LossOptions(chunk=chunk_rows(n, width, self.options.chunk, products, self.hidden.device)),
             labels=self.labels,
             sequence=self.sequence,
             products=products,
@@ -129,6 +125,11 @@ class Term:
         chosen = rows if self.rows is None else self.rows[rows]
         return replace(self, rows=chosen, scale=scale, acceptance=acceptance, **changed)
 
+    def options(self, options: LossOptions) -> LossOptions:
+        """A forward pass's options as the term's: labels alone have no temperature, and what is beside no KL."""
+        temperature = 1.0 if self.alone else options.temperature
+        return replace(options, temperature=temperature, also_kl=options.also_kl and not self.beside)
+
     def of(self, values: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
         """The entries of a column [n], or of any [n, ...], that belong to the term's rows."""
         return values if self.rows is None else values[self.rows]
@@ -144,9 +145,9 @@ def weighted_sum(
     """
     n, device = forward.hidden.shape[0], forward.hidden.device
     losses: list[Tensor] = []
-    scalars = (*SCALARS, "kl") if forward.also_kl else SCALARS
+    scalars = (*SCALARS, "kl") if forward.options.also_kl else SCALARS
     total = {name: torch.zeros((), device=device) for name in scalars}
-    columns = [name for name in ROWS if name != "kl" or forward.also_kl]
+    columns = [name for name in ROWS if name != "kl" or forward.options.also_kl]
     rows = {f"row_{name}": torch.zeros(n, device=device) for name in columns}
     for term in terms:
         whole = term.rows is None
@@ -162,22 +163,17 @@ def weighted_sum(
         elif teacher is None:
             teacher = forward.teacher.take(term.rows)  # type: ignore[arg-type]
         with torch.set_grad_enabled(torch.is_grad_enabled() and term.weighs):
-            loss, sums = distillation_loss(
-                hidden if term.weighs else hidden.detach(),
-                forward.head,
+            work = Work(
                 teacher,
                 term.objective,
                 term.of(forward.uniform),
-                row_scale=scale,
-                temperature=1.0 if term.alone else forward.temperature,
-                chunk=forward.chunk,
-                labels=term.of(forward.labels),
-                sequence=term.of(forward.sequence),
-                acceptance=term.acceptance,
-                also_kl=forward.also_kl and not term.beside,
-                gradient_filter=forward.gradient_filter,
-                compiled=forward.compiled,
+                scale,
+                term.of(forward.labels),
+                term.of(forward.sequence),
+                term.acceptance,
+                term.options(forward.options),
             )
+            loss, sums = fused_loss(hidden if term.weighs else hidden.detach(), forward.head, work)
         if term.weighs:
             losses.append(loss)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 from selectkd.errors import ConfigError
 from selectkd.loss.extras import EXTRAS
 from selectkd.loss.extras.policy_gradient import policy_gradient
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
 from selectkd.objective.objective import LOSSES
 from selectkd.objective.registry import bind, build, name_of
@@ -109,6 +110,20 @@ def losses_of(recipe: Any, streams: Sequence[Stream]) -> list[StreamSpec]:
 
 LABELLED = ("dataset", "teacher")
 """Writers whose text ``language_model`` trains on: not the student's own."""
+
+
+def options_of(recipe: Any, losses: Sequence[StreamSpec], extras: Sequence[Extra]) -> LossOptions:
+    """A recipe's options of the loss; KL is measured too where some divergence is not KL at temperature 1."""
+    training, objective = recipe.training, recipe.objective
+    own = (name_of(loss.divergence) for loss in losses if loss.divergence)
+    plain = {objective.divergence["name"], *own} == {"forward_kl"} and objective.temperature == 1.0
+    return LossOptions(
+        temperature=objective.temperature,
+        chunk=training.chunk,
+        also_kl=bool(extras) or not plain,
+        gradient_filter=training.gradient_filter,
+        compiled=training.compile_loss,
+    )
 
 
 def extras_of(recipe: Any) -> list[Extra]:

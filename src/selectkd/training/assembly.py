@@ -18,6 +18,7 @@ from selectkd.data.sources import Source, batches
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.loss.block_compiled import check_compiled
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
@@ -29,7 +30,7 @@ from selectkd.models.sharded import Spread, shard
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.rollouts.from_recipe import writer_for
-from selectkd.rollouts.streams import Stream, check_labels, extras_of, losses_of, streams_of
+from selectkd.rollouts.streams import Stream, check_labels, extras_of, losses_of, options_of, streams_of
 from selectkd.rollouts.writer import RolloutWriter
 from selectkd.teachers import exactness
 from selectkd.teachers.adapters_off import AdaptersOffPlan
@@ -80,6 +81,7 @@ class Assembly:
     kept: list[int] | None = None
     cut: CutReport | None = None
     told: list[str] = field(default_factory=list)
+    options: LossOptions = field(default_factory=LossOptions)
     losses: list[StreamSpec] = field(default_factory=list)
     extras: list[Extra] = field(default_factory=list)
     writer: RolloutWriter | None = None
@@ -149,9 +151,8 @@ def assemble(
             dtype=recipe.reference.dtype or plan.precision.frozen,
             revision=recipe.reference.revision,
         )
-        width = head_of(own.model).width
-        beside = head_of(student).width
-        shared = shared_rows(own.tokenizer, plan.tokenizer, teacher_width=width, student_width=beside)
+        widths = {"teacher_width": head_of(own.model).width, "student_width": head_of(student).width}
+        shared = shared_rows(own.tokenizer, plan.tokenizer, **widths)
         reference = LiveTeacher(own.model.to(device), shared=shared)
     if plan.teacher.payload not in ("live", "aligned"):
         say("opening the teacher")
@@ -181,6 +182,7 @@ def assemble(
         kept=layers,
         cut=cut,
         told=told,
+        options=options_of(recipe, plan.losses, plan.extras),
         losses=plan.losses,
         extras=plan.extras,
         writer=writer_for(
@@ -288,16 +290,15 @@ def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bo
         if isinstance(beta, int | float)
         else BetaSchedule(**beta.model_dump(exclude_none=True))
     )
-    divergence = spec.divergence
     objective = Objective(
-        divergence,
+        spec.divergence,
         spec.judge,
         beta=schedule.start,
         always_accept=always_accepted(spec.always_accept, tokenizer),
         verify_temperature=spec.verify_temperature,
         thin_rejected=spec.thin_rejected,
     )
-    return objective, schedule, divergence["name"] == "taid" and "t" not in divergence
+    return objective, schedule, spec.divergence["name"] == "taid" and "t" not in spec.divergence
 
 
 def always_accepted(tokens: Sequence[int | str], tokenizer: Any) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from selectkd.models.devices import training_device
 from selectkd.models.precision import precision_of
 from selectkd.models.save import save_student
 from selectkd.models.sharded import is_sharded
-from selectkd.objective.registry import name_of
 from selectkd.objective.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
 from selectkd.training.assembly import Assembly, assemble, prepare
@@ -218,14 +217,8 @@ def _run(
         checkpoints.register("ledger", ledger)
         checkpoints.register("student", Weights(made.student), heavy=True)
         return ledger
-    temperature = recipe.objective.temperature
     warmup = round(training.warmup_ratio * steps)
     bad = Path(training.output_dir) / "bad_batches"
-    losses = {
-        recipe.objective.divergence["name"],
-        *(name_of(s.divergence) for s in made.losses if s.divergence),
-    }
-    also_kl = temperature != 1.0 or losses != {"forward_kl"} or bool(made.extras)
     taid = TaidSchedule(steps=steps) if made.taid_follows else None
     if made.writer is not None:
         made.writer.steps = steps
@@ -239,9 +232,7 @@ def _run(
             bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
         )  # fmt: skip
         model = DistillationModel(
-            made.student, made.teacher, temperature=temperature, chunk=training.chunk, also_kl=also_kl,
-            gradient_filter=training.gradient_filter, compile_loss=training.compile_loss,
-            offload=training.activation_offload,
+            made.student, made.teacher, options=made.options, offload=training.activation_offload
         )  # fmt: skip
         train_loop(
             model,
@@ -306,14 +297,10 @@ def _run(
         made.micro_batches,
         args,
         reduction=reduction,
-        temperature=temperature,
-        chunk=training.chunk,
         beta=made.beta,
         taid=taid,
         streams=made.streams,
-        also_kl=also_kl,
-        gradient_filter=training.gradient_filter,
-        compile_loss=training.compile_loss,
+        options=made.options,
         offload=training.activation_offload,
         bad_batches=bad,
         on_line=on_line,

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from selectkd.data.supervised import supervised
 from selectkd.errors import ResourceError
 from selectkd.loss.by_device import chunk_rows
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, FirstPass, LossPlan
 from selectkd.loss.teacher_rows import product_dtype
 from selectkd.loss.terms import Forward, weighted_sum
@@ -36,11 +37,9 @@ class DistillationModel(nn.Module):
     """The student whose forward is the distillation loss, so that what wraps it (DDP, FSDP) sees the whole
     step.
 
-    The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. also_kl:
-    measure KL(p || q) at temperature 1 as well, as ``sums["kl"]``, where the objective's divergence is
-    another one; from the same logits. Otherwise ``sums["kl"]`` is the divergence.
-    gradient_filter: as in ``distillation_loss``; compile_loss: its ``compiled``. offload: the student's activations
-    wait in main memory (``activations_offloaded``), where the device has a memory of its own.
+    The teacher is held beside the module: it is in neither ``parameters()`` nor ``state_dict()``. options: of the
+    loss; without also_kl ``sums["kl"]`` is the divergence. offload: the student's activations wait in main memory
+    (``activations_offloaded``), where the device has a memory of its own.
     """
 
     accepts_loss_kwargs = False
@@ -50,17 +49,12 @@ class DistillationModel(nn.Module):
         student: nn.Module,
         teacher: Teacher,
         *,
-        temperature: float = 1.0,
-        chunk: int | None = None,
-        also_kl: bool = False,
-        gradient_filter: float = 0.0,
-        compile_loss: bool = False,
+        options: LossOptions | None = None,
         offload: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
-        self.temperature, self.chunk, self.also_kl = temperature, chunk, also_kl
-        self.gradient_filter, self.compile_loss, self.offload = gradient_filter, compile_loss, offload
+        self.options, self.offload = options or LossOptions(), offload
         held_by(student, self)
         self._beside = (teacher,)  # a tuple, so that nn.Module does not adopt it
 
@@ -127,9 +121,8 @@ class DistillationModel(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
         teacher = self.teacher(batch, seen.position) if plan.teacher is None else plan.teacher
         here = Forward(
-            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.temperature,
-            also_kl=self.also_kl, gradient_filter=self.gradient_filter,
-            compiled=self.compile_loss, of_stream=seen.of_stream,
+            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.options,
+            of_stream=seen.of_stream,
         )  # fmt: skip
         if first is not None:
             first.teacher = teacher
@@ -150,12 +143,11 @@ class DistillationModel(nn.Module):
         before = [(one, one.state_dict()) for one in extras if isinstance(one, Stateful)]
         while True:
             try:
-                here = replace(here, chunk=self.chunk)
-                return ask(here)
+                return ask(replace(here, options=self.options))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 n, head = here.hidden.shape[0], here.head
                 products, device = product_dtype(head.weight), here.hidden.device
-                rows = self.chunk or chunk_rows(n, head.width, None, products, device)
+                rows = self.options.chunk or chunk_rows(n, head.width, None, products, device)
                 if not out_of_memory(error):
                     raise
                 if rows == 1:
@@ -163,10 +155,10 @@ class DistillationModel(nn.Module):
                         f"no memory for one row of the loss: {error}. Use a smaller training.batch_size or "
                         "training.max_length, or a device with more memory."
                     ) from error
-                self.chunk = rows // 2
+                self.options = replace(self.options, chunk=rows // 2)
                 for extra, state in before:
                     extra.load_state_dict(state)
-            _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.chunk)
+            _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.options.chunk)
 
 
 class _Reaching(torch.autograd.Function):

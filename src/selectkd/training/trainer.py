@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.errors import ConfigError
+from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, FirstPass, StreamSpec
 from selectkd.models.devices import use_device
 from selectkd.models.sharded import is_sharded, plain_copy, whole
@@ -35,8 +36,8 @@ class DistillTrainer(Trainer):
 
     student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
     micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
-    objective, reduction, temperature, chunk, gradient_filter, compile_loss: as in a recipe; beta: a schedule, default
-    the objective's constant. offload: as of ``DistillationModel``. args.bf16 computes as training.precision: bf16 does,
+    objective, reduction: as in a recipe; beta: a schedule, default the objective's constant. options, offload: as of
+    ``DistillationModel``. args.bf16 computes as training.precision: bf16 does,
     where the student is in float32; the teacher computes in its own dtype.
     losses, extras, write: as of ``Ledger``. A process trains on one device, ``args.device``: with several GPUs start a
     process for each (``accelerate launch``). Loss scaling, counts over accumulation and ranks, and the skipping of
@@ -58,14 +59,10 @@ class DistillTrainer(Trainer):
         args: TrainingArguments,
         *,
         reduction: str = "sequence_mean",
-        temperature: float = 1.0,
-        chunk: int | None = None,
         beta: BetaSchedule | None = None,
         taid: TaidSchedule | None = None,
         streams: tuple[str, ...] = ("data",),
-        also_kl: bool = False,
-        gradient_filter: float = 0.0,
-        compile_loss: bool = False,
+        options: LossOptions | None = None,
         offload: bool = False,
         bad_batches: Path | None = None,
         losses: Sequence[StreamSpec] = (),
@@ -100,16 +97,7 @@ class DistillTrainer(Trainer):
         self.feed = Feed(micro_batches, teacher.ahead if isinstance(teacher, ReadsAhead) else None)
         if args.max_steps < 0:
             args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
-        model = DistillationModel(
-            student,
-            teacher,
-            temperature=temperature,
-            chunk=chunk,
-            also_kl=also_kl,
-            gradient_filter=gradient_filter,
-            compile_loss=compile_loss,
-            offload=offload,
-        )
+        model = DistillationModel(student, teacher, options=options, offload=offload)
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selectkd.data.supervised import supervised
 from selectkd.errors import DataError
+from selectkd.loss.options import LossOptions
 from selectkd.loss.terms import Forward
 from selectkd.models.head import backbone, head_of
 from selectkd.objective.divergences import forward_kl
@@ -158,7 +159,9 @@ def _scores(
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
     rows = teacher(batch, seen.position)
     uniform = draws(batch, seen, member.traits.uniforms_per_token, seed=seed, step=0)
-    here = Forward(hidden, head, rows, seen.labels, seen.sequence, seen.stream, uniform, chunk=chunk)
+    here = Forward(
+        hidden, head, rows, seen.labels, seen.sequence, seen.stream, uniform, LossOptions(chunk=chunk)
+    )
     return here.scores(member)
 
 

@@ -58,16 +58,16 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
 
     Raises CannotLaunch, before anything is written, where the kernels cannot be built.
     """
-    objective, temperature = settings.objective, settings.temperature
+    objective, temperature = settings.objective, settings.options.temperature
     other = objective.verify_temperature if rows.acceptance is None else temperature
     reads = () if rows.acceptance is not None else statistics_of(objective.verifier, rows)
     launch = _Launch(raw, teacher, rows, settings)
     with _current(raw.device):
-        kl_here = settings.also_kl and temperature == 1.0
+        kl_here = settings.options.also_kl and temperature == 1.0
         table = launch.statistics(
             temperature, reads if other == temperature else (), divergence=True, kl=kl_here
         )
-        kl_there = settings.also_kl and not kl_here and other == 1.0
+        kl_there = settings.options.also_kl and not kl_here and other == 1.0
         verified = table if other == temperature else launch.statistics(other, reads, kl=kl_there)
         finite = torch.isfinite(table["lse_p"])
         acceptance = rows.acceptance
@@ -78,7 +78,7 @@ def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Se
         weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
         value, factor = _value_and_factor(launch.name, table, finite)
         kl: Tensor | None = None
-        if settings.also_kl:
+        if settings.options.also_kl:
             at_one = table if kl_here else verified if kl_there else launch.statistics(1.0, kl=True)
             kl = torch.where(finite, at_one["kl"].clamp(min=0.0), 0.0)
         if settings.wants_gradient:
@@ -198,5 +198,5 @@ class _Launch:
         with _or_cannot_launch():
             passes.gradient[(c, min(PROGRAMS, triton.cdiv(width, TILE)))](
                 *self.before, self.floats, worth.contiguous(), *self.shape,
-                *self._finish(self.settings.temperature), self.a, self.b, terms=self.terms, **self.options,
+                *self._finish(self.settings.options.temperature), self.a, self.b, terms=self.terms, **self.options,
             )  # fmt: skip

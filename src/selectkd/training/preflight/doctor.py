@@ -350,8 +350,7 @@ def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
         device=device,
     )
     model = DistillationModel(
-        made.student, made.teacher, temperature=recipe.objective.temperature, chunk=training.chunk,
-        offload=training.activation_offload,
+        made.student, made.teacher, options=replace(made.options, compiled=False), offload=training.activation_offload
     )  # fmt: skip
     feed, heard = Feed(made.micro_batches), []
     clock = [time.perf_counter()]
