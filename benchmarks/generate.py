@@ -22,7 +22,7 @@ import torch
 from record import record
 from torch.nn import functional
 
-from selectkd.data import dataset_source
+from selectkd.data.sources import dataset_source
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.rollouts.few_rows import narrow_linear

@@ -37,7 +37,8 @@ from step import arguments_for, hf_inputs, optimised
 from torch import nn
 
 from selectkd import DIVERGENCES, Objective
-from selectkd.data import Example, collate
+from selectkd.data.collate import collate
+from selectkd.data.render import Example
 from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling

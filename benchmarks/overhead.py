@@ -22,7 +22,9 @@ import torch
 from record import record
 
 from selectkd import Objective
-from selectkd.data import collate, dataset_source, pad_id_of
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
+from selectkd.data.sources import dataset_source
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher

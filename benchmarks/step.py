@@ -40,7 +40,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from selectkd import DIVERGENCES, Objective
-from selectkd.data import Batch, Example, collate
+from selectkd.data.collate import Batch, collate
+from selectkd.data.render import Example
 from selectkd.loss.options import LossOptions
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from selectkd.data import align, template_fingerprint, tokenizer_fingerprint
+from selectkd.data.alignment import align, template_fingerprint, tokenizer_fingerprint
 from selectkd.errors import ConfigError
 
 

@@ -6,19 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
-from selectkd.data import (
-    Example,
-    Source,
-    batches,
-    check,
-    collate,
-    collate_packed,
-    dataset_source,
-    draw,
-    pack,
-    plan,
-    supervised,
-)
+from selectkd.data.collate import collate, collate_packed, pack
+from selectkd.data.inspect import check
+from selectkd.data.render import Example
+from selectkd.data.sources import Source, batches, dataset_source, draw, plan
+from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 
 PAD = 2

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from selectkd.data import read_records
+from selectkd.data.files import read_records
 from selectkd.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]

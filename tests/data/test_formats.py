@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from selectkd.data import FORMATS, detect_format, to_sample
+from selectkd.data.formats import FORMATS, detect_format, to_sample
 from selectkd.errors import DataError
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

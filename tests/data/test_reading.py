@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 
 from selectkd.config.load import recipe_from
 from selectkd.config.yaml_text import read
-from selectkd.data import Example, Source, pieces
+from selectkd.data.inspect import pieces
+from selectkd.data.render import Example
+from selectkd.data.sources import Source
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.packing import check_packing, problem
 from selectkd.training.recipe_text import hold_out, read_text

@@ -7,7 +7,10 @@ import json
 
 import pytest
 
-from selectkd.data import FORMATS, Dropped, dataset_source, read_records, render, to_sample
+from selectkd.data.files import read_records
+from selectkd.data.formats import FORMATS, to_sample
+from selectkd.data.render import Dropped, render
+from selectkd.data.sources import dataset_source
 from selectkd.errors import ConfigError, DataError, SelectKDError
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -4,7 +4,9 @@ import time
 
 import pytest
 
-from selectkd.data import Dropped, Example, detect_format, pieces, render, to_sample
+from selectkd.data.formats import detect_format, to_sample
+from selectkd.data.inspect import pieces
+from selectkd.data.render import Dropped, Example, render
 from selectkd.errors import ConfigError, DataError
 
 MARKED = (

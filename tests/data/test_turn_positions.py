@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from data.template_zoo import ZOO
-from selectkd.data import ChatTemplate, detect_format, pieces, render, to_sample
+from selectkd.data.formats import detect_format, to_sample
+from selectkd.data.inspect import pieces
+from selectkd.data.render import render
+from selectkd.data.template import ChatTemplate
 from selectkd.errors import DataError
 
 TALK = [

@@ -11,8 +11,7 @@ from transformers import TrainingArguments
 from gpu.launcher import pretended_with_kernels
 from gpu.pretended import Gpu, pretended
 from selectkd import Objective
-from selectkd.data import supervised
-from selectkd.data.supervised import in_memory
+from selectkd.data.supervised import in_memory, supervised
 from selectkd.loss.plan import StreamSpec
 from selectkd.teachers import LiveTeacher
 from selectkd.teachers.aligned import row_of_token

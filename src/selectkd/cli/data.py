@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectkd.config import Recipe
-    from selectkd.data import Source
+    from selectkd.data.sources import Source
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -77,7 +77,7 @@ def check(
             _check_records(spec, on_bad_record)
         say("give --tokenizer MODEL to count tokens and see what is trained on.")
         return
-    from selectkd.data import check as look
+    from selectkd.data.inspect import check as look
 
     sources, held = _read(wanted, _tokenizer(wanted))
     for source in sources:
@@ -115,7 +115,7 @@ def show(
     """
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
     if wanted.tokenizer is None:
-        from selectkd.data import read_records
+        from selectkd.data.files import read_records
 
         for spec in wanted.sources:
             few = {**_reading(spec), "limit": min(samples, spec.get("limit") or samples)}
@@ -125,7 +125,7 @@ def show(
                 say(f"--- {origin}\n{json.dumps(record, ensure_ascii=False, indent=2, default=str)}")
         say("give --tokenizer MODEL to see what is trained on.")
         return
-    from selectkd.data import pieces
+    from selectkd.data.inspect import pieces
 
     loaded = _tokenizer(wanted)
     for source in _read(wanted, loaded, samples)[0]:
@@ -201,7 +201,7 @@ def _read(
     """The sources, and what is held out, None where nothing is. samples: the first of each source alone, held out or
     not.
     """
-    from selectkd.data import dataset_source
+    from selectkd.data.sources import dataset_source
     from selectkd.models.ends import end_ids
     from selectkd.training.recipe_text import read_text
 
@@ -222,7 +222,8 @@ def _reading(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
-    from selectkd.data import read_records, to_sample
+    from selectkd.data.files import read_records
+    from selectkd.data.formats import to_sample
 
     records = read_records(on_bad_record=_policy(on_bad_record), **_reading(spec))
     say(records.summary)

@@ -35,7 +35,8 @@ def panel(
 
     checked = load_recipe(recipe, changes or [])
 
-    from selectkd.data import collate, pad_id_of
+    from selectkd.data.collate import collate
+    from selectkd.data.render import pad_id_of
     from selectkd.evals.studies.panel import judges
     from selectkd.evals.studies.panel import panel as judge
     from selectkd.models.devices import training_device

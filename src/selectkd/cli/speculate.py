@@ -165,7 +165,7 @@ def _here(
     """A row for each temperature, student and draft length, with the models in memory."""
     import torch
 
-    from selectkd.data import align
+    from selectkd.data.alignment import align
     from selectkd.evals.runs import load_student, load_student_before
     from selectkd.evals.speculative.measure import assisted, speculation, timed_alone
 

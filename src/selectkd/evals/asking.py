@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from selectkd import __version__
-from selectkd.data import pad_id_of
+from selectkd.data.render import pad_id_of
 from selectkd.evals.memory import Memory, key_of
 from selectkd.models.load import Loaded
 from selectkd.rollouts.generate import Request, ends_of, generate

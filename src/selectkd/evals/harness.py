@@ -13,7 +13,7 @@ from typing import Any
 
 from selectkd import __version__
 from selectkd.config.extras import how_to_install
-from selectkd.data import tokenizer_fingerprint
+from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals.asking import identity
 from selectkd.evals.memory import Memory, key_of

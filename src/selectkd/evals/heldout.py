@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.config import recipe_from
-from selectkd.data import collate, pad_id_of, supervised
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
+from selectkd.data.supervised import supervised
 from selectkd.evals.runs import read_manifest
 from selectkd.training.assembly import Plan, prepare
 from selectkd.training.run_folder import date_of

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectkd.data import collate, pad_id_of, tokenizer_fingerprint
+from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
 from selectkd.data.rewrite import examples_of
 from selectkd.errors import ConfigError
 from selectkd.evals.heldout import plan_of

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from selectkd.data import collate, dataset_source, pad_id_of, supervised
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
+from selectkd.data.sources import dataset_source
+from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from selectkd.data import ChatTemplate, Sample, dataset_source
 from selectkd.data.chat import rendered
+from selectkd.data.formats import Sample
+from selectkd.data.sources import dataset_source
+from selectkd.data.template import ChatTemplate
 
 LONGEST_PROMPT = 1 << 20
 """No evaluation cuts a prompt: what does not fit a model's context is an error of that model."""

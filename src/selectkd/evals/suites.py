@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.config.extras import how_to_install
-from selectkd.data import read_records
+from selectkd.data.files import read_records
 from selectkd.errors import ConfigError, DataError
 from selectkd.evals import answers
 from selectkd.evals.asking import Decoding

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from selectkd.data import read_records
+from selectkd.data.files import read_records
 from selectkd.errors import DataError
 from selectkd.evals.asking import Decoding, complete
 from selectkd.evals.judging.contest import Contest, Pair, contest
