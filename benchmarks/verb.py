@@ -89,16 +89,16 @@ def of_dynamics(seen: dict[str, Any]) -> Iterator[Figure]:
 def of_compare(rows: list[dict[str, Any]]) -> Iterator[Figure]:
     good = [row for row in rows if not row.get("error")]
     for key in dict.fromkeys((row["recipe"], row["method"], row["selection"]) for row in good):
-        mine = [row for row in good if (row["recipe"], row["method"], row["selection"]) == key]
+        of_arm = [row for row in good if (row["recipe"], row["method"], row["selection"]) == key]
         for metric in ("held_out_kl", "held_out_loss", "tar", "bite"):
-            told = [row[metric] for row in mine if row[metric] is not None]
-            if told:
+            values = [row[metric] for row in of_arm if row[metric] is not None]
+            if values:
                 yield (
                     " ".join(filter(None, key)),
                     metric,
-                    sum(told) / len(told),
-                    max(told) - min(told),
-                    len(told),
+                    sum(values) / len(values),
+                    max(values) - min(values),
+                    len(values),
                 )
     for pair in differences(rows):
         one, other = (" ".join(filter(None, arm)) for arm in (pair.first, pair.second))
@@ -107,7 +107,7 @@ def of_compare(rows: list[dict[str, Any]]) -> Iterator[Figure]:
 
 
 def of_panel(seen: dict[str, Any]) -> Iterator[Figure]:
-    for name, one in seen["judges"].items():
+    for name, one in seen["gates"].items():
         for metric in ("rate", "loss_removed", "gradient_removed"):
             yield name, metric, one[metric], None, 1
 

@@ -44,7 +44,7 @@ def test_a_sampled_answer_depends_on_seed_and_prompt_and_not_on_its_batch(loaded
 
 def test_an_answer_ends_before_a_stop_string_and_every_batch_is_heard_of(loaded: Loaded) -> None:
     heard: list[int] = []
-    whole = complete(loaded, PROMPTS, Decoding(6), batch_size=2, heard=heard.append)
+    whole = complete(loaded, PROMPTS, Decoding(6), batch_size=2, on_progress=heard.append)
     assert heard == [2, 3]
     word = whole[0].split()[2]
     (cut,) = complete(loaded, PROMPTS[:1], Decoding(6, stop=(word,)))
@@ -60,7 +60,7 @@ def test_answers_that_the_limit_ended_are_counted_and_graders_that_disagree(
     heard: list[str] = []
     suite = written_mathematics(file, None, tokens=1)
     disagreeing = replace(suite, score=lambda i, said: 0.0, second=lambda i, said: float(i == 1))
-    seen = run_suite("tiny", loaded, disagreeing, heard=heard.append)
+    seen = run_suite("tiny", loaded, disagreeing, on_progress=heard.append)
     assert seen.disputed == [1] and seen.as_row()["settings"]["disputed"] == 1
     assert [row["disputed"] for row in seen.answer_rows()] == [False, True]
     assert seen.cut > 0 and f"{seen.cut} of 2 answers cut at 1 tokens; 1 scored otherwise" in heard[-1]

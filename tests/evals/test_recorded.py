@@ -42,7 +42,7 @@ def test_every_verb_leaves_the_figures_of_its_answer(verb: Any, tiny_run: Path, 
         (["landscape", run, "--samples", "2", "--points", "3", "--kicks", "2", "--no-hessian"],
          lambda seen: [(row["loss"], "") for row in seen["students"]]),
         (["dynamics", run], lambda seen: [(seen["kappa"], f"{seen['kappa_low']:.3g}..{seen['kappa_high']:.3g}")]),
-        (["panel", recipe], lambda seen: [(one["rate"], "") for one in seen["judges"].values()]),
+        (["panel", recipe], lambda seen: [(one["rate"], "") for one in seen["gates"].values()]),
     ):  # fmt: skip
         assert (
             verb.main([*(() if command[0] == "eval" else ("study",)), *command, "--json", str(answer)]) == 0

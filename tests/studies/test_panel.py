@@ -12,7 +12,7 @@ import yaml
 
 from selectkd.cli.app import main
 from selectkd.errors import DataError
-from selectkd.evals.studies.panel import jaccard, judges, panel
+from selectkd.evals.studies.panel import gates, jaccard, panel
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.training.heldout.evaluation import probe
@@ -30,7 +30,7 @@ SPECS = {
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     student, teacher = tiny_llama(2), LiveTeacher(tiny_llama(1, layers=3))
-    return panel(student, teacher, padded(texts(9), 3), judges(SPECS), beta=0.1, seed=4)
+    return panel(student, teacher, padded(texts(9), 3), gates(SPECS), beta=0.1, seed=4)
 
 
 @pytest.mark.parametrize("name", ["greedy_topk", "expected_spec_k", "tip", "prefix_gate"])
@@ -38,7 +38,7 @@ def test_a_judge_of_the_panel_says_what_it_says_alone(name: str, seen: dict[str,
     student, teacher = tiny_llama(2), LiveTeacher(tiny_llama(1, layers=3))
     objective = Objective("forward_kl", SPECS[name], beta=0.1)
     alone = torch.cat([probe(student, teacher, batch, objective, seed=4) for batch in padded(texts(9), 3)])
-    row = seen["judges"][name]
+    row = seen["gates"][name]
     assert seen["n"] == alone.shape[0] and row["rate"] == pytest.approx(float(alone.mean()), rel=1e-6)
     for bins in (row["by_position"], row["by_entropy"]):
         assert sum(part["n"] for part in bins) == seen["n"]
@@ -50,7 +50,7 @@ def test_loss_and_gradient_removed_are_those_of_the_plain_formula() -> None:
     student, model = tiny_llama(2), tiny_llama(1, layers=3)
     batch = padded(texts(4), 4)[0]
     seen = panel(
-        student, LiveTeacher(model), [batch], judges({"k": {"name": "greedy_topk", "k": 9}}), beta=0.1
+        student, LiveTeacher(model), [batch], gates({"k": {"name": "greedy_topk", "k": 9}}), beta=0.1
     )
     kl, gradient, accepted = [], [], []
     for ids, example in zip(batch.samples(), texts(4), strict=True):
@@ -63,7 +63,7 @@ def test_loss_and_gradient_removed_are_those_of_the_plain_formula() -> None:
                 accepted.append(int(logq[place].argmax()) in logp[place].topk(9).indices.tolist())
     weight = [1.0 if one else 0.1 for one in accepted]
     assert 0 < sum(accepted) < len(accepted)
-    row = seen["judges"]["k"]
+    row = seen["gates"]["k"]
     for name, amount in (("loss_removed", kl), ("gradient_removed", gradient)):
         left = sum(w * a for w, a in zip(weight, amount, strict=True)) / sum(amount)
         assert row[name] == pytest.approx(1 - left, rel=1e-4)  # fp32
@@ -80,7 +80,7 @@ def test_the_overlap_is_the_jaccard_index_and_the_same_both_ways(seen: dict[str,
 
 def test_text_without_a_trained_token_is_refused() -> None:
     with pytest.raises(DataError, match="nothing to judge"):
-        panel(tiny_llama(2), LiveTeacher(tiny_llama(1)), [], judges())
+        panel(tiny_llama(2), LiveTeacher(tiny_llama(1)), [], gates())
 
 
 def test_panel_of_a_recipe_has_every_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,5 +98,5 @@ def test_panel_of_a_recipe_has_every_judge(tmp_path: Path, capsys: pytest.Captur
         main(["study", "panel", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "panel.json")]) == 0
     )
     told = json.loads((tmp_path / "panel.json").read_text("utf-8"))
-    assert set(told["judges"]) == set(judges(reference=True)) and "adaspec" in capsys.readouterr().out
+    assert set(told["gates"]) == set(gates(reference=True)) and "adaspec" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

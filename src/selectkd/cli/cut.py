@@ -42,12 +42,16 @@ def cut(
     without_other_bars()
     check_target(Path(out))
     plain = checked.training.model_copy(update={"lora": None, "gradient_checkpointing": False})
-    made = assemble(
+    assembly = assemble(
         checked.model_copy(update={"training": plain}),
         device=training_device(device),
         stage=show_progress if sys.stderr.isatty() else None,
     )
-    kl = f", held-out KL to the teacher {made.cut.kl[-1]:.4g} nats" if made.cut and made.cut.kl else ""
-    folder = save_student(made.student, made.tokenizer, out, f"# {made.student_source}\n")
-    say(f"{folder}: {made.student_source}{kl}")
+    kl = (
+        f", held-out KL to the teacher {assembly.cut.kl[-1]:.4g} nats"
+        if assembly.cut and assembly.cut.kl
+        else ""
+    )
+    folder = save_student(assembly.student, assembly.tokenizer, out, f"# {assembly.student_source}\n")
+    say(f"{folder}: {assembly.student_source}{kl}")
     say(f"train it with --set student.from_teacher=null --set student.model={folder}")

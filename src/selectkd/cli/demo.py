@@ -58,14 +58,14 @@ def demo(
 
     seen: dict[str, Any] = {}
 
-    def before_training(made: Assembly) -> None:
-        seen["made"] = made
-        seen["teacher"] = _answers(made.teacher_plan.loaded().model, made.tokenizer, prompts)
-        seen["before"] = _answers(made.student, made.tokenizer, prompts)
+    def before_training(assembly: Assembly) -> None:
+        seen["assembly"] = assembly
+        seen["teacher"] = _answers(assembly.teacher_plan.loaded().model, assembly.tokenizer, prompts)
+        seen["before"] = _answers(assembly.student, assembly.tokenizer, prompts)
 
     with TrainingProgress(progress_console()) as progress:
         result = train(recipe, progress=progress, on_assembled=before_training, device=on)
-    seen["after"] = _answers(seen["made"].student, seen["made"].tokenizer, prompts)
+    seen["after"] = _answers(seen["assembly"].student, seen["assembly"].tokenizer, prompts)
     _report(result, prompts, seen)
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:
         say("FAILED: the held-out KL did not fall")
@@ -79,8 +79,8 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     from selectkd.models.load import Loaded
 
     asked = [prompt_ids(one, tokenizer) for one in prompts]
-    said = complete(Loaded(model, tokenizer, "the demo", None), asked, Decoding(ANSWER_TOKENS))
-    return [text.strip() for text in said]
+    answers = complete(Loaded(model, tokenizer, "the demo", None), asked, Decoding(ANSWER_TOKENS))
+    return [text.strip() for text in answers]
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from selectkd.cli import eval_suites
 from selectkd.cli.answer import JsonFile, check_answer, write_answer
-from selectkd.cli.options import ApiKeyEnv, Device
+from selectkd.cli.options import ApiKeyEnv, Device, Dtype
 from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
-from selectkd.objective.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from selectkd.evals.memory import Memory
-    from selectkd.evals.suites import Suite
-    from selectkd.models.load import Loaded
 
 SuiteName = Literal["own", "quick", "math", "code", "instruct", "perplexity", "harness"]
-MATH, QUICK_MATH, QUICK_CODE = 100, 20, 10
-"""Problems where --limit names none: made problems have no end of their own."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The flags that decide what is measured."""
-
-    suite: str
-    data: Path | None
-    limit: int | None
-    tokens: int
-    samples: int
-    k: int
-    temperature: float
-    batch_size: int
-    seed: int
-    unsafe: bool
-    max_length: int
-    device: Any
 
 
 def evaluate(
@@ -128,9 +100,7 @@ def evaluate(
     max_length: Annotated[
         int, typer.Option("--max-length", min=2, help="perplexity: maximum tokens of each text.")
     ] = 1024,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="The number format of the weights: float32 or bfloat16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed for generated problems and for sampling.")
     ] = 0,
@@ -189,7 +159,7 @@ def evaluate(
     on = use_device(device)
     if batch_size is None:  # the harness asks for whole rows of logits, which grow with it
         batch_size = 8 if on.type == "cpu" or suite == "harness" else 64
-    asked = Asked(
+    options = eval_suites.EvalOptions(
         suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length, on
     )
 
@@ -202,207 +172,26 @@ def evaluate(
 
         loaders = [(name, partial(load_student, name, dtype=dtype, device=on)) for name in names]
         rows, comparisons = own_text(
-            model, loaders, limit=limit, batch_size=batch_size, device=on, heard=show_progress
+            model, loaders, limit=limit, batch_size=batch_size, device=on, on_progress=show_progress
         )
     elif suite == "perplexity":
-        rows, comparisons = _perplexity(names, asked, dtype)
+        rows, comparisons = eval_suites.perplexity(names, options, dtype)
     elif suite == "instruct":
-        voice = _judge(judge, judge_model, api_key_env, dtype, on, judge_tokens)
+        load_judge = eval_suites.judge_loader(judge, judge_model, api_key_env, dtype, on, judge_tokens)
         budget = (price_in, price_out, max_cost)
-        rows, comparisons = _instruct(names, asked, dtype, voice, protocol, Memory.opened(memory), budget)
+        rows, comparisons = eval_suites.instruct(
+            names, options, dtype, load_judge, protocol, Memory.opened(memory), budget
+        )
     elif suite == "harness":
         chosen = tuple(one.strip() for one in str(tasks).split(","))
         kept = Memory.opened(memory)
-        rows, comparisons = _harness(names, asked, dtype, answers, chosen, task_folder, shots, chat, kept)
+        rows, comparisons = eval_suites.harness(
+            names, options, dtype, answers, chosen, task_folder, shots, chat, kept
+        )
     else:
-        rows, comparisons = _problems(names, asked, dtype, answers, Memory.opened(memory))
+        rows, comparisons = eval_suites.problems(names, options, dtype, answers, Memory.opened(memory))
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
     _table(rows, comparisons)
-
-
-def _problems(
-    names: list[str], asked: Asked, dtype: str, answers: Path | None, memory: Memory
-) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.run_suite import run_suite
-    from selectkd.evals.runs import load_student
-
-    suites = _suites(asked)
-    scored: dict[str, list[Any]] = {one.task: [] for one in suites}
-    for name in names:
-        loaded = load_student(name, dtype=dtype, device=asked.device)
-        for one in suites:
-            scored[one.task].append(
-                run_suite(name, loaded, one, batch_size=asked.batch_size, memory=memory, heard=show_progress)
-            )
-    return _kept_and_compared(scored, answers)
-
-
-def _harness(
-    names: list[str], asked: Asked, dtype: str, answers: Path | None, tasks: tuple[str, ...], folder: Path | None,
-    shots: int | None, chat: bool, memory: Memory,
-) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    from selectkd.evals.harness import Harness
-    from selectkd.evals.runs import load_student
-
-    harness = Harness(tasks, folder, shots, chat, asked.limit, asked.batch_size)
-    manager = harness.prepared()
-    scored: dict[str, list[Any]] = {}
-    for name in names:
-        for one in harness.run(
-            name,
-            load_student(name, dtype=dtype, device=asked.device),
-            manager,
-            memory=memory,
-            heard=show_progress,
-        ):
-            scored.setdefault(f"{one.task} {one.metric}", []).append(one)
-    return _kept_and_compared(scored, answers)
-
-
-def _kept_and_compared(scored: dict[str, list[Any]], answers: Path | None) -> tuple[list[Any], list[Any]]:
-    """The rows of every task's scores, and the models in pairs; each answer goes to a file where one is named."""
-    from selectkd.data.durable import write_plain
-    from selectkd.evals.run_suite import compared
-
-    every = [one for of_task in scored.values() for one in of_task]
-    if answers is not None:
-        rows = "".join(json.dumps(row) + "\n" for one in every for row in one.answer_rows())
-        write_plain(answers, rows.encode())
-    pairs = [
-        compared(first, second)
-        for of_task in scored.values()
-        for first, second in combinations(of_task, 2)
-        if first.scores and second.scores
-    ]
-    return [one.as_row() for one in every], pairs
-
-
-def _suites(asked: Asked) -> list[Suite]:
-    """The problems of a suite; what is missing is said before a model loads."""
-    from selectkd.evals.sandbox import require
-    from selectkd.evals.suites import arithmetic, programming, written_mathematics
-
-    made = []
-    if asked.suite in ("math", "quick"):
-        made.append(
-            written_mathematics(asked.data, asked.limit, tokens=asked.tokens)
-            if asked.data is not None and asked.suite == "math"
-            else arithmetic(
-                asked.limit or (QUICK_MATH if asked.suite == "quick" else 100),
-                tokens=asked.tokens,
-                seed=asked.seed,
-            )
-        )
-    if asked.suite in ("code", "quick"):
-        level = require(unsafe=asked.unsafe)
-        show_progress(f"programs are locked in by {level}")
-        made.append(
-            programming(
-                asked.data if asked.suite == "code" else None,
-                asked.limit or (QUICK_CODE if asked.suite == "quick" else None),
-                tokens=asked.tokens, level=level, samples=asked.samples, k=asked.k,
-                temperature=asked.temperature, seed=asked.seed,
-            )
-        )  # fmt: skip
-    return made
-
-
-def _perplexity(names: list[str], asked: Asked, dtype: str) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.perplexity import perplexity_compared, perplexity_row, surprises
-    from selectkd.evals.runs import load_student
-
-    assert asked.data is not None  # checked above
-    settings = {"max_length": asked.max_length, "dtype": dtype}
-    found, rows, tokenizers = [], [], []
-    for name in names:
-        loaded = load_student(name, dtype=dtype, device=asked.device)
-        seen = surprises(loaded, asked.data, limit=asked.limit, max_length=asked.max_length)
-        found.append((name, seen))
-        tokenizers.append(loaded.tokenizer.get_vocab())
-        rows.append(perplexity_row(name, asked.data, seen, {**settings, "revision": loaded.revision}))
-    pairs = [
-        perplexity_compared(asked.data.stem, found[i], found[j])
-        for i, j in combinations(range(len(names)), 2)
-        if tokenizers[i] == tokenizers[j]  # a token of another vocabulary is another unit
-    ]
-    return rows, pairs
-
-
-def _judge(
-    url: str | None, model: str | None, key_variable: str | None, dtype: str, device: Any, tokens: int
-) -> Callable[[], Any]:
-    """Who judges, as a function that makes it; what is wrong with the flags is said now."""
-    from selectkd.evals.judging import EndpointJudge, ModelJudge
-    from selectkd.evals.runs import load_student
-    from selectkd.teachers.remote.connection import Connection
-    from selectkd.teachers.remote.secrets import key_of
-    from selectkd.teachers.remote.settings import JUDGE
-
-    if url is None:
-        return lambda: ModelJudge(load_student(str(model), dtype=dtype, device=device), tokens)
-    if model is None:
-        raise ConfigError(f"--judge {url} needs --judge-model, the name of the model there.")
-    connection = Connection(url, key_of(key_variable, JUDGE.key), settings=JUDGE)
-    return lambda: EndpointJudge(connection, model, tokens)
-
-
-def _instruct(
-    names: list[str],
-    asked: Asked,
-    dtype: str,
-    voice: Callable[[], Any],
-    protocol: str,
-    memory: Memory,
-    budget: Any,
-) -> tuple[list[Any], list[Any]]:
-    from selectkd.evals.judging import PROTOCOLS, cost, unasked
-    from selectkd.evals.judging.instruct import answered, judged, read_requests
-    from selectkd.evals.runs import load_student
-    from selectkd.evals.statistics import paired_bootstrap
-
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"--protocol {protocol} is not known.{did_you_mean(protocol, PROTOCOLS)}")
-    assert asked.data is not None  # checked above
-    rules, requests = PROTOCOLS[protocol], read_requests(asked.data, asked.limit)
-    pairs = {}
-    for name in names:
-        loaded: Loaded = load_student(name, dtype=dtype, device=asked.device)
-        heard = lambda done, name=name: show_progress(f"{name}: {done} of {len(requests)} answers")  # noqa: E731
-        pairs[name] = answered(
-            loaded, requests, rules, seed=asked.seed, batch_size=asked.batch_size, memory=memory, heard=heard
-        )
-    price_in, price_out, most = budget
-    judge, rows, contests = voice(), [], {}
-    todo = unasked([pair for of_model in pairs.values() for pair in of_model], judge.name, memory)
-    questions = [one.text for one in todo.values()]
-    into, out, dollars = cost(questions, price_in=price_in, price_out=price_out, tokens=judge.tokens)
-    show_progress(
-        f"{len(questions)} verdicts to ask for: about {into:,} tokens to read and at most {out:,} to write, "
-        f"${dollars:.2f}"
-    )
-    if most is not None and dollars > most:
-        raise ConfigError(f"${dollars:.2f} is above --max-cost {most:g}. Judge fewer requests with --limit.")
-    settings = {"data": str(asked.data), "protocol": protocol, "dtype": dtype}
-    for name, of_model in pairs.items():
-        made, contests[name] = judged(
-            name, protocol, of_model, judge, rules, memory=memory, seed=asked.seed, settings=settings
-        )
-        rows += made
-    comparisons = []
-    for first, second in combinations(names, 2):
-        both = [
-            (one, two)
-            for one, two in zip(contests[first].scores, contests[second].scores, strict=True)
-            if one is not None and two is not None
-        ]
-        apart = paired_bootstrap([one for one, _ in both], [two for _, two in both])
-        comparisons.append(
-            {
-                "task": protocol, "metric": "win_rate", "first": first, "second": second, "difference": apart.value,
-                "low": apart.low, "high": apart.high, "p_bootstrap": apart.p, "n": apart.n,
-            }
-        )  # fmt: skip
-    return rows, comparisons
 
 
 def _table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Options that several verbs share: where models run, and where a key is found."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -21,4 +21,8 @@ ApiKeyEnv = Annotated[
         metavar="NAME",
         help="The environment variable that holds the server's key: its name, never the key.",
     ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="The number format of the weights: float32 or bfloat16."),
 ]

@@ -15,7 +15,7 @@ from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, without_other_bars
 
 SAMPLES = 32
-"""Training samples that are judged where a recipe holds no text out."""
+"""Training samples that are used where a recipe holds no text out."""
 
 
 def panel(
@@ -37,8 +37,8 @@ def panel(
 
     from selectkd.data.collate import collate
     from selectkd.data.render import pad_id_of
-    from selectkd.evals.studies.panel import judges
-    from selectkd.evals.studies.panel import panel as judge
+    from selectkd.evals.studies.panel import gates
+    from selectkd.evals.studies.panel import panel as compare_gates
     from selectkd.models.devices import training_device
     from selectkd.training.assembly import assemble
     from selectkd.training.run_folder import date_of
@@ -48,18 +48,18 @@ def panel(
     with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
         training = checked.training.model_copy(update={"output_dir": empty})
         date = date_of(Path(checked.training.output_dir))
-        made = assemble(checked.model_copy(update={"training": training}), device=on, date=date)
-    batches = made.heldout
+        assembly = assemble(checked.model_copy(update={"training": training}), device=on, date=date)
+    batches = assembly.heldout
     if not batches:
-        examples = [example for source in made.sources for example in source.examples][:SAMPLES]
-        size, pad = checked.training.batch_size, pad_id_of(made.tokenizer)
+        examples = [example for source in assembly.sources for example in source.examples][:SAMPLES]
+        size, pad = checked.training.batch_size, pad_id_of(assembly.tokenizer)
         batches = [collate(examples[i : i + size], pad_id=pad) for i in range(0, len(examples), size)]
-    seen = judge(
-        made.student,
-        made.teacher,
+    seen = compare_gates(
+        assembly.student,
+        assembly.teacher,
         batches,
-        judges(reference=checked.reference is not None),
-        beta=made.beta.end,
+        gates(reference=checked.reference is not None),
+        beta=assembly.beta.end,
         seed=checked.training.seed,
         chunk=checked.training.chunk,
         device=on,
@@ -70,14 +70,14 @@ def panel(
 
 def _table(seen: dict[str, Any]) -> None:
     say(f"{seen['n']} rows, beta {seen['beta']}")
-    first = next(iter(seen["judges"]))
-    say(f"{'judge':<18}{'rate':>7}{'loss gone':>11}{'gradient gone':>15}   overlap with {first}")
-    for name, one in seen["judges"].items():
+    first = next(iter(seen["gates"]))
+    say(f"{'gate':<18}{'rate':>7}{'loss gone':>11}{'gradient gone':>15}   overlap with {first}")
+    for name, one in seen["gates"].items():
         overlap = 1.0 if name == first else seen["jaccard"][name][first]
         say(
             f"{name:<18}{one['rate']:>7.3f}{one['loss_removed']:>11.3f}{one['gradient_removed']:>15.3f}   {overlap:.3f}"
         )
     say("rate by the teacher's entropy, from nats on:")
-    for name, one in seen["judges"].items():
+    for name, one in seen["gates"].items():
         bins = "  ".join(f"{part['from']:g}: {part['acceptance']:.2f}" for part in one["by_entropy"])
         say(f"  {name:<18}{bins}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selectkd.cli.options import ApiKeyEnv, Device
+from selectkd.cli.options import ApiKeyEnv, Device, Dtype
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
@@ -22,9 +22,7 @@ def serve_teacher(
         str, typer.Option(help="The address to listen on. Any but this machine's own needs a key and TLS.")
     ] = "127.0.0.1",
     revision: Annotated[str | None, typer.Option(help="The commit of a model on the hub.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="The number format of the weights: float32 or bfloat16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     quantization: Annotated[
         str | None, typer.Option(help="Load with fewer bits: bitsandbytes-4bit or bitsandbytes-8bit.")
     ] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selectkd.cli.answer import JsonFile, write_answer
-from selectkd.cli.options import ApiKeyEnv, Device
+from selectkd.cli.options import ApiKeyEnv, Device, Dtype
 from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
@@ -53,9 +53,7 @@ def speculate(
             help="Temperature for sampling, measured beside greedy decoding. 0 leaves sampling out.",
         ),
     ] = 1.0,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="The number format of the weights: float32 or bfloat16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for sampling.")] = 0,
     beside: Annotated[
         bool,

@@ -24,10 +24,10 @@ def same_mathematics(answer: str, reference: str) -> bool:
     check_math_verify()
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
-    boxed, said = last_boxed(reference), last_boxed(answer)
+    boxed, given = last_boxed(reference), last_boxed(answer)
     gold = parse(f"${boxed if boxed is not None else reference}$")
     # math-verify would take several boxes of one answer together
-    return bool(gold) and bool(verify(gold, parse(answer if said is None else f"\\boxed{{{said}}}")))
+    return bool(gold) and bool(verify(gold, parse(answer if given is None else f"\\boxed{{{given}}}")))
 
 
 def has_math_verify() -> bool:

@@ -35,11 +35,11 @@ def complete(
     *,
     batch_size: int = 8,
     memory: Memory | None = None,
-    heard: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     cut: list[bool] | None = None,
 ) -> list[str]:
-    """The answer to each prompt (token ids), in order. ``heard`` is told how many are done; ``cut`` gets, for each
-    answer, whether max_new_tokens ended it.
+    """The answer to each prompt (token ids), in order. ``on_progress`` gets the number that is done; ``cut`` gets,
+    for each answer, whether max_new_tokens ended it.
 
     A prompt that stands several times has as many texts, each a draw of its own. A text is a function of (seed, prompt,
     which of its texts): batches change it by rounding alone. ``memory``: answers that are in it are not written again,
@@ -58,8 +58,8 @@ def complete(
         about = [__version__, identity(loaded), asdict(decoding), batch_size, sorted(ends), len(tokenizer)]
         keys = [key_of(*about, list(one.prompt), one.copy) for one in requests]
         written = {i: memory.known[key] for i, key in enumerate(keys) if key in memory.known}
-        if written and heard is not None:
-            heard(len(written))
+        if written and on_progress is not None:
+            on_progress(len(written))
     todo = [i for i in order if i not in written]
     for start in range(0, len(todo), batch_size):
         chosen = todo[start : start + batch_size]
@@ -73,8 +73,8 @@ def complete(
             memory is not None
         ):  # one line a batch: a cut line costs the whole of it, and its rounding stays its own
             memory.keep({keys[i]: written[i] for i in chosen}, model=loaded.source)
-        if heard is not None:
-            heard(len(written))
+        if on_progress is not None:
+            on_progress(len(written))
     texts = [_text(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
     if cut is not None:
         cut += [

@@ -74,7 +74,7 @@ class Harness:
 
     def run(
         self, name: str, loaded: Loaded, manager: Any, *, memory: Memory | None = None,
-        heard: Callable[[str], None] | None = None,
+        on_progress: Callable[[str], None] | None = None,
     ) -> list[Scores]:  # fmt: skip
         """Each metric of each task. A value is the harness's own; its interval is ours where the value is the mean of
         the problems' scores or a rate a word or byte, else 1.96 of the harness's standard errors, nan without those.
@@ -82,8 +82,8 @@ class Harness:
         other batches, so that such numbers are those of a whole run but for rounding.
         """
         lm_eval = _module("lm_eval")
-        if heard is not None:
-            heard(f"{name}: {', '.join(self.tasks)} by lm-eval {lm_eval.__version__}")
+        if on_progress is not None:
+            on_progress(f"{name}: {', '.join(self.tasks)} by lm-eval {lm_eval.__version__}")
         model = _module("lm_eval.models.huggingface").HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=self.batch_size
         )
@@ -119,7 +119,7 @@ class Harness:
 class _Remembered:
     """Stands between the harness and its model: asks it only for what ``memory`` lacks, and keeps what comes.
 
-    To the model it is a cache hook of the harness, which is told of each answer as it comes. about: the key of all that
+    To the model it is a cache hook of the harness, called with each answer as it comes. about: the key of all that
     answers rest on besides the question.
     """
 
@@ -201,8 +201,8 @@ def _metrics(
     name: str, task: str, parts: Sequence[str], found: dict[str, Any], settings: dict[str, Any]
 ) -> list[Scores]:
     """One row for each metric and answer filter of a task, or of a group whose tasks are ``parts``."""
-    rows, told = [], found["results"][task]
-    for key, value in told.items():
+    rows, metrics = [], found["results"][task]
+    for key, value in metrics.items():
         metric, _, answer_filter = key.partition(",")
         if not answer_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
@@ -215,9 +215,9 @@ def _metrics(
         given = [one.get(metric) for one in samples]
         scores = _scores(given, float(value))
         shown = metric if answer_filter == "none" else f"{metric},{answer_filter}"
-        interval = _interval(float(value), given, scores, told.get(f"{metric}_stderr,{answer_filter}"))
-        said = [list(map(str, one["filtered_resps"])) for one in samples]
-        rows.append(Scores(name, task, shown, scores, interval, settings, said))
+        interval = _interval(float(value), given, scores, metrics.get(f"{metric}_stderr,{answer_filter}"))
+        replies = [list(map(str, one["filtered_resps"])) for one in samples]
+        rows.append(Scores(name, task, shown, scores, interval, settings, replies))
     return rows
 
 

@@ -87,16 +87,16 @@ def filter_normalised(parameters: Sequence[Tensor], *, seed: int) -> Direction:
     [5.0, 0.0]
     """
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    scaled = []
     for parameter in parameters:
         drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
         if parameter.ndim < 2:
-            made.append(torch.zeros_like(drawn))
+            scaled.append(torch.zeros_like(drawn))
             continue
         rows, own = drawn.flatten(1), parameter.detach().flatten(1)
         scale = own.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        made.append((rows * scale).view_as(drawn))
-    return made
+        scaled.append((rows * scale).view_as(drawn))
+    return scaled
 
 
 def sharpness(

@@ -49,5 +49,5 @@ def key_of(*parts: Any) -> str:
     >>> key_of("a", {"b": 1}) == key_of("a", {"b": 1}) != key_of("a", {"b": 2})
     True
     """
-    told = json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
-    return hashlib.blake2b(told, digest_size=16).hexdigest()
+    content = json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -11,7 +11,7 @@ LONGEST_NUMBER = 300
 LARGEST_POWER = 300
 MARKED = re.compile(r"####[ \t]*(?![^\S\n]*\d+\.[ \t]+\S)(?=[-*$£€\\(\[ \t]*[\d.])")
 """GSM8K's mark before a number; a heading of Markdown, ``#### 3. Add them`` or ``#### Step 3``, is none."""
-SAID = re.compile(r"(?:final answer|answer)(?:\s+is|\s*[:=])\s*:?\s*", re.IGNORECASE)
+ANSWER_PHRASE = re.compile(r"(?:final answer|answer)(?:\s+is|\s*[:=])\s*:?\s*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?;](?:\s|$)")
 REASON = re.compile(r",\s|\(|\b(?:because|since|where|when|if|as|for|with)\b", re.IGNORECASE)
 """Where a sentence goes on from its answer to something else."""
@@ -62,9 +62,9 @@ def final_number(text: str) -> Fraction | None:
     boxed = last_boxed(text)
     if boxed is not None:
         return _of_equation(plain(boxed), first=False)
-    said = list(SAID.finditer(text))
-    if said:
-        sentence = SENTENCE_END.split(text[said[-1].end() :], maxsplit=1)[0]
+    phrases = list(ANSWER_PHRASE.finditer(text))
+    if phrases:
+        sentence = SENTENCE_END.split(text[phrases[-1].end() :], maxsplit=1)[0]
         if (found := _of_equation(plain(sentence), first=True)) is not None:
             return found
     numbers = _numbers(plain(text))

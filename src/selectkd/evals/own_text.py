@@ -35,7 +35,7 @@ def own_text(
     limit: int | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
-    heard: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, comparisons) of students on the text the run held out, beside the run's teacher: the contract of ``eval``.
 
@@ -63,8 +63,8 @@ def own_text(
                 f"{name} has another tokenizer than {run}: its tokens are not those of the run's text."
             )
         teacher = plan.teacher.open(plan.tokenizer, student=loaded.model, reference=None)
-        if heard is not None:
-            heard(f"{name}: {len(examples)} held-out texts of {run}")
+        if on_progress is not None:
+            on_progress(f"{name}: {len(examples)} held-out texts of {run}")
         seen[name] = each_sequence(loaded.model, teacher, batches, device=device)
         settings[name] = {"data": f"held out by {run}", "verifier": "greedy_topk, k 5", **described(loaded)}
     rows = [row for name, each in seen.items() for row in _rows(name, each, settings[name])]

@@ -58,9 +58,9 @@ class Scores:
                 "index": i,
                 "score": score,
                 "disputed": i in self.disputed,
-                "answers": said,
+                "answers": replies,
             }
-            for i, (said, score) in enumerate(zip(self.answers, scores, strict=True))
+            for i, (replies, score) in enumerate(zip(self.answers, scores, strict=True))
         ]
 
 
@@ -71,7 +71,7 @@ def run_suite(
     *,
     batch_size: int = 8,
     memory: Memory | None = None,
-    heard: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Scores:
     """Asks every problem, ``samples`` times where the suite wants several, and scores the answers; those
     that are in ``memory`` are not asked again (see ``complete``).
@@ -86,11 +86,13 @@ def run_suite(
     every = [ids for ids in prompts for _ in range(suite.samples)]
     total = len(every)
     cut: list[bool] = []
-    said = complete(
+    replies = complete(
         loaded, every, decoding, batch_size=batch_size, memory=memory, cut=cut,
-        heard=None if heard is None else lambda done: heard(f"{name}, {suite.task}: {done} of {total} answers"),
+        on_progress=None
+        if on_progress is None
+        else lambda done: on_progress(f"{name}, {suite.task}: {done} of {total} answers"),
     )  # fmt: skip
-    answers = [said[i : i + suite.samples] for i in range(0, total, suite.samples)]
+    answers = [replies[i : i + suite.samples] for i in range(0, total, suite.samples)]
     scores = [suite.score(i, one) for i, one in enumerate(answers)]
     settings = {
         **suite.settings, **asdict(decoding), "samples": suite.samples, "batch_size": batch_size, **described(loaded)
@@ -98,9 +100,9 @@ def run_suite(
     disputed = [
         i for i, one in enumerate(answers) if suite.second is not None and suite.second(i, one) != scores[i]
     ]
-    if heard is not None and (any(cut) or disputed):
+    if on_progress is not None and (any(cut) or disputed):
         graders = f"; {len(disputed)} scored otherwise by math-verify" if disputed else ""
-        heard(
+        on_progress(
             f"{name}, {suite.task}: {sum(cut)} of {total} answers cut at {decoding.max_new_tokens} tokens{graders}"
         )
     interval = interval_of(scores)

@@ -240,7 +240,7 @@ def _ratio(top: NDArray[np.float64], below: NDArray[np.float64], axis: int) -> A
 
 
 def _vector(values: ArrayLike) -> NDArray[np.float64]:
-    made = np.asarray(values, dtype=np.float64)
-    if made.ndim != 1:
-        raise ConfigError(f"a statistic of {made.ndim} axes: give one number for each unit.")
-    return made
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ConfigError(f"a statistic of {array.ndim} axes: give one number for each unit.")
+    return array

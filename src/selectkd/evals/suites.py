@@ -53,13 +53,13 @@ def arithmetic(limit: int, *, tokens: int, seed: int, name: str = "gsm_symbolic"
         )
     import reasoning_gym  # pyright: ignore[reportMissingImports]
 
-    made = reasoning_gym.create_dataset(name, seed=seed, size=limit)
-    entries = [made[i] for i in range(limit)]
+    dataset = reasoning_gym.create_dataset(name, seed=seed, size=limit)
+    entries = [dataset[i] for i in range(limit)]
 
-    def score(index: int, said: Sequence[str]) -> float:
-        found = answers.final_number(said[0])
+    def score(index: int, replies: Sequence[str]) -> float:
+        found = answers.final_number(replies[0])
         text = None if found is None else str(found)
-        return float(made.score_answer(answer=text, entry=entries[index]) >= 1.0)
+        return float(dataset.score_answer(answer=text, entry=entries[index]) >= 1.0)
 
     return Suite(
         task=name, metric="accuracy", prompts=[NUMBER_PROMPT.format(question=one["question"]) for one in entries],
@@ -72,7 +72,7 @@ def written_mathematics(path: Path, limit: int | None, *, tokens: int) -> Suite:
     """Problems of a file: GSM8K's shape {question, answer "... #### 42"} or MATH's {problem, solution or answer}."""
     records = list(_records(path, limit))
     by_number = all("####" in str(record.get("answer", "")) for _, record in records)
-    asked, right = [], []
+    prompts, right = [], []
     for origin, record in records:
         question = record.get("question") or record.get("problem")
         reference = record.get("answer") or record.get("solution")
@@ -81,7 +81,7 @@ def written_mathematics(path: Path, limit: int | None, *, tokens: int) -> Suite:
                 f"{origin}: no problem with its answer. It needs question and answer (GSM8K), or problem and solution "
                 "(MATH)."
             )
-        asked.append((NUMBER_PROMPT if by_number else BOXED_PROMPT).format(question=question))
+        prompts.append((NUMBER_PROMPT if by_number else BOXED_PROMPT).format(question=question))
         right.append(str(reference))
     if not by_number:
         answers.check_math_verify()
@@ -89,14 +89,14 @@ def written_mathematics(path: Path, limit: int | None, *, tokens: int) -> Suite:
     if not by_number:
         same, other = other, same
 
-    def second(i: int, said: Sequence[str]) -> float:
+    def second(i: int, replies: Sequence[str]) -> float:
         # where ours finds no number in the right answer, only mathematics can compare
         if not by_number and answers.final_number(right[i]) is None:
-            return float(same(said[0], right[i]))
-        return float(other(said[0], right[i]))
+            return float(same(replies[0], right[i]))
+        return float(other(replies[0], right[i]))
 
     return Suite(
-        task=path.stem, metric="accuracy", prompts=asked, score=lambda i, said: float(same(said[0], right[i])),
+        task=path.stem, metric="accuracy", prompts=prompts, score=lambda i, replies: float(same(replies[0], right[i])),
         second=second if answers.has_math_verify() else None,
         decoding=Decoding(tokens),
         settings={"data": str(path), "grader": "final number" if by_number else "math-verify", "shots": 0},
@@ -125,8 +125,8 @@ def programming(
             program(answer, one), setup=one.setup, tests=one.tests, names=one.names, level=level
         ).passed
 
-    def score(index: int, said: Sequence[str]) -> float:
-        return pass_at_k(len(said), sum(passes(exercises[index], one) for one in said), k)
+    def score(index: int, replies: Sequence[str]) -> float:
+        return pass_at_k(len(replies), sum(passes(exercises[index], one) for one in replies), k)
 
     return Suite(
         task="humaneval" if path is None else path.stem, metric=f"pass@{k}",

@@ -71,7 +71,7 @@ def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 
     wanted = list(todo)
     unread: dict[str, str] = {}  # the replies without a verdict
 
-    def heard(index: int, reply: str) -> None:
+    def on_reply(index: int, reply: str) -> None:
         key = wanted[index]
         verdict = todo[key].read(reply)
         with lock:
@@ -81,7 +81,7 @@ def contest(pairs: Sequence[Pair], judge: Judge, *, memory: Memory, seed: int = 
                 memory.keep({key: verdict}, judge=name, reply=reply)
 
     if wanted:
-        judge.ask([todo[key].text for key in wanted], heard)
+        judge.ask([todo[key].text for key in wanted], on_reply)
     keys = [key_of(name, one.text) for pair in pairs for one in pair.orders]
     _check_invalid(name, [unread[key] for key in keys if key in unread], len(keys))
     verdicts: list[Choice] = ["invalid" if key in unread else memory.known[key] for key in keys]

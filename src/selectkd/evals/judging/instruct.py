@@ -52,14 +52,19 @@ def answered(
     seed: int,
     batch_size: int,
     memory: Memory | None = None,
-    heard: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[Pair]:
     """The model's answers beside the reference's, sampled as the protocol says."""
     prompts = [prompt_ids(one.text, loaded.tokenizer) for one in requests]
-    said = complete(
-        loaded, prompts, _decoding(protocol, seed), batch_size=batch_size, memory=memory, heard=heard
+    texts = complete(
+        loaded,
+        prompts,
+        _decoding(protocol, seed),
+        batch_size=batch_size,
+        memory=memory,
+        on_progress=on_progress,
     )
-    return [Pair(one.text, text.strip(), one.reference) for one, text in zip(requests, said, strict=True)]
+    return [Pair(one.text, text.strip(), one.reference) for one, text in zip(requests, texts, strict=True)]
 
 
 def judged(
@@ -76,14 +81,14 @@ def judged(
     """The rows of a contest: the win rate, and beside it the rate at equal length."""
     seen = contest(pairs, judge, memory=memory, seed=seed)
     counted = {"wins": seen.wins, "ties": seen.ties, "losses": seen.losses, "invalid": seen.invalid}
-    told = {
+    shown_settings = {
         **settings, **asdict(_decoding(protocol, seed)), "judge": judge.name, "reference": protocol.reference,
         "orders": "both", "tie": 0.5, **counted,
     }  # fmt: skip
     rows = [
         {
             "model": name, "task": task, "metric": metric, "value": one.value, "low": one.low, "high": one.high,
-            "n": one.n, "settings": told,
+            "n": one.n, "settings": shown_settings,
         }
         for metric, one in (("win_rate", seen.win_rate), ("length_controlled_win_rate", seen.length_controlled))
     ]  # fmt: skip

@@ -21,7 +21,7 @@ CHARACTERS_A_TOKEN = 4.0
 
 
 class Judge(Protocol):
-    """Answers questions in order and tells ``heard(index, reply)`` of each the moment it is there."""
+    """Answers questions in order and calls ``on_reply(index, reply)`` for each at once."""
 
     @property
     def name(self) -> str: ...
@@ -29,7 +29,7 @@ class Judge(Protocol):
     @property
     def tokens(self) -> int: ...
 
-    def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None: ...
+    def ask(self, questions: Sequence[str], on_reply: Callable[[int, str], None]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EndpointJudge:
     def name(self) -> str:
         return f"{self.connection.url} {self.model}"
 
-    def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None:
+    def ask(self, questions: Sequence[str], on_reply: Callable[[int, str], None]) -> None:
         def question(index: int, text: str) -> Question[None]:
             body = {
                 "model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
@@ -52,7 +52,7 @@ class EndpointJudge:
             }  # fmt: skip
             return Question(
                 "/v1/chat/completions", json.dumps(body).encode(), REPLY_BYTES,
-                lambda reply: heard(index, reply_text(reply)), "a verdict",
+                lambda reply: on_reply(index, reply_text(reply)), "a verdict",
             )  # fmt: skip
 
         self.connection.ask([question(i, text) for i, text in enumerate(questions)])
@@ -69,10 +69,10 @@ class ModelJudge:
     def name(self) -> str:
         return " ".join((self.loaded.source, *identity(self.loaded)))
 
-    def ask(self, questions: Sequence[str], heard: Callable[[int, str], None]) -> None:
+    def ask(self, questions: Sequence[str], on_reply: Callable[[int, str], None]) -> None:
         for index, text in enumerate(questions):
             ids = prompt_ids(text, self.loaded.tokenizer)
-            heard(index, complete(self.loaded, [ids], Decoding(self.tokens))[0])
+            on_reply(index, complete(self.loaded, [ids], Decoding(self.tokens))[0])
 
 
 def reply_text(reply: Reply) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 Choice = Literal["first", "second", "tie", "invalid"]
 
 LONGEST_ANSWER = 20_000
-"""Characters of one answer that a judge sees; the rest is cut, and the judge is told."""
+"""Characters of one answer that a judge sees; the rest is cut, and the question says so."""
 UNSEEN = {"Cf", "Cc", "Cs", "Co"}
 """Unicode categories that a reader does not see: zero-width and direction marks, control characters, surrogates."""
 
@@ -51,8 +51,8 @@ class Comparison:
         """A mark that none of the three texts contains: it depends on all of them."""
         texts, salt = [shown(one) for one in (self.request, self.first, self.second)], 0
         while True:
-            told = "\0".join((*texts, str(salt))).encode()
-            mark = f"[[{hashlib.blake2b(told, digest_size=8).hexdigest()}]]"
+            fenced = "\0".join((*texts, str(salt))).encode()
+            mark = f"[[{hashlib.blake2b(fenced, digest_size=8).hexdigest()}]]"
             if not any(mark in text for text in texts):
                 return mark
             salt += 1

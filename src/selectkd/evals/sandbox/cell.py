@@ -265,19 +265,19 @@ def test(job: dict[str, Any], requests: int, replies: int, verdict: int) -> None
             view = view[os.write(requests, view) :]
         line = incoming.readline(MOST_BYTES + 1)
         if not line.endswith(b"\n"):
-            raise EOFError("the program ended, or said too much")
+            raise EOFError("the program ended, or wrote too much")
         return json.loads(line)
 
     proxies = {name: behind(name) for name in job["names"]}
     space: dict[str, Any] = {"__name__": "__main__"}
-    told: dict[str, Any] = {"passed": True, "why": ""}
+    report: dict[str, Any] = {"passed": True, "why": ""}
     try:
         exec(compile(job["setup"], "<setup>", "exec"), space)
         space.update(proxies)
         exec(compile(job["tests"], "<tests>", "exec"), space)
     except BaseException as error:
-        told = {"passed": False, "why": f"{type(error).__name__}: {error}"[:200]}
-    os.write(verdict, json.dumps(told).encode())
+        report = {"passed": False, "why": f"{type(error).__name__}: {error}"[:200]}
+    os.write(verdict, json.dumps(report).encode())
 
 
 def plain(value: Any) -> Any:

@@ -55,23 +55,23 @@ def run_tests(
         verdict_out, verdict_in = os.pipe()
         stack.callback(os.close, verdict_out)
         with contextlib.ExitStack() as theirs:  # the ends that only the two processes may hold
-            asked_out, asked_in = os.pipe()
-            told_out, told_in = os.pipe()
-            for end in (asked_out, asked_in, told_out, told_in, verdict_in):
+            calls_out, calls_in = os.pipe()
+            answers_out, answers_in = os.pipe()
+            for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
                 theirs.callback(os.close, end)
             answering = stack.enter_context(
-                _cell("answer", (asked_out, told_in), {**limits, "source": source})
+                _cell("answer", (calls_out, answers_in), {**limits, "source": source})
             )
             job = {**limits, "setup": setup, "tests": tests, "names": list(names)}
-            testing = stack.enter_context(_cell("test", (asked_in, told_out, verdict_in), job))
-        said = _read(verdict_out, time.monotonic() + wall_seconds)
+            testing = stack.enter_context(_cell("test", (calls_in, answers_out, verdict_in), job))
+        report = _read(verdict_out, time.monotonic() + wall_seconds)
         for process in (answering, testing):
             if process.poll() == LOCKED_OUT:
                 raise ResourceError(f"a process could not be locked in as before ({level}). Nothing was run.")
-    if not said:
+    if not report:
         return Verdict(False, "no verdict in time")
-    told = json.loads(said)
-    return Verdict(bool(told["passed"]), str(told["why"]))
+    verdict = json.loads(report)
+    return Verdict(bool(verdict["passed"]), str(verdict["why"]))
 
 
 @contextlib.contextmanager
@@ -95,11 +95,11 @@ def _cell(role: str, fds: tuple[int, ...], job: dict[str, Any]) -> Iterator[subp
 
 def _read(handle: int, deadline: float) -> bytes:
     """What the tests report before they end or the deadline passes."""
-    said = b""
-    while (left := deadline - time.monotonic()) > 0 and len(said) < 1 << 16:
+    report = b""
+    while (left := deadline - time.monotonic()) > 0 and len(report) < 1 << 16:
         ready, _, _ = select.select([handle], [], [], left)
         piece = os.read(handle, 1 << 16) if ready else b""
         if not piece:
             break
-        said += piece
-    return said
+        report += piece
+    return report

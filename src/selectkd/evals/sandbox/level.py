@@ -51,12 +51,12 @@ def level() -> Level:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE, check=False, start_new_session=True,
         )  # fmt: skip
         os.close(write)
-        told = os.read(read, 1 << 16)
+        report = os.read(read, 1 << 16)
     finally:
         os.close(read)
-    if done.returncode != 0 or not told:
+    if done.returncode != 0 or not report:
         return Level((), ("cannot be probed",))
-    seen = json.loads(told)
+    seen = json.loads(report)
     return Level(tuple(seen["kept"]), tuple(seen["leaks"]))
 
 

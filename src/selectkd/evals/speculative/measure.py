@@ -40,7 +40,7 @@ class Costs:
 class Speculation:
     """One draft at one length, beside the target alone on the same prompts.
 
-    acceptance: the share of judged draft tokens that stood (a token behind a rejected one is not judged), with
+    acceptance: the share of checked draft tokens that stood (a token behind a rejected one is not checked), with
     its bootstrap over prompts; by_position: the same at each place of the draft. mean_accepted_length: tokens a pass,
     the target's own among them, from 1 to g + 1. speedup_expected: Leviathan et al., Theorem 3.8, from acceptance and
     cost ratio, as if checking g + 1 tokens cost the target what one does; speedup_from_costs: with what it really cost.
@@ -88,8 +88,8 @@ def speculation(
     pace = (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in seen)
     rounds = [one for decoded in seen for one in decoded.rounds]
     costs = pass_costs(target, draft, prompts[0], draft_length=draft_length)
-    accepted, judged = zip(*map(_judged, seen), strict=True)
-    acceptance = bootstrap_ratio(accepted, judged)
+    accepted, checked = zip(*map(_accepted_and_checked, seen), strict=True)
+    acceptance = bootstrap_ratio(accepted, checked)
     per_pass = sum(len(one.tokens) for one in seen) / len(rounds)  # none behind an end of sequence
     return Speculation(
         draft_length=draft_length,
@@ -185,29 +185,29 @@ def assisted(
             with torch.random.fork_rng():
                 target.generate(first, attention_mask=torch.ones_like(first), assistant_model=helper, **warm)
                 torch.manual_seed(seed)
-                started, made = _clock(prompts[0]), 0
+                started, written = _clock(prompts[0]), 0
                 for prompt in prompts:
                     mask = torch.ones_like(prompt)[None]
                     out = target.generate(
                         prompt[None], attention_mask=mask, assistant_model=helper, **options
                     )
-                    made += out.shape[1] - prompt.shape[0]
-                paces.append((_clock(prompts[0]) - started) / made)
+                    written += out.shape[1] - prompt.shape[0]
+                paces.append((_clock(prompts[0]) - started) / written)
     finally:
         settings.update(**kept)
     return paces[0] / paces[1]
 
 
-def _judged(seen: Decoded) -> tuple[int, int]:
-    """(accepted, judged) draft tokens: those that stood, and with them the one that fell."""
+def _accepted_and_checked(seen: Decoded) -> tuple[int, int]:
+    """(accepted, checked) draft tokens: those that stood, and with them the one that fell."""
     accepted = sum(one.accepted for one in seen.rounds)
     return accepted, accepted + sum(one.accepted < one.proposed for one in seen.rounds)
 
 
 def _at(rounds: Sequence[Any], place: int) -> float | None:
-    """The share of the draft tokens at ``place`` that stood, of those judged there; None where none was."""
-    judged = [one for one in rounds if one.proposed > place and one.accepted >= place]
-    return sum(one.accepted > place for one in judged) / len(judged) if judged else None
+    """The share of the draft tokens at ``place`` that stood, of those checked there; None where none was."""
+    checked = [one for one in rounds if one.proposed > place and one.accepted >= place]
+    return sum(one.accepted > place for one in checked) / len(checked) if checked else None
 
 
 def _clock(like: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 Which models it runs is the server's affair; what can be seen from outside is its text, its pace, and the counts it
 publishes: vLLM's counters under /metrics, SGLang's meta_info of each answer. A server that publishes neither gets no
-acceptance, and the reason is told in its place.
+acceptance, and the reason stands in its place.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Counts:
         """The share of judged draft tokens that stood, as ``Speculation`` counts them: a token behind a rejected one is
         not judged. None without ``at``. Drafts are taken to be of full length: shorter ones make it a lower bound.
         """
-        judged = self.passes + sum(self.at[:-1])
-        return self.accepted / judged if self.at and judged else None
+        checked = self.passes + sum(self.at[:-1])
+        return self.accepted / checked if self.at and checked else None
 
     @property
     def by_position(self) -> list[float | None]:
-        """The same at each place of a draft; None where no token was judged."""
-        judged = (self.passes, *self.at[:-1])
+        """The same at each place of a draft; None where no token was checked."""
+        checked = (self.passes, *self.at[:-1])
         return (
-            [stood / seen if seen else None for stood, seen in zip(self.at, judged, strict=True)]
+            [stood / seen if seen else None for stood, seen in zip(self.at, checked, strict=True)]
             if self.at
             else []
         )
@@ -82,12 +82,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Served:
-    """A server's texts of the prompts, the seconds they took together, and its counts; untold: why there are none."""
+    """A server's texts of the prompts, the seconds they took together, and its counts; not_published: why there are
+    none.
+    """
 
     texts: list[list[int]]
     seconds: float
     counts: Counts | None
-    untold: str | None
+    not_published: str | None
 
     @property
     def tokens(self) -> int:
@@ -129,12 +131,12 @@ def served(
     seconds = time.perf_counter() - started
     texts = [text.ids for text, _ in answers]
     if kind == "vllm":
-        counts, untold = _difference(before, _settled(server), sum(map(len, texts)), len(texts))
+        counts, not_published = _difference(before, _settled(server), sum(map(len, texts)), len(texts))
     elif kind == "sglang":
-        counts, untold = _summed([told for _, told in answers])
+        counts, not_published = _summed([counts for _, counts in answers])
     else:
-        counts, untold = None, "an OpenAI-compatible server says nothing of its drafts"
-    return Served(texts, seconds, counts, untold)
+        counts, not_published = None, "an OpenAI-compatible server says nothing of its drafts"
+    return Served(texts, seconds, counts, not_published)
 
 
 def counters(page: str) -> dict[tuple[str, int], float] | None:
@@ -205,9 +207,9 @@ def _generate(
     }  # fmt: skip
 
     def read(reply: Reply) -> tuple[Completion, Counts | None]:
-        told = json_object(reply.body)
-        meta = is_object(told.get("meta_info"), "meta_info")
-        ids, text, reason = told.get("output_ids"), told.get("text"), meta.get("finish_reason")
+        body = json_object(reply.body)
+        meta = is_object(body.get("meta_info"), "meta_info")
+        ids, text, reason = body.get("output_ids"), body.get("text"), meta.get("finish_reason")
         stopped = isinstance(reason, dict) and reason.get("type") == "stop"
         if isinstance(ids, list):
             own = tokens_of(ids, "output_ids", tokenizer)
@@ -268,10 +270,10 @@ def _difference(before: Any, after: Any, tokens: int, texts: int) -> tuple[Count
     return Counts(passes, drafted, accepted, at if sum(at) == accepted else ()), None
 
 
-def _summed(told: Sequence[Counts | None]) -> tuple[Counts | None, str | None]:
+def _summed(given: Sequence[Counts | None]) -> tuple[Counts | None, str | None]:
     """The counts of all answers together."""
-    known = [one for one in told if one is not None]
-    if len(known) < len(told):
+    known = [one for one in given if one is not None]
+    if len(known) < len(given):
         return None, "its answers have no spec_verify_ct in meta_info: it does not speculate"
     passes = sum(one.passes for one in known)
     if not passes:

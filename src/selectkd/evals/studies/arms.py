@@ -82,9 +82,9 @@ def arms(
         for seed in range(first, first + seeds):
             for word in methods or ("",):
                 for selection in (PLAIN, SELECTED, *(_controls_of(values) if controls else ())):
-                    made = _values(values, word, selection, seed)
+                    arm_values = _values(values, word, selection, seed)
                     found.append(
-                        Arm(name if len(recipes) > 1 else "", word or "recipe", selection, seed, made)
+                        Arm(name if len(recipes) > 1 else "", word or "recipe", selection, seed, arm_values)
                     )
     return found
 
@@ -95,21 +95,23 @@ def _controls_of(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> dict[str, Any]:
-    made: dict[str, Any] = copy.deepcopy(dict(values))
+    arm_values: dict[str, Any] = copy.deepcopy(dict(values))
     # a run that is killed is run again from its start, so that a checkpoint would only cost time
-    made["training"] = {"save_every": None, **(made.get("training") or {}), "seed": seed}
-    chosen = made.pop("selection", None) or SELECTION
+    arm_values["training"] = {"save_every": None, **(arm_values.get("training") or {}), "seed": seed}
+    chosen = arm_values.pop("selection", None) or SELECTION
     if word:
-        made["method"] = method_of(word)
-        objective = {k: v for k, v in (made.get("objective") or {}).items() if k not in SET_ASIDE}
-        made["objective"] = objective
+        arm_values["method"] = method_of(word)
+        objective = {k: v for k, v in (arm_values.get("objective") or {}).items() if k not in SET_ASIDE}
+        arm_values["objective"] = objective
         if "reference" not in METHODS[word.split("+")[0]].needs:
-            made.pop("reference", None)  # it costs memory and a forward pass, and nobody would look at it
+            arm_values.pop("reference", None)  # it costs memory and a forward pass that nothing reads
     if selection != PLAIN:
-        objective = made.get("objective") or {}
-        made["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
-        made["selection"] = {**chosen, "verifier": "matched_position"} if selection == POSITION else chosen
-    return made
+        objective = arm_values.get("objective") or {}
+        arm_values["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
+        arm_values["selection"] = (
+            {**chosen, "verifier": "matched_position"} if selection == POSITION else chosen
+        )
+    return arm_values
 
 
 def controlled(arm: Arm, selected: Mapping[str, Any]) -> Arm:

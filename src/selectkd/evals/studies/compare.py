@@ -47,7 +47,7 @@ def compare(
                 _named(arm)
                 | dict.fromkeys(FIELDS)
                 | _run(arm, rows, folder, keep, device)
-                | {"asked": _asked(arm)}
+                | {"asked": _recipe_line(arm)}
             )
             row["wall_seconds"] = round(time.perf_counter() - started, 3)
         rows.append(row)
@@ -89,7 +89,7 @@ def plan(arms: Sequence[Arm], file: Path | None) -> Plan:
 
 def _stands(row: Mapping[str, Any] | None, arm: Arm) -> TypeGuard[dict[str, Any]]:
     """Whether the row is of a run of this very arm that came to its end."""
-    return row is not None and not row.get("error") and row.get("asked") == _asked(arm)
+    return row is not None and not row.get("error") and row.get("asked") == _recipe_line(arm)
 
 
 def _run(
@@ -116,7 +116,7 @@ def _named(arm: Arm) -> dict[str, Any]:
     return dict(zip(NAMES, arm.key, strict=True))
 
 
-def _asked(arm: Arm) -> str:
+def _recipe_line(arm: Arm) -> str:
     """The arm's recipe as one line, by which a row is known to be of the same run."""
     return json.dumps(arm.values, sort_keys=True, default=str)
 
@@ -170,20 +170,22 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
     good = [row for row in rows if not row.get("error")]
     found: list[Paired] = []
     for recipe in dict.fromkeys(row.get("recipe", "") for row in good):
-        mine = [row for row in good if row.get("recipe", "") == recipe]
-        methods = list(dict.fromkeys(row["method"] for row in mine))
-        asked = [((methods[0], PLAIN), (method, PLAIN)) for method in methods[1:]]
-        asked += [
+        of_recipe = [row for row in good if row.get("recipe", "") == recipe]
+        methods = list(dict.fromkeys(row["method"] for row in of_recipe))
+        pairs = [((methods[0], PLAIN), (method, PLAIN)) for method in methods[1:]]
+        pairs += [
             ((method, PLAIN), (method, selection))
             for method in methods
             for selection in (SELECTED, RANDOM, POSITION)
         ]
-        asked += [
+        pairs += [
             ((method, selection), (method, SELECTED))
             for method in methods
             for selection in (RANDOM, POSITION)
         ]
-        found += [pair for one, other in asked if (pair := _paired(recipe, mine, one, other)) is not None]
+        found += [
+            pair for one, other in pairs if (pair := _paired(recipe, of_recipe, one, other)) is not None
+        ]
     return found
 
 

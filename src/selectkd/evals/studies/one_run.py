@@ -138,16 +138,16 @@ def measured(
     }
 
 
-def held_out(made: Any, seed: int) -> dict[str, Any]:
+def held_out(assembly: Any, seed: int) -> dict[str, Any]:
     """The held-out measures of an assembled run's student, with the KL of each sequence; one verifier for every arm."""
     from selectkd.errors import ConfigError
     from selectkd.evals.own_text import each_sequence
 
-    if not made.heldout:
+    if not assembly.heldout:
         raise ConfigError("a comparison needs held-out text; set data.evaluation to {path: ...} or a share.")
     each = each_sequence(
-        made.student, made.teacher, made.heldout, seed=seed, streams=made.streams,
-        device=next(made.student.parameters()).device, precision=made.precision,
+        assembly.student, assembly.teacher, assembly.heldout, seed=seed, streams=assembly.streams,
+        device=next(assembly.student.parameters()).device, precision=assembly.precision,
     )  # fmt: skip
     tokens = sum(one.tokens for one in each)
 

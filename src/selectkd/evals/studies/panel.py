@@ -27,7 +27,7 @@ OWN = 3
 """Columns the panel measures itself: KL(p || q), the norm of its gradient, the teacher's entropy."""
 
 
-def judges(names: Mapping[str, Any] | None = None, *, reference: bool = False) -> dict[str, Any]:
+def gates(names: Mapping[str, Any] | None = None, *, reference: bool = False) -> dict[str, Any]:
     """name -> verifier or selector: those of ``names`` (name -> spec), else every one of both tables at its defaults.
 
     Of all, ``always`` keeps everything and is left out, and those that compare with a reference student are where there
@@ -42,7 +42,7 @@ def judges(names: Mapping[str, Any] | None = None, *, reference: bool = False) -
 
 @dataclass
 class _Panel:
-    """All judges as one selector: its score is every judge's columns side by side, its keep hands them over.
+    """All gates as one selector: its score is every gate's columns side by side, its keep hands them over.
 
     widths: how many columns the score of each had, known once there was one.
     """
@@ -56,7 +56,7 @@ class _Panel:
         return VerifierTraits(uniforms_per_token=columns, scope="step")
 
     def score(self, pair: TokenPair, uniform: Tensor) -> Tensor:
-        """[n, OWN + columns]: the panel's own measures, then each judge's acceptance or scores."""
+        """[n, OWN + columns]: the panel's own measures, then each gate's acceptance or scores."""
         gradient = (pair.logq.exp() - pair.logp.exp()).square().sum(-1).sqrt()
         columns = [torch.stack([forward_kl(pair.logp, pair.logq), gradient, entropy(pair.logp)], -1)]
         start = 0
@@ -89,12 +89,12 @@ def panel(
     chunk: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """What every judge would do with the same rows: {n, beta, judges: {name: {...}}, jaccard: {name: {name: x}}}.
+    """What every gate would do with the same rows: {n, beta, gates: {name: {...}}, jaccard: {name: {name: x}}}.
 
-    Of a judge: ``rate``, the mean acceptance; ``loss_removed`` and ``gradient_removed``, 1 - sum V D / sum D with
+    Of a gate: ``rate``, the mean acceptance; ``loss_removed`` and ``gradient_removed``, 1 - sum V D / sum D with
     V = beta + (1 - beta) a, D the forward KL and, for the gradient, the norm |q - p| of its gradient to the row's
     logits; the rate by place in the completion and by the teacher's entropy in nats. jaccard: sum min(a, b) / sum
-    max(a, b) of two acceptances, the overlap of two sets where they are 0 and 1. A ranked judge ranks each batch, as in
+    max(a, b) of two acceptances, the overlap of two sets where they are 0 and 1. A ranked gate ranks each batch, as in
     training. The student keeps its mode. Raises DataError where no row is trained.
     """
     member = _Panel(members)
@@ -117,14 +117,14 @@ def panel(
     finally:
         student.train(was_training)
     if not own:
-        raise DataError("no token of the text is trained, so there is nothing to judge.")
+        raise DataError("no token of the text is trained, so there is nothing to compare.")
     kl, gradient, surprise = torch.cat(own).T.contiguous()
     place = torch.cat(places)
     verdicts = {name: torch.cat(parts) for name, parts in accepted.items()}
     return {
         "n": int(kl.shape[0]),
         "beta": beta,
-        "judges": {
+        "gates": {
             name: {
                 "rate": float(a.mean()),
                 "loss_removed": _removed(a, kl, beta),
@@ -166,7 +166,7 @@ def _scores(
 
 
 def _kept(member: _Panel, scores: Tensor, sequence: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """Each judge's acceptance of the rows of a batch, from the columns that are its own."""
+    """Each gate's acceptance of the rows of a batch, from the columns that are its own."""
     start = OWN
     for (name, one), width in zip(member.members.items(), member.widths, strict=True):
         columns = scores[:, start : start + width]
