@@ -10,7 +10,13 @@ import torch
 
 from selectkd.cli import main
 from selectkd.evals.speculative.decode import Decoded, Round, decode, decode_alone
-from selectkd.evals.speculative.measure import _at, _judged, assisted, expected_speedup, speculation
+from selectkd.evals.speculative.measure import (
+    _accepted_and_checked,
+    _at,
+    assisted,
+    expected_speedup,
+    speculation,
+)
 from speculative.test_decode import PROMPT, near, tiny
 
 
@@ -25,7 +31,7 @@ def test_the_expected_speedup_is_the_closed_form() -> None:
 
 def test_a_token_behind_a_rejected_one_is_not_judged() -> None:
     rounds = [Round(3, 3), Round(3, 1), Round(3, 0), Round(2, 1), Round(0, 0)]
-    assert _judged(Decoded([], rounds)) == (5, 5 + 3)
+    assert _accepted_and_checked(Decoded([], rounds)) == (5, 5 + 3)
     assert [_at(rounds, place) for place in range(4)] == [3 / 4, 1 / 3, 1.0, None]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from selectkd.cli import main
 from selectkd.evals.speculative.decode import Decoded, Round, decode, decode_alone
-from selectkd.evals.speculative.measure import _at, _judged
+from selectkd.evals.speculative.measure import _accepted_and_checked, _at
 from selectkd.evals.speculative.served import Counts, _summed, counters, counts_of
 from selectkd.models.load import load_model
 from speculative.test_decode import near
@@ -175,7 +175,7 @@ def test_a_servers_counts_become_the_numbers_that_a_draft_in_memory_has(
 
 def test_counts_of_full_drafts_are_those_of_the_rounds() -> None:
     rounds = [Round(3, 3), Round(3, 1), Round(3, 0), Round(3, 2), Round(3, 3)]
-    seen, (accepted, judged) = counted(rounds), _judged(Decoded([], rounds))
+    seen, (accepted, judged) = counted(rounds), _accepted_and_checked(Decoded([], rounds))
     assert seen.acceptance == accepted / judged and seen.of_drafted == accepted / 15
     assert seen.by_position == [_at(rounds, place) for place in range(3)]
     assert seen.mean_accepted_length == 1 + 9 / 5

@@ -79,7 +79,7 @@ def test_the_overlap_is_the_jaccard_index_and_the_same_both_ways(seen: dict[str,
 
 
 def test_text_without_a_trained_token_is_refused() -> None:
-    with pytest.raises(DataError, match="nothing to judge"):
+    with pytest.raises(DataError, match="nothing to compare"):
         panel(tiny_llama(2), LiveTeacher(tiny_llama(1)), [], gates())
 
 

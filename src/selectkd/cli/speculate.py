@@ -267,7 +267,7 @@ def _served_row(
         "acceptance_by_position": counts and counts.by_position,
         "accepted_of_drafted": counts and counts.of_drafted,
         "mean_accepted_length": counts and counts.mean_accepted_length,
-        "not_published": seen.unshow_progress,
+        "not_published": seen.not_published,
         "tokens_per_second": seen.pace,
         "plain_tokens_per_second": plain and plain.pace,
         "speedup_measured": plain and seen.pace / plain.pace,
