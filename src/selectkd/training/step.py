@@ -63,6 +63,15 @@ class DistillationModel(nn.Module):
         return self._beside[0]
 
     @property
+    def chunk(self) -> int | None:
+        """Rows worked on at once, which a checkpoint keeps: they are halved where memory runs out."""
+        return self.options.chunk
+
+    @chunk.setter
+    def chunk(self, rows: int | None) -> None:
+        self.options = replace(self.options, chunk=rows)
+
+    @property
     def config(self) -> Any:
         """The student's configuration, for those who wrap models."""
         return self.student.config
