@@ -146,8 +146,8 @@ def told(word: str, devices: int) -> str:
 
 
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
-    assert "Here there are: cuda:0, cuda:1, cpu" in told("cuda:2", 2)
-    assert "here there are cuda:0, cpu" in told("gpu", 1) and "Use one of: auto, cpu" in told("cuda:", 1)
+    assert "This machine has cuda:0, cuda:1, cpu" in told("cuda:2", 2)
+    assert "this machine has cuda:0, cpu" in told("gpu", 1) and "Use one of: auto, cpu" in told("cuda:", 1)
     assert "torch sees no mps" in told("mps", 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "would put 2 processes on one device" in told("cuda:1", 2)
@@ -170,7 +170,7 @@ def test_a_verb_refuses_a_device_that_is_not_there_before_it_loads_a_model(
     monkeypatch.chdir(root)
     assert main([*arguments, "--device", "cuda:3"]) == 2
     said = "".join(capsys.readouterr())
-    assert "--device cuda:3" in said and "Here there are: cpu" in said and "loading" not in said
+    assert "--device cuda:3" in said and "This machine has cpu" in said and "loading" not in said
 
 
 OUT_OF_MEMORY = [

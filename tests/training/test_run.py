@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selectkd.config import load_recipe, recipe_from
-from selectkd.config.departures import departures, told_of
+from selectkd.config.departures import departure_warnings, departures
 from selectkd.errors import ConfigError
 from selectkd.training.record.card import model_card
 from selectkd.training.record.metrics import REQUIRED
@@ -298,9 +298,9 @@ def test_a_recipe_that_departs_from_its_method_says_where(
     }
     recipe = recipe_from(values)
     assert list(departures(recipe)) == overridden
-    assert all(key in " ".join(told_of(recipe)) for key in overridden) and bool(told_of(recipe)) == bool(
-        overridden
-    )
+    assert all(key in " ".join(departure_warnings(recipe)) for key in overridden) and bool(
+        departure_warnings(recipe)
+    ) == bool(overridden)
     assert (
         departures(recipe_from({**values, "selection": {"verifier": "spec_k", "k": 2}, "objective": {}}))
         == {}

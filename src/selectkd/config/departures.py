@@ -1,4 +1,4 @@
-"""Where a recipe that names a method says something else than the method does."""
+"""The keys in which a recipe that names a method departs from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from selectkd.config.expand import parts_of
 
 WHOLE = ("divergence", "verifier", "selector")
-"""Components: what a recipe says of one is all there is of it."""
+"""Components, which a recipe replaces as a whole."""
 
 ABSENT = "nothing"
 
@@ -28,26 +28,30 @@ def departures(recipe: Any) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def told_of(recipe: Any) -> list[str]:
+def departure_warnings(recipe: Any) -> list[str]:
     """A warning where the recipe departs from its method, none elsewhere."""
     found = departures(recipe)
     if not found:
         return []
-    each = [f"{key} is {_short(own)}, not {_short(methods)}" for key, (methods, own) in found.items()]
+    each = [f"{key} is {_short(value)}, not {_short(published)}" for key, (published, value) in found.items()]
     return [
-        f"this is not {recipe.method['name']} as published: {'; '.join(each)}. "
-        "Leave those keys out to have the method's own."
+        f"the recipe is not {recipe.method['name']} as published: {'; '.join(each)}. "
+        "Leave those keys out to have the method's values."
     ]
 
 
-def _compare(methods: Any, own: Any, at: str, found: dict[str, tuple[Any, Any]]) -> None:
+def _compare(published: Any, value: Any, at: str, found: dict[str, tuple[Any, Any]]) -> None:
     name = at.rpartition(".")[2]
-    both = isinstance(methods, Mapping) and isinstance(own, Mapping)
-    if both and methods.get("name") == own.get("name") and not (name in WHOLE and set(own) - set(methods)):
-        for key, value in methods.items():
-            _compare(value, own.get(key), f"{at}.{key}" if at else key, found)
-    elif methods != own:
-        found[at] = (methods, ABSENT if own is None else own)
+    both = isinstance(published, Mapping) and isinstance(value, Mapping)
+    if (
+        both
+        and published.get("name") == value.get("name")
+        and not (name in WHOLE and set(value) - set(published))
+    ):
+        for key, part in published.items():
+            _compare(part, value.get(key), f"{at}.{key}" if at else key, found)
+    elif published != value:
+        found[at] = (published, ABSENT if value is None else value)
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How attention is computed: the kinds a recipe may name, all of them local, and what each needs."""
+"""Kinds of attention that a recipe may name, all of them local, and the packages they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from selectkd.errors import ConfigError
 
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""What has to be installed for a kind; without it transformers would look for a kernel on the hub."""
+"""The package that a kind needs; without it transformers would look for a kernel on the hub."""
 SUPPORTED = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -53,26 +53,26 @@ def check_named(config: Mapping[str, Any], path: Path) -> None:
 def check_supported(config: Any, kind: str | None, *, where: str) -> None:
     """``check_attention``, and ConfigError where the model class of a configuration does not know ``kind``."""
     check_attention(kind, where=where)
-    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if made is not None and kind in SUPPORTED and not getattr(made, SUPPORTED[kind], False):
-        able = [one for one in KINDS if one == "eager" or getattr(made, SUPPORTED[one], False)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and kind in SUPPORTED and not getattr(model_class, SUPPORTED[kind], False):
+        supported = [one for one in KINDS if one == "eager" or getattr(model_class, SUPPORTED[one], False)]
         raise ConfigError(
-            f"{where} = {kind!r} is not known to {made.__name__}. Use one of: {', '.join(able)}."
+            f"{where} = {kind!r} is not known to {model_class.__name__}. Use one of: {', '.join(supported)}."
         )
 
 
 def attention_options(
-    folder: Path, own: Mapping[str, Any], kind: str | None, *, where: str
+    folder: Path, content: Mapping[str, Any], kind: str | None, *, where: str
 ) -> dict[str, Any]:
-    """What ``from_pretrained`` takes for attention of ``kind``; without one, the kind config.json asks for is checked.
+    """The arguments of ``from_pretrained`` for ``kind``; without one, the kind in config.json is checked.
 
-    own: the content of that file. ConfigError for a kind that is not there, or that the model does not know.
+    content: of config.json. ConfigError for a kind that is not installed, or that the model does not know.
     """
-    asked = kind or next((name for key, name in _implementations(own) if "attn" in key), None)
-    if asked is not None:
+    wanted = kind or next((name for key, name in _implementations(content) if "attn" in key), None)
+    if wanted is not None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         check_supported(
-            config, asked, where=where if kind else f"{folder / 'config.json'}: attn_implementation"
+            config, wanted, where=where if kind else f"{folder / 'config.json'}: attn_implementation"
         )
     return {} if kind is None else {"attn_implementation": kind}
 

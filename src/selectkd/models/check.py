@@ -1,4 +1,4 @@
-"""Whether a model's logits are those of its head on its backbone, each from earlier tokens alone: what a loss needs."""
+"""Checks that a model's logits are those of its head on its backbone, each from earlier tokens alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_head(model: nn.Module) -> None:
         ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
     model.train(was_training)
     # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
-    finite = theirs.isfinite()  # a model whose own logits are not is another fault's business
+    finite = theirs.isfinite()  # logits that are not finite are another fault, found elsewhere
     largest = theirs[finite].abs().max().item() if finite.any() else 0.0
     tolerance = 8 * torch.finfo(head.weight.dtype).eps * max(1.0, largest)
     same_width = ours.shape == theirs.shape
@@ -51,14 +51,14 @@ def check_head(model: nn.Module) -> None:
             else f"there are {theirs.shape[-1]} of them, and {ours.shape[-1]} rows in the head"
         )
         raise ConfigError(
-            f"the head of {type(unwrapped(model)).__name__} does something to its logits that is not known here: "
+            f"the head of {type(unwrapped(model)).__name__} changes its logits in a way that selectkd does not know: "
             f"{differ}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
         )
-    seen = torch.where(finite, before - theirs, 0.0)[:, :-1].abs().max().item()
+    change = torch.where(finite, before - theirs, 0.0)[:, :-1].abs().max().item()
     # eight-bit products differ a little with what stands beside a row
-    if seen > max(tolerance, largest / 100):
+    if change > max(tolerance, largest / 100):
         raise ConfigError(
-            f"{type(unwrapped(model)).__name__} reads later tokens: its logits change by {seen:.3g} with the last "
+            f"{type(unwrapped(model)).__name__} reads later tokens: its logits change by {change:.3g} with the last "
             "token. Set is_decoder in its config.json where it has that key, or use a model that writes from left to "
             "right."
         )

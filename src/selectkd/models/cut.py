@@ -53,7 +53,7 @@ class CutReport:
 
     @property
     def searched(self) -> list[str]:
-        """What a search for layers took, and how not to repeat it; nothing where none was made."""
+        """The time a search for layers took, and how to keep its result; empty where no search ran."""
         return [
             f"the layers were chosen in {self.seconds:.0f} s; selectkd cut writes this student as a folder for "
             f"student.model, and student.from_teacher.choose: {self.kept} keeps the choice in the recipe"

@@ -1,4 +1,4 @@
-"""Where tensors live: the device a word names, what there is on this machine, its free memory and its clock."""
+"""Devices: the one that a word names, those of this machine, their free memory and their clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = (
 """How the libraries below torch say that an allocation failed, where torch has no error class of its own for it."""
 
 
-def there_are() -> list[str]:
+def available_devices() -> list[str]:
     """Every device that torch can use in this process, the best first; the last is ``cpu``."""
     found = []
     if torch.cuda.is_available():
@@ -58,8 +58,9 @@ def training_device(word: str | torch.device = "auto") -> torch.device:
 def device_of(word: str | torch.device = "auto") -> torch.device:
     """The device that ``word`` names; it is chosen here and nowhere else, and nothing starts on it.
 
-    ``auto`` is the first accelerator of ``there_are`` but ``mps``, which does not train; of several processes on one
-    machine each takes its own by LOCAL_RANK; ``cpu`` where there is none, or where ``accelerate launch --cpu`` says so.
+    ``auto`` is the first accelerator of ``available_devices`` but ``mps``, which does not train; each of several
+    processes on one machine takes another by LOCAL_RANK; ``cpu`` where there is none, or under ``accelerate launch
+    --cpu``.
     ``cuda`` and ``xpu`` mean the first of their kind in the same way. ConfigError for a word that is none, and for a
     device that is not there.
 
@@ -67,14 +68,14 @@ def device_of(word: str | torch.device = "auto") -> torch.device:
     device(type='cpu')
     """
     text = str(word).strip().lower()
-    found = there_are()
+    found = available_devices()
     if text == "auto":
         kinds = [name.partition(":")[0] for name in found if name != "mps"]  # see ``training_device``
-        text = "cpu" if _told_cpu() else kinds[0]
+        text = "cpu" if _cpu_forced() else kinds[0]
     kind, colon, number = text.partition(":")
     if kind not in ("cpu", "cuda", "mps", "xpu") or (colon and not number.isdecimal()):
         raise ConfigError(
-            f"--device {word} is no device. Use one of: {WORDS}; here there are {', '.join(found)}."
+            f"--device {word} is no device. Use one of: {WORDS}; this machine has {', '.join(found)}."
         )
     if kind == "cpu" or kind == "mps":
         name = kind
@@ -86,12 +87,12 @@ def device_of(word: str | torch.device = "auto") -> torch.device:
     else:
         name = f"{kind}:{int(number) if colon else int(os.environ.get('LOCAL_RANK', '0'))}"
     if name not in found:
-        raise ConfigError(f"--device {word}: {_why_not(kind, name)} Here there are: {', '.join(found)}.")
+        raise ConfigError(f"--device {word}: {_why_not(kind, name)} This machine has {', '.join(found)}.")
     return torch.device(name)
 
 
 def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that may still be allocated on ``device``; None where that cannot be told."""
+    """Bytes that may still be allocated on ``device``; None where the system does not report them."""
     device = torch.device(device)
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -133,7 +134,7 @@ def _processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
 
 
-def _told_cpu() -> bool:
+def _cpu_forced() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 

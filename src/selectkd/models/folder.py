@@ -1,6 +1,6 @@
-"""What lies in a model folder, read without a weight: its configuration, and the names and shapes of its tensors.
+"""A model folder, read without a weight: its configuration, and the names and shapes of its tensors.
 
-A folder is somebody else's: nothing in it may run, unpickle, or send a loader to fetch code.
+A folder comes from elsewhere: nothing in it may run, unpickle, or send a loader to fetch code.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def check_folder(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         raise ConfigError(
-            f"{folder} holds a whole model and an adapter (adapter_config.json) beside it, and not which of the two is "
-            "meant. Merge the adapter (peft: merge_and_unload), or move its files out."
+            f"{folder} holds a whole model and an adapter (adapter_config.json) beside it. Merge the adapter (peft: "
+            "merge_and_unload), or move its files out."
         )
     shards = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter")]
     index = folder / "model.safetensors.index.json"
@@ -125,8 +125,8 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         return [folder / name for name in sorted(set(_weight_map(index).values()))]
     raise ConfigError(
-        f"{folder} has safetensors files, but neither model.safetensors nor model.safetensors.index.json, so it is not "
-        "known which are the model. Save the model with save_pretrained."
+        f"{folder} has safetensors files, but neither model.safetensors nor model.safetensors.index.json, which name "
+        "those of the model. Save the model with save_pretrained."
     )
 
 
@@ -158,11 +158,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_stored_as(config: dict[str, Any], path: Path) -> None:
-    """ConfigError for weights stored in a way that is not read here, or not without a package that is missing."""
-    said = config.get("quantization_config")
-    if said is None:
+    """ConfigError for quantised weights that selectkd cannot read, or whose package is missing."""
+    section = config.get("quantization_config")
+    if section is None:
         return
-    method = said.get("quant_method") if isinstance(said, dict) else None
+    method = section.get("quant_method") if isinstance(section, dict) else None
     package = QUANTIZED.get(method) if isinstance(method, str) else None
     if package is None:
         raise ConfigError(
@@ -178,13 +178,13 @@ def _check_stored_as(config: dict[str, Any], path: Path) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """weight_map of an index; ConfigError where it is no mapping of names to files of the same folder."""
-    said = read_json(index).get("weight_map", {})
-    wrong = not isinstance(said, dict) or [
-        name for name in said.values() if not isinstance(name, str) or Path(name).name != name
+    files = read_json(index).get("weight_map", {})
+    wrong = not isinstance(files, dict) or [
+        name for name in files.values() if not isinstance(name, str) or Path(name).name != name
     ]
     if wrong:
         raise ConfigError(f"{index}: weight_map must name files of its own folder. Download the model again.")
-    return said
+    return files
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -52,26 +52,26 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     values = config.to_dict()
     text = config.get_text_config()
     inner = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
-    own = values if inner is None else values[inner]
+    keys = values if inner is None else values[inner]
     total = text.num_hidden_layers
-    for name, value in own.items():
+    for name, value in keys.items():
         if not isinstance(value, list | tuple):
             continue
         if name in NUMBERED:
-            own[name] = [new for new, old in enumerate(kept) if old in value]
+            keys[name] = [new for new, old in enumerate(kept) if old in value]
         elif name in CYCLES:
-            own[name] = [value[old % len(value)] for old in kept]
+            keys[name] = [value[old % len(value)] for old in kept]
         elif re.search("layer|_types?$|pattern", name) and len(value) == total:
-            own[name] = [value[old] for old in kept]
+            keys[name] = [value[old] for old in kept]
     for name in LEADING:
-        if isinstance(own.get(name), int):
-            own[name] = sum(old < own[name] for old in kept)
+        if isinstance(keys.get(name), int):
+            keys[name] = sum(old < keys[name] for old in kept)
     for period, offset in PERIODIC:
-        if isinstance(own.get(period), int) and isinstance(own.get(offset), int):
-            own[period], own[offset] = _period(own[period], own[offset], kept, period)
+        if isinstance(keys.get(period), int) and isinstance(keys.get(offset), int):
+            keys[period], keys[offset] = _period(keys[period], keys[offset], kept, period)
     count = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    if count in own:
-        own[count] = len(kept)
+    if count in keys:
+        keys[count] = len(kept)
     return type(config).from_dict(values)
 
 
@@ -89,13 +89,13 @@ def check_cut(teacher: Any, student: Any, kept: Sequence[int]) -> None:
         if pairs[0].keys() != pairs[1].keys():
             raise _other(teacher, f"layer {old}'s modules")
         for name, module in pairs[0].items():
-            if (seen := _kind(module)) != (wanted := _kind(pairs[1][name])):
-                key = next(iter(dict(seen.items() ^ wanted.items())))
+            if (found := _kind(module)) != (wanted := _kind(pairs[1][name])):
+                key = next(iter(dict(found.items() ^ wanted.items())))
                 raise _other(teacher, f"layer {old}'s {'.'.join(filter(None, (name, key)))}")
 
 
 def _kind(module: nn.Module) -> dict[str, str]:
-    """What a module is, apart from its numbers and its place: its class, its plain attributes, its tensors' shapes."""
+    """A module's class, plain attributes and tensor shapes; its numbers and its place are left out."""
     plain = {
         name: repr(value)
         for name, value in vars(module).items()
@@ -118,13 +118,13 @@ def _period(period: int, offset: int, kept: Sequence[int], name: str) -> tuple[i
     if not any(kinds):
         return len(kept) + 1, len(kept)
     raise ConfigError(
-        f"layers {', '.join(map(str, kept))} cannot stand alone: which of them are of the kind that {name} = {period} "
-        "places is no longer periodic. Keep layers at even distances, or name a student model."
+        f"layers {', '.join(map(str, kept))} cannot make a model: {name} = {period} sets the kind of a layer, and "
+        "these layers have no such period. Keep layers at even distances, or name a student model."
     )
 
 
 def _other(teacher: Any, what: str) -> ConfigError:
     return ConfigError(
-        f"{type(teacher).__name__} cannot be cut so: {what} would be another in a model of these layers alone, "
-        "since it follows from a layer's number. Keep other layers, or name a student model."
+        f"{type(teacher).__name__} cannot be cut so: {what} follows from a layer's number and would change in a model "
+        "of these layers alone. Keep other layers, or name a student model."
     )

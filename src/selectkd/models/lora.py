@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from selectkd.errors import ConfigError
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a Llama-like block, all of which are adapted unless told otherwise."""
+"""The linear layers of a Llama-like block, all of which are adapted by default."""
 
 
 def add_lora(
@@ -95,7 +95,7 @@ def adapters_off(model: Any) -> Iterator[None]:
     as before. No random number is drawn.
     """
     modes = [(module, module.training) for module in model.modules()]
-    asked = [(p, p.requires_grad) for p in model.parameters()]  # peft turns all of an adapter on
+    required = [(p, p.requires_grad) for p in model.parameters()]  # peft turns all of an adapter on
     model.eval()
     try:
         with model.disable_adapter():
@@ -103,22 +103,22 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, wanted in asked:
+        for parameter, wanted in required:
             parameter.requires_grad_(wanted)
 
 
 def check_base(model: Any) -> None:
-    """ConfigError unless switching off the adapters of a model gives what it was before training.
+    """ConfigError unless a model with its adapters off is the model before training.
 
-    That is so where the adapters alone are trained: not with a trained bias, head or embedding (``modules_to_save``),
-    nor with adapters that are merged into the weights.
+    The adapters alone must be trained: no bias, head or embedding (``modules_to_save``), and no adapter merged into
+    the weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not hasattr(model, "disable_adapter"):
         raise ConfigError(
             f"{type(model).__name__} has no adapters to switch off: training changes the weights themselves. Train it "
-            "with LoRA (training.lora), or name a teacher of its own: teacher: {model: ...}."
+            "with LoRA (training.lora), or name a separate teacher: teacher: {model: ...}."
         )
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     merged = [name for name, layer in layers if layer.merged]
@@ -126,17 +126,19 @@ def check_base(model: Any) -> None:
         raise ConfigError(
             f"the adapter of {merged[0]} is merged into its weight, so it cannot be switched off. Unmerge it first."
         )
-    own = {
+    adapter_parameters = {
         id(parameter)
         for _, layer in layers
         for part in layer.adapter_layer_names
         for parameter in getattr(layer, part).parameters()
     }
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    others = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter_parameters
+    ]
     if others:
         raise ConfigError(
-            f"{others[0]} is trained beside the adapters, so without them the model is no longer what it was. Train "
-            "the adapters alone (no modules_to_save, bias: none), or name a teacher of its own: teacher: {model: ...}."
+            f"{others[0]} is trained beside the adapters, so the model without them is not the base model. Train the "
+            "adapters alone (no modules_to_save, bias: none), or name a separate teacher: teacher: {model: ...}."
         )
 
 
@@ -159,7 +161,7 @@ def linear_layers(model: Any) -> list[str]:
 
 
 def _is_product(module: nn.Module) -> bool:
-    """Whether a linear layer returns its product alone; asked of a class with a forward pass of its own."""
+    """Whether a linear layer returns its product alone; a class with another forward pass is tried out."""
     kind = type(module)
     if kind.forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point():
         return True

@@ -22,8 +22,8 @@ STATE = (
 """Parts of the names of models that carry a state from token to token, by convolution or recurrence."""
 PLACES = ("bloom", "mpt", "opt", "xglm", "biogpt", "t5", "ctrl", "xlnet", "transfo")
 """Models that count places from the attention mask or have a bias by distance: a packed row has neither."""
-OWN_MASKS = ("doge", "openai-gpt", "xlm", "bert-generation", "cpmant")
-"""Models that take a mask of padding alone, or make their own whatever they are given."""
+PADDING_MASK_ONLY = ("doge", "openai-gpt", "xlm", "bert-generation", "cpmant")
+"""Models that take a padding mask alone, or ignore the mask they are given."""
 
 
 def check_packing(
@@ -34,17 +34,18 @@ def check_packing(
     revision: str | None = None,
     attention: str | None = None,
 ) -> None:
-    """ConfigError, naming what it is, where several samples in a row of ``length`` tokens would change what the model
-    computes. Reads its configuration alone. attention: how the recipe wants it, None for the configuration's way.
+    """ConfigError where several samples in a row of ``length`` tokens would change the model's results, with the cause.
+
+    Reads its configuration alone. attention: the recipe's attn_implementation, None for the configuration's.
     """
     folder, _ = _locate(spec, revision, None, weights=False)
     if folder.is_file():
         return  # llama and its kin: what a GGUF file is converted to
     config = config_of(folder)
-    asked = str(attention or config._attn_implementation)
-    if asked.startswith("flash"):
+    kind = str(attention or config._attn_implementation)
+    if kind.startswith("flash"):
         raise ConfigError(
-            f"data.packing keeps samples apart by a mask, and {role} {spec} asks for {asked}, which takes none. Set "
+            f"data.packing keeps samples apart by a mask, and {role} {spec} asks for {kind}, which takes none. Set "
             "attn_implementation to sdpa, eager or flex_attention, or data.packing to false."
         )
     found = problem(config, length)
@@ -56,7 +57,7 @@ def check_packing(
 
 
 def problem(config: Any, length: int) -> str | None:
-    """What in a configuration keeps samples from sharing a row of ``length`` tokens, None where nothing does."""
+    """The cause in a configuration why samples cannot share a row of ``length`` tokens; None where they can."""
     text = config.get_text_config(decoder=True)
     kinds = [str(kind) for kind in getattr(text, "layer_types", None) or ()]
     kinds += [str(kind) for kind in getattr(text, "layers_block_type", None) or ()]
@@ -84,7 +85,7 @@ def problem(config: Any, length: int) -> str | None:
         return "carries a state from token to token"
     if getattr(text, "alibi", False) or any(name.startswith(part) for part in PLACES):
         return "takes places from the attention mask"
-    if name in OWN_MASKS:
+    if name in PADDING_MASK_ONLY:
         return "takes no mask that keeps samples apart"
     if any(each and "position_ids" not in inspect.signature(each.forward).parameters for each in classes):
         return "counts places from the start of a row"

@@ -1,4 +1,4 @@
-"""In which dtypes a run holds its weights and multiplies: the one place that decides."""
+"""The dtypes in which a run holds its weights and multiplies."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def unmoved_share(parameters: Iterable[Tensor], learning_rate: float) -> float:
     return still / total if total else 0.0
 
 
-def told_of(precision: Precision, parameters: Iterable[Tensor], learning_rate: float) -> list[str]:
-    """What to say of weights in bf16 at this learning rate; nothing for fp32 ones, and where most weights move."""
+def bf16_warnings(precision: Precision, parameters: Iterable[Tensor], learning_rate: float) -> list[str]:
+    """The warning for bf16 weights that a step of this learning rate does not change; empty where most weights move."""
     if precision.weights == "float32":
         return []
     share = unmoved_share(parameters, learning_rate)

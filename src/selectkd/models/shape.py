@@ -31,7 +31,7 @@ UPSTREAM_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-"""What transformers' own code ends in where it is given numbers that do not fit together."""
+"""Errors that transformers' own code raises for numbers that do not fit together."""
 SHOWN = 3
 
 
@@ -90,21 +90,21 @@ def check_weights(folder: Path) -> None:
 
 def check_found(found: Mapping[str, Any], folder: Path | str) -> None:
     """IntegrityError where a loader made up a tensor, left one out or could not convert it; ``found`` is its report."""
-    told = []
+    faults = []
     for key, words in (("missing_keys", "not in the file"), ("unexpected_keys", "not of the model")):
         if names := sorted(found.get(key) or ()):
-            told.append(f"{len(names)} {words} ({_some(names)})")
+            faults.append(f"{len(names)} {words} ({_some(names)})")
     shapes: list[Any] = sorted(found.get("mismatched_keys") or ())
     if shapes:
         name, file, model = shapes[0]
-        told.append(
+        faults.append(
             f"{len(shapes)} of another shape ({name}: {tuple(file)} in the file, {tuple(model)} by config.json)"
         )
     if failed := found.get("conversion_errors"):
-        told.append(f"{len(failed)} that could not be put together ({_some(sorted(map(str, failed)))})")
-    if told:
+        faults.append(f"{len(failed)} that could not be put together ({_some(sorted(map(str, failed)))})")
+    if faults:
         raise IntegrityError(
-            f"{folder} does not hold the tensors of the model that config.json describes: {'; '.join(told)}. "
+            f"{folder} does not hold the tensors of the model that config.json describes: {'; '.join(faults)}. "
             "Missing ones would be random numbers. Save the model again with save_pretrained, out of any wrapper."
         )
 
@@ -129,7 +129,7 @@ def refused(folder: Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_reports() -> Iterator[None]:
-    """No progress bars and no reports of transformers, whose content is checked and told in other words."""
+    """No progress bars and no reports of transformers; ``check_found`` reads their content."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -47,20 +47,20 @@ class Spread(NamedTuple):
 
         ConfigError naming ``key`` where their number does not fit.
         """
-        there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if there == 1:
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks == 1:
             raise ConfigError(
                 f"{key} shares a model among several ranks, and this is one process. Start several: torchrun "
                 "--nproc-per-node N -m selectkd train RECIPE, or leave the key out."
             )
         replicate = 1 if sharding is None else sharding.replicate
         fsdp = "all" if sharding is None else sharding.fsdp
-        if fsdp == "all" and there % replicate == 0 and there > replicate:
-            return cls(there // replicate, replicate)
-        if fsdp == "all" or fsdp * replicate != there:
+        if fsdp == "all" and ranks % replicate == 0 and ranks > replicate:
+            return cls(ranks // replicate, replicate)
+        if fsdp == "all" or fsdp * replicate != ranks:
             raise ConfigError(
-                f"{key}: {{fsdp: {fsdp}, replicate: {replicate}}} does not fit {there} ranks. fsdp times replicate "
-                f"must be {there}, and fsdp 2 or more."
+                f"{key}: {{fsdp: {fsdp}, replicate: {replicate}}} does not fit {ranks} ranks. fsdp times replicate "
+                f"must be {ranks}, and fsdp 2 or more."
             )
         return cls(fsdp, replicate)
 
@@ -203,11 +203,11 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     for dtype in dict.fromkeys(p.dtype for p in plain):
-        own = [p for p in plain if p.dtype == dtype]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in own])
+        group = [p for p in plain if p.dtype == dtype]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for p, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        for p, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             p.grad = part.reshape(p.shape)
 
 
@@ -229,13 +229,13 @@ def plain_copy(model: Any) -> Any:
     config = copy.deepcopy(plain.config)
     vars(config).pop("distributed_config", None)
     with torch.device("meta"):
-        made: Any = AutoModelForCausalLM.from_config(config, dtype=plain.dtype)
+        whole_model: Any = AutoModelForCausalLM.from_config(config, dtype=plain.dtype)
         if model is not plain:
-            made = adapted(made, copy.deepcopy(model.active_peft_config))
-    made.load_state_dict(held, assign=True)
-    unwrapped(made).tie_weights()
-    unwrapped(made).generation_config = copy.deepcopy(plain.generation_config)
-    return made.eval()
+            whole_model = adapted(whole_model, copy.deepcopy(model.active_peft_config))
+    whole_model.load_state_dict(held, assign=True)
+    unwrapped(whole_model).tie_weights()
+    unwrapped(whole_model).generation_config = copy.deepcopy(plain.generation_config)
+    return whole_model.eval()
 
 
 def _root(model: nn.Module) -> Any:

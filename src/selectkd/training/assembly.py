@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectkd.config.departures import told_of as told_of_method
+from selectkd.config.departures import departure_warnings
 from selectkd.data.alignment import align
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
@@ -25,7 +25,7 @@ from selectkd.models.head import head_of
 from selectkd.models.load import DTYPES, check_local, check_model, load_model, load_tokenizer
 from selectkd.models.lora import add_lora
 from selectkd.models.packing import check_packing
-from selectkd.models.precision import FP32, Precision, check_launched, precision_of, told_of
+from selectkd.models.precision import FP32, Precision, bf16_warnings, check_launched, precision_of
 from selectkd.models.sharded import Spread, shard
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
@@ -131,7 +131,7 @@ def assemble(
     pad = pad_id_of(plan.tokenizer)
     heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
-    told = [*plan.text.told, *told_of_method(recipe)]
+    told = [*plan.text.told, *departure_warnings(recipe)]
 
     check_student(recipe)
     student, source, revision, layers, cut = _student(recipe, plan, examples, device, say, told, kept)
@@ -141,7 +141,7 @@ def assemble(
         in_fp32 = plan.precision.weights == "float32"
         student = add_lora(student, **recipe.training.lora.model_dump(), in_fp32=in_fp32)
     trained = [p for p in student.parameters() if p.requires_grad]
-    told += told_of(plan.precision, trained, recipe.training.learning_rate)
+    told += bf16_warnings(plan.precision, trained, recipe.training.learning_rate)
 
     reference = None
     if recipe.reference is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectkd.config.departures import told_of
+from selectkd.config.departures import departure_warnings
 from selectkd.data import inspect
 from selectkd.data.render import Example, eos_ids_of
 from selectkd.data.supervised import supervised
@@ -186,7 +186,7 @@ def _objective(plan: Plan, recipe: Any) -> str:
         for part, one in parts.items()
         if "bound" in one.verdict
     ]
-    return ". ".join([told, *bounds, *told_of(recipe)])
+    return ". ".join([told, *bounds, *departure_warnings(recipe)])
 
 
 def _said(component: dict[str, Any]) -> str:
