@@ -76,7 +76,7 @@ def test_full_size_recipes_carry_the_papers_numbers() -> None:
         )
         assert lora is not None and (lora.r, lora.alpha, lora.dropout) == (16, 128, 0.05)
         assert training.batch_size * training.gradient_accumulation in (32, 128)
-        assert recipe.objective.beta == 0.01 and recipe.objective.judge == {"name": "greedy_topk", "k": 5}
+        assert recipe.objective.beta == 0.01 and recipe.objective.gate == {"name": "greedy_topk", "k": 5}
 
 
 def test_the_starter_recipe_loads(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_server_of_another_tokenizer_is_refused_before_it_is_asked(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"kind": "vllm", "tokenizer": "x"}, "say how many: k: 32"),
+        ({"kind": "vllm", "tokenizer": "x"}, "set their number, for example k: 32"),
         ({"kind": "sglang", "k": 9}, "tokenizer: FOLDER"),
         ({"kind": "tgi", "k": 9}, "must be 'vllm', 'sglang', 'openai' or 'selectkd'"),
         ({"url": "http://me:sk-1@host", "kind": "vllm"}, "api_key_env"),

@@ -1,4 +1,4 @@
-"""Recipes: YAML to a checked, frozen ``Recipe``; every problem is told at once. No torch here."""
+"""Recipes: YAML to a checked, frozen ``Recipe``; one error names every problem. No torch here."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from selectkd.config.methods import METHODS, Method
 from selectkd.config.section import refuse
 from selectkd.objective.registry import did_you_mean
 
-OWN = ("verifier", "selector", "beta")
+GATE_KEYS = ("verifier", "selector", "beta")
 """The keys of ``objective`` that ``selection`` speaks for."""
 
 
@@ -64,38 +64,38 @@ def laid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _selected(objective: Any, said: Any, selection: Any) -> Any:
+def _selected(objective: Any, given: Any, selection: Any) -> Any:
     """The objective with the selection's verifier or selector and its beta in it."""
     if not isinstance(selection, Mapping) or not isinstance(objective, Mapping | None):
-        return objective  # told as a wrong type where the section is checked
-    wanted = {**_judges(selection), "beta": selection.get("beta", 0.01)}
+        return objective  # the check of the section reports the wrong type
+    wanted = {**_gates(selection), "beta": selection.get("beta", 0.01)}
     for key, value in wanted.items():
-        own = said.get(key) if isinstance(said, Mapping) else None
-        own = {"name": own} if key != "beta" and isinstance(own, str) else own
-        if own is not None and own != value:
+        written = given.get(key) if isinstance(given, Mapping) else None
+        written = {"name": written} if key != "beta" and isinstance(written, str) else written
+        if written is not None and written != value:
             raise refuse(
-                f"says {key} = {value} and objective.{key} says {own}; leave out one of the two",
+                f"says {key} = {value} and objective.{key} says {written}; leave out one of the two",
                 at="selection",
             )
     kept = dict(objective or {})
-    if "verifier" not in wanted and not (isinstance(said, Mapping) and said.get("verifier") is not None):
+    if "verifier" not in wanted and not (isinstance(given, Mapping) and given.get("verifier") is not None):
         kept.pop("verifier", None)
     return {**kept, **wanted}
 
 
-def _judges(selection: Mapping[str, Any]) -> dict[str, Any]:
+def _gates(selection: Mapping[str, Any]) -> dict[str, Any]:
     """The verifier and the selector that a selection names, with the parameters beside the name, which are those of the
     one that is named, or of the verifier where none is.
     """
     named = [key for key in ("verifier", "selector") if selection.get(key) is not None]
-    params = {key: value for key, value in selection.items() if key not in OWN}
+    params = {key: value for key, value in selection.items() if key not in GATE_KEYS}
     for key in params:
         if not isinstance(key, str) or key == "name":
             raise refuse(
                 f"has the key {key!r}. Write {{verifier: NAME, PARAMETER: value, beta: value}}",
                 at="selection",
             )
-        if near := get_close_matches(key, OWN, 1, 0.75):
+        if near := get_close_matches(key, GATE_KEYS, 1, 0.75):
             raise refuse(f"has the key {key!r}. Did you mean {near[0]}?", at="selection")
     if len(named) == 2 and params:
         raise refuse(

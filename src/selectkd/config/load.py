@@ -45,7 +45,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def recipe_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a mapping of plain values says, checked as a file is."""
+    """The recipe of a mapping of plain values, checked as a file is."""
     return _checked(Document(dict(values)), "recipe", overrides)
 
 
@@ -94,19 +94,19 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
         )
     values = _copied(values)
     problems: list[Problem] = []
-    said: dict[tuple[str | int, ...], str] = {}
+    set_by: dict[tuple[str | int, ...], str] = {}
     for override in overrides:
         try:
             path, value = _parsed(override)
             _lay(values, path, value)
-            said[path] = f"--set {'.'.join(map(str, path))}"
+            set_by[path] = f"--set {'.'.join(map(str, path))}"
         except ConfigError as error:
             problems.append(Problem((), "--set", f"cannot take {override[:60]!r}: {error}"))
 
     def where(path: tuple[str | int, ...]) -> str:
         for length in range(len(path), 0, -1):
-            if path[:length] in said:
-                return said[path[:length]]
+            if path[:length] in set_by:
+                return set_by[path[:length]]
         line = document.line(path)
         return source if line is None else f"{source}:{line}"
 
@@ -114,14 +114,16 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [Problem(path, where(path), told) for path, told in explained(error, Recipe, values)]
+        problems += [
+            Problem(path, where(path), message) for path, message in explained(error, Recipe, values)
+        ]
     if recipe is None or problems:
         raise raised(sorted(problems, key=lambda problem: document.line(problem.path) or 0), source)
     return recipe
 
 
 def _copied(value: Any) -> Any:
-    """Plain values anew, so that overrides change nothing of the caller's."""
+    """A copy of plain values, which overrides may change."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value
@@ -140,8 +142,8 @@ def _parsed(override: str) -> tuple[tuple[str | int, ...], Any]:
     for depth, step in enumerate(path, start=1):
         known = fields_at(Recipe, path[: depth - 1])
         if known and not isinstance(step, int) and step not in known:
-            told = instead(path[:depth]) or did_you_mean(step, known)
-            raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{told}")
+            hint = instead(path[:depth]) or did_you_mean(step, known)
+            raise ConfigError(f"there is no {'.'.join(map(str, path[:depth]))}.{hint}")
         if not known and OPEN.intersection(map(str, path[: depth - 1])):
             break  # a parameter of a component
         if not known and not isinstance(step, int):

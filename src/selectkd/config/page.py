@@ -43,9 +43,9 @@ def _heading(section: Any, paths: list[str], shared: bool) -> str:
     """Where the section stands; with its first key where another kind of section may stand there too."""
     key, first = next(iter(section["properties"].items()))
     name = section["properties"].get("name", {}).get("const")
-    own = f"name: {name}" if name else f"{key}: {_shown(first['const'])}" if "const" in first else key
+    title = f"name: {name}" if name else f"{key}: {_shown(first['const'])}" if "const" in first else key
     places = ", ".join(f"`{path}`" for path in sorted(dict.fromkeys(paths), key=len))
-    return f"## {places}" + (f" with `{own}`" if shared else "") + "\n"
+    return f"## {places}" + (f" with `{title}`" if shared else "") + "\n"
 
 
 def _table(section: Any) -> str:

@@ -156,8 +156,8 @@ def _named(value: Any) -> Any:
     value = {"name": value} if isinstance(value, str) else value
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     if name not in NAMES:
-        told = "needs a name" if name is None else f"names no policy: {name!r}"
-        raise refuse(f"{told}.{did_you_mean(str(name), NAMES)} Known: {', '.join(NAMES)}")
+        problem = "needs a name" if name is None else f"names no policy: {name!r}"
+        raise refuse(f"{problem}.{did_you_mean(str(name), NAMES)} Known: {', '.join(NAMES)}")
     return value
 
 
@@ -166,7 +166,7 @@ def _kind(value: Any) -> str:
     return f"the policy {name}"
 
 
-# A tag with spaces is no key, so that `problems` tells the two apart.
+# A tag with spaces cannot be a key, which `problems` relies on.
 Policy = Annotated[
     Annotated[DatasetPolicy, Tag("the policy dataset")]
     | Annotated[TeacherPolicy, Tag("the policy teacher")]

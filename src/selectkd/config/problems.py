@@ -1,4 +1,4 @@
-"""Everything that is wrong with a recipe, told at once in at most six lines."""
+"""Everything that is wrong with a recipe, in one message of at most six lines."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from selectkd.errors import ConfigError
 from selectkd.objective.registry import did_you_mean
 
 TAGS = {"source", "share", "constant", "change"}
-"""Names that only tell the alternatives of the schema apart; they are no keys of a recipe."""
+"""Names of the alternatives of the schema; they are no keys of a recipe."""
 
 EXACTLY_ONE = (("student", "model", "from_teacher"), ("training", "max_steps", "epochs"))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, at which key and where that key was written."""
+    """A fault of a recipe: its key, the place where that key was written, and a message."""
 
     path: tuple[str | int, ...]
     where: str
-    told: str
+    message: str
 
     @property
     def key(self) -> str:
         return ".".join(map(str, self.path)) or "the recipe"
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.key} {self.told}" + ("" if self.told.endswith((".", "?")) else ".")
+        text = f"{self.where}: {self.key} {self.message}" + ("" if self.message.endswith((".", "?")) else ".")
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -54,20 +54,20 @@ def raised(problems: Sequence[Problem], source: str) -> ConfigError:
 def explained(
     error: ValidationError, model: type[BaseModel], values: Any
 ) -> list[tuple[tuple[str | int, ...], str]]:
-    """(key path, what is wrong) for each error of a validation, in the reader's words, one per path."""
+    """(key path, message) for each error of a validation, in the user's words, one per path."""
     found: dict[tuple[str | int, ...], list[str]] = {}
     for one in error.errors(include_url=False):
         path = _path(one["loc"], values)
         at = one.get("ctx", {}).get("at")
         path = (*path, at) if at else path
-        told = _told(one, model, path)
-        if told not in found.setdefault(path, []):
-            found[path].append(told)
+        message = _message(one, model, path)
+        if message not in found.setdefault(path, []):
+            found[path].append(message)
     for section, one, other in EXACTLY_ONE:  # pydantic looks at several keys only where each of them is right
         here = values.get(section) if isinstance(values, Mapping) else None
         if isinstance(here, Mapping) and (here.get(one) is None) == (here.get(other) is None):
             found.setdefault((section,), [f"needs exactly one of {one} and {other}"])
-    return [(path, " or ".join(told)) for path, told in found.items()]
+    return [(path, " or ".join(message)) for path, message in found.items()]
 
 
 def _path(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
@@ -91,11 +91,11 @@ def _holds(here: Any, step: str | int) -> bool:
     return isinstance(here, Mapping) and step in here
 
 
-def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
+def _message(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
     kind, value = one["type"], one.get("input")
     limits = one.get("ctx", {})
     if kind == "selectkd":
-        return str(limits["told"])
+        return str(limits["message"])
     if kind == "extra_forbidden":
         known = sorted(fields_at(model, path[:-1]))
         return "is not a key." + (
@@ -141,7 +141,7 @@ def _told(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> str:
 
 
 def _mapping(value: Any, known: set[str]) -> str:
-    """The mapping that was meant by a value in its place, where that can be said."""
+    """The mapping to write in place of a plain value; empty where none is known."""
     if value is True:
         return "; {} takes its defaults"
     for key, form in (

@@ -97,7 +97,7 @@ class SourceSection(Section):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What the data room reads of it."""
+        """The keys that ``selectkd.data`` reads."""
         return self.model_dump(exclude={"policy", "objective"}, exclude_none=True)
 
 
@@ -236,7 +236,7 @@ class ObjectiveSection(Section):
         return value
 
     @property
-    def judge(self) -> dict[str, Any]:
+    def gate(self) -> dict[str, Any]:
         """The verifier, or the selector where there is no verifier."""
         return self.verifier or self.selector or {"name": "greedy_topk", "k": 5}
 

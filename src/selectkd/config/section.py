@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: strict, frozen models and the types of their values."""
+"""The base of every section of a recipe: a strict, frozen model, and the types of values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 
 
 def refuse(message: str, *, at: str = "") -> PydanticCustomError:
-    """The error a check of several keys raises, the message shown as it is; ``at``: a key below, where one is meant."""
-    return PydanticCustomError("selectkd", "{told}", {"told": message, "at": at})
+    """The error of a check of several keys, its message shown unchanged; ``at``: the key below that it is about."""
+    return PydanticCustomError("selectkd", "{message}", {"message": message, "at": at})
 
 
 def _whole(value: Any) -> Any:
@@ -41,14 +41,14 @@ def _component(value: Any) -> Any:
     return value
 
 
-OWN_OF_TEMPLATES = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
 
 def _arguments(value: Any) -> Any:
     """Arguments of a chat template; those that a rendering sets itself are refused."""
-    own = [name for name in OWN_OF_TEMPLATES if isinstance(value, dict) and name in value]
-    if own:
-        raise refuse(f"sets {own[0]}, which every rendering sets itself; leave it out")
+    reserved = [name for name in SET_BY_RENDERING if isinstance(value, dict) and name in value]
+    if reserved:
+        raise refuse(f"sets {reserved[0]}, which every rendering sets itself; leave it out")
     return value
 
 

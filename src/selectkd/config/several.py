@@ -11,7 +11,7 @@ from selectkd.config.teachers import Teacher
 
 Value = str | int | float | bool
 
-OWN = ("weight", "streams", "when", "teacher")
+MEMBER_KEYS = ("weight", "streams", "when", "teacher")
 
 
 class Member(Section):
@@ -33,8 +33,8 @@ class Member(Section):
     def _teacher_beside_its_part(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "teacher" in value:
             return value
-        own = {key: each for key, each in value.items() if key in OWN}
-        return {**own, "teacher": {key: each for key, each in value.items() if key not in OWN}}
+        given = {key: each for key, each in value.items() if key in MEMBER_KEYS}
+        return {**given, "teacher": {key: each for key, each in value.items() if key not in MEMBER_KEYS}}
 
 
 def _one_way(members: list[Member]) -> list[Member]:

@@ -1,4 +1,4 @@
-"""What ``teacher:`` may be, one model per kind; the key that only one kind has tells which kind is meant."""
+"""The kinds of ``teacher:``, one model per kind; a key that only one kind has decides the kind."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class AdaptersOffTeacher(Section):
 
 
 def over_tls(section: Any) -> Any:
-    """A section with a `ca`, which only a server of https shows a certificate of."""
+    """The section; refused where `ca` stands beside a url without https."""
     if section.ca is not None and not section.url.startswith("https:"):
         raise refuse(
             f"ca = {section.ca!r} goes with https, and url is {section.url}; leave ca out, or use https"
@@ -148,13 +148,15 @@ class RemoteTeacher(Section):
     two prompts of at most 24 tokens."""
 
     @model_validator(mode="after")
-    def _can_be_asked(self) -> Self:
+    def _names_k_and_tokenizer(self) -> Self:
         if self.kind != "selectkd" and self.k is None:
-            raise refuse(f"kind {self.kind} answers with its best tokens; say how many: k: 32")
+            raise refuse(
+                f"kind {self.kind} answers with its best tokens; set their number, for example k: 32"
+            )
         if self.kind != "selectkd" and self.tokenizer is None:
             raise refuse(
-                f"kind {self.kind} answers in token ids and does not say whose; name the tokenizer it serves with, "
-                "so that it can be compared with the student's: tokenizer: FOLDER"
+                f"kind {self.kind} answers in token ids; name its tokenizer, which is compared with the "
+                "student's: tokenizer: FOLDER"
             )
         return over_tls(self)
 
@@ -194,11 +196,11 @@ class CacheTeacher(Section):
 def _kind(value: Any) -> str:
     """The tag of the kind that is meant; a mapping without any kind's own key is read as a model."""
     keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    own = {"cache": "a cache", "url": "a server", "adapters_off": "the student's base"}
-    return next((kind for key, kind in own.items() if key in keys), "a model")
+    kinds = {"cache": "a cache", "url": "a server", "adapters_off": "the student's base"}
+    return next((kind for key, kind in kinds.items() if key in keys), "a model")
 
 
-# A tag with a space is no key, so that `problems` tells the two apart.
+# A tag with a space cannot be a key, which `problems` relies on.
 Teacher = Annotated[
     Annotated[ModelTeacher, Tag("a model")]
     | Annotated[CacheTeacher, Tag("a cache")]

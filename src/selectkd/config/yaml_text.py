@@ -133,7 +133,7 @@ class _Reader:
 
     def mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        own: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -147,14 +147,14 @@ class _Reader:
                 shown = repr(key_node.value)[:40] if isinstance(key_node, ScalarNode) else "a collection"
                 raise self.refuse(key_node, f"a key must be a word, got {shown}; quote it if it is meant.")
             key = key_node.value
-            if key in own:
+            if key in entries:
                 raise self.refuse(
                     key_node, f"the key {key!r} is here twice (first on line {first[key]}); keep one."
                 )
             first[key] = line
             self.lines[(*path, key)] = line
-            own[key] = self.value(value_node, (*path, key))
-        return {**merged, **own}
+            entries[key] = self.value(value_node, (*path, key))
+        return {**merged, **entries}
 
     def scalar(self, node: ScalarNode, tag: str) -> Any:
         word = node.value
@@ -188,7 +188,7 @@ def _real(word: str) -> float:
 
 
 def _explained(error: MarkedYAMLError, text: str, source: str) -> ConfigError:
-    """What the parser found, in the reader's words, with the line."""
+    """The parser's error in the user's words, with the line."""
     mark = error.problem_mark or error.context_mark
     number = mark.line + 1 if mark else 1
     rows = text.splitlines()
@@ -198,5 +198,5 @@ def _explained(error: MarkedYAMLError, text: str, source: str) -> ConfigError:
         return ConfigError(
             f"{where}: a tab stands in the indentation; YAML takes spaces only. Replace it by spaces."
         )
-    told = " ".join(str(error.problem or error.context or "cannot be read").split())
-    return ConfigError(f"{where}: not YAML: {told[:160]}. The line is {row.strip()[:60]!r}.")
+    reason = " ".join(str(error.problem or error.context or "cannot be read").split())
+    return ConfigError(f"{where}: not YAML: {reason[:160]}. The line is {row.strip()[:60]!r}.")

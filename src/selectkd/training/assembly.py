@@ -292,7 +292,7 @@ def objective_of(spec: Any, tokenizer: Any) -> tuple[Objective, BetaSchedule, bo
     )
     objective = Objective(
         spec.divergence,
-        spec.judge,
+        spec.gate,
         beta=schedule.start,
         always_accept=always_accepted(spec.always_accept, tokenizer),
         verify_temperature=spec.verify_temperature,

@@ -179,7 +179,7 @@ def _tokenizer(plan: Plan) -> str:
 def _objective(plan: Plan, recipe: Any) -> str:
     spec = recipe.objective
     of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
-    told = f"{_said(spec.divergence)} under {_said(spec.judge)}, beta {plan.objective.beta:g}, from a {of} teacher"
+    told = f"{_said(spec.divergence)} under {_said(spec.gate)}, beta {plan.objective.beta:g}, from a {of} teacher"
     parts = exactness.of(plan.objective, plan.teacher.payload, k=plan.teacher.k)
     bounds = [
         f"the {part} is a {one.verdict}: {one.reason}"
