@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
 
 from selectkd import LiveRows, Objective, allow_plugin, distillation_loss
 from selectkd.errors import ConfigError
+from selectkd.loss.extras.adaptive_alpha import adaptive_alpha
+from selectkd.loss.teacher_rows import Head
+from selectkd.loss.terms import Forward, Term
 from selectkd.objective import plugins
 from selectkd.objective.contract import check_divergence, check_verifier
+from selectkd.objective.divergences import DIVERGENCES, is_unpaired, states
+from selectkd.objective.divergences.closed_form import closed_form_of
+from selectkd.objective.divergences.from_top_k import MERGED, UNDECLARED, from_top_k
+from selectkd.objective.registry import name_in
+from selectkd.teachers.exactness import of_divergence, of_verifier
 
 OUTSIDE = textwrap.dedent(
     '''
@@ -91,3 +100,52 @@ def test_a_misspelt_name_or_parameter_is_answered_with_the_right_one():
 def test_the_contract_fails_for_what_is_no_divergence(broken, says):
     with pytest.raises(AssertionError, match=says):
         check_divergence(broken)
+
+
+def _named(name: str):
+    """A divergence from outside that goes by the name of one of ours."""
+
+    def own(logp, logq):
+        return (logp.exp() - logq.exp()).square().sum(-1)
+
+    own.__name__ = own.__qualname__ = name
+    return own
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "skew_kl", "total_variation"])
+def test_a_divergence_that_has_the_name_of_ours_is_not_taken_for_it(name):
+    own = _named(name)
+    assert closed_form_of(own) is None and from_top_k(own) is UNDECLARED
+    assert name_in(DIVERGENCES, own) is None and name_in(DIVERGENCES, DIVERGENCES[name]) == name
+    assert of_divergence(own, "sampled").verdict == "refused"
+
+
+def test_a_verifier_that_has_the_name_of_ours_is_not_taken_for_it():
+    def always(pair, uniform):
+        return pair.logp.exp().amax(-1)
+
+    assert of_verifier(always, "sampled").verdict == "refused"
+    assert of_verifier(Objective("forward_kl", "always").verifier, "sampled").verdict == "exact"
+
+
+def test_an_extra_leaves_a_divergence_that_has_the_name_of_its_own_alone():
+    n, v = 6, 8
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 4, generator=generator), torch.randn(v, 4, generator=generator)
+    zero, labels = torch.zeros(n, dtype=torch.long), torch.arange(n)
+    forward = Forward(hidden, Head(weight), LiveRows(hidden, weight), labels, zero, zero, torch.empty(n, 0))
+    for divergence, changed in ((_named("skew_kl"), False), (DIVERGENCES["skew_kl"], True)):
+        term = Term(Objective(divergence, "always"))
+        (after,) = adaptive_alpha()(forward, [term], step=0)
+        assert (after.objective.divergence is not term.objective.divergence) == changed
+
+
+def test_what_a_divergence_states_holds_with_its_parameters_bound():
+    @states(closed_form=lambda block, scale=1.0: scale, from_top_k=MERGED, pairs=False)
+    def own(logp, logq, *, scale=1.0):
+        return scale * (logp - logq).sum(-1)
+
+    bound = partial(own, scale=3.0)
+    form = closed_form_of(bound)
+    assert form is not None and form(None) == 3.0
+    assert from_top_k(bound) is MERGED and is_unpaired(bound)

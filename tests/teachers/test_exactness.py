@@ -160,7 +160,7 @@ def test_a_selector_that_ranks_the_batch_is_refused_from_top_k(name):
 def test_a_component_from_outside_that_declares_nothing_is_refused_from_top_k_alone():
     objective = Objective(lambda logp, logq: (logp.exp() - logq.exp()).square().sum(-1), "always")
     check(objective, "live")
-    with pytest.raises(ConfigError, match="on_top_k"):
+    with pytest.raises(ConfigError, match="from_top_k"):
         check(objective, "top_k", k=32)
 
 

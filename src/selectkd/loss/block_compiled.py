@@ -21,8 +21,9 @@ from selectkd.errors import ConfigError
 from selectkd.loss.block import HIGHEST, LANES, LOWEST, Rows, Settings, argmax
 from selectkd.loss.block_eager import RANKS, CompiledBlock, Told, statistic
 from selectkd.loss.teacher_rows import Head, LiveChunk, finish_logits
-from selectkd.objective.divergences.closed_form import Block, closed_form_of
+from selectkd.objective.divergences.closed_form import Block, ClosedForm, closed_form_of
 from selectkd.objective.divergences.kl import LOG_FLOOR, forward_value
+from selectkd.objective.divergences.record import record_of
 
 PROGRAMS = 32
 """Compiled programs that are kept, one for each plan."""
@@ -32,11 +33,11 @@ FEW_LANES = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What a program is made for. divergence and params: whose closed form it is; heads: scale and soft-cap of student
+    """What a program is made for. closed_form and params: of the divergence; heads: scale and soft-cap of student
     and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias is -inf;
     shifts: whether a row's maximum is subtracted first, without which its log-sum-exp has to be ordinary."""
 
-    divergence: Callable[..., Tensor]
+    closed_form: ClosedForm
     params: tuple[tuple[str, Any], ...]
     heads: tuple[tuple[float, float | None], tuple[float, float | None]]
     temperature: float
@@ -74,7 +75,7 @@ class Plan:
         told |= {name: statistic(name, block, top, label).flatten() for name in sums}
         if self.kl:
             told["kl"] = forward_value(block).flatten()
-        told["divergence"] = self.divergence.closed_form(block, **dict(self.params)).flatten()  # type: ignore[attr-defined]
+        told["divergence"] = self.closed_form(block, **dict(self.params)).flatten()
         gradient = block.out * block.factor
         if self.forbids:  # as ``Forbidden.release``
             held = torch.where(gone, gradient, 0.0).sum(-1, keepdim=True)
@@ -146,10 +147,11 @@ def plan_of(
     divergence: Any, student: Head, teacher: Head, temperature: float, reads: tuple[str, ...], *, kl: bool
 ) -> Plan:
     """The plan of a block: equal for equal divergences, whatever objects they are."""
-    function, params = getattr(divergence, "func", divergence), getattr(divergence, "keywords", {})
+    record, params = record_of(divergence)
+    assert record.closed_form is not None  # nothing else is compiled
     heads = ((student.scale, student.softcap), (teacher.scale, teacher.softcap))
     forbids = any(head.forbidden(head.width).numel() for head in (student, teacher))
-    return Plan(function, tuple(sorted(params.items())), heads, temperature, reads, kl, forbids)
+    return Plan(record.closed_form, tuple(sorted(params.items())), heads, temperature, reads, kl, forbids)
 
 
 def compiled_block(settings: Settings) -> CompiledBlock:

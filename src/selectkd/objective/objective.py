@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, Divergence, reads_label
+from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, reads_label
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.registry import bind, build, name_of
 from selectkd.objective.selectors import SELECTORS
@@ -163,7 +163,7 @@ class Objective:
         weight, acceptance = self.weigh(seen, uniform, acceptance=acceptance)
         with torch.no_grad():
             overlap = seen.overlap
-        divergence: Divergence = self.divergence  # type: ignore[assignment]
+        divergence: Callable[..., Tensor] = self.divergence  # type: ignore[assignment]
         return Judgement(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
 
     def _column(self, pair: TokenPair) -> tuple[Int[Tensor, " n"], ...]:

@@ -95,6 +95,23 @@ def name_of(component: Any) -> str:
     return type(component).__name__
 
 
+def unbound(component: Any) -> tuple[Callable[..., Any], Mapping[str, Any]]:
+    """A function without the parameters bound to it, and those."""
+    if isinstance(component, functools.partial):
+        return component.func, component.keywords
+    return component, {}
+
+
+def name_in(table: Mapping[str, Callable[..., Any]], component: Any) -> str | None:
+    """The name a table has a function under, its parameters bound or not; None for any other, whatever it is called.
+
+    >>> name_in({"length": len}, functools.partial(len)), name_in({"length": len}, lambda x: x)
+    ('length', None)
+    """
+    function, _ = unbound(component)
+    return next((name for name, known in table.items() if known is function), None)
+
+
 def _check(component: Callable[..., Any], name: str, params: Mapping[Any, Any], kind: str) -> None:
     allowed = parameters(component)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in allowed.values())

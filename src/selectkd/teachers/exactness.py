@@ -15,7 +15,7 @@ from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.divergences.from_top_k import MERGED, REVERSE, Exactness, from_top_k
 from selectkd.objective.divergences.uld import is_unpaired
 from selectkd.objective.objective import Objective
-from selectkd.objective.registry import name_of
+from selectkd.objective.registry import name_in, name_of
 from selectkd.objective.selectors import SELECTORS
 from selectkd.objective.verifiers import VERIFIERS, traits_of
 from selectkd.teachers.protocol import Payload
@@ -75,7 +75,7 @@ APART = Exactness("refused", "it compares the two distributions token by token, 
 def of_divergence(divergence: Any, payload: Payload) -> Exactness:
     """What a divergence's value is from a payload; its parameters, where bound, count."""
     if payload == "sampled":
-        return UNBIASED if name_of(divergence) == DRAWN[0] else DRAWS
+        return UNBIASED if name_in(DIVERGENCES, divergence) == DRAWN[0] else DRAWS
     if payload == "aligned":
         if is_unpaired(divergence):
             return SORTED
@@ -86,7 +86,7 @@ def of_divergence(divergence: Any, payload: Payload) -> Exactness:
 def of_verifier(verifier: Any, payload: Payload, *, k: int | None = None) -> Exactness:
     """What a verifier's or selector's acceptance is from a payload of K = ``k`` tokens; None: as many as it needs."""
     if payload == "sampled":
-        return EVERY if name_of(verifier) == DRAWN[1] else DRAWS
+        return EVERY if type(verifier) is VERIFIERS[DRAWN[1]] else DRAWS
     traits = traits_of(verifier)
     if payload == "aligned":
         if traits.ranks:
@@ -138,7 +138,7 @@ def check(
     )
     teacher = f"the teacher {source}".strip() + f" {gives}"
     names = name_of(objective.divergence), name_of(objective.verifier)
-    if payload == "sampled" and names != DRAWN:
+    if payload == "sampled" and "refused" in {one.verdict for one in of(objective, payload).values()}:
         raise ConfigError(
             f"drawn ids give the gradient of {DRAWN[0]} under `{DRAWN[1]}` without bias and nothing else; the recipe "
             f"has {names[0]} under {names[1]}. Use those two, or the payload top_k or hidden."

@@ -18,6 +18,8 @@ from selectkd.loss.block_triton import passes
 from selectkd.loss.block_triton.formulas import TERMS, of_alpha_beta
 from selectkd.loss.block_triton.passes import FLOATS, INTS
 from selectkd.loss.teacher_rows import Head, LiveChunk
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.registry import name_in, unbound
 from selectkd.objective.verifiers import RowStatistics
 
 TILE, WARPS = 1024, 4
@@ -99,9 +101,8 @@ def _value_and_factor(name: str, table: dict[str, Tensor], finite: Tensor) -> tu
 
 
 def _named(divergence: Any) -> tuple[str, dict[str, Any]]:
-    """The registry name of a divergence and the parameters bound to it."""
-    function = getattr(divergence, "func", divergence)
-    return getattr(function, "__name__", ""), dict(getattr(divergence, "keywords", {}))
+    """The registry name of a divergence, "" for one from outside, and the parameters bound to it."""
+    return name_in(DIVERGENCES, divergence) or "", dict(unbound(divergence)[1])
 
 
 _LOOKED_AT: Any = WeakTensorKeyDictionary()

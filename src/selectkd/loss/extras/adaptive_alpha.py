@@ -10,7 +10,8 @@ from torch import distributed as dist
 
 from selectkd.errors import ConfigError
 from selectkd.loss.terms import Forward, Term
-from selectkd.objective.registry import name_of
+from selectkd.objective.divergences import DIVERGENCES
+from selectkd.objective.registry import name_in, unbound
 
 SIGN = {"skew_kl": 1.0, "skew_reverse_kl": -1.0}
 """The gap of skew_kl is P - Q (text of the teacher's), of skew_reverse_kl Q - P (text of the student's)."""
@@ -48,13 +49,13 @@ class adaptive_alpha:
         result: list[Term] = []
         found: dict[str, dict[int, float]] = {}  # the gap of each sequence, however many terms have its rows
         for term in terms:
-            name = name_of(term.objective.divergence)
+            name = name_in(DIVERGENCES, term.objective.divergence)
             sequence = term.of(forward.sequence)
-            if name not in SIGN or not sequence.numel():
+            if name is None or name not in SIGN or not sequence.numel():
                 result.append(term)
                 continue
             gap, gaps = self._gaps(forward), found.setdefault(name, {})
-            params: dict[str, Any] = dict(getattr(term.objective.divergence, "keywords", {}))
+            _, params = unbound(term.objective.divergence)
             for one in sequence.unique().tolist():
                 gaps[one] = SIGN[name] * gap[one]
                 loss = {**params, "name": name, "alpha": self.alpha(name, gaps[one])}

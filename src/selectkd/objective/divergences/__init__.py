@@ -25,11 +25,10 @@ from selectkd.objective.divergences.label import (
     reads_label,
     sampled_reverse_kl,
 )
+from selectkd.objective.divergences.record import Divergence, states
 from selectkd.objective.divergences.uld import is_unpaired, uld
 
-Divergence = Callable[..., Tensor]
-
-DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
+DIVERGENCES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,
@@ -67,6 +66,7 @@ __all__ = [
     "sampled_reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
+    "states",
     "taid",
     "todi",
     "total_variation",

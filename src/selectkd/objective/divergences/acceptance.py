@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.divergences.closed_form import Block, Column, total, with_gradient
-from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION, on_top_k
+from selectkd.objective.divergences.closed_form import Block, Column, total
+from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION
 from selectkd.objective.divergences.kl import LOG_FLOOR, forward_kl
+from selectkd.objective.divergences.record import states
 
 
 def _towards_overlap(block: Block) -> tuple[Column, Column]:
@@ -35,8 +36,7 @@ def _total_variation(block: Block) -> Column:
     return value
 
 
-@on_top_k(MERGED)
-@with_gradient(_total_variation)
+@states(closed_form=_total_variation, from_top_k=MERGED)
 def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Total variation, 1/2 sum_v |p - q|.
 
@@ -61,8 +61,7 @@ def _neg_log_acceptance(block: Block) -> Column:
     return -shared.clamp(min=floor, max=1.0).log()
 
 
-@on_top_k(MERGED)
-@with_gradient(_neg_log_acceptance)
+@states(closed_form=_neg_log_acceptance, from_top_k=MERGED)
 def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Negative log acceptance, -log sum_v min(p, q).
 
@@ -83,7 +82,7 @@ def neg_log_acceptance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -
     return torch.where((logp == logq).all(-1), loss * 0.0, loss)
 
 
-@on_top_k(NO_DIRECTION)
+@states(from_top_k=NO_DIRECTION)
 def kl_tv_hybrid(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, eta: float = 3.0
 ) -> Float[Tensor, " n"]:

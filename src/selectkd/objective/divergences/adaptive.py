@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.objective.divergences.closed_form import Block, Column, dot, project, with_gradient
-from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION, REVERSE, on_top_k
+from selectkd.objective.divergences.closed_form import Block, Column, dot, project
+from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION, REVERSE
 from selectkd.objective.divergences.kl import floored, forward_kl, relative_entropy, reverse_kl, share_of
+from selectkd.objective.divergences.record import states
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Column:
     return share * forward + (1.0 - share) * reverse + (2.0 * share - 1.0) * block.excess(block.spare)
 
 
-@on_top_k(NO_DIRECTION)
-@with_gradient(_adaptive_kl)
+@states(closed_form=_adaptive_kl, from_top_k=NO_DIRECTION)
 def adaptive_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, mu: float = 0.5
 ) -> Float[Tensor, " n"]:
@@ -68,8 +68,7 @@ def _todi(block: Block) -> Column:
     return value
 
 
-@on_top_k(REVERSE)
-@with_gradient(_todi)
+@states(closed_form=_todi, from_top_k=REVERSE)
 def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """ToDi, sum_v w p log(p / q) + (1 - w) q log(q / p) with w = p / (p + q) without gradient.
 
@@ -89,7 +88,7 @@ def todi(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor
     return terms.clamp(min=0.0).sum(-1)
 
 
-@on_top_k(lambda t=0.4: MERGED if t == 1.0 else NO_DIRECTION)
+@states(from_top_k=lambda t=0.4: MERGED if t == 1.0 else NO_DIRECTION)
 def taid(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, t: float = 0.4) -> Float[Tensor, " n"]:
     """TAID, KL(m || q) with m = softmax((1 - t) log q + t log p), the student in m without gradient.
 

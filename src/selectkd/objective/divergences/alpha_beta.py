@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.divergences.closed_form import Block, Column, project, with_gradient
-from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION, REVERSE, Exactness, on_top_k
+from selectkd.objective.divergences.closed_form import Block, Column, project
+from selectkd.objective.divergences.from_top_k import MERGED, NO_DIRECTION, REVERSE, Exactness
 from selectkd.objective.divergences.kl import floored, reverse_kl
+from selectkd.objective.divergences.record import states
 
 
 def power_gap(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], power: float) -> Float[Tensor, "n s"]:
@@ -41,8 +42,7 @@ def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Colum
     return value
 
 
-@on_top_k(_of_alpha_beta)
-@with_gradient(_alpha_beta)
+@states(closed_form=_alpha_beta, from_top_k=_of_alpha_beta)
 def alpha_beta(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.2, beta: float = 0.7
 ) -> Float[Tensor, " n"]:

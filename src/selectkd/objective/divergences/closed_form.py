@@ -11,16 +11,16 @@ float for one, so that either can be added to and multiplied with the rows.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Tensor])
-
+from selectkd.objective.divergences.record import record_of
 
 Column = Any
 """A number of each row: a tensor [n, 1], or a float."""
@@ -83,37 +83,14 @@ def _minus(logits: Tensor, norm: Column) -> tuple[Tensor, Column]:
     return logits.sub_(rounded), narrow(norm - rounded, logits)
 
 
-class ClosedForm(Protocol):
-    """(block, **params) -> D; the gradient to the student's logits over block.factor is left in block.out."""
-
-    def __call__(self, block: Block, **params: float) -> Column: ...
-
-
-def with_gradient(closed_form: Callable[..., Column]) -> Callable[[F], F]:
-    """Declares ``closed_form`` as value and gradient of the divergence it decorates; both take the same parameters.
-
-    The contract suite holds the two equal in fp64.
-    """
-
-    def declare(divergence: F) -> F:
-        divergence.closed_form = closed_form  # type: ignore[attr-defined]
-        return divergence
-
-    return declare
+ClosedForm = Callable[..., Column]
+"""(block, **params) -> D; the gradient to the student's logits over block.factor is left in block.out."""
 
 
 def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Column] | None:
-    """The closed form a divergence declares, with the parameters bound to the divergence; None where it has none."""
-    function = getattr(divergence, "func", divergence)
-    closed_form = getattr(function, "closed_form", None)
-    if closed_form is None:
-        return None
-    params = getattr(divergence, "keywords", {})
-
-    def bound(block: Block) -> Column:
-        return closed_form(block, **params)
-
-    return bound
+    """The closed form a divergence states, with the parameters bound to the divergence; None where it has none."""
+    record, params = record_of(divergence)
+    return None if record.closed_form is None else functools.partial(record.closed_form, **params)
 
 
 def dot(a: Float[Tensor, "*n s"], b: Float[Tensor, "*n s"], out: Float[Tensor, "*n s"]) -> Column:

@@ -6,11 +6,11 @@ lower bound. That says nothing of the gradient: one that asks for log p of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-F = TypeVar("F", bound=Callable[..., Any])
+from selectkd.objective.divergences.record import record_of
 
 Verdict = Literal["exact", "lower bound", "upper bound", "unbiased", "refused"]
 
@@ -34,22 +34,13 @@ NO_DIRECTION = Exactness(
     "it is no f-divergence: no inequality says what merging the tail does to it, so its value bounds nothing",
 )
 UNDECLARED = Exactness(
-    "refused", "it does not declare what merging the tail does to it; decorate it with on_top_k"
+    "refused", "it does not declare what merging the tail does to it; decorate it with states(from_top_k=...)"
 )
 
 
-def on_top_k(told: Exactness | Callable[..., Exactness]) -> Callable[[F], F]:
-    """Declares what a divergence is from a top-K teacher: always the same, or a function of its parameters."""
-
-    def declare(divergence: F) -> F:
-        divergence.from_top_k = told  # type: ignore[attr-defined]
-        return divergence
-
-    return declare
-
-
 def from_top_k(divergence: Callable[..., Any]) -> Exactness:
-    """What a divergence, with the parameters bound to it, declares; UNDECLARED where it says nothing."""
-    told = getattr(getattr(divergence, "func", divergence), "from_top_k", UNDECLARED)
-    params: Mapping[str, Any] = getattr(divergence, "keywords", {})
-    return told if isinstance(told, Exactness) else told(**params)
+    """What a divergence, with the parameters bound to it, states; UNDECLARED where it states nothing."""
+    record, params = record_of(divergence)
+    if record.from_top_k is None:
+        return UNDECLARED
+    return record.from_top_k if isinstance(record.from_top_k, Exactness) else record.from_top_k(**params)

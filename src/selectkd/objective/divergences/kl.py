@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.divergences.closed_form import Block, Column, centre, dot, total, with_gradient
-from selectkd.objective.divergences.from_top_k import MERGED, REVERSE, on_top_k
+from selectkd.objective.divergences.closed_form import Block, Column, centre, dot, total
+from selectkd.objective.divergences.from_top_k import MERGED, REVERSE
+from selectkd.objective.divergences.record import states
 
 LOG_FLOOR = -87.0
 """What the logarithm of an impossible outcome (-inf) counts as: the smallest normal fp32 number is e^-87.3.
@@ -82,8 +83,7 @@ def _forward_kl(block: Block) -> Column:
     return block.excess(block.out) - forward
 
 
-@on_top_k(MERGED)
-@with_gradient(_forward_kl)
+@states(closed_form=_forward_kl, from_top_k=MERGED)
 def forward_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Forward KL, sum_v p log(p / q).
 
@@ -104,8 +104,7 @@ def _reverse_kl(block: Block) -> Column:
     return mean - block.excess(block.spare)
 
 
-@on_top_k(REVERSE)
-@with_gradient(_reverse_kl)
+@states(closed_form=_reverse_kl, from_top_k=REVERSE)
 def reverse_kl(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
     """Reverse KL, sum_v q log(q / p).
 
@@ -130,8 +129,7 @@ def _jeffreys(block: Block, *, weight: float = 0.5) -> Column:
     return (1.0 - w) * forward + w * reverse + (1.0 - 2.0 * w) * block.excess(block.spare)
 
 
-@on_top_k(lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
-@with_gradient(_jeffreys)
+@states(closed_form=_jeffreys, from_top_k=lambda weight=0.5: MERGED if weight == 0.0 else REVERSE)
 def jeffreys(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, weight: float = 0.5
 ) -> Float[Tensor, " n"]:
@@ -164,8 +162,7 @@ def _skew_kl(block: Block, *, alpha: float = 0.1) -> Column:
     return value
 
 
-@on_top_k(MERGED)
-@with_gradient(_skew_kl)
+@states(closed_form=_skew_kl, from_top_k=MERGED)
 def skew_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, alpha: float = 0.1
 ) -> Float[Tensor, " n"]:
@@ -193,8 +190,10 @@ def _skew_reverse_kl(block: Block, *, alpha: float = 0.1, detach_mixture: bool =
     return value
 
 
-@on_top_k(lambda alpha=0.1, detach_mixture=False: REVERSE if alpha == 0.0 else MERGED)
-@with_gradient(_skew_reverse_kl)
+@states(
+    closed_form=_skew_reverse_kl,
+    from_top_k=lambda alpha=0.1, detach_mixture=False: REVERSE if alpha == 0.0 else MERGED,
+)
 def skew_reverse_kl(
     logp: Float[Tensor, "n s"],
     logq: Float[Tensor, "n s"],
@@ -227,8 +226,7 @@ def _generalized_jsd(block: Block, *, beta: float = 0.5) -> Column:
     return b * forward + (1.0 - b) * reverse
 
 
-@on_top_k(MERGED)
-@with_gradient(_generalized_jsd)
+@states(closed_form=_generalized_jsd, from_top_k=MERGED)
 def generalized_jsd(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], *, beta: float = 0.5
 ) -> Float[Tensor, " n"]:

@@ -16,14 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.divergences.from_top_k import Exactness, on_top_k
+from selectkd.objective.divergences.from_top_k import Exactness
 from selectkd.objective.divergences.kl import LOG_FLOOR, relative_entropy
+from selectkd.objective.divergences.record import states
+from selectkd.objective.registry import name_in
 
 IN_TAIL = Exactness(
     "refused", "it asks for the probability of the text's own token, which K tokens and a tail need not have"
 )
 
 
+@states(from_top_k=IN_TAIL)
 def cross_entropy(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], column: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
@@ -39,6 +42,7 @@ def cross_entropy(
     return torch.where(column >= 0, -_at(logq, column), 0.0)
 
 
+@states(from_top_k=IN_TAIL)
 def sampled_reverse_kl(
     logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"], column: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
@@ -58,6 +62,7 @@ def sampled_reverse_kl(
     return torch.where(column >= 0, advantage * (1.0 + log_q - log_q.detach()), 0.0)
 
 
+@states(from_top_k=IN_TAIL)
 def decoupled_kl(
     logp: Float[Tensor, "n s"],
     logq: Float[Tensor, "n s"],
@@ -111,13 +116,13 @@ def _at(log_a: Float[Tensor, "n s"], column: Int[Tensor, " n"]) -> Float[Tensor,
 
 LABEL_LOSSES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
-        "cross_entropy": on_top_k(IN_TAIL)(cross_entropy),
-        "sampled_reverse_kl": on_top_k(IN_TAIL)(sampled_reverse_kl),
-        "decoupled_kl": on_top_k(IN_TAIL)(decoupled_kl),
+        "cross_entropy": cross_entropy,
+        "sampled_reverse_kl": sampled_reverse_kl,
+        "decoupled_kl": decoupled_kl,
     }
 )
 
 
 def reads_label(divergence: Any) -> bool:
     """Whether a divergence is one of LABEL_LOSSES, its parameters bound or not: it takes the label's column too."""
-    return getattr(divergence, "func", divergence) in LABEL_LOSSES.values()
+    return name_in(LABEL_LOSSES, divergence) is not None

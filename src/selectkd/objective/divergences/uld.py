@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from selectkd.objective.divergences.from_top_k import Exactness, on_top_k
+from selectkd.objective.divergences.from_top_k import Exactness
+from selectkd.objective.divergences.record import record_of, states
 
 UNORDERED = Exactness(
     "refused",
@@ -43,7 +44,7 @@ def _descending(x: Float[Tensor, "n a"], count: int) -> Float[Tensor, "n s"]:
     return x.sort(-1, descending=True).values[:, :count]
 
 
-@on_top_k(UNORDERED)
+@states(from_top_k=UNORDERED, pairs=False)
 def uld(logp: Float[Tensor, "n a"], logq: Float[Tensor, "n b"]) -> Float[Tensor, " n"]:
     """Universal logit distillation, sum_i |p_(i) - q_(i)|, p_(i) and q_(i) the i-th largest probability of each side.
 
@@ -61,9 +62,6 @@ def uld(logp: Float[Tensor, "n a"], logq: Float[Tensor, "n b"]) -> Float[Tensor,
     return sorted_distance(logp.exp(), logq.exp())
 
 
-uld.unpaired = True  # type: ignore[attr-defined]
-
-
 def is_unpaired(divergence: Any) -> bool:
-    """Whether a divergence takes two distributions that have no outcome in common: it declares ``unpaired``."""
-    return getattr(getattr(divergence, "func", divergence), "unpaired", False)
+    """Whether a divergence takes two distributions that have no outcome in common."""
+    return not record_of(divergence)[0].pairs
