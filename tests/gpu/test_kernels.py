@@ -167,7 +167,9 @@ def test_a_teacher_row_that_is_not_finite_teaches_nothing():
 @pytest.mark.parametrize("name", [name for name in READ_STATISTICS if name != "label_top_k"])
 def test_statistics_of_rows_whose_teacher_is_not_finite_equal_the_references(name, fault):
     """One row, and all of them: acceptance, weight, overlap and KL, as they are logged."""
-    near = 1e-3 if name == "hellinger" else 2e-6  # of p = q: a root of 1 - affinity, which is fp32's rounding
+    near = (
+        1e-3 if name == "hellinger" else 2e-6
+    )  # of p = q: a root of 1 - bhattacharyya, which is fp32's rounding
     for spoil in (2, slice(None)):
         seen = compare(Objective("forward_kl", name, beta=0.2), spoil=spoil, fault=fault, near=near)
         assert not seen.weight[spoil].any() and seen.acceptance.isfinite().all()

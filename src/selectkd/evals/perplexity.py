@@ -15,7 +15,7 @@ from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
-from selectkd.training.heldout.evaluation import label_surprise
+from selectkd.training.heldout.evaluation import negative_log_likelihood
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int)
         if not len(seen):
             continue
         hidden = hidden_of(**batch.model_inputs(dtype=head.weight.dtype))[0]  # [t, d]
-        found.append((label_surprise(hidden[seen.position], head, seen.labels), len(seen)))
+        found.append((negative_log_likelihood(hidden[seen.position], head, seen.labels), len(seen)))
     return found
 
 

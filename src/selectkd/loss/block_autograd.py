@@ -146,7 +146,7 @@ def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, setti
             column = teacher.proposal(logq)
             seen = TokenPair(
                 logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,
-                shared_mass=overlap,
+                known_overlap=overlap,
             )  # fmt: skip
             weight, acceptance = objective.weigh(seen, rows.uniform)
             unverified = (column < 0) & (objective.teacher_tokens != 0)

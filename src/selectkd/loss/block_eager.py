@@ -308,7 +308,7 @@ def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None)
         assert label is not None
         known = (label >= 0) & (label < width)
         return torch.where(known, torch.as_tensor(rank(block, label.clamp(0, width - 1))).flatten(), width)
-    if name == "affinity":
+    if name == "bhattacharyya":
         return total(torch.mul(block.p, block.q, out=block.spare).sqrt_())
     if name == "teacher_entropy":
         return block.norm_p - dot(block.p, block.zp, block.spare)

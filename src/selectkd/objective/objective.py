@@ -159,10 +159,10 @@ class Objective:
     ) -> Judgement:
         """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""
-        seen = pair if verified is None else verified
-        weight, acceptance = self.weigh(seen, uniform, acceptance=acceptance)
+        verified = pair if verified is None else verified
+        weight, acceptance = self.weigh(verified, uniform, acceptance=acceptance)
         with torch.no_grad():
-            overlap = seen.overlap
+            overlap = verified.overlap
         divergence: Callable[..., Tensor] = self.divergence  # type: ignore[assignment]
         return Judgement(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
 

@@ -27,7 +27,7 @@ class TokenPair:
     sequence: [n], which sequence a row belongs to, rows of one sequence in order; None means one sequence.
     logr: [n, s], a reference student's log-probabilities, for the selectors that compare with one.
     finite: [n], False where the teacher's row was not finite (logp then repeats logq); None means all are.
-    shared_mass: [n], sum_v min(p, q) where it is known already; ``overlap`` computes it otherwise.
+    known_overlap: [n], sum_v min(p, q) where it is known already; ``overlap`` computes it otherwise.
     """
 
     logp: Float[Tensor, "n s"]
@@ -39,7 +39,7 @@ class TokenPair:
     sequence: Int[Tensor, " n"] | None = None
     logr: Float[Tensor, "n s"] | None = None
     finite: Bool[Tensor, " n"] | None = None
-    shared_mass: Float[Tensor, " n"] | None = None
+    known_overlap: Float[Tensor, " n"] | None = None
 
     @property
     def ranked(self) -> Float[Tensor, "n k"]:
@@ -49,8 +49,8 @@ class TokenPair:
     @property
     def overlap(self) -> Float[Tensor, " n"]:
         """sum_v min(p, q) = 1 - TV(p, q), in [0, 1]: how often speculative decoding accepts one draw of q."""
-        if self.shared_mass is not None:
-            return self.shared_mass
+        if self.known_overlap is not None:
+            return self.known_overlap
         return torch.minimum(self.logp, self.logq).exp().sum(-1).clamp(max=1.0)
 
     def column(self, token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -176,7 +176,7 @@ def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
 
 
 def sequence_of(pair: TokenPair) -> Int[Tensor, " n"]:
-    """Which sequence each row belongs to, [n]; one sequence where nothing was said."""
+    """Which sequence each row belongs to, [n]; one sequence where the pair names none."""
     if pair.sequence is not None:
         return pair.sequence
     return torch.zeros(pair.logp.shape[0], dtype=torch.long, device=pair.logp.device)

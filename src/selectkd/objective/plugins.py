@@ -82,7 +82,7 @@ def granted() -> Granted:
 
 
 def grant(given: Granted) -> None:
-    """Allows what ``granted`` said in another process."""
+    """Allows what ``granted`` gave in another process."""
     allow_plugin(*given[0])
     for folder in given[1]:
         search(Path(folder))
@@ -109,9 +109,13 @@ def load(path: str, kind: str) -> Callable[..., Any]:
             f"{kind} {path!r} cannot be imported: {type(error).__name__}: {error}. "
             "The module must be installed, on PYTHONPATH or beside the recipe."
         ) from error
-    said = getattr(found, MARK, None)
-    if said not in kind.split(" or ") or not callable(found):
-        is_it = f"declares itself as a {said}" if said in KINDS else "does not declare itself as a component"
+    declared = getattr(found, MARK, None)
+    if declared not in kind.split(" or ") or not callable(found):
+        is_it = (
+            f"declares itself as a {declared}"
+            if declared in KINDS
+            else "does not declare itself as a component"
+        )
         raise ConfigError(
             f"{kind} {path!r} {is_it}. Where it is a {kind}, write @selectkd.component({kind.split()[0]!r}) above it."
         )

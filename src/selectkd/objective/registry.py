@@ -133,7 +133,7 @@ def _check(component: Callable[..., Any], name: str, params: Mapping[Any, Any], 
 
 
 def _annotations(component: Callable[..., Any]) -> dict[str, Any]:
-    """What the parameters are annotated with; empty where that cannot be told."""
+    """What the parameters are annotated with; empty where an annotation cannot be resolved."""
     try:
         return typing.get_type_hints(component.__init__ if isinstance(component, type) else component)
     except (NameError, TypeError, AttributeError):

@@ -30,7 +30,7 @@ OVERLAP_FLOOR = 1.6458115e-38
 """e^-87, the floor of neg_log_acceptance's formula."""
 FLAGS = {
     "student_top": "RANK", "rank": "RANK", "label_rank": "LABEL", "teacher_entropy": "ENTROPY",
-    "student_entropy": "ENTROPY", "affinity": "AFFINITY",
+    "student_entropy": "ENTROPY", "bhattacharyya": "BHATTACHARYYA",
 }  # fmt: skip
 """The part of the kernel that takes a statistic; the overlap is always taken."""
 
@@ -176,7 +176,7 @@ class _Launch:
         ints = torch.empty(len(INTS), c, dtype=torch.int32, device=self.raw.device)
         floats = self.floats if divergence else torch.empty_like(self.floats)
         parts = {FLAGS[name] for name in reads if name in FLAGS}
-        flags = {flag: flag in parts for flag in ("RANK", "LABEL", "ENTROPY", "AFFINITY")}
+        flags = {flag: flag in parts for flag in ("RANK", "LABEL", "ENTROPY", "BHATTACHARYYA")}
         label = self.rows.label if flags["LABEL"] and self.rows.label is not None else None
         with _or_cannot_launch():
             passes.statistics[(c,)](
@@ -187,7 +187,7 @@ class _Launch:
             zip((*FLOATS, *INTS), (*floats.unbind(), *ints.unbind()), strict=True)
         )
         # 1 where the teacher's row is not finite, as in the reference: what a minimum makes of nan is Triton's choice
-        for name in ("overlap", *(("affinity",) if flags["AFFINITY"] else ())):
+        for name in ("overlap", *(("bhattacharyya",) if flags["BHATTACHARYYA"] else ())):
             table[name] = torch.where(table["lse_p"].isfinite(), table[name].clamp(max=1.0), 1.0)
         if flags["RANK"]:
             table["student_top"] = table["student_top"].long()

@@ -27,7 +27,7 @@ FLOATS = (
     "total",
     "teacher_entropy",
     "student_entropy",
-    "affinity",
+    "bhattacharyya",
     "kl",
 )
 """Rows of the table of floats [9, c]; total is the sum of h."""
@@ -73,7 +73,7 @@ def _log_sum_exp(most, mass):
 def statistics(
     zs, zt, bias_s, bias_t, unshared, label, ints, floats, stride_s, stride_t, rows, width,
     factor_s, cap_s, factor_t, cap_t, a, b,
-    terms: tl.constexpr, RANK: tl.constexpr, LABEL: tl.constexpr, ENTROPY: tl.constexpr, AFFINITY: tl.constexpr,
+    terms: tl.constexpr, RANK: tl.constexpr, LABEL: tl.constexpr, ENTROPY: tl.constexpr, BHATTACHARYYA: tl.constexpr,
     KL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One row's ``FLOATS`` and ``INTS``; those not asked for are not written. terms: None for no divergence."""
@@ -108,7 +108,7 @@ def statistics(
         known = (there >= 0) & (there < width)
         of_label = tl.sum(_load(zt, bias_t, unshared, there, known, factor_t, cap_t), 0)
         label_better = tl.zeros([TILE], tl.int32)
-    overlap, value, total, entropy_p, entropy_q, affinity, kl = zero, zero, zero, zero, zero, zero, zero
+    overlap, value, total, entropy_p, entropy_q, bhattacharyya, kl = zero, zero, zero, zero, zero, zero, zero
     for start in range(0, width, TILE):
         columns = start + lanes
         inside = columns < width
@@ -127,8 +127,8 @@ def statistics(
         if ENTROPY:
             entropy_p -= p * logp
             entropy_q -= q * logq
-        if AFFINITY:
-            affinity += tl.sqrt(p * q)
+        if BHATTACHARYYA:
+            bhattacharyya += tl.sqrt(p * q)
         if KL:
             kl += p * (logp - logq) + (q - p)
         if RANK:
@@ -142,8 +142,8 @@ def statistics(
     if ENTROPY:
         tl.store(floats + 5 * rows + row, tl.sum(entropy_p, 0))
         tl.store(floats + 6 * rows + row, tl.sum(entropy_q, 0))
-    if AFFINITY:
-        tl.store(floats + 7 * rows + row, tl.sum(affinity, 0))
+    if BHATTACHARYYA:
+        tl.store(floats + 7 * rows + row, tl.sum(bhattacharyya, 0))
     if KL:
         tl.store(floats + 8 * rows + row, tl.sum(kl, 0))
     if RANK:

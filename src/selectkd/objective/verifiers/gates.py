@@ -22,7 +22,9 @@ class hellinger:
     Source: SelecTKD (arXiv 2510.24021), ablation of the weighting.
     """
 
-    traits = VerifierTraits(reads=("affinity",), from_top_k="upper bound")  # merging outcomes only lowers H
+    traits = VerifierTraits(
+        reads=("bhattacharyya",), from_top_k="upper bound"
+    )  # merging outcomes only lowers H
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return 1.0 - hellinger_distance(pair.logp, pair.logq)
@@ -30,7 +32,7 @@ class hellinger:
     def from_statistics(
         self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
     ) -> Float[Tensor, " n"]:
-        return 1.0 - (1.0 - statistics.affinity).clamp(min=0.0).sqrt()
+        return 1.0 - (1.0 - statistics.bhattacharyya).clamp(min=0.0).sqrt()
 
 
 @dataclass(frozen=True)

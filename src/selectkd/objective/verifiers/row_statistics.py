@@ -1,4 +1,4 @@
-"""What a verifier can be told of n rows without seeing the vocabulary: sums that the loss takes along the way."""
+"""Statistics of n rows by which a verifier judges without the vocabulary: sums that the loss takes along the way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATISTICS = (
     "overlap",
     "teacher_entropy",
     "student_entropy",
-    "affinity",
+    "bhattacharyya",
 )
 """What a verifier may name in ``reads``."""
 
@@ -26,7 +26,7 @@ class RowStatistics:
 
     student_top: the student's argmax. rank, label_rank: how many tokens the teacher prefers to it, and to the label
     (``width`` where the token is impossible; without labels there is no label_rank). overlap: sum min(p, q).
-    Entropies in nats. affinity: sum sqrt(p q), 1 minus the squared Hellinger distance. width: ids of the vocabulary.
+    Entropies in nats. bhattacharyya: sum sqrt(p q), 1 minus the squared Hellinger distance. width: vocabulary ids.
     Only what was asked for is there; to look at another is a ConfigError.
     """
 
@@ -36,7 +36,7 @@ class RowStatistics:
     overlap: Float[Tensor, " n"]
     teacher_entropy: Float[Tensor, " n"]
     student_entropy: Float[Tensor, " n"]
-    affinity: Float[Tensor, " n"]
+    bhattacharyya: Float[Tensor, " n"]
     width: int
 
     def __init__(self, width: int, **columns: Tensor) -> None:

@@ -98,13 +98,13 @@ class spec_k:
         at_least_one("spec_k", self.k)
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
-        chance = acceptance_probability(pair, self.k)
+        chance = any_passes(pair.overlap, self.k)
         return (uniform[:, 0].to(chance.dtype) < chance).to(chance.dtype)
 
     def from_statistics(
         self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
     ) -> Float[Tensor, " n"]:
-        chance = 1.0 - (1.0 - statistics.overlap) ** self.k
+        chance = any_passes(statistics.overlap, self.k)
         return (uniform[:, 0].to(chance.dtype) < chance).to(chance.dtype)
 
 
@@ -128,12 +128,12 @@ class expected_spec_k:
         at_least_one("expected_spec_k", self.k)
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
-        return acceptance_probability(pair, self.k)
+        return any_passes(pair.overlap, self.k)
 
     def from_statistics(
         self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
     ) -> Float[Tensor, " n"]:
-        return 1.0 - (1.0 - statistics.overlap) ** self.k
+        return any_passes(statistics.overlap, self.k)
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,6 @@ class spec_k_literal:
         return (tests < ratio).any(-1).to(pair.logp.dtype)
 
 
-def acceptance_probability(pair: TokenPair, k: int) -> Float[Tensor, " n"]:
-    """1 - TV(p, q)^k, [n]: the probability that at least one of k draws of the student passes."""
-    return 1.0 - (1.0 - pair.overlap) ** k
+def any_passes(overlap: Float[Tensor, " n"], k: int) -> Float[Tensor, " n"]:
+    """1 - (1 - overlap)^k = 1 - TV(p, q)^k, [n]: the probability that at least one of k draws of the student passes."""
+    return 1.0 - (1.0 - overlap) ** k

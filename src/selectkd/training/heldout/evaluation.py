@@ -121,14 +121,14 @@ def _measured(
         loss, sums = distillation_loss(
             hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
         )
-        own = label_surprise(hidden, head, seen.labels, chunk=chunk)
+        own = negative_log_likelihood(hidden, head, seen.labels, chunk=chunk)
     known = isinstance(rows, LiveRows)
-    theirs = label_surprise(rows.hidden, rows.head, seen.labels, chunk=chunk) if known else math.nan
+    theirs = negative_log_likelihood(rows.hidden, rows.head, seen.labels, chunk=chunk) if known else math.nan
     return loss, sums, (own, theirs)
 
 
 @torch.no_grad()
-def label_surprise(hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None) -> float:
+def negative_log_likelihood(hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None) -> float:
     """The sum of -log of the probability the head gives each label, in nats, over its whole vocabulary."""
     return -float(token_log_probs(hidden, head, labels, chunk=chunk).sum())
 

@@ -32,7 +32,7 @@ from selectkd.training.assembly import Assembly, Plan, assemble, prepare
 from selectkd.training.checkpoint.folder import newest
 from selectkd.training.counts import ranks, total
 from selectkd.training.feed import Feed
-from selectkd.training.heldout.evaluation import label_surprise, probe
+from selectkd.training.heldout.evaluation import negative_log_likelihood, probe
 from selectkd.training.heldout.watch import tar_of
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
@@ -331,7 +331,7 @@ def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
         )
     of = torch.clamp((sure * BINS).long(), max=BINS - 1)
     gap = sum(float((sure[of == b] - right[of == b]).sum().abs()) for b in range(BINS)) / n
-    perplexity = float(torch.tensor(label_surprise(hidden, head, labels) / n).exp())
+    perplexity = float(torch.tensor(negative_log_likelihood(hidden, head, labels) / n).exp())
     return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
 
 
