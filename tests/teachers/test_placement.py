@@ -18,6 +18,7 @@ from selectkd.config import recipe_from
 from selectkd.data.crossing import cross
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
+from selectkd.models.sharded import CAN_SHARD
 from selectkd.teachers.aligned import AlignedTeacher
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.placement import place_on
@@ -27,6 +28,9 @@ from teachers.tokens import TEXT, byte_level, model_for
 from training.tiny import padded, texts, tiny_llama
 
 CPU = torch.device("cpu")
+
+
+can_shard = pytest.mark.skipif(not CAN_SHARD, reason="this transformers takes no model apart")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,7 @@ def test_a_run_with_an_offloaded_teacher_leaves_the_bytes_of_one_without(pair: P
     assert left(tmp_path / "device") == left(tmp_path / "offloaded")
 
 
+@can_shard
 def test_a_teacher_sharded_over_two_ranks_leaves_the_bytes_of_a_whole_one(pair: Path, tmp_path: Path) -> None:
     """Both engines; each rank holds half of every weight, and the head that rows are multiplied by whole."""
     run_on_two_ranks(Path(__file__).with_name("two_rank_teachers.py"), "sharded", str(tmp_path), str(pair))
@@ -107,6 +112,7 @@ def test_a_teacher_sharded_over_two_ranks_leaves_the_bytes_of_a_whole_one(pair: 
         assert left(tmp_path / engine / "device") == left(tmp_path / engine / "sharded")
 
 
+@can_shard
 def test_a_teacher_cannot_be_sharded_over_one_process(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"placement: sharded shares a model.*torchrun"):
         train(recipe(pair, tmp_path / "run", "sharded"))
@@ -155,6 +161,7 @@ def test_a_sharded_teacher_can_be_averaged_and_not_routed(pair: Path, tmp_path: 
         recipe_from({**content, "teacher": [{**one, "streams": ["made"]}, {**other, "streams": ["more"]}]})
 
 
+@can_shard
 def test_a_sharded_teacher_does_not_write_text(pair: Path, tmp_path: Path) -> None:
     """Two ranks write texts of different length, and would wait for each other for ever."""
     told = run_on_two_ranks(

@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from selectkd.models.sharded import Spread, shard, whole
+from selectkd.models.sharded import CAN_SHARD, Spread, shard, whole
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import Feed
@@ -22,7 +22,7 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts
 
-KINDS = ("ddp", "fsdp")
+KINDS = ("ddp", "fsdp") if CAN_SHARD else ("ddp",)
 
 
 def main(rank: int, folder: Path, reductions: list[str]) -> None:

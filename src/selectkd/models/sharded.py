@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -33,6 +34,17 @@ T = TypeVar("T")
 
 STYLE = "free_full_weight"
 """transformers' word for a module whose weights are whole during its own passes alone."""
+CAN_SHARD = hasattr(DistributedConfig(), "dp_replicate_size")
+"""Whether the installed transformers takes models apart as this module asks it to (5.23)."""
+
+
+def check_transformers() -> None:
+    """ConfigError where the installed transformers is too old to take a model apart."""
+    if not CAN_SHARD:
+        raise ConfigError(
+            "training.sharding and teacher.placement: sharded need transformers 5.23 or newer, and this is "
+            f"{transformers.__version__}. Install it, on Python 3.11 or newer, or leave them out."
+        )
 
 
 class Spread(NamedTuple):
@@ -70,6 +82,7 @@ def parts_of(spread: Spread, shape: Any) -> DistributedConfig:
 
     shape: the model itself, or one on the meta device. ConfigError for a model without a list of layers.
     """
+    check_transformers()
     decoder = decoder_of(shape)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):

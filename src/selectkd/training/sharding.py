@@ -15,7 +15,7 @@ from selectkd.config import ModelTeacher
 from selectkd.config.sharding import Sharding
 from selectkd.errors import ConfigError
 from selectkd.models.load import PACKAGED, load_shape
-from selectkd.models.sharded import Spread, parts_of
+from selectkd.models.sharded import Spread, check_transformers, parts_of
 from selectkd.teachers.placement import PLACEMENT
 
 _ENVIRONMENT = "ACCELERATE_USE_FSDP"
@@ -44,6 +44,8 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
         for teacher in recipe.teachers
         if isinstance(teacher, ModelTeacher) and teacher.placement == "sharded"
     ]
+    if wanted:
+        check_transformers()
     there = torch.accelerator.current_accelerator() if wanted else None
     if there is not None and there.type != device.type:
         raise ConfigError(
