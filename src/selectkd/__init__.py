@@ -22,7 +22,7 @@ _HOMES = {
     "CachedRows": "selectkd.loss.teacher_rows",
     "DIVERGENCES": "selectkd.objective.divergences",
     "DistillTrainer": "selectkd.training.trainer",
-    "Head": "selectkd.loss.teacher_rows",
+    "Head": "selectkd.loss.head",
     "LiveRows": "selectkd.loss.teacher_rows",
     "LossOptions": "selectkd.loss.options",
     "Objective": "selectkd.objective.objective",
@@ -64,8 +64,9 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
 if TYPE_CHECKING:
     from selectkd.config import load_recipe
     from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.head import Head
     from selectkd.loss.options import LossOptions
-    from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
+    from selectkd.loss.teacher_rows import CachedRows, LiveRows
     from selectkd.objective.divergences import DIVERGENCES
     from selectkd.objective.objective import Objective
     from selectkd.objective.pair import TokenPair, dense_pair, topk_pair

@@ -9,7 +9,7 @@ from selectkd import LiveRows, Objective
 from selectkd.loss import block_compiled as compiled
 from selectkd.loss import block_eager as dense
 from selectkd.loss.distillation import distillation_loss
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 
 ROWS = 8
 N = 2 * ROWS + 3

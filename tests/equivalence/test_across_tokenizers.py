@@ -12,7 +12,8 @@ from selectkd.data.formats import to_sample
 from selectkd.data.render import render
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
-from selectkd.loss.teacher_rows import Head, Scratch, TeacherRows
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import Scratch, TeacherRows
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.objective.divergences import DIVERGENCES
 from selectkd.teachers.aligned import AlignedTeacher

@@ -14,7 +14,8 @@ from selectkd import LiveRows, Objective
 from selectkd.errors import ConfigError
 from selectkd.loss.block_compiled import PROGRAMS, plan_of, program
 from selectkd.loss.distillation import distillation_loss
-from selectkd.loss.teacher_rows import CachedRows, Head
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import CachedRows
 
 CASES = Path(__file__).with_name("compiled_cases.py")
 N, V = 6, 40

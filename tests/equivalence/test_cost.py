@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from selectkd import CachedRows, LiveRows, Objective, distillation_loss
+from selectkd.loss.head import Head
 from selectkd.loss.plan import LossPlan, StreamLoss
-from selectkd.loss.teacher_rows import Head
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.objective.selectors import SELECTORS
 

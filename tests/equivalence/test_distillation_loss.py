@@ -7,7 +7,7 @@ import torch
 
 from selectkd import CachedRows, Head, LiveRows, Objective, distillation_loss, uniforms
 from selectkd.errors import ConfigError
-from selectkd.loss.block import argmax
+from selectkd.loss.block_steps import argmax
 from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.pair import dense_pair
 from selectkd.objective.selectors import SELECTORS

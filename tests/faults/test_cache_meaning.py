@@ -22,7 +22,7 @@ from selectkd.data.collate import collate
 from selectkd.data.durable import sealed
 from selectkd.data.supervised import supervised
 from selectkd.errors import CacheError, NumericsError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.models.load import load_model
 from selectkd.teachers.cache import ModelOrigin, build_cache, open_cache, plan_of, read_index, verify
 from selectkd.teachers.cache.build import SHARD_BYTES, SHARD_ROWS, Wish

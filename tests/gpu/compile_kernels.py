@@ -1,8 +1,8 @@
 """Compiles the kernels as a launch would, for GPUs that are not there, and says what each takes.
 
-``kernels.judge`` itself launches: the types, divisibilities and constants are those of a real launch. Only the driver
-is another, which names a target and launches nothing. Run by test_compiled_kernels.py in a process without Triton's
-interpreter: a JSON list of cases in, a JSON line for each kernel out.
+``kernels.evaluate_chunk`` itself launches: the types, divisibilities and constants are those of a real launch. Only the
+driver is another, which names a target and launches nothing. Run by test_compiled_kernels.py in a process without
+Triton's interpreter: a JSON list of cases in, a JSON line for each kernel out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from selectkd import Head, LiveRows, Objective
 from selectkd.loss import block_triton as kernels
-from selectkd.loss.block import Rows, Settings
+from selectkd.loss.block_steps import BlockConfig, BlockInputs
 from selectkd.loss.block_triton import passes
 from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import Scratch
@@ -98,17 +98,17 @@ def resources(made: Any) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def judged(case: dict[str, Any]) -> None:
+def evaluated(case: dict[str, Any]) -> None:
     """One chunk as ``case`` describes it."""
     dtype, rows = getattr(torch, case["dtype"]), case["rows"]
     bias = torch.zeros(V, dtype=dtype) if case["bias"] else None
     head = Head(torch.randn(V, D).to(dtype), bias, 1.0, case["softcap"])
     shared = torch.arange(V) > 3 if case["unshared"] else None
     chunk = LiveRows(torch.randn(rows, D).to(dtype), head, shared=shared).open(slice(0, rows), V, Scratch())
-    at = Rows(torch.rand(rows, 2), torch.ones(rows), torch.arange(rows), None, None)
+    at = BlockInputs(torch.rand(rows, 2), torch.ones(rows), torch.arange(rows), None, None)
     objective = Objective(case["divergence"], case["verifier"], beta=0.1)
-    settings = Settings(objective, head, LossOptions(case["temperature"], also_kl=case["also_kl"]), True)
-    kernels.judge(torch.randn(rows, V).to(dtype), chunk, at, settings)
+    settings = BlockConfig(objective, head, LossOptions(case["temperature"], also_kl=case["also_kl"]), True)
+    kernels.evaluate_chunk(torch.randn(rows, V).to(dtype), chunk, at, settings)
 
 
 def main(cases: list[dict[str, Any]]) -> None:
@@ -121,7 +121,7 @@ def main(cases: list[dict[str, Any]]) -> None:
             kernel.device_caches.clear()
         stand_ins = {name: Compiled(kernel, found) for name, kernel in real.items()}
         with mock.patch.multiple(passes, **stand_ins):
-            judged(case)
+            evaluated(case)
         for name, made, seconds in found:
             registers, stack = resources(made)
             row = {"kernel": name, "registers": registers, "stack": stack, "seconds": round(seconds, 3)}

@@ -1,4 +1,4 @@
-"""The Triton kernels equal block.judge, for every divergence, verifier and kind of head they claim.
+"""The Triton kernels equal block.evaluate_block, for every divergence, verifier and kind of head they claim.
 
 Without a GPU they run in Triton's interpreter (tests/conftest.py switches it on).
 """
@@ -13,8 +13,8 @@ import torch
 from selectkd import Head, LiveRows, Objective, distillation_loss, uniforms
 from selectkd.loss import block_triton as kernels
 from selectkd.loss import chunks as chunked
-from selectkd.loss.block import Rows, Settings
-from selectkd.loss.block_autograd import judge as reference
+from selectkd.loss.block import evaluate_block as reference
+from selectkd.loss.block_steps import BlockConfig, BlockInputs
 from selectkd.loss.block_triton import launch
 from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import LiveChunk, Scratch
@@ -61,15 +61,15 @@ def compare(
         torch.arange(C) * 3,
         torch.zeros(C, dtype=torch.long),
     )
-    at = Rows(*(x.to(DEVICE) for x in columns), None)
-    settings = Settings(objective, head, LossOptions(temperature, also_kl=True), wants_gradient=True)
+    at = BlockInputs(*(x.to(DEVICE) for x in columns), None)
+    settings = BlockConfig(objective, head, LossOptions(temperature, also_kl=True), wants_gradient=True)
     results = []
     for run in ("kernel", "reference"):
         raw = head.raw(hidden).detach().clone()
         chunk = live.open(slice(0, C), V, Scratch())
         if run == "kernel":
             assert kernels.claims(settings, chunk)
-            seen = kernels.judge(raw, chunk, at, settings)
+            seen = kernels.evaluate_chunk(raw, chunk, at, settings)
         else:
             seen = reference(raw, slice(0, C), chunk, at, settings, Scratch())
         results.append((raw, seen))
@@ -187,7 +187,7 @@ def test_what_the_kernels_do_not_claim_is_left_to_the_reference():
     chunk = live.open(slice(0, C), V, Scratch())
 
     def claimed(*objective):
-        return kernels.claims(Settings(Objective(*objective), head, LossOptions(), True), chunk)
+        return kernels.claims(BlockConfig(Objective(*objective), head, LossOptions(), True), chunk)
 
     assert claimed("forward_kl", "greedy_topk")
     assert not claimed("adaptive_kl", "greedy_topk") and not claimed("taid", "greedy_topk")
@@ -215,7 +215,7 @@ def test_the_whole_loss_with_the_kernels_equals_the_whole_loss(name, dtype, monk
         torch.testing.assert_close(one, other, **tolerance)
 
 
-def judged(
+def evaluated(
     student: torch.Tensor, teacher: torch.Tensor, objective: Objective, label: torch.Tensor | None = None
 ):
     """What the kernels see in logits of both models as they stand, and the gradient they leave."""
@@ -228,9 +228,9 @@ def judged(
         LiveChunk(teacher.clone().to(DEVICE), theirs.head.to(DEVICE), None),
     )
     label = None if label is None else label.to(DEVICE)
-    at = Rows(torch.empty(c, 0, device=DEVICE), torch.ones(c, device=DEVICE), label, None, None)
-    settings = Settings(objective, ours.head.to(DEVICE), LossOptions(), wants_gradient=True)
-    return kernels.judge(raw, chunk, at, settings), raw
+    at = BlockInputs(torch.empty(c, 0, device=DEVICE), torch.ones(c, device=DEVICE), label, None, None)
+    settings = BlockConfig(objective, ours.head.to(DEVICE), LossOptions(), wants_gradient=True)
+    return kernels.evaluate_chunk(raw, chunk, at, settings), raw
 
 
 def exact_kl(p_logits, q_logits):
@@ -251,7 +251,7 @@ def test_a_divergence_near_the_teacher_keeps_its_digits(name, sides, distance):
     else:
         p, q = (teacher, student) if sides == (1, 0) else (student, teacher)
         true = exact_kl(p, q)
-    seen, _ = judged(student, teacher, Objective(name, "always"))
+    seen, _ = evaluated(student, teacher, Objective(name, "always"))
     # 2^-22: what the logarithm of a probability near e^-4 is rounded by
     torch.testing.assert_close(seen.divergence.cpu().double(), true, atol=2.0**-22, rtol=1e-4)
 
@@ -261,7 +261,7 @@ def test_a_label_outside_the_vocabulary_is_no_token_and_is_not_read(label):
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 300, generator=g)
     labels = torch.tensor([label, int(logits[1].argmax()), label])
-    seen, _ = judged(logits, logits, Objective("forward_kl", "label_top_k", beta=0.0), labels)
+    seen, _ = evaluated(logits, logits, Objective("forward_kl", "label_top_k", beta=0.0), labels)
     assert seen.acceptance.tolist() == [0.0, 1.0, 0.0]
 
 
@@ -270,7 +270,7 @@ def test_the_first_of_several_best_tokens_is_proposed():
     for row, (first, others) in enumerate(((5, (6, 133)), (129, (131, 299)), (0, (128, 256)))):
         student[row, [first, *others]] = 4.0  # in one thread's columns, in one tile, and in several
         teacher[row, first], teacher[row, list(others)] = 1.0, -1.0
-    seen, _ = judged(student, teacher, Objective("forward_kl", {"name": "greedy_topk", "k": 1}, beta=0.0))
+    seen, _ = evaluated(student, teacher, Objective("forward_kl", {"name": "greedy_topk", "k": 1}, beta=0.0))
     assert seen.acceptance.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -281,9 +281,9 @@ def test_tokens_that_both_models_forbid_take_no_part(name, where):
     student, teacher = torch.randn(2, 4, 300, generator=g)
     rest = torch.ones(300, dtype=torch.bool)
     rest[where] = False
-    alone, gradient_alone = judged(student[:, rest], teacher[:, rest], Objective(name, "hellinger"))
+    alone, gradient_alone = evaluated(student[:, rest], teacher[:, rest], Objective(name, "hellinger"))
     student[:, where], teacher[:, where] = -torch.inf, -torch.inf
-    seen, gradient = judged(student, teacher, Objective(name, "hellinger"))
+    seen, gradient = evaluated(student, teacher, Objective(name, "hellinger"))
     torch.testing.assert_close(seen.divergence, alone.divergence, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradient[:, rest], gradient_alone, atol=1e-6, rtol=1e-5)
     assert not gradient[:, where].any() and int(seen.bad) == 0
@@ -295,7 +295,7 @@ def test_a_row_that_counts_nothing_leaves_zeros_over_whatever_it_held():
     student, teacher = torch.randn(2, 300), torch.randn(2, 300)
     student[0] = torch.nan
     teacher[0] = torch.nan
-    seen, gradient = judged(student, teacher, Objective("forward_kl", "always"))
+    seen, gradient = evaluated(student, teacher, Objective("forward_kl", "always"))
     assert int(seen.bad) == 1 and not gradient[0].any() and gradient[1].isfinite().all()
 
 
@@ -325,11 +325,13 @@ def test_a_shift_of_all_logits_changes_nothing_beside_unshared_ids() -> None:
         raw = head.raw(hidden).detach() + shift
         chunk = live.open(slice(0, C), V, Scratch())
         chunk.raw.add_(shift)
-        settings = Settings(Objective("forward_kl", "greedy_topk"), head, LossOptions(), wants_gradient=True)
+        settings = BlockConfig(
+            Objective("forward_kl", "greedy_topk"), head, LossOptions(), wants_gradient=True
+        )
         uniform = torch.empty(C, 0, device=DEVICE)
-        at = Rows(
+        at = BlockInputs(
             uniform, torch.ones(C, device=DEVICE), None, torch.zeros(C, dtype=torch.long, device=DEVICE), None
         )
-        found.append(kernels.judge(raw, chunk, at, settings))
+        found.append(kernels.evaluate_chunk(raw, chunk, at, settings))
     for one, other in zip(found[0][:4], found[1][:4], strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=2e-2)

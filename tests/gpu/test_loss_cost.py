@@ -14,7 +14,7 @@ import torch
 
 from selectkd import Head, LiveRows, Objective
 from selectkd.loss import block_triton as kernels
-from selectkd.loss.block import Rows, Settings
+from selectkd.loss.block_steps import BlockConfig, BlockInputs
 from selectkd.loss.block_triton import launch
 from selectkd.loss.options import LossOptions
 from selectkd.loss.teacher_rows import Scratch
@@ -63,15 +63,15 @@ def test_the_kernels_move_the_bytes_that_are_counted(loss_cost, monkeypatch):
 
     weight = torch.randn(v, 4).bfloat16()
     chunk = LiveRows(torch.randn(c, 4).bfloat16(), weight).open(slice(0, c), v, Scratch())
-    at = Rows(torch.empty(c, 0), torch.ones(c), None, None, None)
+    at = BlockInputs(torch.empty(c, 0), torch.ones(c), None, None, None)
     with counted("create_masked_load"), counted("create_masked_store"):
         for wants, size in (
             (False, loss_cost.STATISTICS_BYTES),
             (True, loss_cost.STATISTICS_BYTES + loss_cost.GRADIENT_BYTES),
         ):
-            settings = Settings(
+            settings = BlockConfig(
                 Objective("forward_kl", "hellinger", beta=0.1), Head(weight), LossOptions(), wants
             )
             moved.clear()
-            kernels.judge(torch.randn(c, v).bfloat16(), chunk, at, settings)
+            kernels.evaluate_chunk(torch.randn(c, v).bfloat16(), chunk, at, settings)
             assert moved["all"] == size * c * v

@@ -13,7 +13,7 @@ from gpu.pretended import as_it_is, pretended
 from selectkd import CachedRows, Head, LiveRows, Objective, distillation_loss, uniforms
 from selectkd.loss import by_device
 from selectkd.loss import chunks as chunked
-from selectkd.loss.block import Seen
+from selectkd.loss.block_steps import BlockResult
 from selectkd.loss.teacher_rows import TeacherRows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -109,7 +109,7 @@ def test_a_bias_is_looked_at_once_until_it_changes():
         assert sum(gpu.syncs.values()) == 2
 
 
-class Judged:
+class Counted:
     """Stands in for the kernels where only launches are counted: two launches a chunk, their small columns beside."""
 
     CannotLaunch = RuntimeError
@@ -117,13 +117,13 @@ class Judged:
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
 
-    def judge(self, raw: torch.Tensor, *_: Any) -> Seen:
+    def evaluate_chunk(self, raw: torch.Tensor, *_: Any) -> BlockResult:
         for name in ("statistics", "gradient"):
             self.gpu.launch(name, raw.device)
         with self.gpu.silence():
             one = self.gpu.put(torch.ones(raw.shape[0]), raw.device)
             number = self.gpu.put(torch.ones(()), raw.device)
-        return Seen(one, one, one, one, number, number)
+        return BlockResult(one, one, one, one, number, number)
 
 
 MOST = {
@@ -150,8 +150,8 @@ def test_a_loss_of_4096_rows_at_qwens_width_takes_few_launches(divergence, verif
         mock.patch.object(by_device, "accelerator_entries", lambda _: by_device.ACCELERATOR_ENTRIES),
     ):
         claims = by_device.kernels_for
-        judged = Judged(gpu)
-        stand_in = lambda *args, **kwargs: judged if claims(*args, **kwargs) is not None else None  # noqa: E731
+        evaluated = Counted(gpu)
+        stand_in = lambda *args, **kwargs: evaluated if claims(*args, **kwargs) is not None else None  # noqa: E731
         chunk = by_device.chunk_rows(n, QWEN, None, dtype, "cuda")
         assert chunk == 4096
         hidden, weight = (

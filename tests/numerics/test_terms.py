@@ -13,8 +13,9 @@ from torch import Tensor
 from selectkd.loss.extras.adaptive_alpha import adaptive_alpha
 from selectkd.loss.extras.atkd import atkd
 from selectkd.loss.extras.policy_gradient import policy_gradient
+from selectkd.loss.head import Head
 from selectkd.loss.plan import LossPlan, StreamLoss
-from selectkd.loss.teacher_rows import Head, LiveRows
+from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.objective.divergences import LABEL_LOSSES, decoupled_kl
 from selectkd.objective.objective import Objective

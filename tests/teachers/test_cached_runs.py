@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from selectkd.cli import main
 from selectkd.config import load_recipe
 from selectkd.errors import CacheError, ConfigError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.teachers.cache import open_cache, verify
 from selectkd.teachers.cache.payloads import SampledPayload, empirical_rows
 from selectkd.training.run import train

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from selectkd.loss.teacher_rows import CachedRows, Head
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import CachedRows
 from selectkd.teachers.cache.codec import (
     decode_ids,
     decode_log_probs,

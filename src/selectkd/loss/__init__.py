@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selectkd.loss.aligned_rows import AlignedRows
     from selectkd.loss.distillation import distillation_loss
+    from selectkd.loss.head import Head
     from selectkd.loss.options import LossOptions
-    from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows
+    from selectkd.loss.teacher_rows import CachedRows, LiveRows
     from selectkd.loss.token_log_probs import token_log_probs
 
 _HOMES = {
     "AlignedRows": "selectkd.loss.aligned_rows",
     "CachedRows": "selectkd.loss.teacher_rows",
-    "Head": "selectkd.loss.teacher_rows",
+    "Head": "selectkd.loss.head",
     "LiveRows": "selectkd.loss.teacher_rows",
     "LossOptions": "selectkd.loss.options",
     "distillation_loss": "selectkd.loss.distillation",

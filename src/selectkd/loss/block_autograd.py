@@ -1,9 +1,5 @@
-"""The elementwise work of the fused loss on one block of rows: from logits to weights and to their gradient.
-
-b rows, v vocabulary, K stored tokens. Three ways, the same result: a closed form where the divergence states one and
-the teacher is dense (``dense``); autograd on the K + 1 outcomes of a top-K teacher; autograd on the whole vocabulary
-otherwise.
-"""
+"""A block of rows by autograd: on the K + 1 outcomes of a top-K teacher, on the spans of a teacher of another
+tokenizer, and on the whole vocabulary otherwise. b rows, v vocabulary, K stored tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +10,10 @@ import torch
 from torch import Tensor
 
 from selectkd.loss.aligned_rows import AlignedChunk
-from selectkd.loss.block import (
-    Rows,
-    Seen,
-    Settings,
+from selectkd.loss.block_steps import (
+    BlockConfig,
+    BlockInputs,
+    BlockResult,
     argmax,
     bad_rows,
     exponentials,
@@ -26,54 +22,27 @@ from selectkd.loss.block import (
     pair_at,
     widened,
 )
-from selectkd.loss.block_compiled import compiled_block
-from selectkd.loss.block_eager import judge_dense
-from selectkd.loss.teacher_rows import CachedChunk, LiveChunk, Scratch, TeacherChunk, wide
-from selectkd.objective.divergences.closed_form import closed_form_of
+from selectkd.loss.head import wide
+from selectkd.loss.teacher_rows import CachedChunk, Scratch, TeacherChunk
 from selectkd.objective.divergences.kl import forward_kl
 from selectkd.objective.divergences.uld import is_unpaired, sorted_distance
 from selectkd.objective.pair import TokenPair, support_pair
 
 
-def judge(
-    raw: Tensor, block: slice, teacher: TeacherChunk, rows: Rows, settings: Settings, scratch: Scratch
-) -> Seen:
-    """Judges the rows of a block and writes the gradient of sum scale * weight * divergence over the head's product in
-    ``raw[block]`` [b, v]."""
-    if isinstance(teacher, AlignedChunk):
-        return _aligned(raw, block, teacher, rows, settings)
-    closed_form = closed_form_of(settings.objective.divergence)  # type: ignore[arg-type]
-    verified = None
-    if rows.acceptance is None and settings.objective.verify_temperature != settings.options.temperature:
-        verified = pair_at(settings.objective.verify_temperature, raw, block, teacher, rows, settings)
-    if isinstance(teacher, LiveChunk) and closed_form is not None:
-        compiled = compiled_block(settings) if settings.options.compiled else None
-        return judge_dense(raw, block, teacher, rows, settings, scratch, closed_form, verified, compiled)
-    if isinstance(teacher, CachedChunk):
-        return _top_k(raw, block, teacher, rows, settings, scratch, verified)
-    return _autograd(raw, block, teacher, rows, settings, verified)
-
-
-def has_closed_form(settings: Settings) -> bool:
-    """Whether a block of a live teacher is judged without autograd."""
-    divergence: Any = settings.objective.divergence
-    return closed_form_of(divergence) is not None
-
-
-def _top_k(
-    raw: Tensor, block: slice, teacher: CachedChunk, rows: Rows, settings: Settings, scratch: Scratch,
+def evaluate_top_k(
+    raw: Tensor, block: slice, teacher: CachedChunk, rows: BlockInputs, config: BlockConfig, scratch: Scratch,
     verified: TokenPair | None,
-) -> Seen:  # fmt: skip
+) -> BlockResult:  # fmt: skip
     """A top-K teacher: the objective on K + 1 outcomes by autograd, taken back to the vocabulary in closed form.
 
     With h = dD / d log q on the K tokens and the rest, the gradient to a logit is h_v - q_v sum(h) for a stored token
     and q_v (h_rest / q_rest - sum(h)) for any other.
     """
-    head, target = settings.head, raw[block]
-    ids, stored = teacher.stored(block, settings.options.temperature)
+    head, target = config.head, raw[block]
+    ids, stored = teacher.stored(block, config.options.temperature)
     with torch.no_grad():
         logits = widened(head, target, "zq", scratch)
-        capped = logits.clone() if head.softcap is not None and settings.wants_gradient else None
+        capped = logits.clone() if head.softcap is not None and config.wants_gradient else None
         if teacher.unshared is not None:
             logits.masked_fill_(teacher.unshared, -torch.inf)
         q = scratch.of("q", logits.shape[0], logits.shape[1], logits)[: len(logits)]
@@ -84,79 +53,79 @@ def _top_k(
         q.scatter_(-1, ids, 0.0)
         rest = q.sum(-1, keepdim=True).mul_(inverse)  # [b, 1]
         support = torch.cat([chosen_log, rest.log()], 1)  # [b, K + 1]
-    leaf = support.requires_grad_(settings.wants_gradient)
-    with torch.set_grad_enabled(settings.wants_gradient):
+    leaf = support.requires_grad_(config.wants_gradient)
+    with torch.set_grad_enabled(config.wants_gradient):
         pair = replace(support_pair(ids, stored, leaf, top), label=rows.label, sequence=rows.sequence)
-        kl = (
-            kl_of(pair) if settings.options.also_kl else None
-        )  # at temperature 1: a top-K teacher has no other
-        loss, seen = _judged(pair, rows, settings, verified)
-    if settings.wants_gradient:
+        kl = kl_of(pair) if config.options.also_kl else None  # at temperature 1: a top-K teacher has no other
+        loss, result = _weighed(pair, rows, config, verified)
+    if config.wants_gradient:
         (h,) = torch.autograd.grad(loss, leaf)
         of_tokens, of_rest, sum_h = h[:, :-1], h[:, -1:], h.sum(-1, keepdim=True)
         tiny = torch.finfo(q.dtype).tiny
         gradient = torch.mul(q, (of_rest / rest.clamp(min=tiny) - sum_h) * inverse, out=logits)
         gradient.scatter_(-1, ids, of_tokens - chosen * sum_h)
-        finish_gradient(gradient, None, capped, settings, out=target)
-    return seen._replace(kl=kl)
+        finish_gradient(gradient, None, capped, config, out=target)
+    return result._replace(kl=kl)
 
 
-def _autograd(
+def evaluate_by_autograd(
     raw: Tensor,
     block: slice,
     teacher: TeacherChunk,
-    rows: Rows,
-    settings: Settings,
+    rows: BlockInputs,
+    config: BlockConfig,
     verified: TokenPair | None,
-) -> Seen:
+) -> BlockResult:
     """Any divergence, any teacher: the objective as it stands, differentiated."""
     fp = wide(raw.dtype)
-    leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    leaf = raw[block].to(fp, copy=True).requires_grad_(config.wants_gradient)
     kl: Tensor | None = None
-    if settings.options.also_kl and settings.options.temperature != 1.0:
-        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
-    with torch.set_grad_enabled(settings.wants_gradient):
-        pair = teacher.pair(block, settings.head.finish(leaf), settings.options.temperature)
+    if config.options.also_kl and config.options.temperature != 1.0:
+        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, config))
+    with torch.set_grad_enabled(config.wants_gradient):
+        pair = teacher.pair(block, config.head.finish(leaf), config.options.temperature)
         pair = replace(pair, label=rows.label, sequence=rows.sequence)
-        if settings.options.also_kl and settings.options.temperature == 1.0:
+        if config.options.also_kl and config.options.temperature == 1.0:
             kl = kl_of(pair)
-        loss, seen = _judged(pair, rows, settings, verified)
-    if settings.wants_gradient:
+        loss, result = _weighed(pair, rows, config, verified)
+    if config.wants_gradient:
         (raw[block],) = torch.autograd.grad(loss, leaf)
-    return seen._replace(kl=kl)
+    return result._replace(kl=kl)
 
 
-def _aligned(raw: Tensor, block: slice, teacher: AlignedChunk, rows: Rows, settings: Settings) -> Seen:
+def evaluate_aligned(
+    raw: Tensor, block: slice, teacher: AlignedChunk, rows: BlockInputs, config: BlockConfig
+) -> BlockResult:
     """A teacher of another vocabulary: the divergence on what both can say, m D + (1 - m) sum_i |p_(i) - q_(i)| with
     the sorted rest, or an unpaired divergence on everything. The verifier sees the teacher's own vocabulary.
     """
-    objective, fp = settings.objective, wide(raw.dtype)
-    leaf = raw[block].to(fp, copy=True).requires_grad_(settings.wants_gradient)
+    objective, fp = config.objective, wide(raw.dtype)
+    leaf = raw[block].to(fp, copy=True).requires_grad_(config.wants_gradient)
     assert rows.later is not None  # the loss of aligned rows gives it
-    later = rows.later.detach().requires_grad_(settings.wants_gradient)
-    with torch.set_grad_enabled(settings.wants_gradient):
-        logits = settings.head.finish(leaf)
+    later = rows.later.detach().requires_grad_(config.wants_gradient)
+    with torch.set_grad_enabled(config.wants_gradient):
+        logits = config.head.finish(leaf)
         logp, finite = teacher.teacher_log_probs(block, logits)
         logq = teacher.student_log_probs(block, logits, later)
         pair = teacher.shared_pair(logp, logq)
         divergence = _across(objective.divergence, logp, logq, pair, teacher)
         with torch.no_grad():
             overlap = torch.minimum(pair.logp, pair.logq)[:, :-1].exp().sum(-1).clamp(max=1.0)
-            kl = _across(forward_kl, logp, logq, pair, teacher) if settings.options.also_kl else None
+            kl = _across(forward_kl, logp, logq, pair, teacher) if config.options.also_kl else None
             column = teacher.proposal(logq)
-            seen = TokenPair(
+            across = TokenPair(
                 logp=logp, logq=logp, student_top=column, label=rows.label, sequence=rows.sequence, finite=finite,
                 known_overlap=overlap,
             )  # fmt: skip
-            weight, acceptance = objective.weigh(seen, rows.uniform)
+            weight, acceptance = objective.weigh(across, rows.uniform)
             unverified = (column < 0) & (objective.teacher_tokens != 0)
             if teacher.unverified_weight is not None:
                 weight = torch.where(unverified, teacher.unverified_weight * finite.to(fp), weight)
         loss = (rows.scale.to(fp) * weight * divergence).sum()
     grad_later = None
-    if settings.wants_gradient:
+    if config.wants_gradient:
         raw[block], grad_later = torch.autograd.grad(loss, (leaf, later))
-    return Seen(
+    return BlockResult(
         divergence.detach(), weight, acceptance, overlap, bad_rows(finite), kl, unverified.to(fp), grad_later
     )
 
@@ -173,11 +142,12 @@ def _across(divergence: Any, logp: Tensor, logq: Tensor, pair: TokenPair, teache
     return value
 
 
-def _judged(
-    pair: TokenPair, rows: Rows, settings: Settings, verified: TokenPair | None
-) -> tuple[Tensor, Seen]:
-    """The objective on a pair: its part of the loss, with a gradient, and what is told of its rows."""
-    judged = settings.objective(pair, rows.uniform, verified=verified, acceptance=rows.acceptance)
-    loss = (rows.scale.to(judged.divergence.dtype) * judged.weight * judged.divergence).sum()
-    divergence, weight, acceptance, overlap = judged
-    return loss, Seen(divergence.detach(), weight, acceptance, overlap, bad_rows(pair.finite))
+def _weighed(
+    pair: TokenPair, rows: BlockInputs, config: BlockConfig, verified: TokenPair | None
+) -> tuple[Tensor, BlockResult]:
+    """The objective on a pair: its part of the loss, with a gradient, and what came of its rows."""
+    divergence, weight, acceptance, overlap = config.objective(
+        pair, rows.uniform, verified=verified, acceptance=rows.acceptance
+    )
+    loss = (rows.scale.to(divergence.dtype) * weight * divergence).sum()
+    return loss, BlockResult(divergence.detach(), weight, acceptance, overlap, bad_rows(pair.finite))

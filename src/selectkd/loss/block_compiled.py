@@ -18,9 +18,10 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from selectkd.errors import ConfigError
-from selectkd.loss.block import HIGHEST, LANES, LOWEST, Rows, Settings, argmax
-from selectkd.loss.block_eager import RANKS, CompiledBlock, Told, statistic
-from selectkd.loss.teacher_rows import Head, LiveChunk, finish_logits
+from selectkd.loss.block_eager import RANKS, CompiledBlock, statistic
+from selectkd.loss.block_steps import HIGHEST, LANES, LOWEST, BlockConfig, BlockInputs, argmax
+from selectkd.loss.head import Head, finish_logits
+from selectkd.loss.teacher_rows import LiveChunk
 from selectkd.objective.divergences.closed_form import Block, ClosedForm, closed_form_of
 from selectkd.objective.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.objective.divergences.record import record_of
@@ -34,7 +35,7 @@ FEW_LANES = 64
 @dataclass(frozen=True)
 class Plan:
     """What a program is made for. closed_form and params: of the divergence; heads: scale and soft-cap of student
-    and teacher; reads: the statistics that are told; kl: whether KL(p || q) is; forbids: whether a bias is -inf;
+    and teacher; reads: the statistics that are wanted; kl: whether KL(p || q) is; forbids: whether a bias is -inf;
     shifts: whether a row's maximum is subtracted first, without which its log-sum-exp has to be ordinary."""
 
     closed_form: ClosedForm
@@ -64,7 +65,7 @@ class Plan:
         p, norm_p = softmax(zp)
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
         top = argmax(zq) if {"rank", "student_top"} & {*self.reads} else None
-        told = {name: statistic(name, block, top, label).flatten() for name in self.reads if name in RANKS}
+        columns = {name: statistic(name, block, top, label).flatten() for name in self.reads if name in RANKS}
         gone = torch.isneginf(zq)
         if self.forbids or unshared is not None:
             block.zq, block.zp = (
@@ -72,10 +73,10 @@ class Plan:
                 for z, norm in ((zq, norm_q), (zp, norm_p))
             )
         sums = [name for name in dict.fromkeys(("overlap", *self.reads)) if name not in RANKS]
-        told |= {name: statistic(name, block, top, label).flatten() for name in sums}
+        columns |= {name: statistic(name, block, top, label).flatten() for name in sums}
         if self.kl:
-            told["kl"] = forward_value(block).flatten()
-        told["divergence"] = self.closed_form(block, **dict(self.params)).flatten()
+            columns["kl"] = forward_value(block).flatten()
+        columns["divergence"] = self.closed_form(block, **dict(self.params)).flatten()
         gradient = block.out * block.factor
         if self.forbids:  # as ``Forbidden.release``
             held = torch.where(gone, gradient, 0.0).sum(-1, keepdim=True)
@@ -85,7 +86,7 @@ class Plan:
         out.copy_(gradient)
         low, high = (-math.inf, math.inf) if self.shifts else (LOWEST, HIGHEST)
         holds = [(norm > low) & (norm < high) for norm in (norm_q, norm_p)]  # of nan nothing does
-        return told | {"holds": (holds[0] & holds[1]).flatten()}
+        return columns | {"holds": (holds[0] & holds[1]).flatten()}
 
 
 def softmax(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,15 +155,15 @@ def plan_of(
     return Plan(record.closed_form, tuple(sorted(params.items())), heads, temperature, reads, kl, forbids)
 
 
-def compiled_block(settings: Settings) -> CompiledBlock:
+def compiled_block(config: BlockConfig) -> CompiledBlock:
     """The compiled way through whole blocks of a call."""
 
     def block_of(
-        raw: Tensor, teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: Rows, out: Tensor
-    ) -> Told | None:
-        kl = settings.options.also_kl and settings.options.temperature == 1.0
-        student, divergence = settings.head, settings.objective.divergence
-        plan = plan_of(divergence, student, teacher.head, settings.options.temperature, reads, kl=kl)
+        raw: Tensor, teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: BlockInputs, out: Tensor
+    ) -> dict[str, list[Any]] | None:
+        kl = config.options.also_kl and config.options.temperature == 1.0
+        student, divergence = config.head, config.objective.divergence
+        plan = plan_of(divergence, student, teacher.head, config.options.temperature, reads, kl=kl)
         logits = raw, teacher.raw[block], student.bias, teacher.head.bias, teacher.unshared
         for shifts in (False, True):  # not remembered: what a block gives depends on nothing before it
             columns = program(replace(plan, shifts=shifts))(*logits, rows.label, out)

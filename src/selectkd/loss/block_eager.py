@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.loss.block import (
+from selectkd.loss.block_steps import (
     HIGHEST,
     LOWEST,
-    Rows,
-    Seen,
-    Settings,
+    BlockConfig,
+    BlockInputs,
+    BlockResult,
     argmax,
     bad_rows,
     exp_into,
@@ -35,17 +35,18 @@ from selectkd.loss.block import (
     pair_at,
     statistics_of,
 )  # fmt: skip
-from selectkd.loss.teacher_rows import Head, LiveChunk, Scratch, wide
-from selectkd.objective.divergences.closed_form import Block, Column, dot, narrow, total
+from selectkd.loss.head import Head, wide
+from selectkd.loss.teacher_rows import LiveChunk, Scratch
+from selectkd.objective.divergences.closed_form import Block, Column, closed_form_of, dot, narrow, total
 from selectkd.objective.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.verifiers import STATISTICS, RowStatistics
 
-Told = dict[str, list[Any]]
-"""The columns of a block by name, each in as many parts as the block was worked on in."""
-CompiledBlock = Callable[[Tensor, LiveChunk, slice, tuple[str, ...], Rows, Tensor], Told | None]
-"""(raw, teacher, block, reads, rows, out) -> what ``tell`` tells of raw [b, v], the gradient left in out [b, v]; None
-where a row is not finite."""
+CompiledBlock = Callable[
+    [Tensor, LiveChunk, slice, tuple[str, ...], BlockInputs, Tensor], dict[str, list[Any]] | None
+]
+"""(raw, teacher, block, reads, rows, out) -> the columns of raw [b, v] by name, each in parts, and the
+gradient in out [b, v]; None where a row is not finite."""
 LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 BUFFERS = 5
 """Tensors that a closed form works on: zp, zq, p, q, spare."""
@@ -62,8 +63,8 @@ COMPILED_ENTRIES = 3 << 17
 @cache
 def level_two_bytes() -> int:
     """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
-    told = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
-    kibibytes = re.match(r"(\d+)K", told)
+    size = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
+    kibibytes = re.match(r"(\d+)K", size)
     return int(kibibytes[1]) << 10 if kibibytes else 1 << 20
 
 
@@ -84,84 +85,87 @@ def compiled_rows(width: int) -> int:
 
 
 @torch.no_grad()
-def judge_dense(
-    raw: Tensor, block: slice, teacher: LiveChunk, rows: Rows, settings: Settings, scratch: Scratch,
-    closed_form: Callable[[Block], Column], verified: TokenPair | None, compiled: CompiledBlock | None = None,
-) -> Seen:  # fmt: skip
-    """Judges a block and writes the gradient over ``raw[block]`` [b, v]; ``verified`` is the pair at the verification
-    temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
-    objective, temperature = settings.objective, settings.options.temperature
+def evaluate_closed_form(
+    raw: Tensor, block: slice, teacher: LiveChunk, rows: BlockInputs, config: BlockConfig, scratch: Scratch,
+    verified: TokenPair | None, compiled: CompiledBlock | None = None,
+) -> BlockResult:  # fmt: skip
+    """A block by the divergence's closed form; the gradient overwrites ``raw[block]`` [b, v]. verified: the pair at the
+    verification temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
+    objective, temperature = config.objective, config.options.temperature
     kl: Tensor | None = None
-    if settings.options.also_kl and temperature != 1.0:
-        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, settings))
+    if config.options.also_kl and temperature != 1.0:
+        kl = kl_of(pair_at(1.0, raw, block, teacher, rows, config))
     if verified is None and rows.acceptance is None and not objective.reads_statistics:
-        verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, settings)
+        verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, config)
     reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
         reads = statistics_of(objective.verifier, rows)
-    told, capped, factor = None, None, 1.0
+    pieces, capped, factor = None, None, 1.0
     if compiled is not None and len(raw[block]) == compiled_rows(raw.shape[1]):
         zq = scratch.of("zq", len(raw[block]), raw.shape[1], raw, wide(raw.dtype))[: len(raw[block])]
-        told = compiled(raw[block], teacher, block, reads, rows, zq)
-    if told is None:
-        zq = widening(settings.head, raw[block], "zq", scratch)  # [b, v]
-        if settings.head.softcap is not None and settings.wants_gradient:
-            capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
-        told, factor = tell(
-            zq, raw[block], teacher, block, capped, reads, rows, settings, scratch, closed_form
-        )
+        pieces = compiled(raw[block], teacher, block, reads, rows, zq)
+    if pieces is None:
+        zq, capped, pieces, factor = by_parts(raw[block], teacher, block, reads, rows, config, scratch)
 
-    finite = None if all(x is True for x in told["finite"]) else joined(told["finite"], zq).bool()
-    columns = {name: joined(told[name], zq) for name in ("divergence", "overlap", *reads)}
+    finite = None if all(x is True for x in pieces["finite"]) else joined(pieces["finite"], zq).bool()
+    columns = {name: joined(pieces[name], zq) for name in ("divergence", "overlap", *reads)}
     overlap = columns["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
-    if told["kl"]:
-        kl = joined(told["kl"], zq).clamp_(min=0.0)
+    if pieces["kl"]:
+        kl = joined(pieces["kl"], zq).clamp_(min=0.0)
     if verified is not None:
         weight, acceptance = objective.weigh(verified, rows.uniform)
     else:
-        judged = rows.acceptance
-        if judged is None:
+        acceptance = rows.acceptance
+        if acceptance is None:
             statistics = RowStatistics(zq.shape[1], **{name: columns[name] for name in ("overlap", *reads)})
-            judged = objective.verifier.from_statistics(statistics, rows.uniform)
+            acceptance = objective.verifier.from_statistics(statistics, rows.uniform)
         weight, acceptance = objective.weight_of(
-            judged.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
+            acceptance.to(zq.dtype), rows.uniform, label=rows.label, finite=finite
         )
-    if settings.wants_gradient:
-        finish_gradient(zq, rows.scale * weight * factor, capped, settings, out=raw[block])
-    return Seen(columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl)
+    if config.wants_gradient:
+        finish_gradient(zq, rows.scale * weight * factor, capped, config, out=raw[block])
+    return BlockResult(
+        columns["divergence"].clamp_(min=0.0), weight, acceptance, overlap, bad_rows(finite), kl
+    )
 
 
-def tell(
-    zq: Tensor, raw: Tensor, teacher: LiveChunk, block: slice, capped: Tensor | None, reads: tuple[str, ...],
-    rows: Rows, settings: Settings, scratch: Scratch, closed_form: Callable[[Block], Column],
-) -> tuple[Told, float]:  # fmt: skip
-    """What the parts of a block are told to be, and the gradient's factor; the gradient [b, v] is left in ``zq``."""
-    told: Told = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
+def by_parts(
+    raw: Float[Tensor, "b v"], teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: BlockInputs,
+    config: BlockConfig, scratch: Scratch,
+) -> tuple[Tensor, Tensor | None, dict[str, list[Any]], float]:  # fmt: skip
+    """The gradient [b, v], the logits that a soft-cap left [b, v], the columns of each part by name, and the factor
+    that the gradient still lacks."""
+    closed_form = closed_form_of(config.objective.divergence)  # type: ignore[arg-type]
+    assert closed_form is not None  # ``evaluate_block`` asks
+    zq, capped = widening(config.head, raw, "zq", scratch), None
+    if config.head.softcap is not None and config.wants_gradient:
+        capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
+    pieces: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
     factor, ranks = 1.0, "rank" in reads or "student_top" in reads
     ranked = [name for name in reads if name in RANKS]
     sums = [name for name in dict.fromkeys(("overlap", *reads)) if name not in RANKS]
-    forbidden = Forbidden.of(settings.head, teacher, zq.shape[1])
+    forbidden = Forbidden.of(config.head, teacher, zq.shape[1])
     tops = None
-    if ranks and settings.head.is_plain and teacher.unshared is None:
+    if ranks and config.head.is_plain and teacher.unshared is None:
         tops = argmax(raw)  # of all rows at once, where the product's own order is that of the logits
-    for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, settings, scratch):
+    for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, config, scratch):
         top, label = None, None if rows.label is None else rows.label[at]
         if ranks:
             top = top_of(part) if tops is None else tops[at]
-        told["finite"].append(finite)
+        pieces["finite"].append(finite)
         for name in ranked:  # as long as what is forbidden has no finite logit
-            told[name].append(statistic(name, part, top, label))
+            pieces[name].append(statistic(name, part, top, label))
         if forbidden is not None:
             forbidden.floor(part)
         for name in sums:
-            told[name].append(statistic(name, part, top, label))
-        if settings.options.also_kl and settings.options.temperature == 1.0:
-            told["kl"].append(forward_value(part))
-        told["divergence"].append(closed_form(part))
+            pieces[name].append(statistic(name, part, top, label))
+        if config.options.also_kl and config.options.temperature == 1.0:
+            pieces["kl"].append(forward_value(part))
+        pieces["divergence"].append(closed_form(part))
         if forbidden is not None:
             forbidden.release(part)
         factor = part.factor
-    return told, factor
+    return zq, capped, pieces, factor
 
 
 def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
@@ -172,7 +176,7 @@ def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch)
 
 
 def parts(
-    zq: Tensor, raw_q: Tensor, raw_p: Tensor, capped: Tensor | None, teacher: LiveChunk, settings: Settings,
+    zq: Tensor, raw_q: Tensor, raw_p: Tensor, capped: Tensor | None, teacher: LiveChunk, config: BlockConfig,
     scratch: Scratch,
 ) -> Iterator[tuple[slice | int, Block, Tensor | bool]]:  # fmt: skip
     """The rows of a block as closed forms see them, all at once or one by one; with where they are, and which of them
@@ -191,13 +195,13 @@ def parts(
     where: Iterable[slice | int] = range(b) if single else (slice(0, b),)
     together = one_row if single else many_rows
     for at in where:
-        ours = zq[at] if in_place_q else finished(settings.head, raw_q[at], zq[at])
+        ours = zq[at] if in_place_q else finished(config.head, raw_q[at], zq[at])
         theirs = raw_p[at] if in_place_p else finished(teacher.head, raw_p[at], zp)
         if capped is not None:
             capped[at] = ours
         for z in (ours, theirs):
-            if settings.options.temperature != 1.0:
-                z.div_(settings.options.temperature)
+            if config.options.temperature != 1.0:
+                z.div_(config.options.temperature)
             if teacher.unshared is not None:
                 z.masked_fill_(teacher.unshared, -torch.inf)
         part, finite = together(ours, theirs, *memory)

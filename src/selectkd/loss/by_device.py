@@ -1,5 +1,5 @@
 """What the loss does otherwise on each kind of device: how many rows it takes at a time, and whether Triton's kernels
-judge them. Nothing else in the loss asks where it runs, but for the sum of the head's gradient (``products``).
+do their work. Nothing else in the loss asks where it runs, but for the sum of the head's gradient (``products``).
 
 A processor likes what its caches hold, an accelerator few launches: there a block costs some forty to eighty, whatever
 its size. n rows, v vocabulary.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from selectkd.loss.aligned_rows import AlignedChunk
-from selectkd.loss.block import Settings
-from selectkd.loss.block_autograd import has_closed_form
 from selectkd.loss.block_eager import block_rows, compiled_rows
-from selectkd.loss.teacher_rows import CachedChunk, LiveChunk, wide
+from selectkd.loss.block_steps import BlockConfig
+from selectkd.loss.head import wide
+from selectkd.loss.teacher_rows import CachedChunk, LiveChunk
 
 CHUNK_ROW_BYTES = 1024
 """Rows of a chunk times the bytes of a logit, on a processor: 256 rows in fp32, 512 in bf16. Each chunk costs the
@@ -60,7 +60,7 @@ def chunk_rows(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Rows of a chunk: what the caller said, else as many as the products like and memory has room for.
+    """Rows of a chunk: the caller's number, else as many as the products like and memory has room for.
 
     On an accelerator a power of two, so that the order of a sum does not follow every byte of free memory.
 
@@ -90,16 +90,16 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def rows_of_block(raw: Tensor, teacher: Any, settings: Settings) -> int:
-    """Rows of a chunk ``raw`` [c, v] that are judged at a time where no kernel does."""
+def rows_of_block(raw: Tensor, teacher: Any, config: BlockConfig) -> int:
+    """Rows of a chunk ``raw`` [c, v] that are worked on at a time, where no kernel takes the whole chunk."""
     width = raw.shape[1]
     widest = max(width, teacher.width) if isinstance(teacher, AlignedChunk) else width
     if raw.device.type != "cpu":
         size = accelerator_entries(raw.device) // widest
     elif isinstance(teacher, CachedChunk):
         size = TOP_K_ENTRIES // width
-    elif isinstance(teacher, LiveChunk) and has_closed_form(settings):
-        size = compiled_rows(width) if settings.options.compiled else block_rows(width, wide(raw.dtype))
+    elif isinstance(teacher, LiveChunk) and config.has_closed_form:
+        size = compiled_rows(width) if config.options.compiled else block_rows(width, wide(raw.dtype))
     else:
         size = AUTOGRAD_ENTRIES // widest
     return max(1, size)
@@ -117,19 +117,19 @@ def accelerator_entries(device: torch.device) -> int:
     return min(ACCELERATOR_ENTRIES, max(1 << 20, power_of_two(room)))
 
 
-def kernels_for(raw: Tensor, teacher: Any, settings: Settings, *, judged: bool = False) -> Any:
-    """The package of kernels where they do this work, None for ``judge.judge``. ``judged``: a first pass has given the
+def kernels_for(raw: Tensor, teacher: Any, config: BlockConfig, *, ranked: bool = False) -> Any:
+    """The package of kernels where they do this work, None for ``evaluate_block``. ranked: a first pass has given the
     verdicts."""
     if raw.device.type in ("cpu", "meta"):
         return None
     kernels = kernels_on(raw.device.type)
-    return kernels if kernels is not None and kernels.claims(settings, teacher, judged=judged) else None
+    return kernels if kernels is not None and kernels.claims(config, teacher, ranked=ranked) else None
 
 
-def by_kernels(kernels: Any, raw: Tensor, teacher: Any, rows: Any, settings: Settings) -> Any:
+def by_kernels(kernels: Any, raw: Tensor, teacher: Any, rows: Any, config: BlockConfig) -> Any:
     """What the kernels make of a chunk; None, with one warning, where their first launch shows that they cannot run."""
     try:
-        return kernels.judge(raw, teacher, rows, settings)
+        return kernels.evaluate_chunk(raw, teacher, rows, config)
     except kernels.CannotLaunch as error:  # nothing has been written yet
         do_without_kernels(raw.device.type, str(error))
     return None
@@ -163,7 +163,7 @@ def obstacle_to_kernels(kind: str) -> str | None:
 
 
 def do_without_kernels(kind: str, obstacle: str) -> None:
-    """Judges chunks on a kind of device by torch's operations from now on, and says so once."""
+    """Torch's operations do the work on a kind of device from now on; one warning says so."""
     _OBSTACLES[kind] = obstacle
     warnings.warn(
         f"The loss's Triton kernels cannot be used: {obstacle}. Torch's own operations do their work, with the same "

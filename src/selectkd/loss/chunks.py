@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from selectkd.loss.block import Rows, Seen, Settings, pair_at
-from selectkd.loss.block_autograd import judge
+from selectkd.loss.block import evaluate_block
+from selectkd.loss.block_steps import BlockConfig, BlockInputs, BlockResult, pair_at
 from selectkd.loss.by_device import by_kernels, kernels_for, rows_of_block, scored_rows
+from selectkd.loss.head import Head, wide
 from selectkd.loss.options import LossOptions
 from selectkd.loss.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
-from selectkd.loss.teacher_rows import Head, Scratch, TeacherRows, wide
+from selectkd.loss.teacher_rows import Scratch, TeacherRows
 from selectkd.objective.objective import Objective
 
 SCALED_ENTRIES = 1 << 22
@@ -29,7 +30,7 @@ ROWS = ("acceptance", "divergence", "weight", "overlap", "unverified", "kl")
 
 
 @dataclass(frozen=True)
-class Work:
+class LossCall:
     """Everything of one call but the tensors with gradients."""
 
     teacher: TeacherRows
@@ -49,47 +50,47 @@ class Work:
         assert self.options.chunk is not None  # chosen where the call begins
         return self.options.chunk
 
-    def rows(self, chunk: slice, block: slice) -> Rows:
+    def rows(self, chunk: slice, block: slice) -> BlockInputs:
         """What the rows of a block of a chunk need beside their logits."""
         here = slice(chunk.start + block.start, chunk.start + block.stop)
         columns = (self.labels, self.sequence, self.acceptance, self.later)
         beside = (None if x is None else x[here] for x in columns)
-        return Rows(self.uniform[here], self.row_scale[here], *beside)
+        return BlockInputs(self.uniform[here], self.row_scale[here], *beside)
 
 
 @torch.no_grad()
-def first_pass(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+def first_pass(hidden: Tensor, head: Head, call: LossCall, width: int) -> Tensor:
     """The acceptance of every row, [n], from an objective that ranks the batch: scores by chunks, then its rule."""
-    scores, sequence = scored(hidden, head, work, width), work.sequence
+    scores, sequence = scored(hidden, head, call, width), call.sequence
     if sequence is None:
         sequence = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    return work.objective.verifier.keep(scores, sequence)
+    return call.objective.verifier.keep(scores, sequence)
 
 
 @torch.no_grad()
-def scored(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
+def scored(hidden: Tensor, head: Head, call: LossCall, width: int) -> Tensor:
     """The scores of every row, [n, m], from an objective that ranks; nan where the teacher's row is not finite."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return _scores(hidden, head, work, width)
+        return _scores(hidden, head, call, width)
 
 
-def _scores(hidden: Tensor, head: Head, work: Work, width: int) -> Tensor:
-    selector = work.objective.verifier
-    beside = work.teacher.reference
+def _scores(hidden: Tensor, head: Head, call: LossCall, width: int) -> Tensor:
+    selector = call.objective.verifier
+    beside = call.teacher.reference
     if beside is not None:  # a reference of fewer ids: all three are compared on what they share
         width = min(width, beside.shared_width(width))
-    head = replace(head, weight=head.weight.to(work.products or head.weight.dtype))
-    scores, scratch, temperature = [], Scratch(), work.objective.verify_temperature
-    settings = Settings(work.objective, head, work.options, wants_gradient=False)
-    for rows in cuts(0, hidden.shape[0], work.chunk):
-        raw = head.raw(hidden[rows], width, out=scratch.of(work, work.chunk, width, head.weight))
-        teacher = work.teacher.open(rows, width, scratch)
+    head = replace(head, weight=head.weight.to(call.products or head.weight.dtype))
+    scores, scratch, temperature = [], Scratch(), call.objective.verify_temperature
+    config = BlockConfig(call.objective, head, call.options, wants_gradient=False)
+    for rows in cuts(0, hidden.shape[0], call.chunk):
+        raw = head.raw(hidden[rows], width, out=scratch.of(call, call.chunk, width, head.weight))
+        teacher = call.teacher.open(rows, width, scratch)
         reference = None if beside is None else beside.open(rows, width, scratch)
         for block in cuts(0, raw.shape[0], scored_rows(width, raw.device)):
-            at = work.rows(rows, block)
-            pair = pair_at(temperature, raw, block, teacher, at, settings)
+            at = call.rows(rows, block)
+            pair = pair_at(temperature, raw, block, teacher, at, config)
             if reference is not None:
-                pair = replace(pair, logr=pair_at(temperature, raw, block, reference, at, settings).logp)
+                pair = replace(pair, logr=pair_at(temperature, raw, block, reference, at, config).logp)
             score = selector.score(pair, at.uniform)  # [b, m]
             if pair.finite is not None:
                 score = torch.where(pair.finite[:, None], score, torch.nan)
@@ -110,25 +111,25 @@ class ChunkedLoss(torch.autograd.Function):
         bias: Tensor | None,
         later: Tensor | None,
         head: Head,
-        work: Work,
+        call: LossCall,
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
         wants_any = wants_hidden or wants_weight or wants_bias
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
-        weight = weight.detach().to(work.products or weight.dtype)
+        weight = weight.detach().to(call.products or weight.dtype)
         head = replace(head, weight=weight, bias=bias)  # itself, which is looked at once
-        width = work.teacher.shared_width(head.width)
+        width = call.teacher.shared_width(head.width)
         fp = wide(weight.dtype)
         n = hidden.shape[0]
 
         loss = torch.zeros((), dtype=fp, device=hidden.device)
-        seen = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
+        columns = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
         bad = torch.zeros((), dtype=fp, device=hidden.device)
         products = torch.promote_types(
             hidden.dtype, weight.dtype
         )  # rounded to hidden's once backward has scaled them
         grad_hidden = torch.empty_like(hidden, dtype=products) if wants_hidden else None
-        chunks = -(-n // work.chunk)
+        chunks = -(-n // call.chunk)
         head_gradient = HeadGradient(weight, width, chunks, ctx.dtypes[1]) if wants_weight else None
         grad_bias = (
             torch.zeros(bias.shape, dtype=fp, device=weight.device)
@@ -138,30 +139,30 @@ class ChunkedLoss(torch.autograd.Function):
 
         grad_later = torch.zeros_like(later) if wants_later and later is not None else None
         if later is not None:
-            work = replace(work, later=later.detach())
+            call = replace(call, later=later.detach())
 
-        settings = Settings(work.objective, head, work.options, wants_any)
+        config = BlockConfig(call.objective, head, call.options, wants_any)
         scratch = Scratch()
-        for rows in cuts(0, n, work.chunk):
+        for rows in cuts(0, n, call.chunk):
             chunk = hidden[rows].detach()  # [c, d]
             with torch.no_grad():
                 # [c, v], overwritten by its gradient block by block
-                raw = head.raw(chunk, width, out=scratch.of(work, work.chunk, width, weight))
-            judged = judge_chunk(raw, rows, width, work, settings, scratch)
+                raw = head.raw(chunk, width, out=scratch.of(call, call.chunk, width, weight))
+            result = evaluate_chunk(raw, rows, width, call, config, scratch)
             for name in ROWS:
-                values = getattr(judged, name)
-                seen[name][rows] = 0.0 if values is None else values
-            if grad_later is not None and judged.grad_later is not None:
-                grad_later[rows] = judged.grad_later
-            loss += (work.row_scale[rows].to(fp) * judged.weight * judged.divergence).sum()
-            bad += judged.bad
+                values = getattr(result, name)
+                columns[name][rows] = 0.0 if values is None else values
+            if grad_later is not None and result.grad_later is not None:
+                grad_later[rows] = result.grad_later
+            loss += (call.row_scale[rows].to(fp) * result.weight * result.divergence).sum()
+            bad += result.bad
             if wants_any:
                 # on an accelerator a look at the weights would wait; there the kernels do not read such rows
-                looks = work.objective.drops_rows and raw.device.type == "cpu"
-                kept = rows_with_gradient(judged.weight) if looks else None
+                looks = call.objective.drops_rows and raw.device.type == "cpu"
+                kept = rows_with_gradient(result.weight) if looks else None
                 gradient = raw if kept is None else raw[kept]
                 inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
-                share = work.options.gradient_filter
+                share = call.options.gradient_filter
                 strong = strong_columns(gradient, share) if share else None
                 if grad_hidden is not None:
                     part = hidden_gradient(gradient, weight[:width], strong)
@@ -179,7 +180,7 @@ class ChunkedLoss(torch.autograd.Function):
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
         of_head = None if head_gradient is None else head_gradient.total
         ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
-        rows_out = [seen[name] for name in ROWS]
+        rows_out = [columns[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
         return (loss, bad, *rows_out)
 
@@ -229,28 +230,28 @@ def untraced(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-def judge_chunk(
-    raw: Tensor, rows: slice, width: int, work: Work, settings: Settings, scratch: Scratch
-) -> Seen:
-    """Judges a chunk block by block, or at once where the kernels do this work; the gradient is left in ``raw``."""
-    teacher = work.teacher.open(rows, width, scratch)
-    kernels = kernels_for(raw, teacher, settings, judged=work.acceptance is not None)
+def evaluate_chunk(
+    raw: Tensor, rows: slice, width: int, call: LossCall, config: BlockConfig, scratch: Scratch
+) -> BlockResult:
+    """A chunk, block by block or at once where the kernels do this work; the gradient is left in ``raw``."""
+    teacher = call.teacher.open(rows, width, scratch)
+    kernels = kernels_for(raw, teacher, config, ranked=call.acceptance is not None)
     if kernels is not None:
-        whole = by_kernels(kernels, raw, teacher, work.rows(rows, slice(0, raw.shape[0])), settings)
+        whole = by_kernels(kernels, raw, teacher, call.rows(rows, slice(0, raw.shape[0])), config)
         if whole is not None:
             return whole
     columns: dict[str, Tensor] = {}
     bad: Tensor | int = 0
-    for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, settings)):
-        judged = judge(raw, block, teacher, work.rows(rows, block), settings, scratch)
-        bad = bad + judged.bad
+    for block in cuts(0, raw.shape[0], rows_of_block(raw, teacher, config)):
+        result = evaluate_block(raw, block, teacher, call.rows(rows, block), config, scratch)
+        bad = bad + result.bad
         # copied, not kept: small tensors that stay would lie where the next block's large ones have been
-        for name, values in judged._asdict().items():
+        for name, values in result._asdict().items():
             if name != "bad" and values is not None:
                 if name not in columns:
                     columns[name] = torch.empty(raw.shape[0], dtype=values.dtype, device=values.device)
                 columns[name][block] = values
-    return Seen(bad=bad, **columns)
+    return BlockResult(bad=bad, **columns)
 
 
 def rows_with_gradient(weight: Tensor) -> Tensor | None:

@@ -13,9 +13,10 @@ from selectkd.errors import ConfigError
 from selectkd.loss.aligned_rows import AlignedRows
 from selectkd.loss.block_compiled import check_compiled
 from selectkd.loss.by_device import chunk_rows
-from selectkd.loss.chunks import ROWS, ChunkedLoss, Work, first_pass, untraced
+from selectkd.loss.chunks import ROWS, ChunkedLoss, LossCall, first_pass, untraced
+from selectkd.loss.head import Head, product_dtype
 from selectkd.loss.options import LossKeywords, LossOptions
-from selectkd.loss.teacher_rows import CachedRows, Head, LiveRows, TeacherRows, product_dtype
+from selectkd.loss.teacher_rows import CachedRows, LiveRows, TeacherRows
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.objective.divergences.uld import is_unpaired
 from selectkd.objective.objective import Objective
@@ -86,64 +87,68 @@ def distillation_loss(
         uniform = torch.empty(n, 0, device=hidden.device)
     if row_scale is None:
         row_scale = torch.full((n,), 1.0 / max(n, 1), device=hidden.device)
-    work = Work(teacher, objective, uniform, row_scale, labels, sequence, acceptance, LossOptions(**options))
-    return fused_loss(hidden, Head.of(head), work)
+    call = LossCall(
+        teacher, objective, uniform, row_scale, labels, sequence, acceptance, LossOptions(**options)
+    )
+    return fused_loss(hidden, Head.of(head), call)
 
 
 @untraced
 def fused_loss(
-    hidden: Float[Tensor, "n d"], student: Head, work: Work
+    hidden: Float[Tensor, "n d"], student: Head, call: LossCall
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """``distillation_loss`` of a call whose parts are gathered."""
     if not torch.is_grad_enabled():  # a head that wants a gradient would get one all the same, for nothing
         hidden, student = hidden.detach(), student.detach()
-    _check(hidden, student, work)
-    n, width = hidden.shape[0], work.teacher.shared_width(student.width)
+    _check(hidden, student, call)
+    n, width = hidden.shape[0], call.teacher.shared_width(student.width)
     products = product_dtype(student.weight)
-    chunk = chunk_rows(n, width, work.options.chunk, products, hidden.device)
-    work = replace(
-        work,
-        row_scale=work.row_scale.detach(),
-        options=replace(work.options, chunk=chunk),
+    chunk = chunk_rows(n, width, call.options.chunk, products, hidden.device)
+    call = replace(
+        call,
+        row_scale=call.row_scale.detach(),
+        options=replace(call.options, chunk=chunk),
         products=products,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, bad, seen = _fused(hidden, student, work, width)
+        loss, bad, columns = _fused(hidden, student, call, width)
     sums = {
         "n": torch.full((), float(n), device=hidden.device),  # filled there: a copy would wait for the device
-        "accepted": seen["acceptance"].sum(),
-        "weight": seen["weight"].sum(),
-        "divergence": seen["divergence"].sum(),
-        "weighted_divergence": (seen["weight"] * seen["divergence"]).sum(),
-        "overlap": seen["overlap"].sum(),
-        "unverified": seen["unverified"].sum(),
+        "accepted": columns["acceptance"].sum(),
+        "weight": columns["weight"].sum(),
+        "divergence": columns["divergence"].sum(),
+        "weighted_divergence": (columns["weight"] * columns["divergence"]).sum(),
+        "overlap": columns["overlap"].sum(),
+        "unverified": columns["unverified"].sum(),
         "teacher_nonfinite": bad,
     }
-    if work.options.also_kl:
-        sums["kl"] = seen["kl"].sum()
+    if call.options.also_kl:
+        sums["kl"] = columns["kl"].sum()
     else:
-        del seen["kl"]
-    return loss, sums | {f"row_{name}": values for name, values in seen.items()}
+        del columns["kl"]
+    return loss, sums | {f"row_{name}": values for name, values in columns.items()}
 
 
-def _fused(hidden: Tensor, student: Head, work: Work, width: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _fused(
+    hidden: Tensor, student: Head, call: LossCall, width: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, bad rows, columns [n]) of all rows."""
-    if isinstance(work.teacher, AlignedRows):
-        return _by_spans(hidden, student, work.teacher, work)
-    if work.acceptance is None and work.objective.ranks_the_batch and hidden.shape[0]:
-        work = replace(work, acceptance=first_pass(hidden.detach(), student.detach(), work, width))
-    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, work)  # type: ignore[misc]
+    if isinstance(call.teacher, AlignedRows):
+        return _by_spans(hidden, student, call.teacher, call)
+    if call.acceptance is None and call.objective.ranks_the_batch and hidden.shape[0]:
+        call = replace(call, acceptance=first_pass(hidden.detach(), student.detach(), call, width))
+    loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, call)  # type: ignore[misc]
     return loss, bad, dict(zip(ROWS, rows, strict=True))
 
 
 def _by_spans(
-    hidden: Tensor, student: Head, teacher: AlignedRows, work: Work
+    hidden: Tensor, student: Head, teacher: AlignedRows, call: LossCall
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, bad rows, columns [n]) of a teacher aligned by spans: the loss of the spans, laid out over the rows.
 
     A span's divergence and weight stand at its first row, its verdict and overlap at each of its rows.
     """
-    if teacher.by_index is not None and is_unpaired(work.objective.divergence):
+    if teacher.by_index is not None and is_unpaired(call.objective.divergence):
         teacher = teacher.by_index
     first, span, later_rows = teacher.first, teacher.span, teacher.later
     dead = teacher.vocabularies.dead(student.width)
@@ -152,26 +157,26 @@ def _by_spans(
         student,
         teacher.token[later_rows],
         dead=dead,
-        chunk=work.chunk,
-        products=work.products,
+        chunk=call.chunk,
+        products=call.products,
     )
     later = log_probs.new_zeros(first.shape[0]).index_add(0, span[later_rows], log_probs)
     chosen = {
-        name: None if (value := getattr(work, name)) is None else value[first]
+        name: None if (value := getattr(call, name)) is None else value[first]
         for name in ("uniform", "row_scale", "labels", "sequence")
     }
-    work = replace(work, teacher=teacher.with_later(later.detach()), **chosen)
-    loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, work)  # type: ignore[misc]
+    call = replace(call, teacher=teacher.with_later(later.detach()), **chosen)
+    loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, call)  # type: ignore[misc]
     inside = span >= 0
-    seen = {}
+    columns = {}
     for name, values in zip(ROWS, rows, strict=True):
         out = values.new_full(span.shape, 1.0 if name == "unverified" else 0.0)
         if name in ("divergence", "weight", "kl"):
             out[first] = values
         else:
             out[inside] = values[span[inside]]
-        seen[name] = out
-    return loss, bad, seen
+        columns[name] = out
+    return loss, bad, columns
 
 
 def _check_across(teacher: AlignedRows, objective: Objective, temperature: float) -> None:
@@ -195,10 +200,10 @@ def _check_across(teacher: AlignedRows, objective: Objective, temperature: float
             )
 
 
-def _check(hidden: Tensor, student: Head, work: Work) -> None:
+def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
     """ConfigError where shapes or the teacher do not fit the objective."""
-    n, teacher, objective = hidden.shape[0], work.teacher, work.objective
-    uniform, need = work.uniform, objective.uniforms_per_token
+    n, teacher, objective = hidden.shape[0], call.teacher, call.objective
+    uniform, need = call.uniform, objective.uniforms_per_token
     if uniform.ndim != 2 or uniform.shape[0] != n or uniform.shape[1] < need:
         raise ConfigError(
             f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers "
@@ -216,14 +221,14 @@ def _check(hidden: Tensor, student: Head, work: Work) -> None:
     if teacher.count != n:
         raise ConfigError(f"the student has {n} rows and the teacher {teacher.count}; they must be the same.")
     for name in ("row_scale", "labels", "sequence", "acceptance"):
-        value = getattr(work, name)
+        value = getattr(call, name)
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
                 f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."
             )
     if isinstance(teacher, AlignedRows):
-        _check_across(teacher, objective, work.options.temperature)
-    if work.options.compiled:
+        _check_across(teacher, objective, call.options.temperature)
+    if call.options.compiled:
         check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
     _check_support(teacher, objective, student.width)
 

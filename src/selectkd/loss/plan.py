@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from selectkd.loss.head import wide
 from selectkd.loss.ranking import Contest, Kept, decided
-from selectkd.loss.teacher_rows import TeacherRows, wide
+from selectkd.loss.teacher_rows import TeacherRows
 from selectkd.loss.terms import Forward, Term, weighted_sum
 from selectkd.objective.objective import Objective
 from selectkd.objective.verifiers import traits_of
@@ -114,8 +115,8 @@ class LossPlan:
                 apart = ("selector", number)
                 found.append(Contest(apart, stream.selector, of))
             if stream.objective.ranks_the_batch:
-                judge, temperature = stream.objective.verifier, stream.objective.verify_temperature
-                found.append(Contest(("verifier", number), judge, of, temperature, apart))
+                gate, temperature = stream.objective.verifier, stream.objective.verify_temperature
+                found.append(Contest(("verifier", number), gate, of, temperature, apart))
         extras = enumerate(self.extras)
         return found + [Contest(("extra", number), one) for number, one in extras if traits_of(one).ranks]
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.loss.teacher_rows import wide
+from selectkd.loss.head import wide
 
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""

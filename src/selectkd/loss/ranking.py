@@ -27,13 +27,13 @@ Kept = Mapping[Key, Tensor]
 
 @dataclass(frozen=True)
 class Contest:
-    """Rows ranked against each other: those of a stream (None: all), by the ``score`` and ``keep`` of ``judge``.
+    """Rows ranked against each other: those of a stream (None: all), by the ``score`` and ``keep`` of ``gate``.
 
     temperature: of the distributions it scores. apart: the contest whose winners and losers are ranked apart.
     """
 
     key: Key
-    judge: Any
+    gate: Any
     stream: int | None = None
     temperature: float = 1.0
     apart: Key | None = None
@@ -41,26 +41,26 @@ class Contest:
     @property
     def over_step(self) -> bool:
         """Whether rows of other batches of the step are ranked too; else those of a sequence, which is in one batch."""
-        return traits_of(self.judge).scope != "sequence"
+        return traits_of(self.gate).scope != "sequence"
 
     @torch.no_grad()
     def scores(self, forward: Forward) -> Float[Tensor, "n m"]:
         """The scores of a batch's rows; nan for those that are not ranked and those without a finite teacher."""
         if self.key[0] == "extra":
-            return self.judge.score(forward)
+            return self.gate.score(forward)
         if isinstance(forward.teacher, AlignedRows):
             raise ConfigError(
-                f"{type(self.judge).__name__} ranks rows token by token, and teacher and student have different "
+                f"{type(self.gate).__name__} ranks rows token by token, and teacher and student have different "
                 "tokens. Use greedy_topk, always or matched_random."
             )
         if self.stream is None:
             if not forward.labels.numel():
                 return _none(forward)
-            return forward.scores(self.judge, temperature=self.temperature)
+            return forward.scores(self.gate, temperature=self.temperature)
         rows = forward.rows_of(self.stream)
         if not rows.numel():
             return _none(forward)
-        of = forward.take(rows).scores(self.judge, temperature=self.temperature)
+        of = forward.take(rows).scores(self.gate, temperature=self.temperature)
         return of.new_full((forward.labels.shape[0], of.shape[1]), torch.nan).index_copy_(0, rows, of)
 
 
@@ -83,18 +83,18 @@ def decided(
     if order is None:
         order = torch.arange(stream.shape[0], device=stream.device)
     for contest, of in zip(contests, scores, strict=True):
-        mine = (
+        entrants = (
             torch.ones_like(stream, dtype=torch.bool) if contest.stream is None else stream == contest.stream
         )
-        groups = [mine]
+        groups = [entrants]
         if contest.apart is not None:
             won = found[contest.apart] > 0
-            groups = [mine & won, mine & ~won]
+            groups = [entrants & won, entrants & ~won]
         out = None
         for group in groups:
             rows = order[group[order]]
             if rows.numel():
-                kept = contest.judge.keep(of[rows].double(), sequence[rows])
+                kept = contest.gate.keep(of[rows].double(), sequence[rows])
                 out = kept.new_zeros(stream.shape[0], *kept.shape[1:]) if out is None else out
                 out[rows] = kept
         found[contest.key] = of.new_zeros(stream.shape[0]).double() if out is None else out

@@ -12,18 +12,11 @@ from torch import Tensor
 
 from selectkd.loss.aligned_rows import AlignedRows
 from selectkd.loss.by_device import chunk_rows
-from selectkd.loss.chunks import ROWS, Work, scored
+from selectkd.loss.chunks import ROWS, LossCall, scored
 from selectkd.loss.distillation import fused_loss
+from selectkd.loss.head import Head, log_softmax, product_dtype
 from selectkd.loss.options import LossOptions
-from selectkd.loss.teacher_rows import (
-    CachedRows,
-    Head,
-    LiveRows,
-    Scratch,
-    TeacherRows,
-    log_softmax,
-    product_dtype,
-)
+from selectkd.loss.teacher_rows import CachedRows, LiveRows, Scratch, TeacherRows
 from selectkd.objective.objective import Objective
 from selectkd.objective.pair import TokenPair, label_log_prob
 
@@ -75,7 +68,7 @@ class Forward:
         is not finite."""
         n, width = self.hidden.shape[0], self.teacher.shared_width(self.head.width)
         products = product_dtype(self.head.weight)
-        work = Work(
+        call = LossCall(
             teacher=self.teacher,
             objective=Objective("forward_kl", selector, beta=0.0, verify_temperature=temperature),
             uniform=self.uniform,
@@ -85,7 +78,7 @@ class Forward:
             sequence=self.sequence,
             products=products,
         )
-        return scored(self.hidden.detach(), self.head.detach(), work, width)
+        return scored(self.hidden.detach(), self.head.detach(), call, width)
 
     @cached_property
     def seen_label_log_probs(self) -> Float[Tensor, "n 2"]:
@@ -105,8 +98,8 @@ class Forward:
 class Term:
     """rows [m] (None: all) under an objective. scale: factor of their loss, one number or [m].
 
-    weighs: False for rows that are judged for the metrics alone: weight 0, no gradient. beside: on top of what the rows
-    cost in another term, and in no metric. alone: beside, and without the teacher: the student and the labels.
+    weighs: False for rows that count in the metrics alone: weight 0, no gradient. beside: on top of what the rows cost
+    in another term, and in no metric. alone: beside, and without the teacher: the student and the labels.
     acceptance: the verifier's verdicts where a ranking has given them.
     """
 
@@ -163,7 +156,7 @@ def weighted_sum(
         elif teacher is None:
             teacher = forward.teacher.take(term.rows)  # type: ignore[arg-type]
         with torch.set_grad_enabled(torch.is_grad_enabled() and term.weighs):
-            work = Work(
+            call = LossCall(
                 teacher,
                 term.objective,
                 term.of(forward.uniform),
@@ -173,7 +166,7 @@ def weighted_sum(
                 term.acceptance,
                 term.options(forward.options),
             )
-            loss, sums = fused_loss(hidden if term.weighs else hidden.detach(), forward.head, work)
+            loss, sums = fused_loss(hidden if term.weighs else hidden.detach(), forward.head, call)
         if term.weighs:
             losses.append(loss)
         else:

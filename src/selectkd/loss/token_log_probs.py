@@ -11,8 +11,9 @@ from torch import Tensor
 
 from selectkd.loss.by_device import chunk_rows
 from selectkd.loss.chunks import differentiable_once, untraced
+from selectkd.loss.head import Head, product_dtype, wide
 from selectkd.loss.products import HeadGradient, cuts
-from selectkd.loss.teacher_rows import Head, Scratch, product_dtype, wide
+from selectkd.loss.teacher_rows import Scratch
 
 
 @untraced

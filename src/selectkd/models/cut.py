@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selectkd.data.collate import Batch
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.models.head import decoder_of, head_of, unwrapped
 from selectkd.models.layers import check_cut, cut_config, layers_of
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selectkd.errors import ConfigError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
 """Model types whose ``logits_scaling`` multiplies; everywhere else (Granite and its kin) it divides."""

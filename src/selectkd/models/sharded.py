@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from selectkd.errors import ConfigError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.models.head import decoder_of, unwrapped
 from selectkd.models.lora import adapted
 

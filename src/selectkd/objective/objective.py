@@ -25,7 +25,7 @@ Spec = str | Mapping[str, Any] | Callable[..., Any]
 LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
 
 
-class Judgement(NamedTuple):
+class TokenLoss(NamedTuple):
     """What an objective says of n rows: divergence (with gradient), weight, acceptance and overlap, each [n]."""
 
     divergence: Float[Tensor, " n"]
@@ -156,7 +156,7 @@ class Objective:
         *,
         verified: TokenPair | None = None,
         acceptance: Float[Tensor, " n"] | None = None,
-    ) -> Judgement:
+    ) -> TokenLoss:
         """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""
         verified = pair if verified is None else verified
@@ -164,7 +164,7 @@ class Objective:
         with torch.no_grad():
             overlap = verified.overlap
         divergence: Callable[..., Tensor] = self.divergence  # type: ignore[assignment]
-        return Judgement(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
+        return TokenLoss(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
 
     def _column(self, pair: TokenPair) -> tuple[Int[Tensor, " n"], ...]:
         """Where the text's tokens stand, for a loss that looks at them."""

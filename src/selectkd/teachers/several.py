@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.errors import ConfigError, DataError
-from selectkd.loss.teacher_rows import CachedRows, Head, LiveChunk, LiveRows, Scratch, TeacherRows
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import CachedRows, LiveChunk, LiveRows, Scratch, TeacherRows
 from selectkd.models.load import Loaded
 from selectkd.teachers.protocol import HasWeights, Payload, ReadsAhead, Teacher, TeacherPlan
 

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from selectkd.data.supervised import supervised
 from selectkd.errors import ResourceError
 from selectkd.loss.by_device import chunk_rows
+from selectkd.loss.head import product_dtype
 from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, FirstPass, LossPlan
-from selectkd.loss.teacher_rows import product_dtype
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.models.devices import out_of_memory
 from selectkd.models.head import backbone, head_of, unwrapped

@@ -1,4 +1,4 @@
-"""Which chunks the kernels judge, and how they are launched. c rows of a chunk, v vocabulary."""
+"""Which chunks the kernels take, and how they are launched. c rows of a chunk, v vocabulary."""
 
 # a kernel is launched by a subscript, which no type checker sees through
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalSubscript=false
@@ -13,11 +13,12 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from selectkd.loss.block import Rows, Seen, Settings, statistics_of
+from selectkd.loss.block_steps import BlockConfig, BlockInputs, BlockResult, statistics_of
 from selectkd.loss.block_triton import passes
 from selectkd.loss.block_triton.formulas import TERMS, of_alpha_beta
 from selectkd.loss.block_triton.passes import FLOATS, INTS
-from selectkd.loss.teacher_rows import Head, LiveChunk
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import LiveChunk
 from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.registry import name_in, unbound
 from selectkd.objective.verifiers import RowStatistics
@@ -39,55 +40,55 @@ class CannotLaunch(Exception):
     """The kernels cannot be built on this machine: no C compiler, a Triton that is too old, an unknown chip."""
 
 
-def claims(settings: Settings, teacher: Any, *, judged: bool = False) -> bool:
+def claims(config: BlockConfig, teacher: Any, *, ranked: bool = False) -> bool:
     """Whether the kernels do this work: a live teacher, a divergence with terms, and a verifier that reads statistics,
-    or none to ask since a first pass has ``judged``."""
-    name, params = _named(settings.objective.divergence)
+    or none to ask since a first pass has ``ranked`` the rows."""
+    name, params = _named(config.objective.divergence)
     if not isinstance(teacher, LiveChunk) or name not in TERMS or teacher.raw.dtype == torch.float64:
         return False
-    if settings.head.weight.dtype == torch.float64:
+    if config.head.weight.dtype == torch.float64:
         return False
     if name == "alpha_beta" and min(of_alpha_beta(params)) <= 0.0:
-        return False  # a limit of the family: the closed form in dense.py has it
-    if any(_forbids(head.bias) for head in (settings.head, teacher.head)):
-        return False  # what a bias forbids counts as e^-87, which dense.py knows
-    return judged or settings.objective.reads_statistics
+        return False  # a limit of the family: the closed form in block_eager.py has it
+    if any(_forbids(head.bias) for head in (config.head, teacher.head)):
+        return False  # what a bias forbids counts as e^-87, which block_eager.py knows
+    return ranked or config.objective.reads_statistics
 
 
 @torch.no_grad()
-def judge(raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> Seen:
-    """Judges a whole chunk and writes the gradient of the loss over ``raw`` [c, v]; equals ``judge.judge``.
+def evaluate_chunk(raw: Tensor, teacher: LiveChunk, rows: BlockInputs, config: BlockConfig) -> BlockResult:
+    """A whole chunk; the gradient of the loss overwrites ``raw`` [c, v]. Equals ``evaluate_block``.
 
     Raises CannotLaunch, before anything is written, where the kernels cannot be built.
     """
-    objective, temperature = settings.objective, settings.options.temperature
+    objective, temperature = config.objective, config.options.temperature
     other = objective.verify_temperature if rows.acceptance is None else temperature
     reads = () if rows.acceptance is not None else statistics_of(objective.verifier, rows)
-    launch = _Launch(raw, teacher, rows, settings)
+    launch = _Launch(raw, teacher, rows, config)
     with _current(raw.device):
-        kl_here = settings.options.also_kl and temperature == 1.0
+        kl_here = config.options.also_kl and temperature == 1.0
         table = launch.statistics(
             temperature, reads if other == temperature else (), divergence=True, kl=kl_here
         )
-        kl_there = settings.options.also_kl and not kl_here and other == 1.0
+        kl_there = config.options.also_kl and not kl_here and other == 1.0
         verified = table if other == temperature else launch.statistics(other, reads, kl=kl_there)
         finite = torch.isfinite(table["lse_p"])
         acceptance = rows.acceptance
         if acceptance is None:
             columns = {name: verified[name] for name in dict.fromkeys(("overlap", *reads))}
-            told = RowStatistics(raw.shape[1], **columns)
-            acceptance = objective.verifier.from_statistics(told, rows.uniform).to(torch.float32)
+            read = RowStatistics(raw.shape[1], **columns)
+            acceptance = objective.verifier.from_statistics(read, rows.uniform).to(torch.float32)
         weight, acceptance = objective.weight_of(acceptance, rows.uniform, label=rows.label, finite=finite)
         value, factor = _value_and_factor(launch.name, table, finite)
         kl: Tensor | None = None
-        if settings.options.also_kl:
+        if config.options.also_kl:
             at_one = table if kl_here else verified if kl_there else launch.statistics(1.0, kl=True)
             kl = torch.where(finite, at_one["kl"].clamp(min=0.0), 0.0)
-        if settings.wants_gradient:
-            back = float(settings.head.scale) / temperature
+        if config.wants_gradient:
+            back = float(config.head.scale) / temperature
             worth = rows.scale.to(torch.float32) * weight * back
             launch.gradient(worth if factor is None else worth * factor)
-    return Seen(value, weight, acceptance, verified["overlap"], (~finite).sum(), kl)
+    return BlockResult(value, weight, acceptance, verified["overlap"], (~finite).sum(), kl)
 
 
 def _value_and_factor(name: str, table: dict[str, Tensor], finite: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -142,9 +143,9 @@ def _or_cannot_launch() -> Iterator[None]:
 class _Launch:
     """The arguments of one chunk's launches."""
 
-    def __init__(self, raw: Tensor, teacher: LiveChunk, rows: Rows, settings: Settings) -> None:
-        self.raw, self.teacher, self.rows, self.settings = raw, teacher, rows, settings
-        self.name, params = _named(settings.objective.divergence)
+    def __init__(self, raw: Tensor, teacher: LiveChunk, rows: BlockInputs, config: BlockConfig) -> None:
+        self.raw, self.teacher, self.rows, self.config = raw, teacher, rows, config
+        self.name, params = _named(config.objective.divergence)
         self.terms, numbers = TERMS[self.name]
         self.a, self.b = numbers(params)
         unshared = teacher.unshared
@@ -156,7 +157,7 @@ class _Launch:
         self.floats = torch.empty(len(FLOATS), raw.shape[0], device=raw.device)
 
     def _heads(self) -> tuple[Head, Head]:
-        return self.settings.head, self.teacher.head
+        return self.config.head, self.teacher.head
 
     def _finish(self, temperature: float) -> list[float | None]:
         """Factor and cap of student and teacher, as ``passes._load`` takes them."""
@@ -199,5 +200,5 @@ class _Launch:
         with _or_cannot_launch():
             passes.gradient[(c, min(PROGRAMS, triton.cdiv(width, TILE)))](
                 *self.before, self.floats, worth.contiguous(), *self.shape,
-                *self._finish(self.settings.options.temperature), self.a, self.b, terms=self.terms, **self.options,
+                *self._finish(self.config.options.temperature), self.a, self.b, terms=self.terms, **self.options,
             )  # fmt: skip

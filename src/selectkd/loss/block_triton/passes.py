@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selectkd.loss.block import IMPOSSIBLE
+from selectkd.loss.block_steps import IMPOSSIBLE
 from selectkd.loss.block_triton.formulas import exp
 
 FAR = tl.constexpr(IMPOSSIBLE)

@@ -1,4 +1,4 @@
-"""Terms: which rows of a batch are judged by which objective, with which factor. EXTRAS names what can change them.
+"""Terms: which rows of a batch count under which objective, with which factor. EXTRAS names what can change them.
 
 A plain run has one term, all rows under one objective. Streams with objectives of their own, a selector beside a
 verifier, and the extras of published methods (ATKD's two halves, DistiLLM-2's adaptive alpha, MiniLLM's policy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selectkd.data.collate import collate
 from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import whole

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from selectkd.errors import ConfigError, NumericsError
-from selectkd.loss.teacher_rows import CachedRows, Head
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import CachedRows
 from selectkd.teachers.cache.codec import (
     NEVER,
     Bytes,

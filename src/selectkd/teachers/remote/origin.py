@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.teachers.cache.codec import Bytes
 from selectkd.teachers.cache.index import Record
 from selectkd.teachers.cache.origin import encoded

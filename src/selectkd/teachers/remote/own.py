@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selectkd.data.durable import write_whole
 from selectkd.errors import TeacherError
-from selectkd.loss.teacher_rows import Head
+from selectkd.loss.head import Head
 from selectkd.teachers.cache.payloads import unsound_head
 from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, checked, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from selectkd.data.supervised import supervised
 from selectkd.loss.distillation import distillation_loss
-from selectkd.loss.teacher_rows import Head, LiveRows
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.models.head import backbone, head_of
 from selectkd.models.precision import FP32, Precision

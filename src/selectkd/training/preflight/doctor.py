@@ -21,7 +21,8 @@ from selectkd.data import inspect
 from selectkd.data.render import Example, eos_ids_of
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
-from selectkd.loss.teacher_rows import Head, LiveRows
+from selectkd.loss.head import Head
+from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.devices import free_memory, training_device, wait_for
 from selectkd.models.head import backbone, head_of
 from selectkd.models.load import check_local
