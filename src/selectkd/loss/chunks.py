@@ -19,7 +19,7 @@ from selectkd.loss.block_steps import BlockConfig, BlockInputs, BlockResult, pai
 from selectkd.loss.by_device import by_kernels, kernels_for, rows_of_block, scored_rows
 from selectkd.loss.head import Head, wide
 from selectkd.loss.options import LossOptions
-from selectkd.loss.products import PIECE, HeadGradient, cuts, hidden_gradient, strong_columns
+from selectkd.loss.products import Gradients, cuts
 from selectkd.loss.teacher_rows import Scratch, TeacherRows
 from selectkd.objective.objective import Objective
 
@@ -113,35 +113,23 @@ class ChunkedLoss(torch.autograd.Function):
         head: Head,
         call: LossCall,
     ) -> tuple[Tensor, ...]:
-        wants_hidden, wants_weight, wants_bias, wants_later = ctx.needs_input_grad[:4]
-        wants_any = wants_hidden or wants_weight or wants_bias
+        wants = ctx.needs_input_grad[:3]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, later)]
-        weight = weight.detach().to(call.products or weight.dtype)
+        given, weight = weight.dtype, weight.detach().to(call.products or weight.dtype)
         head = replace(head, weight=weight, bias=bias)  # itself, which is looked at once
-        width = call.teacher.shared_width(head.width)
+        width, n = call.teacher.shared_width(head.width), hidden.shape[0]
         fp = wide(weight.dtype)
-        n = hidden.shape[0]
 
         loss = torch.zeros((), dtype=fp, device=hidden.device)
         columns = {name: torch.empty(n, dtype=fp, device=hidden.device) for name in ROWS}
         bad = torch.zeros((), dtype=fp, device=hidden.device)
-        products = torch.promote_types(
-            hidden.dtype, weight.dtype
-        )  # rounded to hidden's once backward has scaled them
-        grad_hidden = torch.empty_like(hidden, dtype=products) if wants_hidden else None
-        chunks = -(-n // call.chunk)
-        head_gradient = HeadGradient(weight, width, chunks, ctx.dtypes[1]) if wants_weight else None
-        grad_bias = (
-            torch.zeros(bias.shape, dtype=fp, device=weight.device)
-            if wants_bias and bias is not None
-            else None
-        )
-
-        grad_later = torch.zeros_like(later) if wants_later and later is not None else None
+        gradients = Gradients(hidden, head, width, -(-n // call.chunk), wants, dtype=given)
+        grad_later = None
         if later is not None:
+            grad_later = torch.zeros_like(later) if ctx.needs_input_grad[3] else None
             call = replace(call, later=later.detach())
 
-        config = BlockConfig(call.objective, head, call.options, wants_any)
+        config = BlockConfig(call.objective, head, call.options, any(wants))
         scratch = Scratch()
         for rows in cuts(0, n, call.chunk):
             chunk = hidden[rows].detach()  # [c, d]
@@ -156,30 +144,14 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_later[rows] = result.grad_later
             loss += (call.row_scale[rows].to(fp) * result.weight * result.divergence).sum()
             bad += result.bad
-            if wants_any:
+            if any(wants):
                 # on an accelerator a look at the weights would wait; there the kernels do not read such rows
                 looks = call.objective.drops_rows and raw.device.type == "cpu"
                 kept = rows_with_gradient(result.weight) if looks else None
-                gradient = raw if kept is None else raw[kept]
-                inputs = (chunk if kept is None else chunk[kept]).to(weight.dtype)
-                share = call.options.gradient_filter
-                strong = strong_columns(gradient, share) if share else None
-                if grad_hidden is not None:
-                    part = hidden_gradient(gradient, weight[:width], strong)
-                    if kept is None:
-                        grad_hidden[rows] = part.to(products)
-                    else:
-                        grad_hidden[rows] = 0
-                        grad_hidden[rows][kept] = part.to(products)
-                if head_gradient is not None:
-                    head_gradient.add(gradient, inputs, strong)
-                if grad_bias is not None:
-                    for piece in cuts(0, width, PIECE):
-                        grad_bias[piece] += gradient[:, piece].sum(0, dtype=fp)
+                gradients.add(rows, raw, chunk, kept, call.options.gradient_filter)
 
         # held here and not by save_for_backward: backward hands them over, so the head's gradient exists once
-        of_head = None if head_gradient is None else head_gradient.total
-        ctx.gradients = [grad_hidden, of_head, grad_bias, grad_later]
+        ctx.gradients = [*gradients.totals(), grad_later]
         rows_out = [columns[name] for name in ROWS]
         ctx.mark_non_differentiable(bad, *rows_out)
         return (loss, bad, *rows_out)

@@ -42,18 +42,10 @@ def distillation_loss(
     and the head's weight and bias. head: its weight [v, d], or a Head with bias, scale and soft-cap.
     teacher: LiveRows or CachedRows of the same n rows. uniform [n, r]: numbers in (0, 1), r =
     objective.uniforms_per_token (None where r is 0). row_scale [n]: what one row counts, for instance
-    1 / (|y| * sequences); default 1 / n. temperature: divides both models' logits in the divergence (the loss is not
-    multiplied by its square); the verifier does not see it. chunk: rows per matrix product, default by memory.
-    labels [n]: the text's tokens, for those who look at them. sequence [n]: which sequence a row is of. acceptance [n]:
-    verdicts in place of the verifier's; a selector ranks the rows of one call, so a step of several calls ranks them
-    beforehand, as training does (``terms.LossPlan``). also_kl: sums hold ``kl`` and ``row_kl`` as
-    well, KL(p || q) at temperature 1 over all rows, from the same logits.
-    gradient_filter: vocabulary columns whose largest gradient in a chunk is below this share of the chunk's largest
-    take no part in its two gradient products; what hidden loses comes back as one tail (``products.strong_columns``
-    states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens;
-    in fp32 2^-10 still errs less than bf16 does.
-    compiled: the elementwise work of a live teacher's rows by torch.compile, which takes a C++ compiler and seconds at
-    the first call; for divergences with a closed form. An accelerator's kernels do without.
+    1 / (|y| * sequences); default 1 / n. labels [n]: the text's tokens, for those who look at them. sequence [n]: which
+    sequence a row is of. acceptance [n]: verdicts in place of the verifier's; a selector ranks the rows of one call, so
+    a step of several calls ranks them beforehand, as training does (``plan.LossPlan``). temperature, chunk, also_kl,
+    gradient_filter, compiled: as of ``LossOptions``.
 
     Equals the plain program: logits of both models, log_softmax, verifier, divergence, one weighted sum; but no [n, v]
     tensor is ever built. The gradient is computed along with the value, so there is no second derivative, and

@@ -5,7 +5,7 @@ n rows, c rows of a chunk, v vocabulary, k columns kept, d student width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.loss.head import wide
+from selectkd.loss.head import Head, wide
 
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
@@ -139,6 +139,62 @@ class HeadGradient:
         exact = product.float().add_(total[rows]).add_(self.rest[rows])
         total[rows] = exact.to(total.dtype)
         self.rest[rows] = exact.sub_(total[rows]).to(total.dtype)
+
+
+class Gradients:
+    """What the chunks of a call give hidden states, the head's weight and its bias, each where ``wants`` says so.
+
+    The gradient of the hidden states is rounded to their dtype once backward has scaled it. dtype: of the weight's.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        width: int,
+        chunks: int,
+        wants: Sequence[bool],
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        weight, bias = head.weight, head.bias
+        self.weight, self.width, self.sums = weight, width, wide(weight.dtype)
+        both = torch.promote_types(hidden.dtype, weight.dtype)
+        self.hidden = torch.empty_like(hidden, dtype=both) if wants[0] else None
+        self.head = HeadGradient(weight, width, chunks, dtype) if wants[1] else None
+        self.bias = None
+        if wants[2] and bias is not None:
+            self.bias = torch.zeros(bias.shape, dtype=self.sums, device=weight.device)
+
+    def add(
+        self,
+        rows: slice,
+        gradient: Float[Tensor, "c v"],
+        inputs: Float[Tensor, "c d"],
+        kept: Int[Tensor, " k"] | None,
+        share: float,
+    ) -> None:
+        """Adds the chunk ``rows``; kept: its rows with a gradient, None for all; share: as of ``strong_columns``."""
+        if kept is not None:
+            gradient, inputs = gradient[kept], inputs[kept]
+        inputs = inputs.to(self.weight.dtype)
+        strong = strong_columns(gradient, share) if share else None
+        if self.hidden is not None:
+            part = hidden_gradient(gradient, self.weight[: self.width], strong).to(self.hidden.dtype)
+            if kept is None:
+                self.hidden[rows] = part
+            else:
+                self.hidden[rows] = 0
+                self.hidden[rows][kept] = part
+        if self.head is not None:
+            self.head.add(gradient, inputs, strong)
+        if self.bias is not None:
+            for piece in cuts(0, self.width, PIECE):
+                self.bias[piece] += gradient[:, piece].sum(0, dtype=self.sums)
+
+    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden states, weight and bias."""
+        return self.hidden, None if self.head is None else self.head.total, self.bias
 
 
 def add_product(
