@@ -182,7 +182,7 @@ def parts(
     """The rows of a block as closed forms see them, all at once or one by one; with where they are, and which of them
     have a finite teacher (True: all). A row whose teacher is not finite gets the student for a teacher.
 
-    zq [b, v] receives the student's logits, and capped [b, v] what the soft-cap made of them.
+    zq [b, v] receives the student's logits, and capped [b, v] the values that the soft-cap gives.
     """
     b, v = zq.shape
     single = zq.device.type == "cpu" and cached_rows(v, zq.dtype) < FEW_ROWS

@@ -95,7 +95,7 @@ class Objective:
 
     @property
     def reads_statistics(self) -> bool:
-        """Whether the verifier can judge by ``RowStatistics`` alone, without a pair."""
+        """Whether the verifier can decide by ``RowStatistics`` alone, without a pair."""
         return self.traits.reads is not None
 
     @property
@@ -157,7 +157,7 @@ class Objective:
         verified: TokenPair | None = None,
         acceptance: Float[Tensor, " n"] | None = None,
     ) -> TokenLoss:
-        """Judge the rows of ``pair``; ``verified`` is the pair at the verification temperature where that differs,
+        """Loss and verdict of each row; ``verified`` is the pair at the verification temperature where that differs,
         ``acceptance`` the result of a first pass where there was one."""
         verified = pair if verified is None else verified
         weight, acceptance = self.weigh(verified, uniform, acceptance=acceptance)

@@ -2,7 +2,7 @@
 
 A verifier is ``__call__(pair, uniform [n, r]) -> acceptance [n] in [0, 1]``: a plain function, or an object with
 ``traits = VerifierTraits(...)``, which states what it reads and how its rows are handed to it. Ours are frozen
-dataclasses. One that can judge by sums over the vocabulary also has ``from_statistics(statistics, uniform)``, which
+dataclasses. One that can decide by sums over the vocabulary also has ``from_statistics(statistics, uniform)``, which
 the fused loss and the kernels for accelerators ask; one that needs whole sequences or the whole batch also has
 ``score`` and ``keep``, as a selector does. A class without ``traits`` may state each one as an attribute of its name.
 """

@@ -1,4 +1,4 @@
-"""Statistics of n rows by which a verifier judges without the vocabulary: sums that the loss takes along the way."""
+"""Statistics of n rows by which a verifier decides without the vocabulary: sums that the loss takes along the way."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ class VerifierTraits:
     """How a verifier or selector is called, and what of both models it needs. The defaults hold for a plain function.
 
     uniforms_per_token: columns of uniform numbers it reads. teacher_tokens: how many of the teacher's best tokens it
-    needs; None: the whole vocabulary. reads: the statistics, beside the overlap, by which ``from_statistics`` judges;
+    needs; None: the whole vocabulary. reads: the statistics, beside the overlap, by which ``from_statistics`` decides;
     None: it has no ``from_statistics``. scope: the rows that ``score`` and ``keep`` rank against each other, those of
-    the optimizer step or of each sequence; None: it has no ``keep`` and judges rows one by one. proposal_alone: of the
+    the optimizer step or of each sequence; None: it has no ``keep`` and decides row by row. proposal_alone: of the
     student it looks at its most probable token alone, which can be translated to another vocabulary. needs_reference:
     it compares with a reference student. from_top_k: how the acceptance from K tokens and a tail bounds the true one,
     where teacher_tokens is None; None: it has no bound.
@@ -36,7 +36,7 @@ class VerifierTraits:
 
     @property
     def crosses_vocabularies(self) -> bool:
-        """Whether it can judge a student whose tokens are not the teacher's."""
+        """Whether it can verify a student whose tokens are not the teacher's."""
         return self.teacher_tokens == 0 or self.proposal_alone
 
 

@@ -151,13 +151,13 @@ def probe(
     student.eval()
     try:
         uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-        look = partial(_judged, student, teacher, batch, seen, objective, uniform, chunk, precision)
+        look = partial(_verdicts, student, teacher, batch, seen, objective, uniform, chunk, precision)
         return inside(student, look)
     finally:
         student.train(was_training)
 
 
-def _judged(
+def _verdicts(
     student: nn.Module, teacher: Teacher, batch: Any, seen: Any, objective: Objective, uniform: Tensor,
     chunk: int | None, precision: Precision,
 ) -> Tensor:  # fmt: skip
