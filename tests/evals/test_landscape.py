@@ -164,14 +164,16 @@ def test_landscape_of_a_run_and_of_its_student_before(
                 "--compare",
                 teacher,
                 "--no-hessian",
-                *common,
+                *common[:-1],
+                "-",
             ]
         )
         == 0
     )
-    students = json.loads(answer.read_text())["students"]
+    shown = json.loads(capsys.readouterr().out)
+    students = shown["students"]
     assert students[1]["loss"] == pytest.approx(0.0, abs=1e-6) and students[1]["top_eigenvalue"] is None
-    seen = json.loads(answer.read_text())["settings"]
+    seen = shown["settings"]
     assert (seen["loss"], seen["samples"], seen["kicks"], seen["reach"], seen["held_out"]) == (
         "kl",
         3,

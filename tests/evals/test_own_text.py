@@ -33,15 +33,12 @@ def test_eval_of_a_run_says_its_own_numbers_again(
 
 
 def test_students_are_compared_on_the_same_text(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = tiny_run.parent / "teacher"
-    assert (
-        main(["eval", str(tiny_run), "--suite", "own", "--compare", str(teacher), "--json", "found.json"])
-        == 0
-    )
-    found = json.loads(Path("found.json").read_text())
+    assert main(["eval", str(tiny_run), "--suite", "own", "--compare", str(teacher), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
     (apart,) = found["comparisons"]
     assert apart["metric"] == "kl" and apart["difference"] < 0  # the teacher is nearer to itself
     values = {row["model"]: row["value"] for row in found["rows"] if row["metric"] == "kl"}

@@ -80,21 +80,18 @@ def test_transformers_assisted_generation_leaves_the_drafts_settings_alone() -> 
     assert draft.generation_config.to_dict() == before and torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_speculate_reports_a_run_before_and_after(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answer = tmp_path / "speculate.json"
+def test_speculate_reports_a_run_before_and_after(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, text = tiny_run.parent / "teacher", tiny_run.parent / "text.jsonl"
     code = main(
         ["study", "speculate", "--draft", str(tiny_run), "--before", "--target", str(teacher), "--prompts", str(text),
-         "--limit", "3", "--lengths", "1,3", "--tokens", "10", "--json", str(answer)]
+         "--limit", "3", "--lengths", "1,3", "--tokens", "10", "--json", "-"]
     )  # fmt: skip
     told = capsys.readouterr()
     assert code == 0, told.err
-    seen = json.loads(answer.read_text())
+    seen = json.loads(told.out)
     contract = "draft target acceptance mean_accepted_length speedup_measured speedup_expected exact"
     assert set(contract.split()) <= seen.keys()
-    assert len(seen["rows"]) == 2 * 2 * 2 and "by law" in told.out
+    assert len(seen["rows"]) == 2 * 2 * 2 and "by law" in told.err
     assert all(row["exact"] for row in seen["rows"] if row["temperature"] == 0)
     assert all(row["exact"] is None for row in seen["rows"] if row["temperature"])
     assert seen["draft"] == str(tiny_run) and all(row["speedup_transformers"] > 0 for row in seen["rows"])

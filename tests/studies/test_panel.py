@@ -94,9 +94,7 @@ def test_panel_of_a_recipe_has_every_judge(tmp_path: Path, capsys: pytest.Captur
                      "max_prompt_length": 12},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), "utf-8")
-    assert (
-        main(["study", "panel", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "panel.json")]) == 0
-    )
-    told = json.loads((tmp_path / "panel.json").read_text("utf-8"))
-    assert set(told["gates"]) == set(gates(reference=True)) and "adaspec" in capsys.readouterr().out
+    assert main(["study", "panel", str(tmp_path / "recipe.yaml"), "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)["gates"]) == set(gates(reference=True)) and "adaspec" in printed.err
     assert not (tmp_path / "run").exists()

@@ -83,8 +83,12 @@ def test_padded_heads_of_both_models_change_nothing_of_a_run_from_a_cache(
 
 def test_a_finished_cache_says_what_it_holds(recipe: Made, pair: Path, tmp_path: Path, capsys: Any) -> None:
     path = recipe({"cache": str(tmp_path / "cache"), "model": str(pair / "teacher")})
-    assert main(["cache", "build", path]) == 0
-    capsys.readouterr()
+    assert main(["cache", "build", path, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] is True
+    assert main(["cache", "verify", path, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["sound"] is True
+    assert main(["cache", "repair", path, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"shards": [], "files": []}
     assert main(["cache", "info", str(tmp_path / "cache"), "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["payload"], told["precision"], told["row_bytes"], told["records"]) == (
