@@ -260,12 +260,16 @@ def our_step(machine: Machine, batch: Any, divergence: str, beta: float, folder:
     """DistillTrainer's own step."""
     from transformers import TrainingArguments
 
+    from selectkd.training.feed import Feed
+    from selectkd.training.ledger import Ledger
+    from selectkd.training.step import DistillationModel
     from selectkd.training.trainer import DistillTrainer
 
     student, teacher = qwen("0.5B", machine), qwen("1.5B", machine).requires_grad_(False).eval().bfloat16()
     trainer = DistillTrainer(
-        student, LiveTeacher(teacher), Objective(divergence, "greedy_topk", beta=1.0), lambda _: [batch],
-        mixed(TrainingArguments, machine, folder), reduction="token_mean",
+        DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: [batch]),
+        Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
+        mixed(TrainingArguments, machine, folder),
     )  # fmt: skip
     model: Any = trainer.model
 

@@ -46,6 +46,9 @@ from selectkd.loss.options import LossOptions
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
+from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import DistillTrainer
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "generalized_jsd": 0.5}
@@ -113,9 +116,12 @@ def selectkd(
     from transformers import TrainingArguments
 
     trainer = DistillTrainer(
-        student, LiveTeacher(teacher), Objective(divergence, "greedy_topk", beta=1.0), lambda _: [batch],
-        arguments_for(TrainingArguments, folder), reduction="token_mean",
-        options=LossOptions(also_kl=divergence != "forward_kl", compiled=compiled),
+        DistillationModel(
+            student, LiveTeacher(teacher),
+            options=LossOptions(also_kl=divergence != "forward_kl", compiled=compiled),
+        ),
+        Feed(lambda _: [batch]), Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
+        arguments_for(TrainingArguments, folder),
     )  # fmt: skip
     model: Any = trainer.model
 

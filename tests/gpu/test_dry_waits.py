@@ -64,9 +64,10 @@ def test_the_trainer_waits_fourteen_times_of_which_one_is_ours(tmp_path):
     args = {"max_steps": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "report_to": "none"}
     with pretended_with_kernels() as gpu:
         trainer = DistillTrainer(
-            tiny_llama(2), LiveTeacher(tiny_llama(1, hidden=48)), GREEDY, batches,
+            DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1, hidden=48))), Feed(batches),
+            Ledger(GREEDY, streams=("a", "b")),
             TrainingArguments(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **args),
-            streams=("a", "b"), after_step=lambda step: gpu.reset() if step < 2 else None,
+            after_step=lambda step: gpu.reset() if step < 2 else None,
         )  # fmt: skip
         trainer.train()
     assert len(ours(gpu)) == 1 and "accept" in ours(gpu)[0], gpu.report()

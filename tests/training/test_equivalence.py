@@ -136,14 +136,16 @@ def by_trainer(
         disable_tqdm=True,
     )
     trainer = DistillTrainer(
-        student,
-        LiveTeacher(teacher),
-        Objective("forward_kl", GREEDY),
-        micro,
+        DistillationModel(student, LiveTeacher(teacher)),
+        Feed(micro),
+        Ledger(
+            Objective("forward_kl", GREEDY),
+            reduction,
+            BetaSchedule(1.0, 0.1, steps=4),
+            streams=("a", "b"),
+            seed=5,
+        ),
         args,
-        reduction=reduction,
-        beta=BetaSchedule(1.0, 0.1, steps=4),
-        streams=("a", "b"),
         on_line=lines.append,
     )
     trainer.train()

@@ -65,9 +65,15 @@ def trained(monkeypatch: Any, student: Any, teacher_model: Any, tmp_path: Any) -
         )  # fmt: skip
         from selectkd import Objective
         from selectkd.teachers.live import LiveTeacher
+        from selectkd.training.feed import Feed
+        from selectkd.training.ledger import Ledger
+        from selectkd.training.step import DistillationModel
 
         trainer = DistillTrainer(
-            student, LiveTeacher(teacher_model), Objective(), lambda _: padded(texts(6, streams=1), 2), args
+            DistillationModel(student, LiveTeacher(teacher_model)),
+            Feed(lambda _: padded(texts(6, streams=1), 2)),
+            Ledger(Objective()),
+            args,
         )
         trainer.add_callback(loggers.Loggers(["tensorboard"], wait=0.5))
         trainer.train()

@@ -12,8 +12,11 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
+from selectkd.training.feed import Feed
+from selectkd.training.ledger import Ledger
 from selectkd.training.preflight.doctor import doctor
 from selectkd.training.run import train
+from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import DistillTrainer
 from training.tiny import recipe_of
 
@@ -49,4 +52,9 @@ def test_a_trainer_refuses_arguments_for_deepspeed(
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
     setattr(args, name, {"zero_optimization": {"stage": 2}})
     with pytest.raises(ConfigError, match=r"DeepSpeed.*FSDP2.*--use_fsdp"):
-        DistillTrainer(student, LiveTeacher(teacher_model), Objective("forward_kl"), lambda _: [], args)
+        DistillTrainer(
+            DistillationModel(student, LiveTeacher(teacher_model)),
+            Feed(lambda _: []),
+            Ledger(Objective()),
+            args,
+        )

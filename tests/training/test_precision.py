@@ -112,8 +112,9 @@ def by_trainer(student: Any, teacher: Any, lines: list[Any], folder: Path, **giv
         optim="adamw_torch", seed=5, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **given,
     )  # fmt: skip
     trainer = DistillTrainer(
-        student, LiveTeacher(teacher), Objective("forward_kl", {"name": "greedy_topk", "k": 9}),
-        lambda _: padded(texts(12), 4), args, streams=("a", "b"), on_line=lines.append,
+        DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: padded(texts(12), 4)),
+        Ledger(Objective("forward_kl", {"name": "greedy_topk", "k": 9}), streams=("a", "b"), seed=5), args,
+        on_line=lines.append,
     )  # fmt: skip
     trainer.train()
     return trainer

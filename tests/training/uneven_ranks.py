@@ -94,7 +94,8 @@ def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[
             weight_decay=0.1, gradient_accumulation_steps=accumulation, optim="adamw_torch", use_cpu=True,
             save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        DistillTrainer(student, teacher, objective, micro, args, **losses).train()
+        model = DistillationModel(student, teacher)
+        DistillTrainer(model, Feed(micro), Ledger(objective, **losses), args).train()
     return {name: whole(p).clone() for name, p in student.named_parameters()}
 
 

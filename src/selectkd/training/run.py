@@ -218,22 +218,22 @@ def _run(
         checkpoints.register("student", Weights(made.student), heavy=True)
         return ledger
     warmup = round(training.warmup_ratio * steps)
-    bad = Path(training.output_dir) / "bad_batches"
-    taid = TaidSchedule(steps=steps) if made.taid_follows else None
     if made.writer is not None:
         made.writer.steps = steps
+    ledger = Ledger(
+        made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
+        bad_batches=Path(training.output_dir) / "bad_batches", device=device,
+        taid=TaidSchedule(steps=steps) if made.taid_follows else None, losses=made.losses, extras=made.extras,
+        write=made.writer,
+    )  # fmt: skip
+    model = DistillationModel(
+        made.student, made.teacher, options=made.options, offload=training.activation_offload
+    )
 
     def on_line(line: dict[str, Any]) -> None:
         log.write(line if made.writer is None else line | made.writer.log_fields())
 
     if training.engine == "loop":
-        ledger = Ledger(
-            made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
-            bad_batches=bad, device=device, taid=taid, losses=made.losses, extras=made.extras, write=made.writer,
-        )  # fmt: skip
-        model = DistillationModel(
-            made.student, made.teacher, options=made.options, offload=training.activation_offload
-        )  # fmt: skip
         train_loop(
             model,
             feed,
@@ -291,29 +291,12 @@ def _run(
         return stop
 
     trainer = DistillTrainer(
-        made.student,
-        made.teacher,
-        made.objective,
-        made.micro_batches,
-        args,
-        reduction=reduction,
-        beta=made.beta,
-        taid=taid,
-        streams=made.streams,
-        options=made.options,
-        offload=training.activation_offload,
-        bad_batches=bad,
-        on_line=on_line,
-        losses=made.losses,
-        extras=made.extras,
-        write=made.writer,
-        after_step=looked,
-        checkpoints=checkpoints,
-        processing_class=made.tokenizer,
-    )
+        model, feed, ledger, args,
+        on_line=on_line, after_step=looked, checkpoints=checkpoints, processing_class=made.tokenizer,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if training.report_to and rank() == 0:
         settings = {f"recipe.{key}": value for key, value in identity(recipe).items()}
         trainer.add_callback(Loggers(training.report_to, settings))
     trainer.train()
-    return trainer.ledger
+    return ledger

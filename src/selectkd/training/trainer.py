@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.errors import ConfigError
-from selectkd.loss.options import LossOptions
-from selectkd.loss.plan import Extra, FirstPass, StreamSpec
+from selectkd.loss.plan import FirstPass
 from selectkd.models.devices import use_device
 from selectkd.models.sharded import is_sharded, plain_copy, whole
-from selectkd.objective.objective import Objective
-from selectkd.objective.schedules import BetaSchedule, TaidSchedule
-from selectkd.teachers.protocol import ReadsAhead
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.counts import rank, ranks
 from selectkd.training.feed import Feed
@@ -27,23 +22,21 @@ from selectkd.training.first_pass import Portion
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import AfterStep, OnLine, register_engine
 from selectkd.training.optimizer import decaying
-from selectkd.training.step import DistillationModel, Teacher
+from selectkd.training.step import DistillationModel
 
 
 class DistillTrainer(Trainer):
     """A transformers.Trainer whose loss is the distillation loss; equals ``train_loop`` on the same
     micro-batches.
 
-    student: a causal language model, LoRA or not. teacher: LiveTeacher, or anything like it. micro_batches: the
-    micro-batches of an epoch, a pure function of its number (args.per_device_train_batch_size is not read).
-    objective, reduction: as in a recipe; beta: a schedule, default the objective's constant. options, offload: as of
-    ``DistillationModel``. args.bf16 computes as training.precision: bf16 does,
-    where the student is in float32; the teacher computes in its own dtype.
-    losses, extras, write: as of ``Ledger``. A process trains on one device, ``args.device``: with several GPUs start a
-    process for each (``accelerate launch``). Loss scaling, counts over accumulation and ranks, and the skipping of
-    steps that are not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to
-    the bit. Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the
-    student as a plain Hugging Face folder.
+    model: student, teacher and the options of the loss. feed: the micro-batches (args.per_device_train_batch_size is
+    not read). ledger: objective, reduction, schedules and guard of the run; where it names no total_steps, the
+    Trainer's count. args.bf16 computes as training.precision: bf16 does, where the student is in float32; the teacher
+    computes in its own dtype. A process trains on one device, ``args.device``: with several GPUs start a process for
+    each (``accelerate launch``). Loss scaling, counts over accumulation and ranks, and the skipping of steps that are
+    not finite are ours, and so are checkpoints (``checkpoints``, not args.save_strategy): they go on to the bit.
+    Optimizer, learning rate, logging intervals and distribution are the Trainer's. ``save_model`` writes the student
+    as a plain Hugging Face folder.
 
     Raises ConfigError for arguments that would change the loss behind our back, and for DeepSpeed.
     """
@@ -52,74 +45,33 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: Teacher,
-        objective: Objective,
-        micro_batches: Callable[[int], Iterable[Any]],
+        model: DistillationModel,
+        feed: Feed,
+        ledger: Ledger,
         args: TrainingArguments,
         *,
-        reduction: str = "sequence_mean",
-        beta: BetaSchedule | None = None,
-        taid: TaidSchedule | None = None,
-        streams: tuple[str, ...] = ("data",),
-        options: LossOptions | None = None,
-        offload: bool = False,
-        bad_batches: Path | None = None,
-        losses: Sequence[StreamSpec] = (),
-        extras: Sequence[Extra] = (),
-        write: Callable[[Any, int], Any] | None = None,
         on_line: OnLine | None = None,
         after_step: AfterStep | None = None,
         checkpoints: Checkpoints | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if args.label_smoothing_factor != 0:
-            raise ConfigError(
-                f"label_smoothing_factor = {args.label_smoothing_factor}: the loss has no smoothing. Set it to 0."
-            )
-        if args.mixed_precision not in ("no", "bf16"):
-            raise ConfigError(
-                f"mixed precision {args.mixed_precision}: a row's gradient of the loss is below fp16's range, where "
-                "loss scaling does not reach it. Use bf16=True, or float32 with tf32=True."
-            )
-        if args.deepspeed or args.deepspeed_plugin is not None:
-            raise ConfigError(
-                "the arguments ask for DeepSpeed, which takes the optimizer step before a bad one can be left out. "
-                "Leave deepspeed and --use_deepspeed out; FSDP2 shards the student: "
-                "`accelerate launch --use_fsdp --fsdp_version 2`."
-            )
+        check_arguments(args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # else the Trainer wraps the model in DataParallel over every GPU that it sees
-        args.logging_nan_inf_filter = (
-            False  # it reads each micro-batch's loss; the ledger reads the step's once
-        )
-        self.feed = Feed(micro_batches, teacher.ahead if isinstance(teacher, ReadsAhead) else None)
+        # it reads each micro-batch's loss; the ledger reads the step's once
+        args.logging_nan_inf_filter = False
         if args.max_steps < 0:
-            args.max_steps = self.feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
-        model = DistillationModel(student, teacher, options=options, offload=offload)
+            args.max_steps = feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
         caches = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
             model.config.use_cache = caches
-        self.ledger = Ledger(
-            objective,
-            reduction,
-            beta,
-            seed=args.seed,
-            streams=streams,
-            total_steps=args.max_steps,
-            bad_batches=bad_batches,
-            device=args.device,
-            taid=taid,
-            losses=losses,
-            extras=extras,
-            write=write,
-        )
-        self.on_line, self.after_step = on_line, after_step
-        self.distillation, self.checkpoints = model, checkpoints
+        ledger.device, ledger.total_steps = args.device, ledger.total_steps or args.max_steps
+        self.distillation, self.feed, self.ledger = model, feed, ledger
+        self.on_line, self.after_step, self.checkpoints = on_line, after_step, checkpoints
         if checkpoints is not None:
-            checkpoints.register("ledger", self.ledger)
+            checkpoints.register("ledger", ledger)
         self._rate, self._asked_at, self._begun = 0.0, 0, False
         self.add_callback(_Steps(self))
 
@@ -232,6 +184,25 @@ class DistillTrainer(Trainer):
         student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """ConfigError for arguments that would change the loss behind our back, and for DeepSpeed."""
+    if args.label_smoothing_factor != 0:
+        raise ConfigError(
+            f"label_smoothing_factor = {args.label_smoothing_factor}: the loss has no smoothing. Set it to 0."
+        )
+    if args.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"mixed precision {args.mixed_precision}: a row's gradient of the loss is below fp16's range, where "
+            "loss scaling does not reach it. Use bf16=True, or float32 with tf32=True."
+        )
+    if args.deepspeed or args.deepspeed_plugin is not None:
+        raise ConfigError(
+            "the arguments ask for DeepSpeed, which takes the optimizer step before a bad one can be left out. "
+            "Leave deepspeed and --use_deepspeed out; FSDP2 shards the student: "
+            "`accelerate launch --use_fsdp --fsdp_version 2`."
+        )
 
 
 def on_device(args: TrainingArguments, device: torch.device) -> None:
