@@ -257,16 +257,16 @@ def mixed(kind: Any, machine: Machine, folder: str, **more: Any) -> Any:
 
 
 def our_step(machine: Machine, batch: Any, divergence: str, beta: float, folder: str) -> tuple[Any, str]:
-    """DistillTrainer's own step."""
+    """LedgerTrainer's own step."""
     from transformers import TrainingArguments
 
     from selectkd.training.feed import Feed
     from selectkd.training.ledger import Ledger
     from selectkd.training.step import DistillationModel
-    from selectkd.training.trainer import DistillTrainer
+    from selectkd.training.trainer import LedgerTrainer
 
     student, teacher = qwen("0.5B", machine), qwen("1.5B", machine).requires_grad_(False).eval().bfloat16()
-    trainer = DistillTrainer(
+    trainer = LedgerTrainer(
         DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: [batch]),
         Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
         mixed(TrainingArguments, machine, folder),

@@ -49,7 +49,7 @@ from selectkd.teachers.live import LiveTeacher
 from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "generalized_jsd": 0.5}
 """What TRL's GKD calls the divergences both offer."""
@@ -115,7 +115,7 @@ def selectkd(
     """Ours, on the Trainer, with greedy top-k verifying; compiled: with ``compile_loss``."""
     from transformers import TrainingArguments
 
-    trainer = DistillTrainer(
+    trainer = LedgerTrainer(
         DistillationModel(
             student, LiveTeacher(teacher),
             options=LossOptions(also_kl=divergence != "forward_kl", compiled=compiled),

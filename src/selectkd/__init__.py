@@ -21,7 +21,8 @@ _HOMES = {
     "BetaSchedule": "selectkd.objective.schedules",
     "CachedRows": "selectkd.loss.teacher_rows",
     "DIVERGENCES": "selectkd.objective.divergences",
-    "DistillTrainer": "selectkd.training.trainer",
+    "DistillConfig": "selectkd.training.distill_config",
+    "DistillTrainer": "selectkd.training.distill_trainer",
     "Head": "selectkd.loss.head",
     "LiveRows": "selectkd.loss.teacher_rows",
     "LossOptions": "selectkd.loss.options",
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022 - the order a reader meets them in
     "BetaSchedule",
     "TaidSchedule",
     "DistillTrainer",
+    "DistillConfig",
     "load_recipe",
     "component",
     "allow_plugin",
@@ -75,7 +77,8 @@ if TYPE_CHECKING:
     from selectkd.objective.selectors import SELECTORS
     from selectkd.objective.uniforms import uniforms
     from selectkd.objective.verifiers import VERIFIERS
-    from selectkd.training.trainer import DistillTrainer
+    from selectkd.training.distill_config import DistillConfig
+    from selectkd.training.distill_trainer import DistillTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts, tiny_llama
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_the_loop_waits_once_an_optimizer_step(streams):
 def test_the_trainer_waits_fourteen_times_of_which_one_is_ours(tmp_path):
     args = {"max_steps": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "report_to": "none"}
     with pretended_with_kernels() as gpu:
-        trainer = DistillTrainer(
+        trainer = LedgerTrainer(
             DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1, hidden=48))), Feed(batches),
             Ledger(GREEDY, streams=("a", "b")),
             TrainingArguments(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **args),

@@ -24,7 +24,7 @@ from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts
 from training.two_ranks import KINDS
 
@@ -118,7 +118,7 @@ def by_trainer(
     reduction: str = "sequence_mean",
     lines: list[Any],
     accumulation: int = 1,
-) -> DistillTrainer:
+) -> LedgerTrainer:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=5,
@@ -135,7 +135,7 @@ def by_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = DistillTrainer(
+    trainer = LedgerTrainer(
         DistillationModel(student, LiveTeacher(teacher)),
         Feed(micro),
         Ledger(

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from selectkd.training import loggers
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -69,7 +69,7 @@ def trained(monkeypatch: Any, student: Any, teacher_model: Any, tmp_path: Any) -
         from selectkd.training.ledger import Ledger
         from selectkd.training.step import DistillationModel
 
-        trainer = DistillTrainer(
+        trainer = LedgerTrainer(
             DistillationModel(student, LiveTeacher(teacher_model)),
             Feed(lambda _: padded(texts(6, streams=1), 2)),
             Ledger(Objective()),

@@ -17,7 +17,7 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.preflight.doctor import doctor
 from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import recipe_of
 
 
@@ -52,7 +52,7 @@ def test_a_trainer_refuses_arguments_for_deepspeed(
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
     setattr(args, name, {"zero_optimization": {"stage": 2}})
     with pytest.raises(ConfigError, match=r"DeepSpeed.*FSDP2.*--use_fsdp"):
-        DistillTrainer(
+        LedgerTrainer(
             DistillationModel(student, LiveTeacher(teacher_model)),
             Feed(lambda _: []),
             Ledger(Objective()),

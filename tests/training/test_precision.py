@@ -24,7 +24,7 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, recipe_of, texts, tiny_llama, write_pair
 
 BF16 = PRECISIONS["bf16"]
@@ -106,12 +106,12 @@ def by_loop(student: Any, teacher: Any, lines: list[Any], precision: Any) -> Non
     )  # fmt: skip
 
 
-def by_trainer(student: Any, teacher: Any, lines: list[Any], folder: Path, **given: Any) -> DistillTrainer:
+def by_trainer(student: Any, teacher: Any, lines: list[Any], folder: Path, **given: Any) -> LedgerTrainer:
     args = TrainingArguments(
         output_dir=str(folder), max_steps=5, learning_rate=1e-3, gradient_accumulation_steps=2, logging_steps=1,
         optim="adamw_torch", seed=5, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **given,
     )  # fmt: skip
-    trainer = DistillTrainer(
+    trainer = LedgerTrainer(
         DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: padded(texts(12), 4)),
         Ledger(Objective("forward_kl", {"name": "greedy_topk", "k": 9}), streams=("a", "b"), seed=5), args,
         on_line=lines.append,

@@ -27,7 +27,7 @@ from selectkd.training.feed import Feed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
-from selectkd.training.trainer import DistillTrainer
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts, tiny_llama
 
 STEPS, RATE, MARK = 4, 1e-2, 63
@@ -95,7 +95,7 @@ def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[
             save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         model = DistillationModel(student, teacher)
-        DistillTrainer(model, Feed(micro), Ledger(objective, **losses), args).train()
+        LedgerTrainer(model, Feed(micro), Ledger(objective, **losses), args).train()
     return {name: whole(p).clone() for name, p in student.named_parameters()}
 
 

@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,9 +72,22 @@ def read_records(
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"format is {format!r}.{hint} What would work: {', '.join(FORMATS)}.")
+    items = _items(str(path), split, config)
+    return records_of(items, str(path), format=format, limit=limit, on_bad_record=on_bad_record)
+
+
+def records_of(
+    items: Iterable[Item],
+    path: str,
+    *,
+    format: str | None = None,
+    limit: int | None = None,
+    on_bad_record: OnBad = "error",
+) -> Records:
+    """``read_records`` of rows at hand, each with its origin; path: the name of their source in messages."""
     records = Records()
     examples: dict[tuple[str, ...], tuple[str, Any]] = {}
-    for origin, item in _items(str(path), split, config):
+    for origin, item in items:
         problem: DataError | None = None
         record: dict[str, Any] = {}
         if isinstance(item, DataError):
@@ -115,7 +128,7 @@ def read_records(
             else ""
         )
         raise DataError(f"{path}: no records{bad}. Give a file with at least one record.")
-    records.format = _one_format(str(path), examples)
+    records.format = _one_format(path, examples)
     how = "given" if format else "detected"
     records.summary = f"{path}: {len(records)} records, format {records.format} ({how})"
     files = list(dict.fromkeys(origin.rpartition(":")[0] for origin in records.origins))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.data.collate import Batch, collate, collate_packed, pack
-from selectkd.data.files import OnBad, read_records
+from selectkd.data.files import OnBad, Records, read_records
 from selectkd.data.formats import FORMATS, to_sample
 from selectkd.data.render import Dropped, Example, OnTooLong, TrainOn, render
 from selectkd.data.template import ChatTemplate
@@ -72,13 +72,14 @@ def dataset_source(
     eos_ids: Collection[int] = (),
     template: ChatTemplate | None = None,
     route: Callable[[Mapping[str, Any], str], int] | None = None,
+    records: Records | None = None,
 ) -> Source:
     """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by}.
 
     eos_ids: what ends a turn beside the tokenizer's EOS and what the template writes. template: the tokenizer's, unless
-    given. route: the teacher of a record, from its fields and its origin. Raises ConfigError for a key or weight that
-    cannot be, DataError naming file:line for a record that cannot be trained on (kept in ``problems`` instead under
-    ``on_bad_record="skip"``), and DataError when nothing is left.
+    given. route: the teacher of a record, from its fields and its origin. records: in place of those at ``path``.
+    Raises ConfigError for a key or weight that cannot be, DataError naming file:line for a record that cannot be
+    trained on (kept in ``problems`` instead under ``on_bad_record="skip"``), and DataError when nothing is left.
     """
     given = {key: value for key, value in spec.items() if value is not None}
     unknown = sorted(set(given) - set(SPEC_KEYS))
@@ -87,14 +88,15 @@ def dataset_source(
         raise ConfigError(f"data source {dict(spec)!r}: {problem}. Its keys: {', '.join(SPEC_KEYS)}.")
     weight = _weight(given.get("weight", 1.0), str(given["path"]))
     stream = int(given.get("stream", stream))
-    records = read_records(
-        given["path"],
-        split=given.get("split"),
-        config=given.get("config"),
-        format=given.get("format"),
-        limit=given.get("limit"),
-        on_bad_record=on_bad_record,
-    )
+    if records is None:
+        records = read_records(
+            given["path"],
+            split=given.get("split"),
+            config=given.get("config"),
+            format=given.get("format"),
+            limit=given.get("limit"),
+            on_bad_record=on_bad_record,
+        )
     template = ChatTemplate.of(tokenizer) if template is None else template
     wanted = given.get("written_by")
     counts: Counter[str] = Counter(read=len(records))

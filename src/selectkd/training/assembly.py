@@ -129,7 +129,7 @@ def assemble(
     say("reading tokenizers and text")
     plan = prepare(recipe, device=device, date=date) if plan is None else plan
     pad = pad_id_of(plan.tokenizer)
-    heldout = list(_padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
+    heldout = list(padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size))
     examples = [example for source in plan.sources for example in source.examples]
     told = [*plan.text.told, *departure_warnings(recipe)]
 
@@ -171,7 +171,7 @@ def assemble(
         objective=plan.objective,
         beta=plan.beta,
         taid_follows=plan.taid,
-        micro_batches=partial(_epoch, plan.sources, recipe, pad),
+        micro_batches=partial(epoch_of, plan.sources, recipe, pad),
         streams=tuple(stream.name for stream in plan.streams),
         sources=plan.sources,
         heldout=heldout,
@@ -376,16 +376,16 @@ def _student(
 
 
 def _cut_batches(examples: Sequence[Any], tokenizer: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    for batch in _padded(examples, pad_id=pad_id_of(tokenizer), batch_size=4):
+    for batch in padded(examples, pad_id=pad_id_of(tokenizer), batch_size=4):
         yield batch.model_inputs(), supervised(batch).position
 
 
-def _padded(examples: Sequence[Any], *, pad_id: int, batch_size: int) -> Iterator[Any]:
+def padded(examples: Sequence[Any], *, pad_id: int, batch_size: int) -> Iterator[Any]:
     for start in range(0, len(examples), batch_size):
         yield collate(list(examples[start : start + batch_size]), pad_id=pad_id)
 
 
-def _epoch(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iterable[Any]:
+def epoch_of(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iterable[Any]:
     return batches(
         sources,
         batch_size=recipe.training.batch_size,

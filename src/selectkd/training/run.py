@@ -38,7 +38,7 @@ from selectkd.training.run_folder import CHECKPOINTS, FINISHED, Claim, claimed, 
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
-from selectkd.training.trainer import DistillTrainer, on_device
+from selectkd.training.trainer import LedgerTrainer, on_device
 
 COLD_TAR = 0.2
 """Below this TAR at step 0 the gate leaves a student almost no signal (measured, see docs/log.md)."""
@@ -290,7 +290,7 @@ def _run(
             )
         return stop
 
-    trainer = DistillTrainer(
+    trainer = LedgerTrainer(
         model, feed, ledger, args,
         on_line=on_line, after_step=looked, checkpoints=checkpoints, processing_class=made.tokenizer,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""DistillTrainer: the same numbers on transformers.Trainer, for DDP and FSDP."""
+"""LedgerTrainer: the same numbers on transformers.Trainer, for DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from selectkd.training.optimizer import decaying
 from selectkd.training.step import DistillationModel
 
 
-class DistillTrainer(Trainer):
+class LedgerTrainer(Trainer):
     """A transformers.Trainer whose loss is the distillation loss; equals ``train_loop`` on the same
     micro-batches.
 
@@ -53,6 +53,7 @@ class DistillTrainer(Trainer):
         on_line: OnLine | None = None,
         after_step: AfterStep | None = None,
         checkpoints: Checkpoints | None = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -64,7 +65,9 @@ class DistillTrainer(Trainer):
         if args.max_steps < 0:
             args.max_steps = feed.steps_in(args.num_train_epochs, args.gradient_accumulation_steps)
         caches = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        super().__init__(
+            model=model, args=args, eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks
+        )  # fmt: skip
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
             model.config.use_cache = caches
         ledger.device, ledger.total_steps = args.device, ledger.total_steps or args.max_steps
@@ -219,7 +222,7 @@ def on_device(args: TrainingArguments, device: torch.device) -> None:
 class _Steps(TrainerCallback):
     """Takes up a saved run where training begins; notes the learning rate a step is taken with."""
 
-    def __init__(self, trainer: DistillTrainer) -> None:
+    def __init__(self, trainer: LedgerTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
