@@ -88,25 +88,16 @@ def records_of(
     records = Records()
     examples: dict[tuple[str, ...], tuple[str, Any]] = {}
     for origin, item in items:
-        problem: DataError | None = None
-        record: dict[str, Any] = {}
-        if isinstance(item, DataError):
-            problem = item
-        else:
-            record = item
+        problem = item if isinstance(item, DataError) else None
+        record: dict[str, Any] = {} if isinstance(item, DataError) else item
         found = (format,) if format else () if problem else matching_formats(record)
         if problem is None and not found:
             names = ", ".join(sorted(map(str, record))[:12]) or "none"
             problem = DataError(
                 f"{origin}: no known format; fields: {names}.\nWhat would work: {', '.join(FORMATS)}."
             )
-        if (
-            problem is None
-            and format is None
-            and len(found) == 1
-            and found[0] in LABELLED
-            and _verdict(record)
-        ):
+        labelled = format is None and len(found) == 1 and found[0] in LABELLED
+        if problem is None and labelled and _verdict(record):
             problem = DataError(
                 f"{origin}: the row has the label {verdict_of(record)!r}. If it says whether the answer is good, make "
                 f"it true or false.\nIf it does not, set `format: {found[0]}` in the source."
@@ -122,11 +113,8 @@ def records_of(
         if limit is not None and len(records.rows) >= limit:
             break
     if not records.rows:
-        bad = (
-            f" ({len(records.skipped)} bad ones skipped; the first: {records.skipped[0]})"
-            if records.skipped
-            else ""
-        )
+        skipped = records.skipped
+        bad = f" ({len(skipped)} bad ones skipped; the first: {skipped[0]})" if skipped else ""
         raise DataError(f"{path}: no records{bad}. Give a file with at least one record.")
     records.format = _one_format(path, examples)
     how = "given" if format else "detected"
