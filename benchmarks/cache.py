@@ -44,7 +44,7 @@ from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.objective import Objective
 from selectkd.objective.verifiers.selectkd import greedy_topk
 from selectkd.teachers import exactness
-from selectkd.teachers.cache import CachedTeacher, ModelOrigin, Wish, build_cache, open_cache, plan_of
+from selectkd.teachers.cache import CachedTeacher, CacheOptions, ModelOrigin, build_cache, open_cache, plan_of
 from selectkd.teachers.cache.codec import decode_log_probs, encode_ids, encode_log_probs
 from selectkd.teachers.cache.shard import Shard, record_key, shard_bytes
 from selectkd.teachers.live import LiveTeacher
@@ -130,7 +130,10 @@ class World:
             payload, k = next(one for one in CASES if name_of(*one) == case)
             origin = ModelOrigin(self.loaded, model=MODEL, dtype="float32")
             plan, records = plan_of(
-                origin, tokenizer=self.loaded.tokenizer, examples=self.examples, wish=Wish(payload, k)
+                origin,
+                tokenizer=self.loaded.tokenizer,
+                examples=self.examples,
+                options=CacheOptions(payload, k),
             )
             build_cache(folder, plan, records, origin, say=lambda _: None)
         return folder

@@ -39,7 +39,7 @@ from selectkd.rollouts.completion_server import completion_of
 from selectkd.rollouts.generate import Request
 from selectkd.teachers.cache import open_cache
 from selectkd.teachers.cache.reader import CachedTeacher
-from selectkd.teachers.remote.answers import Asked, WrongAnswer
+from selectkd.teachers.remote.answers import TopKRequest, WrongAnswer
 from selectkd.teachers.remote.dialects import DIALECTS
 from teachers.served import openai, sglang, vllm
 from training.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
@@ -190,7 +190,7 @@ def answers(count: int, seed: int) -> Tally:
     logp = torch.log_softmax(
         3 * torch.randn(len(IDS), VOCABULARY, generator=torch.Generator().manual_seed(3)), -1
     )
-    asked, tokenizer = Asked(IDS, PLACES, K, VOCABULARY), tiny_tokenizer()
+    request, tokenizer = TopKRequest(IDS, PLACES, K, VOCABULARY), tiny_tokenizer()
     written = json.dumps({"choices": [{"text": "w1", "token_ids": [4, 5], "finish_reason": "stop"}]}).encode()
     kinds = {
         name: json.dumps(make(IDS, logp, K)).encode()
@@ -203,7 +203,7 @@ def answers(count: int, seed: int) -> Tally:
                 text = completion_of(body, Request(IDS, 5), tokenizer, 1)
                 assert all(0 <= token < len(tokenizer) for token in text.ids)
                 return "text"
-            rows = DIALECTS[name].read(body, asked)
+            rows = DIALECTS[name].read(body, request)
         except WrongAnswer:
             return "refused"
         assert (rows.logp <= 0).all() and (

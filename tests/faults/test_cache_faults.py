@@ -244,14 +244,14 @@ def built_again(recipe: str, folder: Path) -> dict[str, bytes]:
 def test_a_build_stopped_by_a_signal_leaves_whole_shards_and_goes_on(
     building: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    folder, said = tmp_path / "built", cache_verbs.say
+    folder, said = tmp_path / "built", cache_verbs.show_progress
 
     def signalling(text: object) -> None:
         said(text)
         if str(text).startswith("shard 3 of"):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(cache_verbs, "say", signalling)
+    monkeypatch.setattr(cache_verbs, "show_progress", signalling)
     assert main(["cache", "build", building]) == code
     assert "the shards that were done are in" in capsys.readouterr().err
     there = {path.name: path.read_bytes() for path in folder.glob("shards/*")}

@@ -25,7 +25,7 @@ from selectkd.errors import CacheError, NumericsError
 from selectkd.loss.head import Head
 from selectkd.models.load import load_model
 from selectkd.teachers.cache import ModelOrigin, build_cache, open_cache, plan_of, read_index, verify
-from selectkd.teachers.cache.build import SHARD_BYTES, SHARD_ROWS, Wish
+from selectkd.teachers.cache.build import SHARD_BYTES, SHARD_ROWS, CacheOptions
 from selectkd.teachers.cache.codec import encode_ids, encode_log_probs
 from selectkd.teachers.cache.index import fingerprint, write_index
 from selectkd.teachers.cache.reader import OPEN, CachedTeacher
@@ -44,26 +44,28 @@ def teacher(tmp_path_factory: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(teacher: str, tmp_path_factory: Any) -> Callable[[Wish], Path]:
-    """A cache of the tiny teacher that holds what is wished for, built once."""
-    made: dict[Wish, Path] = {}
+def built(teacher: str, tmp_path_factory: Any) -> Callable[[CacheOptions], Path]:
+    """A cache of the tiny teacher that holds the rows of these options, built once."""
+    made: dict[CacheOptions, Path] = {}
 
-    def of(wish: Wish) -> Path:
-        if wish not in made:
-            made[wish] = tmp_path_factory.mktemp("cache") / "whole"
-            built_by(teacher, made[wish], wish)
-        return made[wish]
+    def of(options: CacheOptions) -> Path:
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("cache") / "whole"
+            built_by(teacher, made[options], options)
+        return made[options]
 
     return of
 
 
-def built_by(teacher: str, folder: Path, wish: Wish, change: Callable[[Any], None] | None = None) -> None:
+def built_by(
+    teacher: str, folder: Path, options: CacheOptions, change: Callable[[Any], None] | None = None
+) -> None:
     loaded = load_model(teacher)
     if change is not None:
         with torch.no_grad():
             change(loaded.model)
     origin = ModelOrigin(loaded, model=teacher, dtype="float32")
-    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=wish)
+    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, options=options)
     build_cache(folder, plan, records, origin, say=lambda _: None)
 
 
@@ -113,7 +115,7 @@ ROWS = {
 def test_best_tokens_that_no_teacher_gives_are_found_by_verify_and_at_first_touch(
     what: str, precision: str, built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish("top_k", K, precision, 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("top_k", K, precision, 30)), tmp_path / "cache")
     ids, logp = best(*ROWS[what])
     width = VOCABULARY + 1 if ids.max() >= VOCABULARY else VOCABULARY
 
@@ -134,7 +136,7 @@ def test_best_tokens_that_no_teacher_gives_are_found_by_verify_and_at_first_touc
 def test_ids_that_cannot_be_decoded_are_found_by_verify_and_at_first_touch(
     payload: str, fill: int, built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish(payload, K, None, 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions(payload, K, None, 30)), tmp_path / "cache")
     rewritten(folder, lambda rows: rows[3].fill(fill))
     assert verify(folder).shards == [1]
     with pytest.raises(CacheError, match="ids, and 8 belong there"):
@@ -146,7 +148,7 @@ def test_ids_that_cannot_be_decoded_are_found_by_verify_and_at_first_touch(
 def test_hidden_states_that_no_norm_gives_are_found_by_verify_and_at_first_touch(
     precision: str, value: float, told: str, built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish("hidden", None, precision, 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("hidden", None, precision, 30)), tmp_path / "cache")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
     def change(rows: Any) -> None:
@@ -166,7 +168,7 @@ def nan_rows(rows: Any) -> None:
 def test_one_row_that_was_not_finite_is_kept_and_a_shard_of_them_is_a_broken_teachers(
     built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish("hidden", None, "float32", 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("hidden", None, "float32", 30)), tmp_path / "cache")
     rewritten(folder, nan_rows)
     assert not verify(folder)
     use(folder)  # the run gives it weight 0, and counts it
@@ -175,7 +177,7 @@ def test_one_row_that_was_not_finite_is_kept_and_a_shard_of_them_is_a_broken_tea
         rows[:] = torch.full(rows.shape, float("nan")).numpy().view(np.uint8)[:, : rows.shape[1]]
 
     rewritten(folder, all_of_them)
-    [told] = verify(folder).told
+    [told] = verify(folder).problems
     assert "rows are not finite" in told
 
 
@@ -190,13 +192,20 @@ def nan_in_the_last_norm(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [nan_everywhere, nan_in_the_last_norm])
 @pytest.mark.parametrize(
-    "wish", [Wish(), Wish("top_k", K), Wish("top_k", K, "float32"), Wish("sampled", K)], ids=str
+    "options",
+    [
+        CacheOptions(),
+        CacheOptions("top_k", K),
+        CacheOptions("top_k", K, "float32"),
+        CacheOptions("sampled", K),
+    ],
+    ids=str,
 )
 def test_a_teacher_without_finite_numbers_fills_no_cache(
-    wish: Wish, change: Any, teacher: str, tmp_path: Path
+    options: CacheOptions, change: Any, teacher: str, tmp_path: Path
 ) -> None:
     with pytest.raises(NumericsError, match="not finite"):
-        built_by(teacher, tmp_path / "cache", wish, change)
+        built_by(teacher, tmp_path / "cache", options, change)
     assert not (tmp_path / "cache" / "index.json").exists()
     assert not list(tmp_path.rglob("*.shard")) and not list(tmp_path.rglob("*.partial-*"))
 
@@ -210,7 +219,7 @@ def test_a_teacher_without_finite_numbers_fills_no_cache(
 def test_an_index_that_no_build_writes_is_refused_by_name(
     key: str, value: Any, built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish("top_k", K, None, 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("top_k", K, None, 30)), tmp_path / "cache")
     index = read_index(folder / "index.json")
     (folder / "index.json").write_bytes(sealed({**index, key: value}))
     with pytest.raises(CacheError, match=r"index\.json"):
@@ -221,7 +230,7 @@ def test_an_index_that_no_build_writes_is_refused_by_name(
 def test_a_head_that_is_none_is_refused(built: Any, tmp_path: Path) -> None:
     from selectkd.teachers.cache.origin import head_bytes
 
-    folder = shutil.copytree(built(Wish("hidden", None, "float32", 30)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("hidden", None, "float32", 30)), tmp_path / "cache")
     index, head = read_index(folder / "index.json"), open_cache(folder).head()
     for weight in (head.weight * float("nan"), head.weight[:, :-1]):
         content = head_bytes(Head(weight))
@@ -236,7 +245,7 @@ def test_a_head_that_is_none_is_refused(built: Any, tmp_path: Path) -> None:
 def test_a_shard_cut_short_under_a_reader_is_an_error_and_not_the_end_of_the_process(
     built: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(built(Wish("hidden", None, "float32", 10_000)), tmp_path / "cache")
+    folder = shutil.copytree(built(CacheOptions("hidden", None, "float32", 10_000)), tmp_path / "cache")
     program = (
         "import os, sys\n"
         "from faults.test_cache_meaning import *\n"
@@ -280,11 +289,13 @@ def test_a_cache_of_more_shards_than_files_may_be_open_is_built_verified_and_rea
 def test_shards_have_their_size_by_their_bytes(teacher: str) -> None:
     loaded = load_model(teacher)
     origin = ModelOrigin(loaded, model=teacher, dtype="float32")
-    plan, _ = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=Wish())
+    plan, _ = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, options=CacheOptions())
     assert plan["shard_rows"] == SHARD_ROWS  # narrow rows: what a killed build loses is bounded too
     loaded.model.config.hidden_size = width = 8192
     origin.head = Head(torch.zeros(VOCABULARY, width))
-    plan, _ = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=Wish(precision="float32"))
+    plan, _ = plan_of(
+        origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, options=CacheOptions(precision="float32")
+    )
     assert plan["shard_rows"] * plan["row_bytes"] == SHARD_BYTES
 
 

@@ -9,7 +9,7 @@ import torch
 
 from selectkd.models.load import Loaded, load_model
 from selectkd.teachers.cache import ModelOrigin, build_cache, plan_of
-from selectkd.teachers.cache.build import Wish
+from selectkd.teachers.cache.build import CacheOptions
 from training.tiny import texts
 
 EXAMPLES = texts(40)
@@ -20,6 +20,6 @@ def build(teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6) -
     torch.set_num_threads(1)
     loaded: Loaded = load_model(teacher)
     origin = ModelOrigin(loaded, model=teacher, dtype="float32")
-    wish = Wish(shard_rows=shard_rows)
-    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, wish=wish)
+    options = CacheOptions(shard_rows=shard_rows)
+    plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, options=options)
     build_cache(folder, plan, records, origin, say=lambda _: time.sleep(pause))

@@ -56,11 +56,16 @@ def build(
         raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
     checked = _recipe(recipe, changes)
     on = use_device(device)
-    teacher, examples, wish, tokenizer, text = _text(checked, on)
+    teacher, examples, options, tokenizer, text = _text(checked, on)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
     origin = _origin(teacher, on, folder)
     plan, records = plan_of(
-        origin, tokenizer=tokenizer, examples=examples, wish=wish, template=text.template, ends=text.ends
+        origin,
+        tokenizer=tokenizer,
+        examples=examples,
+        options=options,
+        template=text.template,
+        ends=text.ends,
     )
     with StopRequests() as stop:
         stop.at_once = False
@@ -91,11 +96,11 @@ def verify(
     found = look(folder)
     write_answer(
         json_file,
-        {"sound": not found, "shards": found.shards, "files": found.files, "problems": found.told},
+        {"sound": not found, "shards": found.shards, "files": found.files, "problems": found.problems},
     )
     if found:
-        more = "" if len(found.told) <= 4 else f"\n... and {len(found.told) - 4} more"
-        raise CacheError("\n".join(found.told[:4]) + more)
+        more = "" if len(found.problems) <= 4 else f"\n... and {len(found.problems) - 4} more"
+        raise CacheError("\n".join(found.problems[:4]) + more)
     say(f"{folder}: sound")
 
 
@@ -190,7 +195,7 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
     """(the teacher's plan, all text, what to store, the tokenizer, the reading) of a cache that is to be built."""
     from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
-    from selectkd.teachers.cache import Wish
+    from selectkd.teachers.cache import CacheOptions
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.open import plan_teacher
     from selectkd.training.assembly import prepare
@@ -220,11 +225,11 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
                 f"teacher.server gives its {teacher.k} best tokens, and the cache is to hold payload {payload} with "
                 f"k = {k}. Leave both out of the cache, or ask a server of kind selectkd without k for hidden states."
             )
-    wish = Wish(payload, k, spec.precision, spec.shard_rows)
+    options = CacheOptions(payload, k, spec.precision, spec.shard_rows)
     plan = prepare(recipe, teacher, device=device)
     temperature = recipe.objective.temperature
-    stored: Any = wish.payload
-    exactness.check(plan.objective, stored, k=wish.k, temperature=temperature, source=teacher.source)
-    exactness.check_edge(plan.objective, stored, k=wish.k)
+    stored: Any = options.payload
+    exactness.check(plan.objective, stored, k=options.k, temperature=temperature, source=teacher.source)
+    exactness.check_edge(plan.objective, stored, k=options.k)
     examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
-    return teacher, examples, wish, plan.tokenizer, plan.text
+    return teacher, examples, options, plan.tokenizer, plan.text

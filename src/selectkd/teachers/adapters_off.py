@@ -1,4 +1,4 @@
-"""The model that a LoRA student was made from as its teacher: the student's own weights, its adapters off.
+"""The base model of a LoRA student as its teacher: the student's weights, its adapters off.
 
 n supervised rows, v vocabulary, d student width.
 """

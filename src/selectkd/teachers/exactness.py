@@ -143,12 +143,12 @@ def check(
             f"drawn ids give the gradient of {DRAWN[0]} under `{DRAWN[1]}` without bias and nothing else; the recipe "
             f"has {names[0]} under {names[1]}. Use those two, or the payload top_k or hidden."
         )
-    for part, told in of(objective, payload, k=k).items():
-        if told.verdict == "refused":
+    for part, exactness in of(objective, payload, k=k).items():
+        if exactness.verdict == "refused":
             other = "of the student's tokenizer" if payload == "aligned" else "that gives hidden states"
             raise ConfigError(
                 f"objective.{part} = {name_of(getattr(objective, part))} cannot be taken from this teacher: "
-                f"{teacher}, and {told.reason}. Use {_instead(part, payload)}, or a teacher {other} "
+                f"{teacher}, and {exactness.reason}. Use {_instead(part, payload)}, or a teacher {other} "
                 "(live, or a cache built with payload: hidden); `selectkd show teachers` has the table."
             )
     for key, value in (("temperature", temperature), ("verify_temperature", objective.verify_temperature)):
@@ -188,12 +188,12 @@ def table() -> list[dict[str, Any]]:
     for kind, names in (("divergence", DIVERGENCES), ("verifier", VERIFIERS), ("selector", SELECTORS)):
         for name, component in names.items():
             for payload in PAYLOADS:
-                told = (
+                exactness = (
                     of_divergence(component, payload)
                     if kind == "divergence"
                     else of_verifier(component(), payload)
                 )
-                rows.append({"kind": kind, "name": name, "payload": payload, **asdict(told)})
+                rows.append({"kind": kind, "name": name, "payload": payload, **asdict(exactness)})
     return rows
 
 
@@ -213,9 +213,9 @@ def page() -> str:
     for kind in ("divergence", "verifier", "selector"):
         lines += ["", f"| {kind} | {' | '.join(PAYLOADS)} |", "|---" * (len(PAYLOADS) + 1) + "|"]
         for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
-            mine = {row["payload"]: row for row in rows if (row["kind"], row["name"]) == (kind, name)}
+            by_payload = {row["payload"]: row for row in rows if (row["kind"], row["name"]) == (kind, name)}
             lines.append(
-                f"| `{name}` | " + " | ".join(mine[payload]["verdict"] for payload in PAYLOADS) + " |"
+                f"| `{name}` | " + " | ".join(by_payload[payload]["verdict"] for payload in PAYLOADS) + " |"
             )
     for payload in ("top_k", "sampled", "aligned"):
         lines += ["", f"Why, for {payload}:", ""]

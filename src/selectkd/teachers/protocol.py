@@ -24,7 +24,7 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class ReadsAhead(Protocol):
-    """A teacher that has its rows of a batch to fetch, and gains by hearing of the batch before it is asked for it."""
+    """A teacher that fetches its rows of a batch, and gains by getting the batch before its rows are needed."""
 
     def ahead(self, batch: Any) -> None:
         """Begins to fetch; returns at once."""

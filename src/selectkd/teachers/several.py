@@ -234,7 +234,7 @@ class SeveralPlan:
 
     def tokenizer(self) -> Any | None:
         """The first tokenizer at hand, which all the others must equal."""
-        return next((own for plan in self.plans if (own := plan.tokenizer()) is not None), None)
+        return next((part for plan in self.plans if (part := plan.tokenizer()) is not None), None)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         for plan in self.plans:
@@ -244,7 +244,7 @@ class SeveralPlan:
         """ConfigError unless every stream of the data has one teacher and every teacher's streams exist."""
         if self.streams is None:
             return
-        owner = {stream: index for index, mine in enumerate(self.streams) for stream in mine}
+        owner = {stream: index for index, owned in enumerate(self.streams) for stream in owned}
         for stream in [*owner, *names]:
             if stream not in names or stream not in owner:
                 what = "is no source of the data" if stream not in names else "has no teacher"
@@ -279,14 +279,14 @@ class SeveralPlan:
         )
 
     def check_text(self, examples: Sequence[Any]) -> None:
-        """Each teacher is asked about the samples it will teach."""
+        """Each teacher checks the samples it will teach."""
         routed = self._of_stream
         for index, plan in enumerate(self.plans):
             if self.weights is not None:
-                own = examples
+                part = examples
             else:
-                own = [e for e in examples if (e.route if routed is None else routed[e.stream]) == index]
-            plan.check_text(own)
+                part = [e for e in examples if (e.route if routed is None else routed[e.stream]) == index]
+            plan.check_text(part)
 
     def loaded(self) -> Loaded:
         raise ConfigError(

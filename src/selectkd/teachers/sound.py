@@ -60,10 +60,10 @@ def unsound(
             lambda i: f"has a mass of {mass[i]:.4g}, and the other {width - k} tokens can have {others[i]:.4g} at most",
         ),
     )  # fmt: skip
-    for wrong, told in checks:
+    for wrong, describe in checks:
         if wrong.any():
             first = int(np.argmax(wrong))
-            return first, told(first)
+            return first, describe(first)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selectkd.teachers.cache.build import Wish, build_cache, plan_of
+from selectkd.teachers.cache.build import CacheOptions, build_cache, plan_of
 from selectkd.teachers.cache.index import read_index, records_of
 from selectkd.teachers.cache.origin import ModelOrigin, Origin
 from selectkd.teachers.cache.plan import CachePlan
@@ -10,13 +10,13 @@ from selectkd.teachers.cache.reader import CachedTeacher, CacheReader, open_cach
 from selectkd.teachers.cache.repair import Findings, repair, verify
 
 __all__ = [
+    "CacheOptions",
     "CachePlan",
     "CacheReader",
     "CachedTeacher",
     "Findings",
     "ModelOrigin",
     "Origin",
-    "Wish",
     "build_cache",
     "open_cache",
     "plan_of",

@@ -47,9 +47,9 @@ SHARD_BYTES, SHARD_ROWS = 1 << 28, 1 << 16
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be stored: the payload, its K where it has one, how precisely, rows a shard at most (None: by their
-    bytes).
+class CacheOptions:
+    """Options of a build: the payload, its K where it has one, the precision, and the most rows a shard (None: by
+    their bytes).
     """
 
     payload: str = "hidden"
@@ -76,13 +76,13 @@ def plan_of(
     *,
     tokenizer: Any,
     examples: Sequence[Any],
-    wish: Wish,
+    options: CacheOptions,
     template: ChatTemplate | None = None,
     ends: Collection[int] = (),
 ) -> tuple[dict[str, Any], list[Record]]:
-    """(everything the index says but the shards, the records): whose numbers, of what text, stored how.
+    """(the index without its shards, the records): the teacher, the text, and the way its rows are stored.
 
-    template, ends: what the text was rendered with, the tokenizer's own template unless given.
+    template, ends: of the rendered text; the tokenizer's template unless given.
     """
     template = ChatTemplate.of(tokenizer) if template is None else template
     head = origin.head
@@ -91,15 +91,15 @@ def plan_of(
         raise NumericsError(
             f"the teacher {origin.teacher['model']} has a head that {strange}. Check its weights."
         )
-    if wish.k is not None and wish.k > origin.vocabulary:
-        raise ConfigError(f"teacher.k = {wish.k} is more than the teacher's {origin.vocabulary} tokens.")
+    if options.k is not None and options.k > origin.vocabulary:
+        raise ConfigError(f"teacher.k = {options.k} is more than the teacher's {origin.vocabulary} tokens.")
     records = records_of(examples)
     text = text_bytes(records)
     plan = {
         "format": 1,
-        "payload": wish.payload,
-        "k": wish.k,
-        "precision": wish.precision or ("bfloat16" if wish.payload == "hidden" else "packed"),
+        "payload": options.payload,
+        "k": options.k,
+        "precision": options.precision or ("bfloat16" if options.payload == "hidden" else "packed"),
         "temperature": 1.0,
         "teacher": origin.teacher,
         "head": {
@@ -108,7 +108,7 @@ def plan_of(
             "scale": None if head is None else head.scale,
             "softcap": None if head is None else head.softcap,
             "checksum": xxhash.xxh3_128(head_bytes(head)).hexdigest()
-            if head is not None and wish.payload == "hidden"
+            if head is not None and options.payload == "hidden"
             else None,
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -124,7 +124,7 @@ def plan_of(
         "text": {"size": len(text), "checksum": xxhash.xxh3_128(text).hexdigest()},
     }
     width = plan["row_bytes"] = payload_of(plan).row_bytes
-    plan["shard_rows"] = wish.shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // width))
+    plan["shard_rows"] = options.shard_rows or max(1, min(SHARD_ROWS, SHARD_BYTES // width))
     return plan, records
 
 
@@ -141,11 +141,11 @@ def build_cache(
 ) -> dict[str, Any] | None:
     """Builds or finishes the cache of ``plan``; returns its index, or None where other ranks are not done.
 
-    before_shard: called before each shard; what it raises ends the build, and whole shards are left.
+    before_shard: called before each shard; an error it raises ends the build, and whole shards are left.
 
-    Rank r computes the shards r, r + ranks, ...; whoever finds all of them there writes the index. What is
-    there and sound is kept, and a shard that another builder is at work on is waited for. CacheError where the
-    folder holds another cache, ResourceError where the disk is too small, both before anything is computed.
+    Rank r computes the shards r, r + ranks, ...; the rank that finds all of them there writes the index. Sound shards
+    are kept, and a shard that another builder works on is waited for. CacheError where the folder holds another
+    cache, ResourceError where the disk is too small, both before anything is computed.
     """
     shards = cut_into_shards(records, plan["shard_rows"])
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def build_cache(
         write_whole(folder / HEAD, head_bytes(origin.head))
     if not (folder / TEXT).is_file():
         write_whole(folder / TEXT, text_bytes(records))
-    own = fingerprint(plan)
+    plan_bytes = fingerprint(plan)
     seconds = estimate(origin, records, payload_of(dict(plan)))
     say(
         f"{plan['rows']:,} rows of {plan['row_bytes']} bytes in {len(shards)} shards: {needed / 1e6:,.1f} MB, "
@@ -170,14 +170,14 @@ def build_cache(
     between = before_shard or _nothing
     others: list[int] = []
 
-    def made(number: int, wait: Callable[[], None] | None) -> None:
+    def make(number: int, wait: Callable[[], None] | None) -> None:
         path = folder / SHARDS / shard_name(number)
-        if _sound(path, number, own):
+        if _sound(path, number, plan_bytes):
             return
         between()
 
         def content() -> bytearray | None:
-            again = _sound(path, number, own)  # another builder may have been faster
+            again = _sound(path, number, plan_bytes)  # another builder may have been faster
             return None if again else compute_shard(origin, plan, number, shards[number])
 
         if fill(path, content, wait=wait):
@@ -186,16 +186,18 @@ def build_cache(
             others.append(number)
 
     for number in range(rank, len(shards), ranks):
-        made(number, None)
+        make(number, None)
     if others:
         say(f"{len(others)} shards are another builder's, which is waited for")
     for number in list(others):
-        made(number, between)
-    found = [_sound(folder / SHARDS / shard_name(number), number, own) for number in range(len(shards))]
-    there = [entry for entry in found if entry is not None]
-    if len(there) < len(shards):
+        make(number, between)
+    found = [
+        _sound(folder / SHARDS / shard_name(number), number, plan_bytes) for number in range(len(shards))
+    ]
+    entries = [entry for entry in found if entry is not None]
+    if len(entries) < len(shards):
         return None
-    index = {**plan, "shards": [asdict(entry) for entry in there]}
+    index = {**plan, "shards": [asdict(entry) for entry in entries]}
     write_index(folder / INDEX, index)
     return index
 
@@ -204,19 +206,19 @@ def build_cache(
 def compute_shard(
     origin: Origin, plan: Mapping[str, Any], number: int, records: Sequence[Record]
 ) -> bytearray:
-    """The bytes of one shard; NumericsError where its rows are none that a teacher gives, or too many not finite."""
+    """The bytes of one shard; NumericsError for rows that no teacher gives, or too many that are not finite."""
     payload = payload_of(dict(plan))
     rows: list[np.ndarray[Any, Any] | None] = [None] * len(records)
     order = sorted(range(len(records)), key=lambda i: len(records[i].ids))
     for start in range(0, len(order), origin.batch):
         chosen = order[start : start + origin.batch]
-        for i, mine in zip(chosen, origin.rows([records[i] for i in chosen], payload), strict=True):
-            rows[i] = mine
+        for i, of_record in zip(chosen, origin.rows([records[i] for i in chosen], payload), strict=True):
+            rows[i] = of_record
     whole = np.concatenate([part for part in rows if part is not None])
-    told = payload.examined(whole).told()
-    if told is not None:
+    fault = payload.examined(whole).fault()
+    if fault is not None:
         raise NumericsError(
-            f"the teacher {origin.teacher['model']}: {told}, in shard {number}. Load it in float32 or bfloat16, or "
+            f"the teacher {origin.teacher['model']}: {fault}, in shard {number}. Load it in float32 or bfloat16, or "
             "check its weights."
         )
     return shard_bytes(
@@ -264,14 +266,14 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
         write_index(path, plan)
 
 
-def _sound(path: Path, number: int, own: bytes) -> ShardEntry | None:
-    """What the index says of the shard, if it is there and whole."""
+def _sound(path: Path, number: int, plan_bytes: bytes) -> ShardEntry | None:
+    """The index entry of the shard, if it is there and whole."""
     try:
-        with closing(Shard(path, number, own)) as shard:
+        with closing(Shard(path, number, plan_bytes)) as shard:
             return None if shard.damaged() else shard.entry
     except CacheError:
         return None
 
 
 def _nothing() -> None:
-    """What is done between two shards by a build that nothing stops."""
+    """The ``before_shard`` of a build without one."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from selectkd.data.durable import disk_error, sync
 
-LOOK = 0.1
+POLL = 0.1
 """Seconds from one look at another builder's lock to the next."""
 
 
@@ -29,7 +29,7 @@ def fill(
         if wait is None:
             return False
         wait()
-        time.sleep(LOOK)
+        time.sleep(POLL)
         handle = _locked(partial)
     content: bytes | bytearray | None = None
     try:

@@ -105,14 +105,14 @@ def encode_log_probs(logp: NDArray[np.float32]) -> Bytes:
     rank = np.cumsum(smaller & ~never, 1)  # distinct values above each
     codes, step = np.zeros((n, k), np.int64), np.zeros((n, 1), np.float32)
     # c_j = max(ceil(d_j / step), c_i + 1 for the value before) is r_j + the running maximum of ceil(d / step) - r
-    room = NEVER - 1
+    largest = NEVER - 1
     left = np.ones(n, bool)
-    reach = np.full(n, float(room))
+    reach = np.full(n, float(largest))
     while left.any():
         step[left] = np.maximum(down[left].max(1) / reach[left], 1e-6)[:, None].astype(np.float32)
         rounded = np.ceil(down[left] / step[left].astype(np.float64)).astype(np.int64)
         codes[left] = np.maximum.accumulate(rounded - rank[left], 1) + rank[left]
-        over = np.where(never, 0, codes).max(1) > room
+        over = np.where(never, 0, codes).max(1) > largest
         reach[over] = np.maximum(reach[over] * 0.98 - 1, 1.0)
         left = over
     codes[never] = NEVER

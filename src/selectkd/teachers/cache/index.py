@@ -45,13 +45,13 @@ def records_of(examples: Iterable[Any]) -> list[Record]:
 def cut_into_shards(records: Sequence[Record], rows: int) -> list[list[Record]]:
     """Consecutive records, a new shard where the next record would take one over ``rows`` rows."""
     shards: list[list[Record]] = []
-    room = 0
+    left = 0
     for record in records:
-        if not shards or len(record.places) > room:
+        if not shards or len(record.places) > left:
             shards.append([])
-            room = rows
+            left = rows
         shards[-1].append(record)
-        room -= len(record.places)
+        left -= len(record.places)
     return shards
 
 

@@ -43,16 +43,16 @@ LARGEST = 1e6
 
 @dataclass(frozen=True)
 class Examined:
-    """What rows are, beyond their checksums. rows: how many. nonfinite: those whose teacher gave no finite numbers,
-    which weigh nothing in a run. wrong: the first row that no teacher gives, and why.
+    """A check of rows beyond their checksums. rows: their number. nonfinite: those whose teacher gave no finite
+    numbers, which weigh nothing in a run. wrong: the first row that no teacher gives, and why.
     """
 
     rows: int
     nonfinite: int = 0
     wrong: tuple[int, str] | None = None
 
-    def told(self) -> str | None:
-        """What is wrong, in words; None where the rows can be trained on."""
+    def fault(self) -> str | None:
+        """The fault in words; None where the rows can be trained on."""
         if self.wrong is not None:
             return f"row {self.wrong[0]} {self.wrong[1]}"
         if self.nonfinite > 1 and self.nonfinite >= NONFINITE * self.rows:
@@ -86,12 +86,12 @@ class HiddenPayload:
         finite = torch.isfinite(hidden).all(-1)
         size = hidden.abs().amax(-1)
         wrong = None
-        for bad, told in (
+        for bad, fault in (
             (finite & (size == 0), "is all zeros"),
             (finite & (size > LARGEST), "is beyond any norm"),
         ):
             if wrong is None and bool(bad.any()):
-                wrong = int(bad.int().argmax()), told
+                wrong = int(bad.int().argmax()), fault
         return Examined(len(rows), int((~finite).sum()), wrong)
 
 
@@ -145,7 +145,7 @@ class TopKPayload:
         with np.errstate(invalid="ignore"):
             low = np.where(np.isneginf(logp), np.inf, logp).min(1)
             reach = np.where(np.isfinite(low), logp.max(1) - low, 0.0)
-        # the code rounds down by a step, and by more where values crowd
+        # the code rounds down by a step, and by more where many values lie close together
         slack = (2 + self.k / 16) * reach / NEVER if self.precision == "packed" else np.zeros(len(rows))
         kept = np.flatnonzero(~nan)
         wrong = unsound(
@@ -222,7 +222,7 @@ def _uneven(rows: Bytes, k: int, vocabulary: int) -> tuple[int, str] | None:
 
 
 def unsound_head(head: Head) -> str | None:
-    """What no head has, in words: weights that are not finite, a scale or cap that is no positive number."""
+    """The fault of a head in words: weights that are not finite, or a scale or cap that is no positive number."""
     if not bool(torch.isfinite(head.weight).all()):
         return "has weights that are not finite"
     if head.bias is not None and bool((head.bias.isnan() | (head.bias == torch.inf)).any()):

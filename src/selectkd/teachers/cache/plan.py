@@ -70,10 +70,10 @@ class CachePlan:
 
     def check_template(self, template: ChatTemplate) -> None:
         """CacheError where the text was rendered by another chat template, with other arguments or another date."""
-        said = {"template": template.fingerprint}
+        rendering = {"template": template.fingerprint}
         if template.dated and self.index.get("date") is not None:
-            said["date"] = template.moment
-        self._refuse(differences(self.index, said))
+            rendering["date"] = template.moment
+        self._refuse(differences(self.index, rendering))
 
     def check_text(self, examples: Sequence[Any]) -> None:
         """CacheError unless every trained token has its row; more in the cache than in the text is fine."""
@@ -84,11 +84,11 @@ class CachePlan:
     def loaded(self) -> Loaded:
         """The model the cache was built with: only a cut needs it."""
         if self._model is None:
-            said = self.index["teacher"]
+            teacher = self.index["teacher"]
             self._model = ModelPlan(
-                said["model"],
-                dtype=said["dtype"],
-                quantization=said["quantization"],
+                teacher["model"],
+                dtype=teacher["dtype"],
+                quantization=teacher["quantization"],
                 wanted_revision=self._hub_revision(),
             )
         return self._model.loaded()
@@ -96,9 +96,9 @@ class CachePlan:
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> CachedTeacher:
         self._model = None  # a teacher that was loaded for a cut goes
         reader = CacheReader(self.folder, self.index)
-        own = head_of(student).width
-        width = self.index["head"]["vocabulary"] if self.payload == "hidden" else own
-        shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=own)
+        student_width = head_of(student).width
+        width = self.index["head"]["vocabulary"] if self.payload == "hidden" else student_width
+        shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=student_width)
         if self.payload != "hidden" and reference is not None:
             raise ConfigError(
                 f"a reference student has no place beside the {self.payload} rows of {self.folder}. "
@@ -108,8 +108,8 @@ class CachePlan:
 
     def _hub_revision(self) -> str | None:
         """The revision as ``load_model`` takes it: local models have none."""
-        said = self.index["teacher"]
-        return said["revision"] if said["revision"] and len(said["revision"]) == 40 else None
+        teacher = self.index["teacher"]
+        return teacher["revision"] if teacher["revision"] and len(teacher["revision"]) == 40 else None
 
     def _refuse(self, differ: Sequence[str]) -> None:
         if differ:

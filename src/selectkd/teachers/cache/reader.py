@@ -87,14 +87,14 @@ class CacheReader:
         out = np.empty((len(owner), self.payload.row_bytes), np.uint8)
         found = []
         for sample, ids in enumerate(batch.samples()):
-            mine = np.nonzero(owner == sample)[0]
-            if len(mine):
+            chosen = np.nonzero(owner == sample)[0]
+            if len(chosen):
                 found.append(
-                    (mine, *self.find(ids.cpu().numpy(), place[mine], f"sample {sample} of the batch"))
+                    (chosen, *self.find(ids.cpu().numpy(), place[chosen], f"sample {sample} of the batch"))
                 )
-        for mine, number, record, rows in found:
+        for chosen, number, record, rows in found:
             self._examine(number, record)
-            out[mine] = self.shard(number).rows(rows)
+            out[chosen] = self.shard(number).rows(rows)
         return out
 
     def _examine(self, number: int, record: int) -> None:
@@ -118,18 +118,18 @@ class CacheReader:
 
     def head(self) -> Head:
         """The teacher's head of a hidden payload, checked."""
-        path, said = self.folder / HEAD, self.index["head"]
+        path, entry = self.folder / HEAD, self.index["head"]
         content = path.read_bytes() if path.is_file() else b""
-        if xxhash.xxh3_128(content).hexdigest() != said["checksum"]:
+        if xxhash.xxh3_128(content).hexdigest() != entry["checksum"]:
             raise CacheError(
                 f"{path} is missing or damaged. `selectkd cache repair {self.folder}` writes it again."
             )
         tensors = load(content)
-        head = Head(tensors["weight"], tensors.get("bias"), said["scale"], said["softcap"])
+        head = Head(tensors["weight"], tensors.get("bias"), entry["scale"], entry["softcap"])
         wrong = unsound_head(head)
-        if wrong is not None or tuple(head.weight.shape) != (said["vocabulary"], said["width"]):
-            told = wrong or f"is {tuple(head.weight.shape)}, not {(said['vocabulary'], said['width'])}"
-            raise CacheError(f"{path} {told}. Build the cache again: selectkd cache build RECIPE.")
+        if wrong is not None or tuple(head.weight.shape) != (entry["vocabulary"], entry["width"]):
+            fault = wrong or f"is {tuple(head.weight.shape)}, not {(entry['vocabulary'], entry['width'])}"
+            raise CacheError(f"{path} {fault}. Build the cache again: selectkd cache build RECIPE.")
         return head
 
 

@@ -1,4 +1,4 @@
-"""Looking a cache over, and computing again what is broken in it: nothing else is touched."""
+"""A cache is checked, and its broken parts alone are computed again."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from selectkd.teachers.cache.payloads import Examined, payload_of
 from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
 
 EXAMINED = 4096
-"""Rows that are looked at together."""
+"""Rows that are checked together."""
 
 
 @dataclass
 class Findings:
-    """What is broken: in words, and as shards and other files."""
+    """The broken parts of a cache: in words, and as shards and other files."""
 
-    told: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     shards: list[int] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.told)
+        return bool(self.problems)
 
 
 def verify(folder: Path) -> Findings:
@@ -62,39 +62,46 @@ def verify(folder: Path) -> Findings:
         path = folder / HEAD
         content = path.read_bytes() if path.is_file() else b""
         if xxhash.xxh3_128(content).hexdigest() != index["head"]["checksum"]:
-            found.told.append(f"{path} is missing or damaged.")
+            found.problems.append(f"{path} is missing or damaged.")
             found.files.append(HEAD)
     if INDEX not in found.files:
         try:
             described(folder / INDEX)
         except CacheError as error:
-            found.told.append(str(error))
+            found.problems.append(str(error))
             return found
     records: list[Record] | None = None
     try:
         records = text_of(folder, index)
     except CacheError as error:
-        found.told.append(str(error))
+        found.problems.append(str(error))
         found.files.append(TEXT)
     shards = None if records is None else cut_into_shards(records, index["shard_rows"])
-    own = fingerprint(index)
+    plan_bytes = fingerprint(index)
     entries = index.get("shards")
     for number in range(len(shards or entries or ())):
         entry = None if entries is None else ShardEntry(**entries[number])
-        damaged = _looked_over(folder, number, own, entry, index, None if shards is None else shards[number])
+        damaged = _looked_over(
+            folder, number, plan_bytes, entry, index, None if shards is None else shards[number]
+        )
         if damaged:
-            found.told += damaged
+            found.problems += damaged
             found.shards.append(number)
     return found
 
 
 def _looked_over(
-    folder: Path, number: int, own: bytes, entry: ShardEntry | None, index: dict[str, Any], records: Any
+    folder: Path,
+    number: int,
+    plan_bytes: bytes,
+    entry: ShardEntry | None,
+    index: dict[str, Any],
+    records: Any,
 ) -> list[str]:
     """What is wrong with a shard: bytes, records other than the text's, rows that no teacher gives."""
     payload = payload_of(index)
     try:
-        with closing(Shard(folder / SHARDS / shard_name(number), number, own, entry)) as shard:
+        with closing(Shard(folder / SHARDS / shard_name(number), number, plan_bytes, entry)) as shard:
             damaged = shard.damaged()
             if damaged:
                 return damaged
@@ -110,11 +117,11 @@ def _looked_over(
                 high = min(low + EXAMINED, shard.count)
                 seen = payload.examined(shard.rows(np.arange(low, high)))
                 if seen.wrong is not None:
-                    row, told = low + seen.wrong[0], f"{seen.wrong[1]}: no teacher gives that"
-                    return [str(shard.broken(f"row {row} {told}", shard.record_of(row)))]
+                    row, fault = low + seen.wrong[0], f"{seen.wrong[1]}: no teacher gives that"
+                    return [str(shard.broken(f"row {row} {fault}", shard.record_of(row)))]
                 rows, nonfinite = rows + seen.rows, nonfinite + seen.nonfinite
-            told = Examined(rows, nonfinite).told()
-            return [] if told is None else [str(shard.broken(f"has a broken teacher's rows: {told}"))]
+            fault = Examined(rows, nonfinite).fault()
+            return [] if fault is None else [str(shard.broken(f"has a broken teacher's rows: {fault}"))]
     except CacheError as error:
         return [str(error)]
 
@@ -136,7 +143,7 @@ def repair(
     if not found:
         return found
     if not found.files and not found.shards:
-        raise CacheError(found.told[0])
+        raise CacheError(found.problems[0])
     index = _description(folder, Findings())
     if index is None:
         raise CacheError(
@@ -152,11 +159,13 @@ def repair(
     records = text_of(folder, index)
     entries = index.get("shards")
     if found.shards or HEAD in found.files:
-        said = index["teacher"]
+        teacher = index["teacher"]
         origin = _origin(folder, index) if origin is None else origin
-        if any(origin.teacher.get(key) != said[key] for key in ("weights", "fingerprint") if key in said):
+        if any(
+            origin.teacher.get(key) != teacher[key] for key in ("weights", "fingerprint") if key in teacher
+        ):
             raise CacheError(
-                f"{said['model']} has other weights than the cache was built with. Build it again: "
+                f"{teacher['model']} has other weights than the cache was built with. Build it again: "
                 "selectkd cache build RECIPE."
             )
         if HEAD in found.files and origin.head is not None:
@@ -176,11 +185,11 @@ def repair(
     if PLAN in found.files:
         write_index(folder / PLAN, plan)
     if INDEX in found.files:
-        own = fingerprint(plan)
+        plan_bytes = fingerprint(plan)
         count = len(cut_into_shards(records, index["shard_rows"]))
         there = []
         for number in range(count):
-            with closing(Shard(folder / SHARDS / shard_name(number), number, own)) as shard:
+            with closing(Shard(folder / SHARDS / shard_name(number), number, plan_bytes)) as shard:
                 there.append(asdict(shard.entry))
         write_index(folder / INDEX, {**plan, "shards": there})
     return found
@@ -188,15 +197,19 @@ def repair(
 
 def _origin(folder: Path, index: Mapping[str, Any]) -> Origin:
     """The model that an index names."""
-    said = index["teacher"]
+    teacher = index["teacher"]
     if "server" in index["engine"]:
         raise CacheError(
             f"{folder} was filled by a server, which is needed to repair it. Name the recipe that says where it is: "
             "selectkd cache repair RECIPE."
         )
-    hub = said["revision"] if said["revision"] and len(said["revision"]) == 40 else None
-    loaded = load_model(said["model"], dtype=said["dtype"], quantization=said["quantization"], revision=hub)
-    return ModelOrigin(loaded, model=said["model"], dtype=said["dtype"], quantization=said["quantization"])
+    hub = teacher["revision"] if teacher["revision"] and len(teacher["revision"]) == 40 else None
+    loaded = load_model(
+        teacher["model"], dtype=teacher["dtype"], quantization=teacher["quantization"], revision=hub
+    )
+    return ModelOrigin(
+        loaded, model=teacher["model"], dtype=teacher["dtype"], quantization=teacher["quantization"]
+    )
 
 
 def _description(folder: Path, found: Findings) -> dict[str, Any] | None:
@@ -206,6 +219,6 @@ def _description(folder: Path, found: Findings) -> dict[str, Any] | None:
         try:
             description = read_index(folder / name)
         except CacheError as error:
-            found.told.append(str(error))
+            found.problems.append(str(error))
             found.files.append(name)
     return description

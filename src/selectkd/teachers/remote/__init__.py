@@ -1,4 +1,4 @@
-"""Teachers that answer over HTTP: what is asked, what is believed of an answer, and what happens when none comes."""
+"""Teachers that answer over HTTP: the requests, the checks of an answer, and the retries where none comes."""
 
 from __future__ import annotations
 

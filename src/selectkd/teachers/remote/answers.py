@@ -39,7 +39,7 @@ class TopK(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class TopKRequest:
     """One sample and the places [n] whose rows are wanted: the row at place i predicts token i + 1.
 
     k: how many best tokens. vocabulary: ids lie below it. width: rows of the model's head, where that is known.
@@ -145,11 +145,11 @@ def best(found: dict[int, float], token: int, k: int, where: str) -> tuple[list[
     return list(found), list(found.values())
 
 
-def of_text(token: int, told: Any, found: dict[int, float], where: str) -> None:
-    """WrongAnswer unless the text's own log-probability, ``told``, goes with the entries of its position: equal where
+def of_text(token: int, value: Any, found: dict[int, float], where: str) -> None:
+    """WrongAnswer unless the text's own log-probability, ``value``, goes with the entries of its position: equal where
     the token is among them, else at most the least of them.
     """
-    likely = number(told, f"{where}, the text's own log-probability")
+    likely = number(value, f"{where}, the text's own log-probability")
     if not found:
         raise WrongAnswer(f"{where} has no entries")
     expected = found.get(token, min(found.values()))
@@ -163,12 +163,12 @@ def of_ranks(rows: dict[int, float], ranks: dict[int, Any], where: str) -> None:
     """WrongAnswer unless the server's own ranks of the K best are 1 to K, the likeliest first; ranks it does not tell
     (None, for all of them) are not looked at.
     """
-    told = [ranks[token] for token in rows]
-    if all(rank is None for rank in told):
+    listed = [ranks[token] for token in rows]
+    if all(rank is None for rank in listed):
         return
-    if sorted(rank for rank in told if isinstance(rank, int)) != list(range(1, len(rows) + 1)):
+    if sorted(rank for rank in listed if isinstance(rank, int)) != list(range(1, len(rows) + 1)):
         raise WrongAnswer(
-            f"{where} has the ranks {_short(told)}, not 1 to {len(rows)}: one of the best is missing"
+            f"{where} has the ranks {_short(listed)}, not 1 to {len(rows)}: one of the best is missing"
         )
     by_rank = sorted(rows, key=lambda token: ranks[token])
     for one, other in pairwise(by_rank):
@@ -176,31 +176,31 @@ def of_ranks(rows: dict[int, float], ranks: dict[int, Any], where: str) -> None:
             raise WrongAnswer(f"{where} ranks token {one} above {other}, which is more likely")
 
 
-def checked(ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], asked: Asked) -> TopK:
+def checked(ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], request: TopKRequest) -> TopK:
     """The rows, if they can be K best tokens (``sound.unsound``).
 
     A log-probability above 0 by rounding is 0, one that JSON could not write is -inf. n may be 0.
     """
-    n = len(asked.places)
+    n = len(request.places)
     try:
-        tokens = np.array(ids, np.int64).reshape(n, asked.k)
-        values = np.array(logp, np.float64).reshape(n, asked.k)
+        tokens = np.array(ids, np.int64).reshape(n, request.k)
+        values = np.array(logp, np.float64).reshape(n, request.k)
     except (ValueError, OverflowError) as error:
-        raise WrongAnswer(f"rows of other lengths than {asked.k}") from error
+        raise WrongAnswer(f"rows of other lengths than {request.k}") from error
     # a head whose width is not known is padded, but never to four times the tokenizer's ids
-    width = 4 * max(asked.vocabulary, asked.k) if asked.width is None else asked.width
+    width = 4 * max(request.vocabulary, request.k) if request.width is None else request.width
     if not np.isfinite(values).all():
         raise WrongAnswer("a log-probability that is not finite")
-    wrong = unsound(tokens, values, vocabulary=asked.vocabulary, width=width)
+    wrong = unsound(tokens, values, vocabulary=request.vocabulary, width=width)
     if wrong is not None:
-        row, told = wrong
-        hint = ": logits, perhaps (vLLM: --logprobs-mode raw_logprobs)" if "above 0" in told else ""
-        raise WrongAnswer(f"position {asked.places[row] + 1} {told}{hint}")
+        row, fault = wrong
+        hint = ": logits, perhaps (vLLM: --logprobs-mode raw_logprobs)" if "above 0" in fault else ""
+        raise WrongAnswer(f"position {request.places[row] + 1} {fault}{hint}")
     values = np.where(values <= CLAMPED, -np.inf, np.minimum(values, 0.0))
     return TopK(tokens, values.astype(np.float32))
 
 
-def limit_told(words: str) -> tuple[int, int] | None:
+def stated_limit(words: str) -> tuple[int, int] | None:
     """(asked for, allowed) where a server's refusal is about the number of log-probabilities."""
     found = LIMIT.search(words)
     return None if found is None else (int(found[1]), int(found[2]))

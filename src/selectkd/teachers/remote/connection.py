@@ -18,7 +18,7 @@ import httpx2
 from httpx2 import HTTPError, InvalidURL, TransportError
 
 from selectkd.errors import TeacherError
-from selectkd.teachers.remote.answers import WrongAnswer, limit_told
+from selectkd.teachers.remote.answers import WrongAnswer, stated_limit
 from selectkd.teachers.remote.secrets import without_key, without_key_bytes
 from selectkd.teachers.remote.settings import TEACHER, Settings
 from selectkd.teachers.remote.tls import certificate_error, trust
@@ -47,7 +47,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Question(Generic[T]):
-    """What is sent, how many bytes the answer may have, and how it is read; ``read`` raises WrongAnswer.
+    """A request, the most bytes of its answer, and the parser of the answer; ``read`` raises WrongAnswer.
 
     content None: a GET, else a POST of JSON. what: the answer in words, for errors.
     """
@@ -62,8 +62,8 @@ class Question(Generic[T]):
 class TooMany(TeacherError):
     """More log-probabilities a token were asked for than the server gives, ``most``."""
 
-    def __init__(self, told: str, most: int) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, most: int) -> None:
+        super().__init__(message)
         self.most = most
 
 
@@ -189,10 +189,10 @@ class Connection:
                 away_since = now if away_since is None else away_since
                 next_in = pause if error.pause is None else error.pause
                 if next_in > away_since + self.wait - now:
-                    told = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
+                    hint = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
                     longer = f", or wait longer for it: {self.settings.wait}, now {self.wait:g} s"
                     raise TeacherError(
-                        f"{self.url} gave no answer for {now - began:.0f} s ({error}){told}. "
+                        f"{self.url} gave no answer for {now - began:.0f} s ({error}){hint}. "
                         f"Start it{longer if self.settings.wait else ' and ask again'}."
                     ) from error
                 if first:
@@ -213,8 +213,8 @@ class Connection:
             certificate = certificate_error(error)
             if certificate is not None:
                 raise TeacherError(
-                    f"{self.url} cannot prove who it is: {certificate}. Nothing was sent to it. Use the name its "
-                    "certificate is made out to, or name the file with its authority's certificate: "
+                    f"{self.url} cannot prove who it is: {certificate}. Nothing was sent to it. Use the host name in "
+                    "its certificate, or name the file with its authority's certificate: "
                     f"{self.settings.ca or 'the variable SSL_CERT_FILE'}."
                 ) from error
             raise _Away(f"{type(error).__name__}: {self._safe(str(error))}".rstrip(": ")) from error
@@ -253,11 +253,11 @@ class Connection:
                     if good:
                         raise WrongAnswer(f"a body of more than the {cap:,} bytes it can have")
                     break
-            told = {name.lower(): self._safe(value) for name, value in response.headers.items()}
+            fields = {name.lower(): self._safe(value) for name, value in response.headers.items()}
             clean = without_key_bytes(bytes(body), self.key)  # before any of it is cut
             if good:
-                return Reply(told, clean)
-            self._refused(response.status_code, told, clean[:SMALL], question)
+                return Reply(fields, clean)
+            self._refused(response.status_code, fields, clean[:SMALL], question)
         finally:
             with contextlib.suppress(TransportError):
                 await response.aclose()
@@ -273,7 +273,7 @@ class Connection:
         """Raises what a status other than 200 means."""
         words = self._safe(body[:2000].decode("utf-8", "replace"))
         words = " ".join("".join(c if c.isprintable() else " " for c in words).split())[:300]
-        said = f" It says: {words}" if words else ""
+        reason = f" It says: {words}" if words else ""
         if status in BUSY:
             raise _Away(f"status {status}", _retry_after(headers.get("retry-after")))
         if status in AWAY:
@@ -292,9 +292,9 @@ class Connection:
         if status == 404:
             raise NotThere(
                 f"{self.url}{question.path} is not there (status 404): a server of another kind, or "
-                f"{self.settings.model} is a name it does not serve.{said}"
+                f"{self.settings.model} is a name it does not serve.{reason}"
             )
-        limit = limit_told(words)
+        limit = stated_limit(words)
         if limit is not None:
             wanted, most = limit
             k = self.settings.k or "k"
@@ -303,7 +303,7 @@ class Connection:
                 f"`--max-logprobs {wanted}`, or set {k} to {most} or less.",
                 most,
             )
-        raise TeacherError(f"{self.url}{question.path} refuses the question (status {status}).{said}")
+        raise TeacherError(f"{self.url}{question.path} refuses the question (status {status}).{reason}")
 
     def _safe(self, text: str) -> str:
         """``text`` without the key or a part of it, should a server or library repeat it."""

@@ -1,4 +1,4 @@
-"""The kinds of server, one row each: how the K best are asked for, how an answer is read, what starts it rightly."""
+"""The kinds of server, one row each: the request for the K best tokens, the parser of an answer, the flags it needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selectkd.teachers.remote import openai, sglang, vllm
-from selectkd.teachers.remote.answers import Asked, TopK
+from selectkd.teachers.remote.answers import TopK, TopKRequest
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Dialect:
     """
 
     path: str
-    body: Callable[[Asked, str | None], dict[str, Any]]
-    read: Callable[[bytes, Asked], TopK]
+    body: Callable[[TopKRequest, str | None], dict[str, Any]]
+    read: Callable[[bytes, TopKRequest], TopK]
     entries: Callable[[bytes], int]
     heated: tuple[str, ...] = ("temperature",)
     flags: tuple[tuple[str, str], ...] = ()
@@ -43,4 +43,4 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "openai": Dialect(openai.PATH, openai.body, openai.read, openai.entries, flags=VLLM_FLAGS),
 }
-"""vLLM's limit is 20 unless it is told otherwise, and stale rows under prefix caching are its issue 42019."""
+"""vLLM's default limit is 20, and stale rows under prefix caching are its issue 42019."""

@@ -1,9 +1,8 @@
-"""Whether a server still has the model it began with: what it says of fixed prompts, then and now.
+"""A check that a server still has the model it began with: its rows of fixed prompts, then and now.
 
-No server of another kind says which weights it has. So the rows of two short prompts, cut from the run's own text, are
-noted before the first step, in run.json and in a cache's index, and asked for again beside every batch, after every
-reconnect and when a run or a build goes on. A look costs two prompts of at most 24 tokens, asked together with the
-batch's. K best tokens.
+Servers of other kinds do not state their weights. So the rows of two short prompts, cut from the run's text, are noted
+before the first step, in run.json and in a cache's index. They are fetched again beside every batch, after every
+reconnect and when a run or a build goes on. A check costs two prompts of at most 24 tokens. K best tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ T = TypeVar("T")
 PROMPTS, LENGTH, BEST = 2, 24, 8
 """How many prompts, of how many tokens at most, and how many best tokens of each row are noted."""
 
-CROWD, CROWDED = 16, 256
-"""Samples, and tokens of each, that the prompts are asked beside to see what a crowd does to a server's rounding."""
+LOAD, LOAD_TOKENS = 16, 256
+"""Samples, and tokens of each, that are sent beside the prompts to measure how a full batch changes the rounding."""
 
 NOISE = 8.0
-"""How many times what a prompt's answers differ by, alone and in a crowd, a row may move."""
+"""A row may move by this many times the difference between a prompt's answers alone and in a full batch."""
 
 LEAST, ROUNDED, MOST = 1e-3, 0.1, 0.5
 """Nats a row may move at least and at most: fp32 moves a thousandth of the one, no rounding the other. Up to ROUNDED
-another crowd may have moved it, in bf16, and the prompts are asked again alone.
+another batch may have moved it, in bf16, and the prompts are sent again alone.
 """
 
 
@@ -41,8 +40,8 @@ class Source(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    def looks(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
-        """Questions for the ``k`` best tokens, or as many as the server is asked for anyway, of all of each prompt."""
+    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
+        """Questions for the ``k`` best tokens, or the K of the run, at every position of each prompt."""
         ...
 
 
@@ -97,18 +96,18 @@ def prompts_of(examples: Sequence[Any]) -> list[list[int]]:
 
 
 def take(source: Source, examples: Sequence[Any], weights: str | None = None) -> Fingerprint | None:
-    """The fingerprint of a server, by the text it will be asked about; None where that has no sample of two tokens."""
+    """The fingerprint of a server, by the text it will score; None where the text has no sample of two tokens."""
     prompts = prompts_of(examples)
     if not prompts:
         return None
-    looks = source.looks(prompts, BEST)
-    first = source.connection.ask(looks)
-    texts = [example.input_ids[:CROWDED] for example in examples if len(example.input_ids) > 1]
-    crowded = source.connection.ask([*source.looks(texts[:CROWD], BEST), *looks])[-len(looks) :]
-    alone = [answer for look in looks for answer in source.connection.ask([look])]
+    fixed = source.fixed_questions(prompts, BEST)
+    first = source.connection.ask(fixed)
+    texts = [example.input_ids[:LOAD_TOKENS] for example in examples if len(example.input_ids) > 1]
+    under_load = source.connection.ask([*source.fixed_questions(texts[:LOAD], BEST), *fixed])[-len(fixed) :]
+    alone = [answer for one in fixed for answer in source.connection.ask([one])]
     noise = max(
         max(difference(a, b), difference(b, a))
-        for a, b in zip([*first, *first], [*alone, *crowded], strict=True)
+        for a, b in zip([*first, *first], [*alone, *under_load], strict=True)
     )
     ids, logp = [], []
     for answer in first:
@@ -123,17 +122,18 @@ def same(source: Source, before: Fingerprint, weights: str | None, where: str) -
     """TeacherError unless the server has the model of ``before``, which ``where`` was begun with."""
     connection = source.connection
     if weights == before.weights:
-        answers = connection.ask(source.looks(before.prompts, BEST))
+        answers = connection.ask(source.fixed_questions(before.prompts, BEST))
         apart = before.apart(answers)
         if apart <= before.tolerance:
             return
-        told = (
+        change = (
             f"fixed prompts get rows {apart:.3g} nats from those it noted (rounding: {before.tolerance:.3g})"
         )
     else:
-        told = f"its weights have the checksum {weights}, not {before.weights}"
+        change = f"its weights have the checksum {weights}, not {before.weights}"
     raise TeacherError(
-        f"{connection.url} has another model than {where} was begun with: {told}. Serve that one again, or begin anew."
+        f"{connection.url} has another model than {where} was begun with: {change}. Serve that one again, or begin "
+        "anew."
     )
 
 
@@ -141,7 +141,7 @@ def same(source: Source, before: Fingerprint, weights: str | None, where: str) -
 class Guarded:
     """Asks a server for rows and, every ``every`` batches and whenever it may be another process, for its fingerprint.
 
-    What is asked for is not handed out before the fingerprint, asked for beside it, is the noted one.
+    Rows are handed out only after the fingerprint fetched beside them equals the noted one.
     """
 
     source: Source
@@ -158,17 +158,17 @@ class Guarded:
             return connection.ask(questions)
         due = self.batches % self.every == 0
         self.batches += 1
-        looks: list[Question[Any]] = list(self.source.looks(noted.prompts, BEST))
+        fixed: list[Question[Any]] = list(self.source.fixed_questions(noted.prompts, BEST))
         apart = 0.0
         for _ in range(connection.retries + 1):
             met = connection.met
-            found: list[Any] = connection.ask([*questions, *(looks if due else ())])
-            seen = found[len(questions) :]
-            if connection.met != met:  # asked after all the others have come
-                seen += connection.ask(looks)
-            apart = noted.apart(seen)
+            found: list[Any] = connection.ask([*questions, *(fixed if due else ())])
+            answers = found[len(questions) :]
+            if connection.met != met:  # sent after all the others have come
+                answers += connection.ask(fixed)
+            apart = noted.apart(answers)
             if noted.tolerance < apart <= ROUNDED:
-                apart = noted.apart(connection.ask(looks))
+                apart = noted.apart(connection.ask(fixed))
             if apart <= noted.tolerance:
                 return found[: len(questions)]
         raise TeacherError(

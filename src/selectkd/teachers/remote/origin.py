@@ -25,7 +25,7 @@ BATCH = 64
 class RemoteOrigin:
     """The rows of a server whose plan has checked tokenizer and text. Its address is not part of what it is.
 
-    Whose weights a server has, only our own tells; a cache of another's is known by the model's name and by the rows of
+    Only our own server states its weights; a cache of another is known by the model's name and by the rows of
     fixed prompts. noted: those of the build that this one finishes or repairs; TeacherError where they are another
     model's.
     """

@@ -18,7 +18,7 @@ from selectkd.data.durable import write_whole
 from selectkd.errors import TeacherError
 from selectkd.loss.head import Head
 from selectkd.teachers.cache.payloads import unsound_head
-from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, checked, json_object
+from selectkd.teachers.remote.answers import TopK, TopKRequest, WrongAnswer, checked, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.fingerprint import Guarded
 from selectkd.teachers.remote.server import Sample
@@ -42,7 +42,7 @@ class OwnServer:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the server says of its model, asked for once; TeacherError where it is none of ours."""
+        """The server's description of its model, fetched once; TeacherError where it is no selectkd server."""
         if self._about is None:
             question = Question(TEACHER, None, SMALL, _about, "what it teaches")
             [self._about] = self.connection.ask([question])
@@ -52,7 +52,7 @@ class OwnServer:
         """The K best tokens of each sample at its places."""
         return self._guarded(self._best(samples, self.k))
 
-    def looks(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
+    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
         """Questions for the ``k`` best tokens, or fewer where there are fewer, of all of each prompt."""
         samples = [(ids, list(range(len(ids) - 1))) for ids in prompts]
         return self._best(samples, min(k, self.about["vocabulary"]))
@@ -66,7 +66,7 @@ class OwnServer:
 
         def read(body: bytes, question: bytes, one: Sample) -> TopK:
             rows = self._read(body, question, len(one[1]))
-            return _top_k(rows, Asked(one[0], one[1], k, vocabulary, vocabulary))
+            return _top_k(rows, TopKRequest(one[0], one[1], k, vocabulary, vocabulary))
 
         return self._questions(samples, 8 * k + 4, read, k)
 
@@ -84,21 +84,21 @@ class OwnServer:
 
     def head(self) -> Head:
         """The model's head, fetched the first time and then kept by its checksum; TeacherError for another one."""
-        told = self.about["head"]
-        path = _kept() / f"{told['checksum']}.safetensors"
+        stated = self.about["head"]
+        path = _kept() / f"{stated['checksum']}.safetensors"
         content = path.read_bytes() if path.is_file() else b""
-        if xxhash.xxh3_128(content).hexdigest() != told["checksum"]:
+        if xxhash.xxh3_128(content).hexdigest() != stated["checksum"]:
 
             def read(reply: Reply) -> bytes:
-                if xxhash.xxh3_128(reply.body).hexdigest() != told["checksum"]:
+                if xxhash.xxh3_128(reply.body).hexdigest() != stated["checksum"]:
                     raise WrongAnswer("a head that does not match its checksum")
                 return reply.body
 
-            [content] = self.connection.ask([Question(HEAD, None, told["size"], read, "its head")])
+            [content] = self.connection.ask([Question(HEAD, None, stated["size"], read, "its head")])
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
         tensors = load(content)
-        head = Head(tensors["weight"], tensors.get("bias"), told["scale"], told["softcap"])
+        head = Head(tensors["weight"], tensors.get("bias"), stated["scale"], stated["softcap"])
         wrong = unsound_head(head)
         if wrong is not None or tuple(head.weight.shape) != (self.about["vocabulary"], self.about["width"]):
             raise TeacherError(f"{self.connection.url} has a head that {wrong or 'is of another shape'}.")
@@ -123,10 +123,10 @@ class OwnServer:
         return read_answer(body, question=question, weights=self.about["weights"], rows=rows)
 
 
-def _top_k(found: dict[str, Tensor], asked: Asked) -> TopK:
+def _top_k(found: dict[str, Tensor], request: TopKRequest) -> TopK:
     """The rows, if their tail is what they leave of 1."""
     ids, logp, tail = (found.get(name) for name in ("ids", "logp", "tail"))
-    shape = (len(asked.places), asked.k)
+    shape = (len(request.places), request.k)
     if (
         ids is None
         or logp is None
@@ -135,32 +135,32 @@ def _top_k(found: dict[str, Tensor], asked: Asked) -> TopK:
         or logp.shape != shape
         or tail.ndim != 1
     ):
-        raise WrongAnswer(f"no {asked.k} best tokens and their tail")
+        raise WrongAnswer(f"no {request.k} best tokens and their tail")
     if ids.dtype != torch.int32 or logp.dtype != torch.float32:
         raise WrongAnswer(f"ids in {ids.dtype} and log-probabilities in {logp.dtype}")
     left = 1 - np.exp(logp.double().numpy()).sum(1)
     if not np.allclose(left, tail.double().numpy(), rtol=0, atol=ROUNDING):
         raise WrongAnswer("tails that are not what the best tokens leave")
     impossible = torch.isneginf(logp)
-    return checked(ids.long().tolist(), logp.masked_fill(impossible, -1e30).tolist(), asked)
+    return checked(ids.long().tolist(), logp.masked_fill(impossible, -1e30).tolist(), request)
 
 
 def _about(reply: Reply) -> dict[str, Any]:
     """What ``/teacher`` says; WrongAnswer unless all of it is there and of its type."""
-    told = json_object(reply.body)
-    head = told.get("head")
+    stated = json_object(reply.body)
+    head = stated.get("head")
     sound = (
-        all(isinstance(told.get(key), str) for key in TEXTS)
-        and all(_count(told.get(key)) for key in ("vocabulary", "width"))
-        and (told.get("max_length") is None or _count(told["max_length"]))
-        and (told.get("revision") is None or isinstance(told["revision"], str))
+        all(isinstance(stated.get(key), str) for key in TEXTS)
+        and all(_count(stated.get(key)) for key in ("vocabulary", "width"))
+        and (stated.get("max_length") is None or _count(stated["max_length"]))
+        and (stated.get("revision") is None or isinstance(stated["revision"], str))
         and isinstance(head, dict)
         and set(head) == HEAD_KEYS
     )
     if not sound or not isinstance(head, dict):
         raise WrongAnswer("no description of a teacher: a server of another kind, or of another version")
     checksum, cap = head["checksum"], head["softcap"]
-    largest = 4 * told["vocabulary"] * (told["width"] + 1) + (1 << 16)
+    largest = 4 * stated["vocabulary"] * (stated["width"] + 1) + (1 << 16)
     if (
         not (isinstance(checksum, str) and len(checksum) == 32 and checksum.isalnum() and checksum.isascii())
         or not (_count(head["size"]) and head["size"] <= largest)
@@ -168,7 +168,7 @@ def _about(reply: Reply) -> dict[str, Any]:
         or not (cap is None or isinstance(cap, int | float))
     ):
         raise WrongAnswer("a description of no head")
-    return told
+    return stated
 
 
 def _count(value: Any) -> bool:

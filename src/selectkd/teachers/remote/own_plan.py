@@ -49,7 +49,7 @@ class OwnPlan:
         return None if self._server is None else self._server.about["revision"]
 
     def server(self) -> OwnServer:
-        """The server as a source of rows, asked what it teaches; TeacherError where that is not the recipe's model."""
+        """The server as a source of rows; TeacherError where its model is not the recipe's."""
         if self._server is None:
             server = OwnServer(self.connection, self.spec.k)
             if self.spec.model not in (None, server.about["model"]):

@@ -76,8 +76,8 @@ class RemotePlan:
         if not prompts:
             return
         found = probe(self.server(), prompts[0])
-        for told in found.wrong:
-            logging.getLogger("selectkd").warning("%s: %s", found.url, told)
+        for fault in found.wrong:
+            logging.getLogger("selectkd").warning("%s: %s", found.url, fault)
         if max(found.repeated, found.prefix) > UNSTEADY:
             flags = " ".join(found.flags)
             raise TeacherError(
@@ -129,11 +129,11 @@ class RemotePlan:
 def head_width(tokenizer: Any) -> int | None:
     """Rows of the head of the model that a tokenizer lies beside, by its config.json; None where there is none."""
     try:
-        told = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text("utf-8"))
+        fault = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    inner = told.get("text_config", told) if isinstance(told, dict) else {}
-    rows = told.get("vocab_size", inner.get("vocab_size")) if isinstance(inner, dict) else None
+    inner = fault.get("text_config", fault) if isinstance(fault, dict) else {}
+    rows = fault.get("vocab_size", inner.get("vocab_size")) if isinstance(inner, dict) else None
     return rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None
 
 

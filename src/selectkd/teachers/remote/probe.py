@@ -1,4 +1,4 @@
-"""What a server does with our questions, found out by asking, before anything is trained on its answers."""
+"""A server's behaviour, found by test questions before anything is trained on its answers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from selectkd.errors import TeacherError
-from selectkd.teachers.remote.answers import Asked, TopK, json_object
+from selectkd.teachers.remote.answers import TopK, TopKRequest, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, NotThere, Question, TooMany
 from selectkd.teachers.remote.fingerprint import difference
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.wire import TEACHER
 
 STEADY = 0.02
-"""Nats that one log-probability may differ between two answers before it is told: bf16 rounds about so much."""
+"""Nats that one log-probability may differ between two answers without a warning: bf16 rounds about so much."""
 
 UNSTEADY = 0.5
 """Nats at which a run is refused: no rounding moves a best token so far, stale memory does."""
 
 PROBED = 64
-"""Tokens of the prompt that is asked about: four of vLLM's blocks of 16, which a prefix cache can find again."""
+"""Tokens of the test prompt: four of vLLM's blocks of 16, which a prefix cache can find again."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ def probe(server: TopKServer, ids: Sequence[int]) -> Findings:
         raise TeacherError(f"{server.connection.url} cannot be probed with {len(ids)} tokens; it takes 2.")
     served = server.served()
     server = replace(server, model=served.name)
-    asked = server.asked(ids, list(range(len(ids) - 1)))
+    request = server.request(ids, list(range(len(ids) - 1)))
     # one after the other: what the first leaves in a prefix cache is what the next might be given
-    [first] = server.connection.ask([server.question(asked)])
-    [again] = server.connection.ask([server.question(asked)])
+    [first] = server.connection.ask([server.question(request)])
+    [again] = server.connection.ask([server.question(request)])
     cut = max(2, len(ids) // 2)
     other = [*ids[:cut], *reversed(ids[:cut])]
-    turned = server.asked(other, list(range(cut - 1)))
+    turned = server.request(other, list(range(cut - 1)))
     [shared] = server.connection.ask([server.question(turned)])
-    [heated] = server.connection.ask([server.question(asked, temperature=2.0)])
-    [most] = server.connection.ask([entries_of(server, asked)])
+    [heated] = server.connection.ask([server.question(request, temperature=2.0)])
+    [most] = server.connection.ask([entries_of(server, request)])
     start = TopK(first.ids[: cut - 1], first.logp[: cut - 1])
     found = Findings(
         server.connection.url,
@@ -77,7 +77,7 @@ def probe(server: TopKServer, ids: Sequence[int]) -> Findings:
         repeated=difference(first, again),
         prefix=difference(start, shared),
     )
-    return judged(found, dict(server.dialect.flags))
+    return with_cures(found, dict(server.dialect.flags))
 
 
 def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
@@ -95,7 +95,7 @@ def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
     except TeacherError as error:
         flags = " ".join(flag.format(k=server.k) for _, flag in server.dialect.flags)
         raise TeacherError(f"{error} Start it with: {flags}" if flags else str(error)) from error
-    return judged(replace(found, k=server.k, most=most), dict(server.dialect.flags))
+    return with_cures(replace(found, k=server.k, most=most), dict(server.dialect.flags))
 
 
 def kind_of(connection: Connection) -> str:
@@ -111,14 +111,14 @@ def kind_of(connection: Connection) -> str:
     return "openai"
 
 
-def entries_of(server: TopKServer, asked: Asked) -> Question[int]:
+def entries_of(server: TopKServer, request: TopKRequest) -> Question[int]:
     """A question whose answer is the most entries of a position, whatever they are."""
-    whole, entries = server.question(asked), server.dialect.entries
+    whole, entries = server.question(request), server.dialect.entries
     return Question(whole.path, whole.content, whole.cap, lambda reply: entries(reply.body))
 
 
-def judged(found: Findings, flags: dict[str, str]) -> Findings:
-    """The findings with what is wrong in them and the flags that cure it."""
+def with_cures(found: Findings, flags: dict[str, str]) -> Findings:
+    """The findings with their faults in words and the flags that cure them."""
     wrong: list[str] = []
     cures: list[str] = []
     if found.most is not None and found.most < found.k:
@@ -136,8 +136,8 @@ def judged(found: Findings, flags: dict[str, str]) -> Findings:
             "two prompts begin alike"
         )
         cures.append("prefix")
-    told = [flags[cure].format(k=found.k) for cure in cures if cure in flags]
-    return replace(found, wrong=wrong, flags=told)
+    needed = [flags[cure].format(k=found.k) for cure in cures if cure in flags]
+    return replace(found, wrong=wrong, flags=needed)
 
 
 def largest_k(server: TopKServer, ids: Sequence[int]) -> int:
@@ -145,9 +145,9 @@ def largest_k(server: TopKServer, ids: Sequence[int]) -> int:
     low, high = 0, server.vocabulary
     guess = high
     while low < high:
-        asked = Asked(list(ids[:2]), [0], guess, server.vocabulary)
+        request = TopKRequest(list(ids[:2]), [0], guess, server.vocabulary)
         try:
-            [got] = server.connection.ask([entries_of(server, asked)])
+            [got] = server.connection.ask([entries_of(server, request)])
         except TooMany as error:
             high = max(0, min(error.most, guess - 1))
             guess = high

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selectkd.errors import TeacherError
-from selectkd.teachers.remote.answers import Asked, TopK, WrongAnswer, json_object
+from selectkd.teachers.remote.answers import TopK, TopKRequest, WrongAnswer, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.dialects import DIALECTS, Dialect
 from selectkd.teachers.remote.fingerprint import Guarded
@@ -19,7 +19,7 @@ Sample = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Served:
-    """A model as the server lists it: its name, and the tokens it takes where that is told."""
+    """A model as the server lists it: its name, and the tokens it takes where the server states them."""
 
     name: str
     max_length: int | None
@@ -45,27 +45,30 @@ class TopKServer:
 
     def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
         """The K best tokens of each sample at its places."""
-        questions = [self.question(self.asked(ids, places)) for ids, places in samples]
+        questions = [self.question(self.request(ids, places)) for ids, places in samples]
         return self.connection.ask(questions) if self.guard is None else self.guard.ask(questions)
 
-    def looks(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
+    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
         """Questions for the K best tokens of all of each prompt."""
-        return [self.question(self.asked(ids, range(len(ids) - 1))) for ids in prompts]
+        return [self.question(self.request(ids, range(len(ids) - 1))) for ids in prompts]
 
-    def asked(self, ids: Sequence[int], places: Sequence[int]) -> Asked:
+    def request(self, ids: Sequence[int], places: Sequence[int]) -> TopKRequest:
         """One sample and the places whose rows are wanted."""
-        return Asked(ids, places, self.k, self.vocabulary, self.width)
+        return TopKRequest(ids, places, self.k, self.vocabulary, self.width)
 
-    def question(self, asked: Asked, *, temperature: float = 1.0) -> Question[TopK]:
+    def question(self, request: TopKRequest, *, temperature: float = 1.0) -> Question[TopK]:
         """What is sent for one sample; temperature: of the sampling, which must not move a raw log-probability."""
-        dialect, body = self.dialect, self.dialect.body(asked, self.model)
+        dialect, body = self.dialect, self.dialect.body(request, self.model)
         if temperature != 1.0:
             at = body
             for key in dialect.heated[:-1]:
                 at = at[key]
             at[dialect.heated[-1]] = temperature
         return Question(
-            dialect.path, json.dumps(body).encode(), asked.cap, lambda reply: dialect.read(reply.body, asked)
+            dialect.path,
+            json.dumps(body).encode(),
+            request.cap,
+            lambda reply: dialect.read(reply.body, request),
         )
 
     def served(self) -> Served:

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from selectkd.teachers.remote.answers import (
-    Asked,
     TopK,
+    TopKRequest,
     WrongAnswer,
     checked,
     is_object,
@@ -22,46 +22,46 @@ from selectkd.teachers.remote.answers import (
 PATH = "/generate"
 
 
-def body(asked: Asked, model: str | None) -> dict[str, Any]:
+def body(request: TopKRequest, model: str | None) -> dict[str, Any]:
     """The question for one sample; the server serves one model, so its name is not sent."""
     return {
-        "input_ids": list(asked.ids),
+        "input_ids": list(request.ids),
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0},
         "return_logprob": True,
         "logprob_start_len": 0,
-        "top_logprobs_num": asked.k,
+        "top_logprobs_num": request.k,
     }
 
 
-def read(answer: bytes, asked: Asked) -> TopK:
+def read(answer: bytes, request: TopKRequest) -> TopK:
     """The rows of an answer; WrongAnswer for one that does not have them, whole and of these tokens."""
     if answer.lstrip()[:1] == b"[":  # some versions answer one prompt with a list of one
         answer = _only(answer)
-    told = is_object(json_object(answer).get("meta_info"), "meta_info")
-    own = of_length(told.get("input_token_logprobs"), len(asked.ids), "input_token_logprobs")
-    text = [_entry(entry, f"input_token_logprobs {at}") for at, entry in enumerate(own)]
-    same_ids([entry[1] for entry in text], asked.ids)
-    rows = of_length(told.get("input_top_logprobs"), len(asked.ids), "input_top_logprobs")
+    info = is_object(json_object(answer).get("meta_info"), "meta_info")
+    text_logprobs = of_length(info.get("input_token_logprobs"), len(request.ids), "input_token_logprobs")
+    text = [_entry(entry, f"input_token_logprobs {at}") for at, entry in enumerate(text_logprobs)]
+    same_ids([entry[1] for entry in text], request.ids)
+    rows = of_length(info.get("input_top_logprobs"), len(request.ids), "input_top_logprobs")
     if rows[0] is not None or text[0][0] is not None:
         raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
     ids, logp = [], []
-    for place in asked.places:
+    for place in request.places:
         where = f"position {place + 1}"
         entries = rows[place + 1]
-        if not isinstance(entries, list) or len(entries) not in (asked.k, asked.k + 1):
-            raise WrongAnswer(f"{where} is no list of {asked.k} entries")
+        if not isinstance(entries, list) or len(entries) not in (request.k, request.k + 1):
+            raise WrongAnswer(f"{where} is no list of {request.k} entries")
         found = {}
         for entry in entries:
             value, token = _entry(entry, where)[:2]
             if token_id(token, where) in found:
                 raise WrongAnswer(f"{where} has the id {token} twice")
             found[token] = number(value, f"{where}, log-probability of {token}")
-        of_text(asked.ids[place + 1], text[place + 1][0], found, where)
-        if len(found) == asked.k + 1:
-            found.pop(asked.ids[place + 1], None)
+        of_text(request.ids[place + 1], text[place + 1][0], found, where)
+        if len(found) == request.k + 1:
+            found.pop(request.ids[place + 1], None)
         ids.append(list(found))
         logp.append(list(found.values()))
-    return checked(ids, logp, asked)
+    return checked(ids, logp, request)
 
 
 def _entry(entry: Any, where: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A teacher that is asked over HTTP at the supervised positions of a batch. n supervised rows, K best tokens."""
+"""A teacher whose rows come over HTTP, at the supervised positions of a batch. n supervised rows, K best tokens."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class RemoteTeacher:
         n, k = position.shape[0], self.k
         samples, at = samples_of(batch, position)
         ids, logp = np.zeros((n, k), np.int64), np.zeros((n, k), np.float32)
-        for mine, rows in zip(at, self.server.top_k(samples), strict=True):
-            ids[mine], logp[mine] = rows.ids, rows.logp
+        for chosen, rows in zip(at, self.server.top_k(samples), strict=True):
+            ids[chosen], logp[chosen] = rows.ids, rows.logp
         device = batch.input_ids.device
         shared = None if self.shared is None else self.shared.to(device)
         return CachedRows(
@@ -67,8 +67,8 @@ class RemoteHiddenTeacher:
         samples, at = samples_of(batch, position)
         self.head = self.head.to(device)
         hidden = torch.zeros(position.shape[0], self.head.weight.shape[1], dtype=self.head.weight.dtype)
-        for mine, rows in zip(at, self.server.hidden(samples), strict=True):
-            hidden[torch.from_numpy(mine)] = rows.to(hidden.dtype)
+        for chosen, rows in zip(at, self.server.hidden(samples), strict=True):
+            hidden[torch.from_numpy(chosen)] = rows.to(hidden.dtype)
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)
         return LiveRows(sent(hidden, device), self.head, shared=shared, reference=reference)
@@ -87,8 +87,8 @@ def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndar
     samples: list[Sample] = []
     at = []
     for number, ids in enumerate(batch.samples()):
-        mine = np.nonzero(owner == number)[0]
-        if len(mine):
-            samples.append((ids.tolist(), place[mine].tolist()))
-            at.append(mine)
+        chosen = np.nonzero(owner == number)[0]
+        if len(chosen):
+            samples.append((ids.tolist(), place[chosen].tolist()))
+            at.append(chosen)
     return samples, at

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from selectkd.teachers.remote.answers import (
-    Asked,
     TopK,
+    TopKRequest,
     WrongAnswer,
     best,
     checked,
@@ -34,45 +34,45 @@ UNTOUCHED = {
 """Sampling that changes no log-probability, said outright: a model's generation_config.json would fill in its own."""
 
 
-def body(asked: Asked, model: str | None) -> dict[str, Any]:
+def body(request: TopKRequest, model: str | None) -> dict[str, Any]:
     """The question for one sample. One token is generated, the fewest that every version takes, and not looked at."""
     named = {} if model is None else {"model": model}
     return {
         **named,
-        "prompt": list(asked.ids),
+        "prompt": list(request.ids),
         "max_tokens": 1,
-        "prompt_logprobs": asked.k,
+        "prompt_logprobs": request.k,
         "return_token_ids": True,
         **UNTOUCHED,
     }
 
 
-def read(answer: bytes, asked: Asked) -> TopK:
+def read(answer: bytes, request: TopKRequest) -> TopK:
     """The rows of an answer; WrongAnswer for one that does not have them, whole and of these tokens."""
     choices = of_choices(json_object(answer))
     echoed = choices.get("prompt_token_ids")
     if echoed is not None:
-        same_ids(of_length(echoed, len(asked.ids), "prompt_token_ids"), asked.ids)
-    rows = of_length(choices.get("prompt_logprobs"), len(asked.ids), "prompt_logprobs")
+        same_ids(of_length(echoed, len(request.ids), "prompt_token_ids"), request.ids)
+    rows = of_length(choices.get("prompt_logprobs"), len(request.ids), "prompt_logprobs")
     if rows[0] is not None:
         raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
     ids, logp = [], []
-    for place in asked.places:
+    for place in request.places:
         where = f"position {place + 1}"
         found: dict[int, float] = {}
         ranks: dict[int, Any] = {}
         for key, entry in is_object(rows[place + 1], where).items():
-            told = is_object(entry, f"{where}, token {key[:12]}")
+            fields = is_object(entry, f"{where}, token {key[:12]}")
             token = written_id(key, "", where)
-            found[token] = number(told.get("logprob"), f"{where}, logprob of {key}")
+            found[token] = number(fields.get("logprob"), f"{where}, logprob of {key}")
             ranks[token] = (
-                None if told.get("rank") is None else token_id(told["rank"], f"{where}, rank of {key}")
+                None if fields.get("rank") is None else token_id(fields["rank"], f"{where}, rank of {key}")
             )
-        tokens, values = best(found, asked.ids[place + 1], asked.k, where)
+        tokens, values = best(found, request.ids[place + 1], request.k, where)
         of_ranks(found, ranks, where)
         ids.append(tokens)
         logp.append(values)
-    return checked(ids, logp, asked)
+    return checked(ids, logp, request)
 
 
 def of_choices(answer: dict[str, Any]) -> dict[str, Any]:

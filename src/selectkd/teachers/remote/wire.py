@@ -44,12 +44,12 @@ def read_answer(body: bytes, *, question: bytes, weights: str, rows: int) -> dic
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WrongAnswer(f"no rows in safetensors ({str(error)[:80]})") from error
-    told = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(told, dict) or told.get("rows") != _checksum(tensors):
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("rows") != _checksum(tensors):
         raise WrongAnswer("rows that do not match their checksum")
-    if told.get("question") != _digest(question):
+    if metadata.get("question") != _digest(question):
         raise WrongAnswer("the answer to another question")
-    if told.get("weights") != weights:
+    if metadata.get("weights") != weights:
         raise WrongAnswer("the rows of another model: the server was started with other weights")
     if any(tensor.ndim not in (1, 2) or tensor.shape[0] != rows for tensor in tensors.values()):
         raise WrongAnswer(f"other than the {rows} rows that were asked for")

@@ -80,10 +80,10 @@ class _Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            told = dict(scope["headers"])
+            fields = dict(scope["headers"])
             if self.expected is not None:
                 # equal lengths in equal time, whatever was sent
-                if not hmac.compare_digest(_hash(told.get(b"authorization", b"")), self.expected):
+                if not hmac.compare_digest(_hash(fields.get(b"authorization", b"")), self.expected):
                     answer = JSONResponse(
                         {"error": "the token is missing or wrong"},
                         401,
@@ -91,7 +91,7 @@ class _Door:
                     )
                     await answer(scope, receive, send)
                     return
-            elif _name(told.get(b"host", b"").decode("latin-1")) not in self.hosts:
+            elif _name(fields.get(b"host", b"").decode("latin-1")) not in self.hosts:
                 await JSONResponse({"error": "this server has another name"}, 421)(scope, receive, send)
                 return
         elif scope["type"] != "lifespan":

@@ -103,10 +103,10 @@ class Engine:
             try:
                 answers = await loop.run_in_executor(self._thread, self._compute, jobs)
             except (RuntimeError, MemoryError) as error:  # what a device that has no memory left raises
-                told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+                reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
                 for job in jobs:
                     if not job.answer.done():
-                        job.answer.set_exception(Refused(503, f"the model failed: {told}"))
+                        job.answer.set_exception(Refused(503, f"the model failed: {reason}"))
                 continue
             for job, answer in zip(jobs, answers, strict=True):
                 if not job.answer.done():

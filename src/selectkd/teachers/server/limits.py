@@ -1,4 +1,4 @@
-"""What the server takes: a question, a client or a crowd beyond it is refused before it costs anything."""
+"""The server's limits: a question or a client beyond them is refused before it costs anything."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from selectkd.teachers.server.app import LOCAL, application
 from selectkd.teachers.server.engine import Engine
 
 GRACE = 10
-"""Seconds that answers under way are waited for when the server is told to end."""
+"""Seconds that the server waits for answers under way after SIGTERM or SIGINT."""
 
 SHORTEST_TOKEN = 16
 
@@ -176,7 +176,7 @@ def serve(
     key: Path | None = None,
     ready: Callable[[str], None],
 ) -> None:
-    """Answers until SIGTERM or SIGINT; what is under way is answered first. ``ready`` is told the address."""
+    """Answers until SIGTERM or SIGINT; answers under way are finished first. ``ready`` gets the address."""
     server = server_of(engine, token=token, certificate=certificate, key=key)
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
