@@ -90,7 +90,7 @@ def records_of(
     for origin, item in items:
         problem = item if isinstance(item, DataError) else None
         record: dict[str, Any] = {} if isinstance(item, DataError) else item
-        found = (format,) if format else () if problem else matching_formats(record)
+        found: tuple[str, ...] = (format,) if format else () if problem else matching_formats(record)
         if problem is None and not found:
             names = ", ".join(sorted(map(str, record))[:12]) or "none"
             problem = DataError(
