@@ -8,7 +8,7 @@ token.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,7 +54,7 @@ class Vocabularies:
 
     def to(self, device: torch.device | str) -> Vocabularies:
         """The same on ``device``."""
-        return Vocabularies(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Vocabularies(**{name: ids.to(device) for name, ids in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Side:
     whole: Int[Tensor, " g"]
 
     def __getitem__(self, spans: slice | Tensor) -> Side:
-        return Side(*(getattr(self, f.name)[spans] for f in fields(self)))
+        return Side(**{name: column[spans] for name, column in vars(self).items()})
 
 
 class AlignedRows:

@@ -138,7 +138,7 @@ class ChunkedLoss(torch.autograd.Function):
                 raw = head.raw(chunk, width, out=scratch.of(call, call.chunk, width, weight))
             result = evaluate_chunk(raw, rows, width, call, config, scratch)
             for name in ROWS:
-                values = getattr(result, name)
+                values = result._asdict()[name]
                 columns[name][rows] = 0.0 if values is None else values
             if grad_later is not None and result.grad_later is not None:
                 grad_later[rows] = result.grad_later

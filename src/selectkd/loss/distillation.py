@@ -154,7 +154,7 @@ def _by_spans(
     )
     later = log_probs.new_zeros(first.shape[0]).index_add(0, span[later_rows], log_probs)
     chosen = {
-        name: None if (value := getattr(call, name)) is None else value[first]
+        name: None if (value := vars(call)[name]) is None else value[first]
         for name in ("uniform", "row_scale", "labels", "sequence")
     }
     call = replace(call, teacher=teacher.with_later(later.detach()), **chosen)
@@ -213,7 +213,7 @@ def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
     if teacher.count != n:
         raise ConfigError(f"the student has {n} rows and the teacher {teacher.count}; they must be the same.")
     for name in ("row_scale", "labels", "sequence", "acceptance"):
-        value = getattr(call, name)
+        value = vars(call)[name]
         if value is not None and tuple(value.shape) != (n,):
             raise ConfigError(
                 f"{name} has shape {tuple(value.shape)}, but there are {n} rows; it must be [n]."

@@ -58,7 +58,7 @@ class Forward:
     def take(self, rows: Int[Tensor, " m"]) -> Forward:
         """Some rows of the forward pass."""
         columns = {
-            name: getattr(self, name)[rows] for name in ("hidden", "labels", "sequence", "stream", "uniform")
+            name: vars(self)[name][rows] for name in ("hidden", "labels", "sequence", "stream", "uniform")
         }
         return replace(self, teacher=self.teacher.take(rows), of_stream=None, **columns)
 

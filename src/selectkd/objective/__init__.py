@@ -54,5 +54,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return vars(import_module(_HOMES[name]))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ file beside a recipe takes no other module's place.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -103,7 +103,7 @@ def load(path: str, kind: str) -> Callable[..., Any]:
             f"--allow-plugin {module} on the command line, selectkd.allow_plugin({module!r}) in Python."
         )
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = pkgutil.resolve_name(path)
     except (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{kind} {path!r} cannot be imported: {type(error).__name__}: {error}. "

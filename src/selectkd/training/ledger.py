@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from selectkd.data.durable import disk_error, write_plain
 from selectkd.data.supervised import supervised
@@ -189,8 +190,8 @@ class Ledger:
 
         Raises NumericsError when that happens more often than a run may bear, and where the teacher's rows are bad.
         """
-        if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each rank has a part of it
-            grad_norm = grad_norm.full_tensor()  # type: ignore[union-attr]
+        if isinstance(grad_norm, DTensor):  # of sharded parameters: each rank has a part of it
+            grad_norm = grad_norm.full_tensor()
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self._sums.device).reshape(1)
         *read, self.grad_norm = torch.cat([self._sums, norm]).tolist()
         self.last = dict(zip(FIELDS, read[: len(FIELDS)], strict=True))

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from transformers import TrainerCallback
@@ -101,7 +102,7 @@ class _Logger:
             event, given, named, done = self._calls.get()
             try:
                 callback = self.kind() if callback is None else callback
-                getattr(callback, event)(*given, **named)
+                methodcaller(event, *given, **named)(callback)
             except Exception as error:  # other people's code; it is told, and must not end the run
                 self.error = error
             done.set()

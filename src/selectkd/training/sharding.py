@@ -62,8 +62,8 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
 
 def _cut_from(recipe: Any) -> tuple[Any, Any]:
     """The model that a student is cut from, and its revision; None where the recipe does not say."""
-    first = recipe.teachers[0]
-    return getattr(first, "model", None), getattr(first, "revision", None)
+    first = dict(recipe.teachers[0])
+    return first.get("model"), first.get("revision")
 
 
 @contextmanager

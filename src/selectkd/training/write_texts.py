@@ -60,10 +60,9 @@ def wish_of(recipe: Any, by: str | None, *, copies: int = 1, server: CompletionS
         or len(set(chosen)) < len(chosen)
     ):
         raise ConfigError(f"--by {by!r} must be teacher, student or teacher+student.")
-    sampling = Sampling(
-        getattr(policy, "temperature", 1.0), getattr(policy, "top_p", 1.0), getattr(policy, "top_k", None)
-    )
-    most = getattr(policy, "max_new_tokens", None) or recipe.data.max_new_tokens
+    asked = dict(policy)
+    sampling = Sampling(asked.get("temperature", 1.0), asked.get("top_p", 1.0), asked.get("top_k"))
+    most = asked.get("max_new_tokens") or recipe.data.max_new_tokens
     return Wish(chosen, sampling, copies, most, server)
 
 

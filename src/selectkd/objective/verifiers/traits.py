@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from selectkd.objective.verifiers.row_statistics import STATISTICS
@@ -56,12 +56,16 @@ def traits_of(component: Any) -> VerifierTraits:
     >>> traits_of(sure).uniforms_per_token
     2
     """
-    stated = getattr(component, "traits", None)
+
+    def attribute(name: str, otherwise: Any = None) -> Any:
+        return getattr(component, name, otherwise)
+
+    stated = attribute("traits")
     if not isinstance(stated, VerifierTraits):
         stated = VerifierTraits()
-    found = {f.name: getattr(component, f.name, getattr(stated, f.name)) for f in fields(stated)}
+    found = {name: attribute(name, value) for name, value in vars(stated).items()}
     for trait, (method, default) in _OF_METHODS.items():
-        if not hasattr(component, method):
+        if attribute(method) is None:
             found[trait] = None
         elif found[trait] is None:
             found[trait] = default

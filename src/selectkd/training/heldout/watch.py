@@ -48,9 +48,9 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, the best student included."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        state: dict[str, Any] = {name: vars(self)[name] for name in _PLAIN}
         state["breakdown"] = None if self.breakdown is None else asdict(self.breakdown)
-        return state | {name: told(getattr(self, name)) for name in _EVALUATIONS}
+        return state | {name: told(vars(self)[name]) for name in _EVALUATIONS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Looks are compared with the saved ones from here on."""

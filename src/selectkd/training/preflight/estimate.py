@@ -181,14 +181,17 @@ class Autocast(TorchFunctionMode):
     made once.
     """
 
-    PRODUCTS = (nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm)
+    PRODUCTS = (
+        nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm,
+        Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm,
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.PRODUCTS or getattr(func, "__name__", "") in ("matmul", "__matmul__", "bmm", "mm"):
+        if func in self.PRODUCTS:
             args = [self.narrow(each) if isinstance(each, Tensor) else each for each in args]
         return func(*args, **(kwargs or {}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from selectkd import __version__
 from selectkd.config.departures import departures
@@ -91,7 +92,7 @@ def _read(folder: Path, said: dict[str, Any], recipe: Any) -> RunResult | None:
 
 
 def _plain(spec: Any) -> Any:
-    return spec.model_dump(exclude_none=True) if hasattr(spec, "model_dump") else spec
+    return spec.model_dump(exclude_none=True) if isinstance(spec, BaseModel) else spec
 
 
 def card_of(
@@ -151,7 +152,7 @@ def manifest_of(
         "spikes": ledger.spikes.steps,
         "tokens": ledger.tokens,
         "seconds": round(result.seconds, 3),
-        "tar": {"before": getattr(result.before, "tar", None), "after": getattr(result.after, "tar", None)},
+        "tar": {"before": result.before and result.before.tar, "after": result.after and result.after.tar},
         "before": None if result.before is None else result.before.as_dict(),
         "after": None if result.after is None else result.after.as_dict(),
         "warnings": result.warnings,
