@@ -77,6 +77,7 @@ def test_a_run_from_a_cache_that_vllm_filled_has_the_losses_of_a_live_teacher(
         assert "selectkd cache repair RECIPE" in capsys.readouterr().err
         assert main(["cache", "repair", path]) == 0
         assert shards(folder) == whole
+    capsys.readouterr()  # the repair reports its shards
     assert main(["cache", "info", str(folder), "--json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["engine"]["server"] == "vllm" and told["teacher"]["model"] == "tiny"
