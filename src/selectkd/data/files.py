@@ -90,13 +90,13 @@ def records_of(
     for origin, item in items:
         problem = item if isinstance(item, DataError) else None
         record: dict[str, Any] = {} if isinstance(item, DataError) else item
-        found: tuple[str, ...] = (format,) if format else () if problem else matching_formats(record)
+        found = (format,) if format else () if problem else matching_formats(record)
         if problem is None and not found:
             names = ", ".join(sorted(map(str, record))[:12]) or "none"
             problem = DataError(
                 f"{origin}: no known format; fields: {names}.\nWhat would work: {', '.join(FORMATS)}."
             )
-        labelled = format is None and len(found) == 1 and found[0] in LABELLED
+        labelled = format is None and len(found) == 1 and set(found) <= set(LABELLED)
         if problem is None and labelled and _verdict(record):
             problem = DataError(
                 f"{origin}: the row has the label {verdict_of(record)!r}. If it says whether the answer is good, make "
