@@ -100,7 +100,7 @@ def records_of(
         if problem is None and labelled and _verdict(record):
             problem = DataError(
                 f"{origin}: the row has the label {verdict_of(record)!r}. If it says whether the answer is good, make "
-                f"it true or false.\nIf it does not, set `format: {found[0]}` in the source."
+                f"it true or false.\nIf it does not, set `format: {next(iter(found))}` in the source."
             )
         if problem is not None:
             if on_bad_record == "error":
