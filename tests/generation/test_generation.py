@@ -13,6 +13,7 @@ from torch import Tensor
 from selectkd.errors import ConfigError
 from selectkd.rollouts.few_rows import FewRows, is_narrow
 from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.kv_decoder import CachedDecoder, kv_decoder
 from selectkd.rollouts.rules import Draw, Interleaved, Mixed
 from selectkd.rollouts.sampling import Sampling, drawn
 from training.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
@@ -205,3 +206,16 @@ def test_minillm_draws_from_the_mixture() -> None:
     token, replaced = write(Mixed(share=0.2), [student, teacher])
     fits(token, 0.2 * teacher.softmax(-1) + 0.8 * student.softmax(-1))
     assert not replaced.any()
+
+
+def test_a_cache_under_autocast_is_held_to_the_digits_of_bf16() -> None:
+    """fp32 weights whose products are bf16 give a row other digits in a batch; in fp32 as many would be a fault."""
+    model = tiny_llama(7)
+    model.model.norm.register_forward_hook(lambda _, __, out: out * (1.0 + 2e-3 * (out.shape[0] > 1)))
+    given = {"width": VOCABULARY, "pad_id": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(kv_decoder(model, prompts(3, 5), **given), CachedDecoder)
+    other = tiny_llama(7)
+    other.model.norm.register_forward_hook(lambda _, __, out: out * (1.0 + 2e-3 * (out.shape[0] > 1)))
+    with pytest.raises(ConfigError, match="gives a text other logits beside a longer one"):
+        kv_decoder(other, prompts(3, 5), **given)

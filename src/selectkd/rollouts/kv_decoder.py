@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from selectkd.data.collate import sent
 from selectkd.errors import ConfigError
+from selectkd.loss.head import product_dtype
 from selectkd.models.head import backbone, decoder_of, head_of, unwrapped
 from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.models.sharded import inside, is_sharded
@@ -70,13 +71,14 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
     Half of the digits must agree: a text read without its history, or with its padding, is off by far more.
     """
     head = head_of(model)
+    dtype = product_dtype(head.weight)  # autocast's, where weights are fp32 and products are not
     ids = torch.linspace(1, head.width - 1, sum(PROBES)).long().tolist()
     texts = [ids[: PROBES[0]], ids[PROBES[0] :]]
     given: dict[str, Any] = {"width": head.width, "pad_id": 0}
     alone = [RecomputingDecoder(model, [text], **given) for text in texts]
     try:
         read = kind(model, texts, **given)
-        same = _same(read, alone, head.weight.dtype)
+        same = _same(read, alone, dtype)
         for leaves in (False, True):
             if leaves:
                 read.keep(torch.tensor([1]))
@@ -85,7 +87,7 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
             read.append(token)
             for one in alone:
                 one.append(token[:1])
-            same = same and _same(read, alone, head.weight.dtype)
+            same = same and _same(read, alone, dtype)
     except torch.OutOfMemoryError:
         raise
     except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
