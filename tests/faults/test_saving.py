@@ -252,7 +252,7 @@ def test_a_cache_build_that_is_stopped_ends_with_75_and_goes_on(
         if str(text).startswith("shard 2 of"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("selectkd.cli.cache.say", stops)
+    monkeypatch.setattr("selectkd.cli.cache.show_progress", stops)
     build = ["cache", "build", str(path), "--set", "teacher.shard_rows=32"]
     assert main(build) == 75
     assert "the shards that were done are in" in capsys.readouterr().err

@@ -160,5 +160,5 @@ def test_lines_of_the_package_are_named():
         teacher = LiveRows(torch.ones(2, 4, device="cuda"), torch.ones(9, 4, device="cuda"))
         hidden = torch.ones(2, 4, device="cuda", requires_grad=True)
         distillation_loss(hidden, torch.ones(9, 4, device="cuda"), teacher, Objective("taid"))
-    assert any(event.where.startswith("chunked.py:") for event in gpu.launched)
+    assert any(event.where.startswith("loss/chunks.py:") for event in gpu.launched)
     assert set(gpu.launched_on) == {torch.device("cuda:0")}
