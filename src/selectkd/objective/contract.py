@@ -148,7 +148,8 @@ def _merge(log_dist: Float[Tensor, "n s"]) -> Float[Tensor, "n merged"]:
 
 
 def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
-    """A verifier gives [n] numbers in [0, 1] without gradient, the same each time; token-local without ``keep``.
+    """A verifier gives [n] numbers in [0, 1] (of 0 and more by ``traits.above_one``) without gradient, the same each
+    time; token-local without ``keep``.
 
     ``accepts_equal``: also that a student equal to its teacher is accepted everywhere.
 
@@ -168,7 +169,8 @@ def check_verifier(verifier: Verifier, *, accepts_equal: bool = True) -> None:
         a = verifier(pair, uniform)
         again = verifier(pair, uniform)
     _must(a.shape == (n,), f"shape is {tuple(a.shape)}, not ({n},)")
-    _must(bool(((a >= 0) & (a <= 1)).all()), f"outside [0, 1]: {a}")
+    most = float("inf") if traits.above_one else 1.0
+    _must(bool(((a >= 0) & (a <= most)).all() and a.isfinite().all()), f"outside [0, {most:g}]: {a}")
     _must(torch.equal(a, again), "the same input gave another verdict: randomness must come from ``uniform``")
     if not traits.ranks:
         part = replace(dense_pair(p[3:9], q[3:9]), label=label[3:9])

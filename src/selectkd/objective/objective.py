@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, reads_label
+from selectkd.objective.divergences.router import check_routes
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.registry import bind, build, name_of
 from selectkd.objective.selectors import SELECTORS
@@ -70,8 +71,14 @@ class Objective:
         if not self.verify_temperature > 0:
             raise ConfigError(f"verify_temperature = {self.verify_temperature} must be above 0.")
         object.__setattr__(self, "divergence", bind(LOSSES, self.divergence, kind="divergence"))
+        check_routes(self.divergence)
         table = {**VERIFIERS, **SELECTORS}
         object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
+        if self.thin_rejected and self.traits.above_one:
+            raise ConfigError(
+                f"thin_rejected keeps a row with probability equal to its weight, and {name_of(self.verifier)} weighs "
+                "rows above 1. Leave out thin_rejected."
+            )
 
     @cached_property
     def traits(self) -> VerifierTraits:

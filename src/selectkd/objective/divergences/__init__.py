@@ -26,6 +26,7 @@ from selectkd.objective.divergences.label import (
     sampled_reverse_kl,
 )
 from selectkd.objective.divergences.record import Divergence, states
+from selectkd.objective.divergences.router import router
 from selectkd.objective.divergences.uld import is_unpaired, uld
 
 DIVERGENCES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
@@ -44,6 +45,7 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "neg_log_acceptance": neg_log_acceptance,
         "kl_tv_hybrid": kl_tv_hybrid,
         "uld": uld,
+        "router": router,
     }
 )
 
@@ -63,6 +65,7 @@ __all__ = [
     "neg_log_acceptance",
     "reads_label",
     "reverse_kl",
+    "router",
     "sampled_reverse_kl",
     "skew_kl",
     "skew_reverse_kl",

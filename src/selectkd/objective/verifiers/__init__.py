@@ -1,10 +1,11 @@
 """Verifiers: how far the teacher accepts the student's proposal at each position. VERIFIERS names them all.
 
-A verifier is ``__call__(pair, uniform [n, r]) -> acceptance [n] in [0, 1]``: a plain function, or an object with
-``traits = VerifierTraits(...)``, which states what it reads and how its rows are handed to it. Ours are frozen
-dataclasses. One that can decide by sums over the vocabulary also has ``from_statistics(statistics, uniform)``, which
-the fused loss and the kernels for accelerators ask; one that needs whole sequences or the whole batch also has
-``score`` and ``keep``, as a selector does. A class without ``traits`` may state each one as an attribute of its name.
+A verifier is ``__call__(pair, uniform [n, r]) -> acceptance [n]``, in [0, 1] unless its traits say ``above_one``: a
+plain function, or an object with ``traits = VerifierTraits(...)``, which states what it reads and how its rows are
+handed to it. Ours are frozen dataclasses. One that can decide by sums over the vocabulary also has
+``from_statistics(statistics, uniform)``, which the fused loss and the kernels for accelerators ask; one that needs
+whole sequences or the whole batch also has ``score`` and ``keep``, as a selector does. A class without ``traits`` may
+state each one as an attribute of its name.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from selectkd.objective.verifiers.gates import (
 from selectkd.objective.verifiers.row_statistics import STATISTICS, RowStatistics
 from selectkd.objective.verifiers.selectkd import expected_spec_k, greedy_topk, spec_k, spec_k_literal
 from selectkd.objective.verifiers.traits import VerifierTraits, traits_of
+from selectkd.objective.verifiers.weights import fire, iw_opd, prefix_product, sigmoid_entropy_gap
 
 
 @runtime_checkable
@@ -48,6 +50,10 @@ VERIFIERS: Mapping[str, Callable[..., Verifier]] = MappingProxyType(
         "student_entropy": student_entropy,
         "label_top_k": label_top_k,
         "prefix_gate": prefix_gate,
+        "sigmoid_entropy_gap": sigmoid_entropy_gap,
+        "iw_opd": iw_opd,
+        "fire": fire,
+        "prefix_product": prefix_product,
         "always": always,
         "matched_random": matched_random,
         "matched_shuffle": matched_shuffle,
@@ -63,13 +69,17 @@ __all__ = [
     "VerifierTraits",
     "always",
     "expected_spec_k",
+    "fire",
     "greedy_topk",
     "hellinger",
+    "iw_opd",
     "label_top_k",
     "matched_position",
     "matched_random",
     "matched_shuffle",
     "prefix_gate",
+    "prefix_product",
+    "sigmoid_entropy_gap",
     "spec_k",
     "spec_k_literal",
     "student_entropy",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.objective.pair import TokenPair, sequence_of
+from selectkd.objective.registry import build
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk
-from selectkd.objective.verifiers.traits import VerifierTraits
+from selectkd.objective.verifiers.traits import VerifierTraits, traits_of
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,43 @@ class matched_random:
 
 @dataclass(frozen=True)
 class matched_shuffle:
-    """The verdicts of greedy top-k dealt out to random rows of the step: the same rate at every step, random places.
+    """Another verifier's verdicts dealt out to random rows of the step: the same rate at every step, random places.
 
-    Not token-local: the loss scores every row first.
+    of: that verifier, {"name": ..., **params}, one that decides row by row; by default greedy top-k with ``k``. Not
+    token-local: the loss scores every row first. ConfigError for a verifier that ranks rows.
     """
 
     k: int = 5
+    of: Any = None
 
     def __post_init__(self) -> None:
         at_least_one(type(self).__name__, self.k)
+        if traits_of(self.gate).ranks:
+            raise ConfigError(
+                f"{type(self).__name__}(of={self.of!r}): of must decide row by row, as greedy_topk and spec_k do."
+            )
+
+    @cached_property
+    def gate(self) -> Any:
+        """The verifier whose verdicts are dealt out."""
+        from selectkd.objective.verifiers import VERIFIERS
+
+        return greedy_topk(self.k) if self.of is None else build(VERIFIERS, self.of, kind="verifier")
 
     @property
     def traits(self) -> VerifierTraits:
-        return VerifierTraits(uniforms_per_token=1, teacher_tokens=self.k, scope="step")
+        gate = traits_of(self.gate)
+        return VerifierTraits(
+            uniforms_per_token=gate.uniforms_per_token + 1,
+            teacher_tokens=gate.teacher_tokens,
+            scope="step",
+            above_one=gate.above_one,
+        )
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
-        verdict = greedy_topk(self.k)(pair, uniform)
-        return torch.stack([verdict, uniform[:, 0].to(verdict.dtype)], -1)  # [n, 2]
+        own = traits_of(self.gate).uniforms_per_token
+        verdict = self.gate(pair, uniform)
+        return torch.stack([verdict, uniform[:, own].to(verdict.dtype)], -1)  # [n, 2]
 
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         scores = scores.nan_to_num(nan=0.0)  # a row without a teacher has been rejected
@@ -89,7 +112,7 @@ class matched_shuffle:
 
 @dataclass(frozen=True)
 class matched_position(matched_shuffle):
-    """The verdicts of greedy top-k dealt out among the rows of the step that stand at like places of their sequences:
+    """Another verifier's verdicts dealt out among the rows of the step that stand at like places of their sequences:
     the same rate at every step and at every place, whichever rows they are.
 
     Like places are 0, 1 to 2, 3 to 6, 7 to 14, and so on. What a run gains over this control is not gained by where in

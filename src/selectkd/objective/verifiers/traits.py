@@ -18,7 +18,7 @@ class VerifierTraits:
     the optimizer step or of each sequence; None: it has no ``keep`` and decides row by row. proposal_alone: of the
     student it looks at its most probable token alone, which can be translated to another vocabulary. needs_reference:
     it compares with a reference student. from_top_k: how the acceptance from K tokens and a tail bounds the true one,
-    where teacher_tokens is None; None: it has no bound.
+    where teacher_tokens is None; None: it has no bound. above_one: whether its acceptance may exceed 1, as a weight.
     """
 
     uniforms_per_token: int = 0
@@ -28,6 +28,7 @@ class VerifierTraits:
     proposal_alone: bool = False
     needs_reference: bool = False
     from_top_k: Literal["upper bound", "lower bound"] | None = None
+    above_one: bool = False
 
     @property
     def ranks(self) -> bool:
