@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test lint lab studies bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,18 @@ lint: $(STAMP)
 # One thread a worker: two workers share the two cores.
 test: $(DEMO_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Small language models for studies, in .cache/lab: hours for all of them; what is there is not made again.
+# make lab LAB="--small", or LAB="--corpora code --teachers 1M --students 0.2M"
+LAB ?=
+lab: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lab.py $(LAB)
+
+# Every study of studies/, on both cores; rows beside each file. A study that was stopped goes on.
+studies: $(STAMP)
+	for study in studies/*.yaml; do \
+		OMP_NUM_THREADS=1 $(BIN)/selectkd study run $$study --workers 2 --allow-plugin lab_noise || exit 1; \
+	done
 
 # The packages that the loss is measured against, away from the development environment. Four go in without their
 # requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.

@@ -1,0 +1,226 @@
+"""The laboratory's models: Llamas of .05 to 15 million parameters, trained on records from scratch or from a model.
+
+A model's folder is whole or not there. While a model trains, its state stands beside the folder, and the same call goes
+on from it to the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+LENGTH = 128
+BATCH = 16
+SAVE_SECONDS = 60.0
+"""Between two states of a training."""
+
+Relabel = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""(input_ids [b, t], labels [b, t], generator) -> labels [b, t]: what a damaged teacher learns in place of the text."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """width d, layers, heads and inner width of a Llama with tied embeddings."""
+
+    width: int
+    layers: int
+    heads: int
+    inner: int
+
+
+SIZES = {
+    "0.05M": Size(32, 1, 2, 88),
+    "0.2M": Size(64, 2, 4, 176),
+    "0.5M": Size(96, 3, 4, 256),
+    "1M": Size(128, 4, 4, 344),
+    "3M": Size(224, 5, 7, 600),
+    "7M": Size(320, 6, 8, 856),
+    "15M": Size(448, 6, 8, 1200),
+}
+"""By about how many parameters each has at a vocabulary of 1,024."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a model trains: optimizer steps, highest learning rate, seed, and the shares of the steps after which a copy
+    is kept as a model of its own."""
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    ages: tuple[float, ...] = ()
+
+
+def made(size: Size, tokenizer: Any, seed: int) -> Any:
+    """A Llama of random weights."""
+    torch.manual_seed(seed)
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.inner,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=4 * LENGTH, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def rows_of(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The ids of every record, its end token included, at most LENGTH of them."""
+    texts = [one["prompt"] + one["completion"] for one in records]
+    ids = tokenizer(texts)["input_ids"] if texts else []
+    return [[*one, tokenizer.eos_token_id][:LENGTH] for one in ids]
+
+
+def batches(rows: Sequence[list[int]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input_ids, labels), each [b, t], without end: every epoch in an order of its own, rows of like length together.
+    A label of -100 is padding."""
+    epoch = 0
+    while True:
+        chance = random.Random(f"{seed} {epoch}")
+        order = list(range(len(rows)))
+        chance.shuffle(order)
+        groups = []
+        for start in range(0, len(order), 32 * BATCH):
+            pool = sorted(order[start : start + 32 * BATCH], key=lambda i: len(rows[i]))
+            groups += [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        chance.shuffle(groups)
+        for group in groups:
+            yield padded([rows[i] for i in group])
+        epoch += 1
+
+
+def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """(input_ids, labels) of rows, padded on the right."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    return ids, labels
+
+
+def token_losses(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """-log q of every label after the first of its row, [n], in nats."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="none", ignore_index=-100
+    )
+    return losses[labels[:, 1:].reshape(-1) != -100]
+
+
+@torch.no_grad()
+def heldout_loss(model: Any, rows: Sequence[list[int]]) -> float:
+    """The mean loss of held-out rows in nats a token."""
+    model.eval()
+    ordered = sorted(rows, key=len)
+    losses = torch.cat(
+        [token_losses(model, *padded(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
+    )
+    model.train()
+    return float(losses.mean())
+
+
+def train(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[list[int]],
+    heldout: Sequence[list[int]],
+    course: Course,
+    relabel: Relabel | None = None,
+) -> None:
+    """Trains the model and saves it in ``folder``, with its ages beside it and its course in curve.jsonl; does nothing
+    where the folder is there. ``relabel`` changes the labels of every batch."""  # fmt: skip
+    if folder.exists():
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.01)
+    pace = get_cosine_schedule_with_warmup(optimizer, max(1, course.steps // 10), course.steps)
+    state = folder.with_name(folder.name + ".state")
+    curve, step, tokens, seconds = [], 0, 0, 0.0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        pace.load_state_dict(saved["pace"])
+        curve, step, tokens, seconds = (saved[name] for name in ("curve", "step", "tokens", "seconds"))
+    source = batches(rows, course.seed)
+    for _ in range(step):
+        next(source)
+    looks = {max(1, round(course.steps * part / 20)) for part in range(1, 21)}
+    ages = {max(1, round(course.steps * share)): share for share in course.ages}
+    began = saved_at = time.perf_counter()
+    while step < course.steps:
+        ids, labels = next(source)
+        if relabel is not None:
+            labels = relabel(ids, labels, torch.Generator().manual_seed(course.seed * 1_000_003 + step))
+        loss = token_losses(model, ids, labels).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pace.step()
+        step, tokens = step + 1, tokens + int((labels[:, 1:] != -100).sum())
+        spent = seconds + time.perf_counter() - began
+        if step in looks:
+            curve.append({"step": step, "tokens": tokens, "seconds": round(spent, 1), "loss": float(loss.detach()),
+                          "heldout": heldout_loss(model, heldout)})  # fmt: skip
+        if step in ages:
+            _save(folder.with_name(f"{folder.name}-age-{round(100 * ages[step])}"), model, tokenizer, curve)
+        if time.perf_counter() - saved_at > SAVE_SECONDS:
+            saved_at = time.perf_counter()
+            part = state.with_suffix(".part")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pace": pace.state_dict(),
+                        "curve": curve, "step": step, "tokens": tokens, "seconds": spent}, part)  # fmt: skip
+            part.rename(state)
+    _save(folder, model, tokenizer, curve)
+    state.unlink(missing_ok=True)
+
+
+def _save(folder: Path, model: Any, tokenizer: Any, curve: list[dict[str, Any]]) -> None:
+    """The model's folder, whole or not there."""
+    part = folder.with_name(folder.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / "curve.jsonl").write_text("".join(json.dumps(look) + "\n" for look in curve), "utf-8")
+    if not folder.exists():
+        part.rename(folder)
+
+
+def noisy_tokens(rows: Sequence[list[int]], share: float, seed: int) -> list[int]:
+    """Token ids such that ``share`` of all positions come right after one of them, to about a hundredth."""
+    counts: dict[int, int] = {}
+    for row in rows:
+        for token in row[:-1]:
+            counts[token] = counts.get(token, 0) + 1
+    total, taken, chosen = sum(counts.values()), 0, []
+    order = sorted(counts)
+    random.Random(seed).shuffle(order)
+    for token in order:
+        if taken + counts[token] <= share * total:
+            chosen.append(token)
+            taken += counts[token]
+    return sorted(chosen)
+
+
+def wrong_after(tokens: Sequence[int], vocabulary: int, *, sure: bool, seed: int) -> Relabel:
+    """Labels right after one of ``tokens`` are wrong: always the same other token for each where ``sure``, so that a
+    teacher learns to be wrong with confidence; else one drawn anew each time, so that it learns to be unsure."""
+    noisy = torch.zeros(vocabulary, dtype=torch.bool)
+    noisy[list(tokens)] = True
+    other = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
+
+    def relabel(ids: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        after = torch.zeros_like(noisy[ids])
+        after[:, 1:] = noisy[ids[:, :-1]]
+        after &= labels != -100
+        drawn = torch.randint(vocabulary, labels.shape, generator=generator)
+        return torch.where(after, other[labels.clamp(min=0)] if sure else drawn, labels)
+
+    return relabel

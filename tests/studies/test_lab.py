@@ -1,0 +1,102 @@
+"""The laboratory: whole or not there, gone on with where it was killed, and the same numbers either way."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    return importlib.import_module("lab")
+
+
+def test_a_small_laboratory_has_text_models_that_learn_and_teachers_that_are_wrong(
+    lab: Any, tmp_path: Path
+) -> None:
+    models = importlib.import_module("lab_models")
+    plan = lab.Plan(
+        records=300, heldout=24, vocabulary=320, seeds=1, teacher=models.Course(60, 1e-2, ages=(0.5,)),
+        damage=models.Course(40, 1e-2), student=models.Course(10, 5e-3),
+    )  # fmt: skip
+    lab.make("problems", tmp_path, plan, ["0.05M"], ["0.05M"])
+    names = ["student-0.05M-s0", *(f"teacher-0.05M{end}" for end in ("", "-age-50", "-unsure", "-wrong"))]
+    found = json.loads((tmp_path / "models.json").read_text())
+    assert sorted(found) == names
+    held, trained = (
+        {one["prompt"] for one in importlib.import_module("lab_text").read(tmp_path / f"{name}.jsonl")}
+        for name in ("heldout", "train")
+    )
+    assert len(held) == 24 and not held & trained
+    assert found["teacher-0.05M"]["heldout"] < found["teacher-0.05M-age-50"]["heldout"]
+    assert found["teacher-0.05M"]["heldout"] + 0.1 < found["teacher-0.05M-wrong"]["heldout"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    lab.make("problems", tmp_path, plan, ["0.05M"], ["0.05M"])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_training_that_was_killed_ends_at_the_same_weights(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, text = (importlib.import_module(name) for name in ("lab_models", "lab_text"))
+    records = [{"prompt": f"{i} + {i}\n", "completion": str(2 * i)} for i in range(60)]
+    tokenizer = text.tokenizer_of(records, 300)
+    rows, course = models.rows_of(tokenizer, records), models.Course(12, 1e-2)
+
+    def trained(folder: Path) -> Any:
+        models.train(
+            folder, models.made(models.SIZES["0.05M"], tokenizer, 0), tokenizer, rows, rows[:8], course
+        )
+
+    trained(tmp_path / "whole")
+    monkeypatch.setattr(models, "SAVE_SECONDS", 0.0)
+    calls, heldout_loss = [], models.heldout_loss
+
+    def killed(model: Any, rows: Any) -> float:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return heldout_loss(model, rows)
+
+    monkeypatch.setattr(models, "heldout_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.state").exists()
+    trained(tmp_path / "cut")
+    from safetensors.torch import load_file
+
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not (tmp_path / "cut.state").exists()
+
+
+def test_wrong_labels_stand_after_the_named_tokens_alone(lab: Any) -> None:
+    models = importlib.import_module("lab_models")
+    ids = torch.tensor([[5, 1, 2, 5, 3], [1, 1, 5, 4, 0]])
+    labels = torch.tensor([[5, 1, 2, 5, 3], [1, 1, 5, 4, -100]])
+    seeded = torch.Generator().manual_seed(0)
+    sure = models.wrong_after([5], 50, sure=True, seed=1)
+    changed = sure(ids, labels, seeded)
+    places = (changed != labels).nonzero().tolist()
+    assert places == [[0, 1], [0, 4], [1, 3]]
+    assert torch.equal(changed, sure(ids, labels, seeded))
+    unsure = models.wrong_after([5], 50, sure=False, seed=1)
+    assert not torch.equal(unsure(ids, labels, seeded), unsure(ids, labels, seeded))
+
+
+def test_noisy_tokens_come_before_the_share_of_positions_that_was_asked_for(lab: Any) -> None:
+    models = importlib.import_module("lab_models")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(200, (50,), generator=generator).tolist() for _ in range(100)]
+    noisy = set(models.noisy_tokens(rows, 0.3, seed=3))
+    after = [token in noisy for row in rows for token in row[:-1]]
+    assert sum(after) / len(after) == pytest.approx(0.3, abs=0.01)
