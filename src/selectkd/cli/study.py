@@ -1,4 +1,4 @@
-"""``selectkd study compare|panel|dynamics|landscape|speculate``: the verbs of research."""
+"""``selectkd study run|results|compare|panel|dynamics|landscape|speculate``: the verbs of research."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from selectkd.cli import compare, dynamics, landscape, panel, speculate
+from selectkd.cli import compare, dynamics, landscape, panel, speculate, study_run
 from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.verb import Verb
 
@@ -20,5 +20,7 @@ VERBS: dict[str, tuple[type[Verb], Callable[..., Any]]] = {
 }
 
 app = typer.Typer(pretty_exceptions_enable=False, help="Research: compare methods and analyse runs.")
+app.command("run", cls=Verb)(study_run.run)
+app.command("results", cls=Verb)(study_run.results)
 for _name, (_class, _function) in VERBS.items():
     app.command(_name, cls=_class)(_function)

@@ -39,7 +39,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Names and parameters of divergences, verifiers and selectors are checked where those are built.
     """
     source = str(path)
-    document = read(_text(Path(path)), source=source)
+    document = read(text_of(Path(path)), source=source)
     search(Path(path).parent)
     return _checked(document, source, overrides)
 
@@ -49,24 +49,25 @@ def recipe_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Rec
     return _checked(Document(dict(values)), "recipe", overrides)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path, *, kind: str = "recipe") -> str:
+    """The text of a YAML file; ConfigError where it is none of a ``kind`` that can be read."""
     try:
         if path.is_dir():
-            raise ConfigError(f"{path} is a folder; a recipe is a YAML file.")
+            raise ConfigError(f"{path} is a folder; a {kind} is a YAML file.")
         if not path.is_file():
             near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
             raise ConfigError(
-                f"there is no recipe {path}.{did_you_mean(path.name, near)} "
-                "`selectkd init NAME.yaml` writes one."
+                f"there is no {kind} {path}.{did_you_mean(path.name, near)}"
+                + (" `selectkd init NAME.yaml` writes one." if kind == "recipe" else "")
             )
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise ConfigError(f"{path}: {size:,} bytes is no recipe; at most {MOST_BYTES:,} are read.")
+            raise ConfigError(f"{path}: {size:,} bytes is no {kind}; at most {MOST_BYTES:,} are read.")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"the recipe {str(path)[:200]!r} cannot be read: {error}.") from None
+        raise ConfigError(f"the {kind} {str(path)[:200]!r} cannot be read: {error}.") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -78,7 +79,7 @@ def _text(path: Path) -> str:
 
 def values_of(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a recipe file with overrides laid over them, for a recipe that ``load_recipe`` takes."""
-    values = _copied(read(_text(Path(path)), source=str(path)).value)
+    values = _copied(read(text_of(Path(path)), source=str(path)).value)
     for override in overrides:
         _lay(values, *_parsed(override))
     return values

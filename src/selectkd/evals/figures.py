@@ -14,6 +14,7 @@ from selectkd.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from selectkd.config.study import Study
     from selectkd.evals.dynamics import Dynamics
     from selectkd.evals.landscape import Landscape
 
@@ -80,6 +81,28 @@ def draw_landscapes(seen: Mapping[str, Landscape], path: Path) -> None:
         drawn = axis.contour(one.grid_at, one.grid_at, one.grid, levels=12)
         axis.clabel(drawn, fontsize=7)
         axis.set(title=_shown(name), xlabel="second direction", ylabel="first direction")
+    _save(figure, path)
+
+
+def draw_study(study: Study, rows: Mapping[Any, Any], path: Path) -> None:
+    """The outcome of every arm: a dot for each seed, the mean and its 95% interval (Student's t)."""
+    from selectkd.evals.statistics import t_interval
+    from selectkd.evals.studies.rows import number
+    from selectkd.evals.studies.study import arms_of, chosen_rates
+
+    chosen, arms = chosen_rates(study, rows), [arm.name for arm in arms_of(study)]
+    figure = _figure(8, 1.2 + 0.3 * len(arms))
+    axis = figure.subplots()
+    for at, arm in enumerate(reversed(arms)):
+        keys = [(arm, seed, chosen.get(arm)) for seed in study.seeds]
+        values = [one for key in keys if (one := number(rows.get(key), study.outcome)) is not None]
+        axis.plot(values, [at] * len(values), "o", color="0.7", markersize=4)
+        if len(values) > 1:
+            mean = t_interval(values)
+            axis.errorbar([mean.value], [at], xerr=[[mean.value - mean.low], [mean.high - mean.value]],
+                          fmt="s", color="C0", capsize=3)  # fmt: skip
+    axis.set_yticks(range(len(arms)), [_shown(arm) for arm in reversed(arms)])
+    axis.set(xlabel=study.outcome.replace("_", " "))
     _save(figure, path)
 
 

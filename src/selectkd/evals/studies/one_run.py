@@ -1,4 +1,4 @@
-"""One arm of a comparison, in a process of its own: its memory is its own, and so is its end."""
+"""One run of a study, in a process of its own: its memory is its own, and so is its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,26 @@ FIELDS = ("held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "p
 
 
 def run_apart(
-    values: Mapping[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+    values: Mapping[str, Any],
+    folder: Path,
+    *,
+    measures: Sequence[str] = (),
+    keep: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """The row of one run, or {"error": ...} where it failed, be it by a signal.
 
-    What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR and bite at the
-    comparison's one verifier, training tokens a second, and the peak of the process (of the accelerator where there is
-    one). keep: leave the student's weights in the run folder. device: as of ``use_device``.
+    What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR, bite and overlap at
+    one verifier for all, training tokens a second, the peak of the process (of the accelerator where there is one), and
+    ``measures`` by their names in MEASURES. keep: leave the student's weights in the run folder. device: as of
+    ``use_device``.
     """
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(["selectkd.evals.studies.preloaded"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_child, args=(dict(values), str(folder), keep, device, granted(), sender)
+        target=_child, args=(dict(values), str(folder), tuple(measures), keep, device, granted(), sender)
     )
     process.start()
     sender.close()
@@ -52,8 +58,9 @@ def run_apart(
 
 
 def _child(
-    values: dict[str, Any], folder: str, keep: bool, device: str, plugins: Granted, sender: Connection
-) -> None:
+    values: dict[str, Any], folder: str, measures: Sequence[str], keep: bool, device: str, plugins: Granted,
+    sender: Connection,
+) -> None:  # fmt: skip
     from transformers.utils import logging as transformers_logging
 
     from selectkd.errors import SelectKDError
@@ -63,7 +70,7 @@ def _child(
     transformers_logging.disable_progress_bar()
     logging.getLogger("selectkd").setLevel(logging.ERROR)  # what it warns of is in the row
     try:
-        sender.send(measured(values, Path(folder), keep=keep, device=device))
+        sender.send(measured(values, Path(folder), measures=measures, keep=keep, device=device))
     except (SelectKDError, OSError, MemoryError, RuntimeError, ValueError, ArithmeticError) as error:
         sender.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
     finally:
@@ -90,7 +97,12 @@ def empty(folder: Path) -> None:
 
 
 def measured(
-    values: dict[str, Any], folder: Path, *, keep: bool = False, device: str = "auto"
+    values: dict[str, Any],
+    folder: Path,
+    *,
+    measures: Sequence[str] = (),
+    keep: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Trains the recipe of ``values`` in ``folder``, which is emptied first, and measures its student."""
     import json
@@ -98,6 +110,7 @@ def measured(
     import torch
 
     from selectkd.config import recipe_from
+    from selectkd.evals.studies.measures import MEASURES
     from selectkd.training.run import train
 
     empty(folder)
@@ -108,8 +121,10 @@ def measured(
     result = train(recipe, on_assembled=kept.append, device=device)
     seconds = time.perf_counter() - started
     held = held_out(kept[0], recipe.training.seed)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    lines = [line for line in lines if "tokens_per_second" in line]
+    for name in measures:
+        held |= MEASURES[name](kept[0], recipe)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for line in log if "tokens_per_second" in line]
     clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
     speed = {line["step"]: line["tokens_per_second"] for line in clock if "tokens_per_second" in line}
     tokens = int(lines[-1]["tokens"])
@@ -135,6 +150,11 @@ def measured(
         "warnings": result.warnings,
         "acceptance": _mean(lines, "acceptance"),
         "mean_weight": _mean(lines, "weight"),
+        "curve": [
+            [line["step"], *(round(line["evaluation"][name], 5) for name in ("kl", "tar"))]
+            for line in log
+            if "evaluation" in line
+        ],
     }
 
 
@@ -159,6 +179,7 @@ def held_out(assembly: Any, seed: int) -> dict[str, Any]:
         "held_out_loss": mean(lambda one: math.log(one.perplexity)),
         "tar": sum(one.tar for one in each) / len(each),
         "bite": _bite(each),
+        "overlap": mean(lambda one: one.overlap),
         "held_out_kl_of": [one.kl for one in each],
         "held_out_tokens_of": [one.tokens for one in each],
     }

@@ -1,0 +1,131 @@
+"""``selectkd study run FILE`` and ``selectkd study results FILE...``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selectkd.cli.options import Device
+from selectkd.cli.plugin import AllowPlugin
+from selectkd.cli.terminal import say, show_progress
+from selectkd.errors import ConfigError
+
+RowsFile = Annotated[
+    Path | None,
+    typer.Option("--rows", metavar="FILE", help="The file of rows. Default: FILE with the ending .jsonl."),
+]
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study: a YAML file.")],
+    rows: RowsFile = None,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="The folder for run folders, which go once their row is written.")
+    ] = Path("runs/studies"),
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Runs at the same time.")] = 1,
+    allow_plugin: AllowPlugin = None,
+    device: Device = "auto",
+    background: Annotated[
+        bool,
+        typer.Option("--background", help="Go on without this terminal; the output goes to a .log file."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print how many runs there are and how long they may take.")
+    ] = False,
+) -> None:
+    """Run a study: every variant and control, with every seed.
+
+    Each finished run adds a row to the file of rows. Repeating the command runs what is missing or failed.
+    """
+    from selectkd.config.study import load_study
+    from selectkd.evals.studies.rows import read_rows
+    from selectkd.evals.studies.study import planned, run_study
+
+    study, path = load_study(file), _rows_of(file, rows)
+    total, done, seconds = planned(study, read_rows(path))
+    about = "" if seconds is None else f", about {seconds / 60 / workers:.0f} min"
+    say(f"{total} runs, {done} done, {total - done} to go{about}")
+    if dry_run:
+        return
+    if background:
+        log = path.with_suffix(".log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = [one for one in sys.argv[1:] if one != "--background"]
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "selectkd", *words], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        say(f"process {process.pid} goes on; {log} has its output, {path} its rows")
+        return
+
+    def show(row: dict[str, Any]) -> None:
+        told = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
+        rate = "" if row["learning_rate"] is None else f" at {row['learning_rate']:g}"
+        show_progress(f"{row['arm']} seed {row['seed']}{rate}: {told}")
+
+    run_study(study, path, runs / file.stem, workers=workers, device=device, on_row=show)
+    say(f"{path} holds the rows; `selectkd study results {file}` prints the tables")
+
+
+def results(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Studies, each a YAML file.")],
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="The folder of their rows. Default: beside each file.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write the page into this file.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="A folder for one figure of each study, as .svg.")
+    ] = None,
+    allow_plugin: AllowPlugin = None,
+) -> None:
+    """Print the tables and verdicts of studies from their rows."""
+    from selectkd.config.study import load_study
+    from selectkd.data.durable import write_plain
+    from selectkd.evals.figures import check_figure, draw_study
+    from selectkd.evals.studies.results import markdown as section
+    from selectkd.evals.studies.rows import read_rows
+
+    parts = []
+    for file in files:
+        study = load_study(file)
+        found = read_rows(_rows_of(file, None if rows is None else rows / f"{file.stem}.jsonl"))
+        figure = None
+        if figures is not None and found:
+            figure = figures / f"study-{file.stem}.svg"
+            check_figure(figure)
+            draw_study(study, found, figure)
+        shown = None if figure is None or markdown is None else _beside(figure, markdown)
+        parts.append(section(file.stem, study, found, command=f"selectkd study run {file}", figure=shown))
+    text = HEAD + "\n".join(parts)
+    if markdown is None:
+        say(text)
+    else:
+        write_plain(markdown, text.encode())
+
+
+HEAD = """# Results of the studies
+
+Written by `selectkd study results` from the rows of each study. A study file states its expectation before its runs.
+Learning rates are chosen for every arm alike on a seed that is not used again.
+
+"""
+
+
+def _rows_of(file: Path, rows: Path | None) -> Path:
+    if rows is not None and rows.is_dir():
+        raise ConfigError(f"--rows {rows} is a folder; name a file.")
+    return file.with_suffix(".jsonl") if rows is None else rows
+
+
+def _beside(figure: Path, page: Path) -> str:
+    """The figure's path as the page names it."""
+    import os
+
+    return os.path.relpath(figure, page.parent)

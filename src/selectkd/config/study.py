@@ -1,0 +1,150 @@
+"""What a study may say: arms of one recipe, seeds, learning rates, measures, and statements made before it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from selectkd.config.expand import laid
+from selectkd.config.load import recipe_from, text_of
+from selectkd.config.problems import Problem, explained, raised
+from selectkd.config.schema import Recipe
+from selectkd.config.section import Name, Section, Text, Whole, refuse
+from selectkd.config.yaml_text import read
+from selectkd.errors import ConfigError
+from selectkd.objective.plugins import search
+from selectkd.objective.registry import did_you_mean
+
+Control = Literal["matched_random", "matched_position"]
+Measure = Literal["completions", "calibration", "draft", "sharpness"]
+Outcome = Literal[
+    "held_out_kl", "held_out_loss", "tar", "overlap", "exact_match", "parse_rate", "calibration_error",
+    "draft_acceptance", "draft_speedup", "top_eigenvalue",
+]  # fmt: skip
+HIGHER_IS_BETTER = ("tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup")
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), Whole]
+
+
+class Claim(Section):
+    """A difference of two arms that the study expects, second minus first."""
+
+    first: Text
+    """Name of an arm; NAME/matched_random and NAME/matched_position are the controls of the arm NAME."""
+    second: Text
+    """Name of the other arm."""
+    measure: Outcome | None = None
+    """The number that is compared. Left out: the study's outcome."""
+    expected: Literal["lower", "higher", "same"]
+    """Whether the second arm's number is expected to be lower, higher or the same."""
+    within: Annotated[float, Field(gt=0.0)] | None = None
+    """How far two numbers may lie apart that count as the same. Needed where expected is same."""
+
+    @model_validator(mode="after")
+    def _same_has_a_width(self) -> Self:
+        if (self.expected == "same") != (self.within is not None):
+            raise refuse("needs within where expected is same, and there alone")
+        return self
+
+
+class Study(Section):
+    """A study: arms that differ from one recipe, each run with every seed."""
+
+    question: Text
+    """The question that the study answers."""
+    statement: Text
+    """What would confirm the expectation and what would refute it, written before the first run."""
+    recipe: dict[str, Any]
+    """The recipe that every arm starts from. `{seed}` in a text stands for the run's seed."""
+    arms: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    """Name of each arm, and the keys of the recipe in which it differs."""
+    controls: list[Control] = []
+    """Controls that are run beside every gated arm: random tokens at its rate of acceptance, overall or by position."""
+    learning_rates: list[Annotated[float, Field(gt=0.0)]] = []
+    """Learning rates that every arm and control is tried with; each takes its best. Left out: the recipe's."""
+    tuning_seed: Seed = 0
+    """Seed of the runs that choose the learning rate; none of the seeds."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Seeds of the runs that count."""
+    outcome: Outcome = "held_out_kl"
+    """The number by which learning rates are chosen and arms are compared."""
+    measures: list[Measure] = []
+    """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
+    `sharpness`."""
+    claims: list[Claim] = []
+    """Differences that the statement expects."""
+
+    @model_validator(mode="after")
+    def _seeds_are_apart(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise refuse(f"= {self.seeds} names a seed twice", at="seeds")
+        if self.learning_rates and self.tuning_seed in self.seeds:
+            raise refuse(f"= {self.tuning_seed} is one of the seeds; choose another", at="tuning_seed")
+        return self
+
+    @model_validator(mode="after")
+    def _claims_name_arms(self) -> Self:
+        known = [*self.arms, *(f"{arm}/{control}" for arm in self.arms for control in self.controls)]
+        for claim in self.claims:
+            for name in (claim.first, claim.second):
+                if name not in known:
+                    raise refuse(
+                        f"names the arm {name!r}, which is none.{did_you_mean(name, known)}", at="claims"
+                    )
+        return self
+
+    def values(self, arm: str, seed: int) -> dict[str, Any]:
+        """The values of an arm's recipe for a seed."""
+        values = _seeded(laid(self.recipe, self.arms[arm]), seed)
+        # a run that is killed is run again from its start, so that a checkpoint would only cost time
+        values["training"] = {"save_every": None, **(values.get("training") or {}), "seed": seed}
+        values["training"].setdefault("output_dir", "unused")
+        return values
+
+    def recipe_of(self, arm: str) -> Recipe:
+        """The checked recipe of an arm for the first seed; ConfigError names the arm."""
+        try:
+            recipe = recipe_from(self.values(arm, self.seeds[0]))
+        except ConfigError as error:
+            raise ConfigError(f"arms.{arm}: {error}") from None
+        if recipe.data.evaluation is None:
+            raise ConfigError(
+                f"arms.{arm}: a study needs held-out text; set data.evaluation to {{path: ...}} or a share."
+            )
+        return recipe
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """The study in a YAML file; ConfigError names every problem of it with its line, and of an arm's recipe."""
+    source = str(path)
+    document = read(text_of(Path(path), kind="study"), source=source)
+    search(Path(path).parent)
+    values = document.value
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: a study is a mapping with question, statement, recipe, arms and seeds.")
+    try:
+        study = Study.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            Problem(where, source if (line := document.line(where)) is None else f"{source}:{line}", message)
+            for where, message in explained(error, Study, values)
+        ]
+        raise raised(problems, source) from None
+    for arm in study.arms:
+        try:
+            study.recipe_of(arm)
+        except ConfigError as error:
+            raise ConfigError(f"{source}:{document.line(('arms', arm))}: {error}") from None
+    return study
+
+
+def _seeded(value: Any, seed: int) -> Any:
+    """The value with ``{seed}`` in its texts replaced."""
+    if isinstance(value, dict):
+        return {key: _seeded(each, seed) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_seeded(each, seed) for each in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value

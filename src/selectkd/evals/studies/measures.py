@@ -1,0 +1,125 @@
+"""What a study can measure of a trained student beside its held-out KL: MEASURES names it all.
+
+Each takes an assembled run after its training, and its recipe, and gives numbers for the run's row.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from selectkd.data.collate import collate
+from selectkd.data.render import pad_id_of
+from selectkd.data.rewrite import examples_of, last_turns
+from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError
+from selectkd.evals.heldout import divergence_loss
+from selectkd.evals.landscape import sharpness, top_eigenvalue
+from selectkd.evals.speculative.measure import speculation
+from selectkd.models.head import backbone, head_of
+from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.rules import Draw
+from selectkd.rollouts.sampling import Sampling
+from selectkd.teachers.live import LiveTeacher
+
+Numbers = dict[str, float]
+ROOM = 8
+"""Tokens that a written completion may be longer than the text's own."""
+DRAFTED, DRAFT_LENGTH, DRAFT_TOKENS = 8, 4, 48
+"""Prompts, tokens a round and tokens in all of a timed speculative decoding: some seconds for 15 million parameters."""
+LANDSCAPE_TEXTS = 16
+BINS = 10
+
+
+def completions(made: Any, recipe: Any) -> Numbers:
+    """Greedy completions of the held-out prompts. exact_match: the share that equals the text's, blanks at both ends
+    aside, the accuracy where that is the one right answer. parse_rate: the share that is Python, prompt and completion
+    together.
+    """
+    turns = [turn for batch in made.heldout for turn in last_turns(batch)]
+    ends = ends_of(made.tokenizer, made.student)
+    written = generate(
+        [made.student],
+        [Request(tuple(turn.prompt), len(turn.completion) + ROOM) for turn in turns],
+        Draw(Sampling(0.0, 1.0)), ends=ends, width=len(made.tokenizer), pad_id=pad_id_of(made.tokenizer),
+    )  # fmt: skip
+
+    def text(ids: Any) -> str:
+        return made.tokenizer.decode([one for one in ids if one not in ends], skip_special_tokens=True)
+
+    pairs = [(turn, text(one.ids)) for turn, one in zip(turns, written, strict=True)]
+    right = [answer.strip() == text(turn.completion).strip() for turn, answer in pairs]
+    python = [_parses(text(turn.prompt) + answer) for turn, answer in pairs]
+    return {"exact_match": sum(right) / len(right), "parse_rate": sum(python) / len(python)}
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+@torch.no_grad()
+def calibration(made: Any, recipe: Any) -> Numbers:
+    """calibration_error: the mean gap, over BINS bins of confidence weighted by their tokens, between the student's
+    probability of its best token and how often that is the text's.
+
+    Source: Guo et al., On calibration of modern neural networks (arXiv 1706.04599), equation 3.
+    """
+    sure, right = [], []
+    for batch in made.heldout:
+        seen, head = supervised(batch), head_of(made.student)
+        hidden = backbone(made.student)(**batch.model_inputs(dtype=head.weight.dtype))
+        logits = head.logits(hidden.reshape(-1, hidden.shape[-1])[seen.position])  # [n, v]
+        best = torch.softmax(logits.float(), -1).max(-1)
+        sure.append(best.values.cpu())
+        right.append((best.indices == seen.labels).float().cpu())
+    confidence, correct = torch.cat(sure), torch.cat(right)
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = [float((confidence[bins == one] - correct[bins == one]).sum().abs()) for one in range(BINS)]
+    return {"calibration_error": sum(gaps) / len(confidence)}
+
+
+def draft(made: Any, recipe: Any) -> Numbers:
+    """The student as the draft of its teacher on held-out prompts, greedy: draft_acceptance, the measured draft_speedup
+    over the teacher alone, and draft_exact, 1 where the texts are the teacher's own.
+    """
+    target = _teacher_model(made, "draft")
+    turns = [turn for batch in made.heldout for turn in last_turns(batch)][:DRAFTED]
+    found = speculation(
+        target, made.student, [torch.tensor(turn.prompt) for turn in turns], draft_length=DRAFT_LENGTH,
+        max_new_tokens=DRAFT_TOKENS, eos=ends_of(made.tokenizer, target),
+    )  # fmt: skip
+    return {
+        "draft_acceptance": found.acceptance.value,
+        "draft_speedup": found.speedup_measured,
+        "draft_exact": float(bool(found.same)),
+    }
+
+
+def sharp(made: Any, recipe: Any) -> Numbers:
+    """top_eigenvalue of the Hessian of held-out KL, and sharpness, its mean rise under random kicks of a tenth of each
+    row's norm."""
+    target = _teacher_model(made, "sharpness")
+    examples = [one for batch in made.heldout for one in examples_of(batch)][:LANDSCAPE_TEXTS]
+    made.student.eval()
+    loss = divergence_loss(made.student, target, collate(examples, pad_id=pad_id_of(made.tokenizer)))
+    weights = list(made.student.parameters())
+    return {"top_eigenvalue": top_eigenvalue(weights, loss), "sharpness": sharpness(weights, loss).value}
+
+
+def _teacher_model(made: Any, measure: str) -> Any:
+    if not isinstance(made.teacher, LiveTeacher):
+        raise ConfigError(f"measures: {measure} needs a teacher in memory; set teacher to {{model: ...}}.")
+    return made.teacher.model
+
+
+MEASURES: Mapping[str, Callable[[Any, Any], Numbers]] = MappingProxyType(
+    {"completions": completions, "calibration": calibration, "draft": draft, "sharpness": sharp}
+)

@@ -1,0 +1,207 @@
+"""A study run: learning rates chosen on a seed of their own, then every arm and its controls with every seed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectkd.config.study import HIGHER_IS_BETTER, Study
+from selectkd.evals.studies.one_run import run_apart
+from selectkd.evals.studies.rows import Key, Row, append_row, number, read_rows
+from selectkd.objective.registry import build
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
+
+OnRow = Callable[[Row], None]
+OF_SEQUENCES = ("held_out_kl_of", "held_out_tokens_of")
+"""Lists that a study's statistics, which are over seeds, do not read."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: ``of`` and ``control`` name the gated arm that it controls for and how, None for an arm of
+    the file."""
+
+    name: str
+    of: str
+    control: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm; learning_rate None: the recipe's."""
+
+    arm: Arm
+    seed: int
+    learning_rate: float | None
+
+    @property
+    def key(self) -> Key:
+        return (self.arm.name, self.seed, self.learning_rate)
+
+
+def arms_of(study: Study) -> list[Arm]:
+    """The file's arms, each gated one followed by its controls; one that ranks rows has no matched_position, which
+    deals out the verdicts of rows."""
+    found = []
+    for name in study.arms:
+        found.append(Arm(name, name))
+        gate, beta = gate_of(study, name)
+        if gate["name"] == "always" or beta == 1.0 or gate["name"].startswith("matched_"):
+            continue
+        for control in study.controls:
+            if control == "matched_random" or decides_row_by_row(gate):
+                found.append(Arm(f"{name}/{control}", name, control))
+    return found
+
+
+def decides_row_by_row(gate: Mapping[str, Any]) -> bool:
+    """Whether a verifier of the tables, or of a plug-in, ranks no rows."""
+    verifier = build({**VERIFIERS, **SELECTORS}, gate, kind="verifier or selector")
+    return not traits_of(verifier).ranks
+
+
+def gate_of(study: Study, name: str) -> tuple[dict[str, Any], Any]:
+    """(verifier or selector, beta) of an arm of the file."""
+    objective = study.recipe_of(name).objective
+    return objective.gate, objective.beta
+
+
+def values_of(study: Study, job: Job, rate: float | None) -> dict[str, Any]:
+    """The values of a job's recipe. rate: the acceptance of the gated run that a random control repeats."""
+    values = copy.deepcopy(study.values(job.arm.of, job.seed))
+    if job.learning_rate is not None:
+        values["training"]["learning_rate"] = job.learning_rate
+    if job.arm.control is not None:
+        gate, _ = gate_of(study, job.arm.of)
+        objective = study.recipe_of(job.arm.of).model_dump(mode="json", exclude_unset=True)["objective"]
+        random = job.arm.control == "matched_random"
+        verifier = {"name": job.arm.control, **({"rate": rate} if random else {"of": gate})}
+        values.pop("selection", None)
+        kept = {k: v for k, v in (values.get("objective") or {}).items() if k not in ("verifier", "selector")}
+        values["objective"] = {**kept, "verifier": verifier, "beta": objective.get("beta", 0.01)}
+    return values
+
+
+def waves(study: Study, rows: Mapping[Key, Row]) -> Any:
+    """Jobs in groups whose members do not wait for each other; ``rows`` grows between them."""
+    arms = arms_of(study)
+    layers = [[arm for arm in arms if (arm.control is not None) == later] for later in (False, True)]
+    for layer in layers if study.learning_rates else ():
+        yield [Job(arm, study.tuning_seed, rate) for arm in layer for rate in study.learning_rates]
+    for seed in study.seeds:
+        for layer in layers:
+            chosen = chosen_rates(study, rows)
+            yield [Job(arm, seed, chosen[arm.name]) for arm in layer if arm.name in chosen]
+
+
+def chosen_rates(study: Study, rows: Mapping[Key, Row]) -> dict[str, float | None]:
+    """Each arm's learning rate, the best by the outcome on the tuning seed; no arm whose runs there all failed."""
+    found: dict[str, float | None] = {}
+    sign = -1.0 if study.outcome in HIGHER_IS_BETTER else 1.0
+    for arm in arms_of(study):
+        if not study.learning_rates:
+            found[arm.name] = None
+            continue
+        tried = [
+            (sign * value, rate)
+            for rate in study.learning_rates
+            if (value := number(rows.get((arm.name, study.tuning_seed, rate)), study.outcome)) is not None
+        ]
+        if tried:
+            found[arm.name] = min(tried)[1]
+    return found
+
+
+def run_study(
+    study: Study,
+    file: Path,
+    folder: Path,
+    *,
+    workers: int = 1,
+    device: str = "auto",
+    on_row: OnRow | None = None,
+) -> dict[Key, Row]:
+    """Runs what has no row in ``file`` yet, ``workers`` runs at once, each in a process of its own, and adds a row as
+    each ends. A row of another recipe of the arm, or of a run that failed, is run again.
+
+    folder: of the run folders, which go once their row is there. Raises ConfigError for rows that cannot be read.
+    """
+    rows, lock = read_rows(file), threading.Lock()
+
+    def work(job: Job) -> None:
+        values, row = None, None
+        rate = None
+        if job.arm.control == "matched_random":
+            chosen = chosen_rates(study, rows).get(job.arm.of)
+            at = job.learning_rate if job.seed == study.tuning_seed and study.learning_rates else chosen
+            rate = number(rows.get((job.arm.of, job.seed, at)), "acceptance")
+            if rate is None:
+                row = {"error": "the gated run that this one controls for failed"}
+        values = values_of(study, job, rate)
+        mark = hashlib.sha256(
+            json.dumps([values, study.measures], sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
+        known = rows.get(job.key)
+        if known is not None and known.get("recipe") == mark and not known.get("error"):
+            return
+        started = time.perf_counter()
+        if row is None:
+            name = "-".join([job.arm.name.replace("/", "-"), str(job.seed), str(job.learning_rate)])
+            row = finite(run_apart(values, folder / name, measures=study.measures, device=device))
+            shutil.rmtree(folder / name, ignore_errors=True)
+            row = {key: value for key, value in row.items() if key not in OF_SEQUENCES}
+        row = {
+            "arm": job.arm.name, "seed": job.seed, "learning_rate": job.learning_rate, **row,
+            "wall_seconds": round(time.perf_counter() - started, 2), "recipe": mark,
+        }  # fmt: skip
+        with lock:
+            rows[job.key] = row
+            append_row(file, row)
+            if on_row is not None:
+                on_row(row)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for wave in waves(study, rows):
+            list(pool.map(work, wave))
+    return rows
+
+
+def finite(row: Row) -> Row:
+    """The row, or its error where a number of it is not finite: JSON has no word for one, and such a run says
+    nothing."""
+    wrong = [
+        f"{name} is {value}"
+        for name, value in row.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    return {"error": f"the run diverged: {', '.join(wrong)}"} if wrong else row
+
+
+def planned(study: Study, rows: Mapping[Key, Row]) -> tuple[int, int, float | None]:
+    """(runs of the study, runs whose row is there, seconds the rest may take at the mean of those; None before any).
+
+    A row is counted by arm, seed and learning rate; whether its recipe is still the same is seen as it runs.
+    """
+    arms = len(arms_of(study))
+    total = arms * (len(study.learning_rates) + len(study.seeds))
+    chosen = chosen_rates(study, rows)
+    keys: Sequence[Key] = [
+        *((arm.name, study.tuning_seed, rate) for arm in arms_of(study) for rate in study.learning_rates),
+        *((arm, seed, rate) for arm, rate in chosen.items() for seed in study.seeds),
+    ]
+    good = [rows[key] for key in keys if key in rows and not rows[key].get("error")]
+    if not good:
+        return total, 0, None
+    mean = sum(row["wall_seconds"] for row in good) / len(good)
+    return total, len(good), mean * (total - len(good))

@@ -1,0 +1,232 @@
+"""A study: learning rates on a seed of their own, controls at the gate's rate, rows that outlive a kill, verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from selectkd.cli.app import main
+from selectkd.config.study import Claim, load_study
+from selectkd.errors import ConfigError
+from selectkd.evals.statistics import t_interval
+from selectkd.evals.studies.results import Compared, detectable, last_fall, verdict
+from selectkd.evals.studies.rows import append_row, read_rows
+from selectkd.evals.studies.study import Job, arms_of, chosen_rates, values_of
+from training.tiny import recipe_of, tiny_llama, write_pair
+
+MEASURED = {
+    "exact_match",
+    "parse_rate",
+    "calibration_error",
+    "draft_acceptance",
+    "draft_speedup",
+    "top_eigenvalue",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: Any) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    write_pair(root, tiny_llama(1, layers=3))
+    return root
+
+
+def study_of(root: Path, **changes: Any) -> dict[str, Any]:
+    training = {
+        "max_steps": 3, "batch_size": 3, "max_length": 24, "max_prompt_length": 12, "probe_samples": 0,
+        "engine": "loop", "evaluate_every": 1,
+    }  # fmt: skip
+    return {
+        "question": "Does the gate help?",
+        "statement": "It does where its interval lies below plain distillation's.",
+        "recipe": {**recipe_of(root, data={"evaluation": 0.25}), "training": training},
+        "arms": {
+            "kd": {"method": "kd"},
+            "gated": {"method": "kd", "selection": {"verifier": "greedy_topk", "k": 5, "beta": 0.01}},
+        },
+        "seeds": [1],
+        **changes,
+    }
+
+
+def written(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+    return path
+
+
+def test_a_study_tunes_each_arm_runs_its_controls_and_runs_nothing_twice(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = study_of(
+        root, controls=["matched_random", "matched_position"], learning_rates=[1e-3, 1e-2],
+        measures=["completions", "calibration", "draft", "sharpness"],
+        claims=[{"first": "kd", "second": "gated", "expected": "higher"}],
+    )  # fmt: skip
+    file = written(tmp_path / "first.yaml", content)
+    command = ["study", "run", str(file), "--runs", str(tmp_path / "runs"), "--workers", "2"]
+    assert main(command) == 0
+    rows = read_rows(tmp_path / "first.jsonl")
+    study = load_study(file)
+    names = ["kd", "gated", "gated/matched_random", "gated/matched_position"]
+    assert [arm.name for arm in arms_of(study)] == names
+    chosen = chosen_rates(study, rows)
+    assert set(rows) == {(arm, 0, rate) for arm in names for rate in (1e-3, 1e-2)} | {
+        (arm, 1, chosen[arm]) for arm in names
+    }
+    for arm in names:  # the better one on the tuning seed
+        tried = {rate: rows[arm, 0, rate]["held_out_kl"] for rate in (1e-3, 1e-2)}
+        assert chosen[arm] == min(tried, key=tried.__getitem__)
+    final = {arm: rows[arm, 1, chosen[arm]] for arm in names}
+    for row in final.values():
+        assert (
+            row.keys() >= MEASURED | {"held_out_kl", "held_out_loss", "tar", "overlap"}
+            and row["draft_exact"] == 1
+        )
+        assert [look[0] for look in row["curve"]] == [0, 1, 2, 3]
+    random, gated = final["gated/matched_random"], final["gated"]
+    # 3 steps of 3 sequences of 8 tokens: within four standard deviations of a fair draw at the gate's rate
+    rate = gated["acceptance"]
+    assert abs(random["acceptance"] - rate) <= 4 * (rate * (1 - rate) / 72) ** 0.5
+    assert final["gated/matched_position"]["acceptance"] == pytest.approx(rate, abs=0.3)
+    assert not list((tmp_path / "runs").rglob("student"))
+
+    before = (tmp_path / "first.jsonl").read_bytes()
+    assert main(command) == 0
+    assert (tmp_path / "first.jsonl").read_bytes() == before
+
+    page = tmp_path / "results.md"
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    assert main(["study", "results", str(file), "--markdown", str(page), "--figures", str(figures)]) == 0
+    text = page.read_text("utf-8")
+    assert "**not run**: held-out KL of gated higher than kd" in text and "(one seed)" in text
+    assert "| gated/matched_position |" in text and "![first](figures/study-first.svg)" in text
+    assert (figures / "study-first.svg").is_file()
+    capsys.readouterr()
+
+
+def test_a_run_that_failed_is_run_again_and_one_of_another_recipe_too(root: Path, tmp_path: Path) -> None:
+    content = study_of(root, arms={"one": {"method": "kd"}, "bad": {"training": {"learning_rate": 1e30}}})
+    content["recipe"]["training"] |= {"max_steps": 6}
+    file = written(tmp_path / "two.yaml", content)
+    command = ["study", "run", str(file), "--runs", str(tmp_path / "runs")]
+    assert main(command) == 0
+    rows = read_rows(tmp_path / "two.jsonl")
+    assert rows["bad", 1, None]["error"] and "error" not in rows["one", 1, None]
+    content["arms"]["bad"] = {"training": {"learning_rate": 1e-3}}
+    content["arms"]["one"] = {"method": "akl"}
+    assert main([*command[:2], str(written(file, content)), *command[3:]]) == 0
+    again = read_rows(tmp_path / "two.jsonl")
+    assert "error" not in again["bad", 1, None]
+    assert again["one", 1, None]["recipe"] != rows["one", 1, None]["recipe"]
+
+
+def test_a_line_that_a_kill_cut_off_counts_as_not_written_and_leaves_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    first, second = ({"arm": "a", "seed": seed, "learning_rate": None, "x": seed} for seed in (1, 2))
+    append_row(file, first)
+    with file.open("a") as out:
+        out.write('{"arm": "b", "seed": 7, "lea')
+    assert list(read_rows(file)) == [("a", 1, None)]
+    append_row(file, second)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [first, second]
+    file.write_text('{"arm": "a"}\n')
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: no row of a study"):
+        read_rows(file)
+
+
+def test_a_study_that_cannot_be_is_refused_with_its_line(root: Path, tmp_path: Path) -> None:
+    def refused(match: str, **changes: Any) -> None:
+        file = written(tmp_path / "wrong.yaml", study_of(root, **changes))
+        with pytest.raises(ConfigError, match=match):
+            load_study(file)
+
+    claim = {"first": "kd", "second": "gatd", "expected": "lower"}
+    refused("'gatd', which is none. Did you mean 'gated'", claims=[claim])
+    refused("needs within", claims=[{**claim, "second": "gated", "expected": "same"}])
+    refused("is one of the seeds", learning_rates=[1e-3], tuning_seed=1)
+    refused("names a seed twice", seeds=[1, 1])
+    refused(r"wrong.yaml:\d+: arms.bad: .*method = 'kdd' is no method", arms={"bad": {"method": "kdd"}})
+    refused("is not a key", statment="x")
+    with pytest.raises(ConfigError, match="there is no study"):
+        load_study(tmp_path / "none.yaml")
+
+
+def test_a_seed_stands_in_every_text_of_a_recipe_that_names_it(root: Path, tmp_path: Path) -> None:
+    content = study_of(root)
+    content["recipe"]["student"] = {"model": "students/s{seed}"}
+    study = load_study(written(tmp_path / "seeded.yaml", content))
+    job = Job(arms_of(study)[0], 7, 1e-3)
+    values = values_of(study, job, None)
+    assert values["student"]["model"] == "students/s7"
+    assert values["training"]["seed"] == 7 and values["training"]["learning_rate"] == 1e-3
+
+
+def test_a_control_keeps_the_arms_loss_and_beta_and_changes_its_gate_alone(
+    root: Path, tmp_path: Path
+) -> None:
+    gate = {"verifier": "expected_spec_k", "k": 2, "beta": 0.1}
+    arms = {
+        "gated": {"method": "gkd", "selection": gate},
+        "ranked": {"method": "kd", "selection": {"selector": "tip"}},
+    }
+    study = load_study(
+        written(
+            tmp_path / "c.yaml", study_of(root, arms=arms, controls=["matched_random", "matched_position"])
+        )
+    )
+    found = {arm.name: arm for arm in arms_of(study)}
+    assert set(found) == {*arms, "gated/matched_random", "gated/matched_position", "ranked/matched_random"}
+    from selectkd.config import recipe_from
+
+    random = recipe_from(values_of(study, Job(found["gated/matched_random"], 1, None), 0.25)).objective
+    assert random.verifier == {"name": "matched_random", "rate": 0.25} and random.beta == 0.1
+    assert random.divergence == {"name": "generalized_jsd", "beta": 0.5}
+    position = recipe_from(values_of(study, Job(found["gated/matched_position"], 1, None), None)).objective
+    assert position.verifier == {"name": "matched_position", "of": {"name": "expected_spec_k", "k": 2}}
+    ranked = recipe_from(values_of(study, Job(found["ranked/matched_random"], 1, None), 0.5)).objective
+    assert ranked.selector is None and ranked.gate == {"name": "matched_random", "rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("expected", "within", "values", "outcome"),
+    [
+        ("lower", None, [-1.0, -1.1, -0.9], "confirmed"),
+        ("lower", None, [1.0, 1.1, 0.9], "refuted"),
+        ("lower", None, [-1.0, 1.1, 0.0], "undecided"),
+        ("higher", None, [1.0, 1.1, 0.9], "confirmed"),
+        ("same", 0.5, [0.01, -0.02, 0.0], "confirmed"),
+        ("same", 0.5, [1.0, 1.1, 0.9], "refuted"),
+        ("same", 0.5, [1.0, 0.0, 0.5], "undecided"),
+        ("same", 0.5, [0.1], "not run"),
+    ],
+)
+def test_a_claim_is_decided_by_where_the_whole_interval_lies(
+    expected: Any, within: float | None, values: list[float], outcome: str
+) -> None:
+    claim = Claim(first="a", second="b", expected=expected, within=within)
+    assert (
+        verdict(claim, Compared("a", "b", "held_out_kl", t_interval(values), detectable(values))) == outcome
+    )
+
+
+def test_the_detectable_difference_is_found_four_times_in_five() -> None:
+    """By the exact power of the t test, for 5 and 10 seeds; the approximation is within .02."""
+    for n in (5, 10):
+        values = np.random.default_rng(0).normal(size=n)
+        shift = detectable(values.tolist()) / values.std(ddof=1) * np.sqrt(n)
+        critical = stats.t.ppf(0.975, n - 1)
+        power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+        assert power == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_last_fifth_of_a_curve_says_how_near_a_run_came_to_its_plateau() -> None:
+    curve = [[step, 1.0 / (1 + step), 0.5] for step in range(0, 101, 10)]
+    assert last_fall({"curve": curve}) == pytest.approx(1 - (1 / 101) / (1 / 81))
+    assert last_fall({"curve": curve[:2]}) is None
