@@ -1,6 +1,6 @@
 """A gate that knows where a damaged teacher of the laboratory is wrong: an oracle for studies.
 
-    selectkd study run studies/planted.yaml --allow-plugin lab_noise
+selectkd study run studies/planted.yaml --allow-plugin lab_noise
 """
 
 from __future__ import annotations

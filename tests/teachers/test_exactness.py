@@ -100,7 +100,11 @@ def test_a_verifier_is_what_it_declares_on_every_row(name, k):
     verifier = VERIFIERS[name]()
     verdict = of_verifier(verifier, "top_k", k=k).verdict
     if verdict == "refused":
-        assert name in ("sigmoid_entropy_gap", "iw_opd", "fire")  # weights from numbers that K tokens do not give
+        assert name in (
+            "sigmoid_entropy_gap",
+            "iw_opd",
+            "fire",
+        )  # weights from numbers that K tokens do not give
         return
     for world, logp, logq in worlds():
         edge = logp.topk(k + 1, -1).values[:, -2:]  # a tie across the edge of the K tokens cannot be seen
