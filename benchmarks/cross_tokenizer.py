@@ -28,6 +28,7 @@ from record import record
 from selectkd.config import recipe_from
 from selectkd.data.aligned_page import aligned, page
 from selectkd.data.crossing import cross
+from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model, load_tokenizer
@@ -167,7 +168,7 @@ def examples(teacher: Path, text: Path) -> str:
     """docs/cross_tokenizer.md."""
     student = load_tokenizer(STUDENT)
     crossing = cross(student, load_tokenizer(str(teacher)))
-    source = dataset_source({"path": str(text), "limit": SHOWN}, student, max_length=192)
+    source = dataset_source({"path": str(text), "limit": SHOWN}, student, TextRules(192))
     told = [aligned(example, crossing) for example in source.examples]
     shown = page(told, crossing).replace(f"{text.parent}/", "")
     return (

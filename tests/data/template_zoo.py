@@ -1,171 +1,124 @@
-"""Small chat templates that do what those of well-known families do, in words of our own, and their special tokens."""
+"""The zoo of chat templates: small ones in words of our own with the traps of 14 families, and what they train.
+
+``zoo/NAME.jinja`` is a template, ``zoo/NAME.txt`` its special tokens and, for each conversation, the texts written by
+hand. A line break of the text is ¶, those of the file mean nothing; what is trained stands between ⟦ and ⟧; ``--``
+parts the texts of one conversation; ``!!`` is the message of a refusal.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).with_name("zoo")
+FAMILIES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+MOMENT = "2026-01-02T03:04:05"
+LONG = "and so on " * 40
+"""An answer longer than ``MOST``."""
+MOST = 320
+TOOL = {"type": "function", "function": {"name": "weather", "description": "tells the weather"}}
+TOOL_TEXT = '{"type": "function", "function": {"name": "weather", "description": "tells the weather"}}'
+CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+OSLO = turns(("user", "Where is Oslo?"), ("assistant", "In Norway."))
+ROME = turns(("user", "And Rome?"), ("assistant", "In Italy."))
+SYSTEM = turns(("system", "Be brief."))
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": OSLO},
+    "tools": {
+        "tools": [TOOL],
+        "messages": [
+            *turns(("user", "Weather in Oslo?")),
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "7"},
+            *turns(("assistant", "7 degrees.")),
+        ],
+    },
+    "two questions": {"messages": [*SYSTEM, OSLO[0], *turns(("user", "Which country?")), OSLO[1]]},
+    "empty turn": {"messages": [OSLO[0], *turns(("assistant", ""), ("user", "Once more?")), OSLO[1]]},
+    "reasoning": {
+        "messages": [
+            OSLO[0], {**OSLO[1], "reasoning_content": "Oslo is a capital."},
+            ROME[0], {**ROME[1], "reasoning_content": "Rome is one too."},
+        ],
+    },
+    "multi-turn": {"messages": [*SYSTEM, *OSLO, *ROME]},
+    "ends with user": {"messages": [*OSLO, ROME[0]]},
+    "long": {"messages": [OSLO[0], {**OSLO[1], "content": LONG.strip()}]},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """A template, the special tokens it writes beside ChatML's, and the tokenizer's own bos and eos."""
+    """A template of the zoo. golden: by conversation the texts as (piece, trained) in order, or a refusal's message."""
 
     template: str
-    special: tuple[str, ...] = ()
-    eos: str = "<|im_end|>"
-    bos: str | None = None
+    roles: dict[str, str]
+    special: tuple[str, ...]
+    added: tuple[str, ...]
+    golden: dict[str, str | list[list[tuple[str, bool]]]]
 
 
-CALLS = (
-    "{% for c in m.tool_calls or [] %}{% set f = c.function or c %}\n<tool_call>\n"
-    '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>{% endfor %}'
-)
-QWEN25 = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
-    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}" + CALLS + "<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Reasoning stands in a turn after the last question alone; the last turn always has a block for it.
-QWEN3 = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set said = m.content %}"
-    "{% set why = m.reasoning_content or '' %}{% if not why and '</think>' in said %}"
-    "{% set why = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n"
-    "{% if loop.index0 > ns.last and (loop.last or why) %}<think>\n{{ why.strip('\n') }}\n</think>\n\n"
-    "{{ said.lstrip('\n') }}{% else %}{{ said }}{% endif %}" + CALLS + "<|im_end|>\n"
-    "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
-    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-# The date, trimmed text, and a turn that calls a tool says nothing else.
-LLAMA31 = (
-    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: "
-    "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}"
-    "<|eot_id|>{% for m in messages %}{% if m.tool_calls %}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
-    "<|eot_id|>{% else %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-# The system prompt becomes part of the first question; roles take turns.
-GEMMA = (
-    "{{ bos_token }}{% set first = '' %}{% if messages[0].role == 'system' %}"
-    "{% set first = messages[0].content + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}"
-    "{% if m.content is string %}{{ m.content | trim }}{% else %}"
-    "{% for p in m.content %}{{ p.text | trim }}{% endfor %}"
-    "{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-# The system prompt stands in the last question, if that is the last message; calls and text exclude each other.
-MISTRAL = (
-    "{{ bos_token }}{% set ns = namespace(s='') %}{% if messages[0].role == 'system' %}"
-    "{% set ns.s = messages[0].content %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST]"
-    "{% if loop.last and ns.s %}{{ ns.s }}\n\n{% endif %}{{ m.content }}[/INST]{% elif m.role == 'tool' %}"
-    '[TOOL_RESULTS]{"content": {{ m.content }}}[/TOOL_RESULTS]{% elif m.tool_calls %}'
-    "[TOOL_CALLS][{% for c in m.tool_calls %}"
-    '{{ c.function | tojson }}{{ ", " if not loop.last }}{% endfor %}]{{ eos_token }}{% else %}{{ m.content }}'
-    "{{ eos_token }}{% endif %}{% endfor %}"
-)
-PHI3 = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-PHI4 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
-)
-# Marks of its own, and a flag in the system prompt that is taken out.
-SMOLLM3 = (
-    "{% set rest = messages %}{% set s = 'Be helpful.' %}{% if messages[0].role == 'system' %}"
-    "{% set s = messages[0].content.replace('/no_think', '').rstrip() %}{% set rest = messages[1:] %}{% endif %}"
-    "<|im_start|>system\n{{ s }}<|im_end|>\n{% for m in rest %}{% if m.role == 'assistant' %}{% generation %}"
-    "<|im_start|>assistant\n{{ m.content.lstrip('\n') }}<|im_end|>\n{% endgeneration %}{% else %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Thinking is dropped, and the generation prompt opens it.
-R1 = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
-    "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
-)
-NEMOTRON = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
-    "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-)
-GRANITE = (
-    "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
-)
-# Channels; a turn in the middle ends otherwise than the last one, and has no thoughts.
-GPT_OSS = (
-    "<|start|>system<|message|>Date: {{ strftime_now('%Y-%m-%d') }}<|end|>{% for m in messages %}"
-    "{% if m.role in ('system', 'developer') %}<|start|>developer<|message|>{{ m.content }}<|end|>"
-    "{% elif m.role == 'assistant' %}{% if m.tool_calls %}"
-    "<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
-    "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
-    "{% else %}{% if loop.last and m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
-    "{% endif %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
-    "{{ '<|return|>' if loop.last else '<|end|>' }}"
-    "{% endif %}{% elif m.role == 'tool' %}<|start|>functions to=assistant<|message|>{{ m.content | tojson }}<|end|>"
-    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
-# The next question's header is what ends a turn.
-GLM45 = (
-    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
-    "<think></think>\n{{ m.content }}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-# Content is a list of parts.
-PARTS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
-    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Arguments are text to it.
-DEEPSEEK3 = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% elif m.role == 'tool' %}"
-    "<|tool|>{{ m.content }}{% elif m.role == 'system' %}{{ m.content }}{% else %}<|Assistant|>{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{{ '<|call|>' + c['function']['name'] + '\n' + c['function']['arguments'] }}"
-    "{% endfor %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"
-)
+@lru_cache
+def family(name: str) -> Family:
+    head, *sections = re.split(r"^== (.*)\n", (FOLDER / f"{name}.txt").read_text("utf-8"), flags=re.MULTILINE)
+    facts = dict(line.split(": ", 1) for line in head.splitlines())
+    golden: dict[str, Any] = {}
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        golden[title] = (
+            body[3:].strip() if body.startswith("!! ") else [_pieces(t) for t in body.split("\n--\n")]
+        )
+    roles = {f"{role}_token": facts[role] for role in ("bos", "eos") if role in facts}
+    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    return Family(
+        template, roles, tuple(facts["special"].split()), tuple(facts.get("added", "").split()), golden
+    )
 
-PHI = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-ZOO = {
-    "qwen2.5": Family(QWEN25),
-    "qwen3": Family(QWEN3),
-    "base qwen": Family(QWEN25, eos="<|endoftext|>"),
-    "llama3.1": Family(
-        LLAMA31,
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        "<|eot_id|>",
-        "<|begin_of_text|>",
-    ),
-    "gemma": Family(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>"),
-    "mistral": Family(MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"), "</s>", "<s>"),
-    "phi3": Family(PHI3, PHI, "<|endoftext|>"),
-    "phi4": Family(PHI4, ("<|im_sep|>",)),
-    "smollm3": Family(SMOLLM3),
-    "r1": Family(R1, ("<s>", "</s>", "<|User|>", "<|Assistant|>"), "</s>", "<s>"),
-    "nemotron": Family(NEMOTRON),
-    "granite": Family(
-        GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"
-    ),
-    "gpt-oss": Family(
-        GPT_OSS,
-        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
-        "<|return|>",
-    ),
-    "glm4.5": Family(GLM45, ("[gMASK]", "<sop>", *PHI), "<|endoftext|>"),
-    "parts": Family(PARTS),
-    "deepseek3": Family(
-        DEEPSEEK3, ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<|tool|>", "<|call|>"), "</s>", "<s>"
-    ),
-}
+
+def _pieces(written: str) -> list[tuple[str, bool]]:
+    text = (
+        written.replace("\n", "")
+        .replace("¶", "\n")
+        .replace("@TOOL@", TOOL_TEXT)
+        .replace("@LONG@", LONG.strip())
+    )
+    return [(piece, place % 2 == 1) for place, piece in enumerate(re.split("[⟦⟧]", text)) if piece]
+
+
+@lru_cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with the special tokens of a family, and its template."""
+    one = family(name)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(one.special))
+    tokenizer.add_tokens(list(one.added))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **one.roles)
+    fast.chat_template = one.template
+    return fast
+
+
+def ids_of(pieces: list[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of hand-written pieces, one piece after the other, and which are trained."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    for piece, kept in pieces:
+        some = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += some
+        trained += [kept] * len(some)
+    return ids, trained

@@ -8,7 +8,7 @@ import torch
 
 from selectkd.data.collate import collate, collate_packed, pack
 from selectkd.data.inspect import check
-from selectkd.data.render import Example
+from selectkd.data.render import Example, TextRules
 from selectkd.data.sources import Source, batches, dataset_source, draw, plan
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
@@ -168,7 +168,7 @@ def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
     bad = {"prompt": "hello", "completion": 5}
     path = write(tmp_path, [*rows, bad])
     source = dataset_source(
-        {"path": path, "weight": 2}, tokenizer, max_length=64, on_bad_record="skip", stream=3
+        {"path": path, "weight": 2}, tokenizer, TextRules(64), on_bad_record="skip", stream=3
     )
     assert source.name == "chat" and source.weight == 2 and source[0].stream == 3
     counts = {
@@ -182,7 +182,7 @@ def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
     assert {name: count for name, count in source.counts.items() if count} == counts
     assert "prompt_completion (detected)" in source.summary and "chat.jsonl:5" in source.problems[0]
     with pytest.raises(DataError, match=r"chat\.jsonl:5"):
-        dataset_source({"path": path}, tokenizer, max_length=64)
+        dataset_source({"path": path}, tokenizer, TextRules(64))
     report = check(source, held_out=source.examples[:1])
     assert (
         report.examples == 3 and report.duplicates == 1 and report.overlap == 2 and len(report.warnings) == 2
@@ -193,7 +193,7 @@ def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
 def test_a_source_with_nothing_left_is_refused(tmp_path, tokenizer):
     path = write(tmp_path, [{"prompt": "hello", "completion": " "}] * 3)
     with pytest.raises(DataError, match="3 empty completion"):
-        dataset_source({"path": path}, tokenizer, max_length=64)
+        dataset_source({"path": path}, tokenizer, TextRules(64))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_source_with_nothing_left_is_refused(tmp_path, tokenizer):
 )
 def test_a_source_entry_that_cannot_be_is_a_config_error(tokenizer, spec):
     with pytest.raises(ConfigError):
-        dataset_source(spec, tokenizer, max_length=64)
+        dataset_source(spec, tokenizer, TextRules(64))
 
 
 def test_a_batch_gives_back_its_samples_padded_or_packed() -> None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from selectkd.data.formats import FORMATS, detect_format, to_sample
+from selectkd.data.detection import FORMATS, detect_format
+from selectkd.data.formats import to_sample
 from selectkd.errors import DataError
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -107,7 +108,6 @@ def test_tool_calls_are_supported_in_both_shapes():
 @pytest.mark.parametrize(
     ("turns", "named"),
     [
-        ([USER, USER, REPLY], r"turn 1"),
         ([REPLY, USER], r"turn 0"),
         ([USER, REPLY, {"role": "system", "content": "s"}], r"turn 2"),
         ([USER, {"role": "narrator", "content": "x"}], r"messages\[1\]\.role.*narrator"),

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
+from selectkd.data.detection import FORMATS
 from selectkd.data.files import read_records
-from selectkd.data.formats import FORMATS, to_sample
-from selectkd.data.render import Dropped, render
+from selectkd.data.formats import to_sample
+from selectkd.data.render import Dropped, TextRules, render
 from selectkd.data.sources import dataset_source
 from selectkd.errors import ConfigError, DataError, SelectKDError
 
@@ -105,7 +106,7 @@ def test_a_field_of_any_type_is_read_or_refused_naming_the_row_and_never_trains_
         record = changed(FULL[name], place, value)
         try:
             sample = to_sample(record, name, origin="d.jsonl:9999")
-            made = render(sample, tokenizer, max_length=512)
+            (made,) = render(sample, tokenizer, TextRules(512))
         except DataError as error:
             assert str(error).startswith("d.jsonl:9999") and len(str(error)) < 1500
             continue
@@ -173,7 +174,7 @@ def test_answers_labelled_false_are_counted_and_not_trained(tmp_path, tokenizer,
     file = tmp_path / "kto.jsonl"
     rows = [{"prompt": "q", "completion": f"a{i}", name: i != 1} for i in range(3)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    source = dataset_source({"path": str(file)}, tokenizer, max_length=64)
+    source = dataset_source({"path": str(file)}, tokenizer, TextRules(64))
     assert len(source) == 2 and source.counts["labelled false"] == 1 and "1 labelled false" in source.summary
 
 

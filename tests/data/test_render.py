@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from selectkd.data.formats import detect_format, to_sample
+from selectkd.data.detection import detect_format
+from selectkd.data.formats import to_sample
 from selectkd.data.inspect import pieces
-from selectkd.data.render import Dropped, Example, render
+from selectkd.data.render import Dropped, Example, TextRules, render
 from selectkd.errors import ConfigError, DataError
 
 MARKED = (
@@ -34,9 +35,10 @@ def chat(*texts):
     }
 
 
-def do(row, tokenizer, **options):
+def do(row, tokenizer, eos_ids=(), **options):
     sample = to_sample(row, detect_format(row), origin="d.jsonl:3")
-    return render(sample, tokenizer, **{"max_length": 512, **options})
+    (made,) = render(sample, tokenizer, TextRules(**{"max_length": 512, **options}), eos_ids=eos_ids)
+    return made
 
 
 def trained_text(example, tokenizer):
@@ -196,14 +198,14 @@ def test_a_sample_of_a_million_characters_is_cut_in_time(tokenizer):
         ("{{ messages[9].content }}", "cannot render"),
         ("{{ 1 / 0 }}", "cannot render"),
         ("{% for %}", "cannot render"),
-        (STRIPS, "turn 1 (assistant): the chat template leaves out its content"),
         (
             MARKED.replace("{{ m['content'] }}{% endgeneration %}", "{% endgeneration %}{{ m['content'] }}"),
             "marks no token",
         ),
         (
-            "{% if add_generation_prompt %}X{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
-            "generation prompt",
+            "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}bot: {% endif %}",
+            "generation prompt is not how the turn begins",
         ),
     ],
 )
@@ -216,6 +218,14 @@ def test_a_template_that_gives_no_mask_is_refused_naming_the_row(make_tokenizer,
 def test_a_template_that_strips_thinking_trains_single_turn_rows(make_tokenizer):
     own = make_tokenizer(STRIPS)
     assert trained_text(do(chat("a", "<think>x</think>b"), own), own) == ["<think>x</think>b<|im_end|>"]
+
+
+def test_a_template_that_strips_earlier_thinking_makes_a_sample_of_each_turn(make_tokenizer):
+    own = make_tokenizer(STRIPS)
+    sample = to_sample(chat("a", "<think>x</think>b", "c", "d"), "messages")
+    first, second = render(sample, own, TextRules(512))
+    assert trained_text(first, own) == ["<think>x</think>b<|im_end|>"]
+    assert trained_text(second, own) == ["d<|im_end|>"] and "<think>" not in own.decode(second.input_ids)
 
 
 def test_a_template_that_never_ends_is_stopped_within_two_seconds(make_tokenizer):

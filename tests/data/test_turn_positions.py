@@ -2,176 +2,261 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from types import SimpleNamespace
+
 import pytest
 
-from data.template_zoo import ZOO
-from selectkd.data.formats import detect_format, to_sample
+from data.template_zoo import (
+    CALL,
+    CONVERSATIONS,
+    FAMILIES,
+    MOMENT,
+    MOST,
+    OSLO,
+    ROME,
+    SYSTEM,
+    TOOL,
+    family,
+    ids_of,
+    tokenizer_of,
+    turns,
+)
+from selectkd.data.formats import to_sample
 from selectkd.data.inspect import pieces
-from selectkd.data.render import render
+from selectkd.data.render import Dropped, TextRules, render
 from selectkd.data.template import ChatTemplate
 from selectkd.errors import DataError
 
-TALK = [
-    ("user", "Where is Oslo?"),
-    ("assistant", "In Norway."),
-    ("user", "And Rome?"),
-    ("assistant", "In Italy."),
+TRAINED = [
+    (name, title)
+    for name in FAMILIES
+    for title in CONVERSATIONS
+    if title != "long" and not isinstance(family(name).golden[title], str)
 ]
-EMPTY = "<think>\n\n</think>\n\n"
 
 
-def turns(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
+def examples(row, tokenizer, *, arguments=None, **rules):
+    template = ChatTemplate.of(tokenizer, arguments=arguments, moment=MOMENT)
+    sample = to_sample(row, "messages", origin="d.jsonl:3")
+    return render(sample, tokenizer, TextRules(**{"max_length": 4096, **rules}), template=template)
 
 
-@pytest.fixture(scope="module")
-def family(make_tokenizer):
-    def make(name, template=None):
-        own = ZOO[name]
-        return make_tokenizer(
-            template or own.template, eos_token=own.eos, bos_token=own.bos,
-            additional_special_tokens=list(own.special), extra=("<think>", "</think>", "<tool_call>", "</tool_call>"),
-        )  # fmt: skip
-
-    return make
+def trained(row, tokenizer, **options):
+    """The trained text of each example."""
+    return [
+        "|".join(text for text, one in pieces(example, tokenizer) if one)
+        for example in examples(row, tokenizer, **options)
+    ]
 
 
-def show(messages, tokenizer, **options):
-    row = {"messages": messages}
-    row |= {name: options.pop(name) for name in ("tools",) if name in options}
-    sample = to_sample(row, detect_format(row), origin="d.jsonl:3")
-    arguments = options.pop("arguments", None)
-    template = ChatTemplate.of(tokenizer, arguments=arguments, moment="2026-01-02T03:04:05")
-    made = render(sample, tokenizer, max_length=2048, template=template, **options)
-    return made, [text for text, trained in pieces(made, tokenizer) if trained]
-
-
-FIRST, SECOND = "In Norway.<|im_end|>", "In Italy.<|im_end|>"
-TRAINED = {
-    "qwen2.5": [FIRST, SECOND],
-    "qwen3": [FIRST, EMPTY + SECOND],
-    "base qwen": [FIRST, SECOND],
-    "llama3.1": ["In Norway.<|eot_id|>", "In Italy.<|eot_id|>"],
-    "gemma": ["In Norway.<end_of_turn>", "In Italy.<end_of_turn>"],
-    "mistral": ["In Norway.</s>", "In Italy.</s>"],
-    "phi3": ["In Norway.<|end|>", "In Italy.<|end|>"],
-    "phi4": [FIRST, SECOND],
-    "smollm3": ["<|im_start|>assistant\n" + FIRST, "<|im_start|>assistant\n" + SECOND],
-    "r1": ["In Norway.</s>", "In Italy.</s>"],
-    "nemotron": ["</think>" + FIRST, "</think>" + SECOND],
-    "granite": ["In Norway.<|end_of_text|>", "In Italy.<|end_of_text|>"],
-    "gpt-oss": [
-        "<|channel|>final<|message|>In Norway.<|end|>",
-        "<|channel|>final<|message|>In Italy.<|return|>",
-    ],
-    "glm4.5": ["<think></think>\nIn Norway.<|user|>", "<think></think>\nIn Italy.<|endoftext|>"],
-    "parts": [FIRST, SECOND],
-    "deepseek3": ["In Norway.</s>", "In Italy.</s>"],
-}
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_each_turn_is_trained_from_its_generation_prompt_to_the_token_that_ends_it(name, family):
-    assert show(turns(*TALK), family(name))[1] == TRAINED[name]
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_a_single_turn_is_trained_as_the_last_of_a_conversation(name, family):
-    expected = TRAINED[name][-1].replace("In Italy.", "In Norway.")
-    assert show(turns(*TALK[:2]), family(name))[1] == [expected]
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_a_system_prompt_is_in_the_text_whatever_a_template_does_with_it(name, family):
-    tokenizer = family(name)
-    for talk in (TALK[:2], TALK):
-        made, trained = show(turns(("system", "Be very brief."), *talk), tokenizer)
-        text = tokenizer.decode(made.input_ids)
-        assert text.count("Be very brief.") == 1 and len(trained) == len(talk) // 2
-        everything, _ = show(turns(("system", "Be very brief."), *talk), tokenizer, train_on="all")
-        assert "Be very brief." in tokenizer.decode(everything.input_ids)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_the_trained_text_is_what_a_model_would_be_asked_to_go_on_with(name, family):
-    """The prompt before the last turn is the template's own prompt, but for an opened block of thoughts."""
-    tokenizer = family(name)
-    messages = turns(*TALK)
-    made, _ = show(messages, tokenizer)
-    last = max(i for i, t in enumerate(made.completion) if t and not made.completion[i - 1])
-    before = tokenizer.decode(made.input_ids[:last])
-    if name == "parts":
+@pytest.mark.parametrize("title", CONVERSATIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_and_masks_are_those_written_by_hand(name, title):
+    tokenizer, golden = tokenizer_of(name), family(name).golden[title]
+    if isinstance(golden, str):
+        with pytest.raises(DataError, match=r"d\.jsonl:3: .*" + golden):
+            examples(CONVERSATIONS[title], tokenizer, max_length=MOST)
         return
-    asked = tokenizer.apply_chat_template(
-        messages[:3], add_generation_prompt=True, tokenize=False, date_string="x"
-    )
-    shared = before.rpartition("Rome?")[2]
-    assert asked.rpartition("Rome?")[2].startswith(
-        shared.removesuffix("<|im_start|>assistant\n") if name == "smollm3" else shared
-    )
+    found = examples(CONVERSATIONS[title], tokenizer, max_length=MOST if title == "long" else 4096)
+    expected = [ids_of(text, tokenizer) for text in golden]
+    if title == "long":
+        expected = [(ids[:MOST], mask[:MOST]) for ids, mask in expected]
+    shown = [tokenizer.decode(one.input_ids) for one in found]
+    assert shown == [tokenizer.decode(ids) for ids, _ in expected]
+    assert [(one.input_ids, one.completion) for one in found] == expected
 
 
-THINKING = [*TALK[:3], ("assistant", "<think>\nRome is a capital.\n</think>\n\nIn Italy.")]
+def test_the_zoo_is_whole():
+    assert len(FAMILIES) == 14 and all(set(family(name).golden) == set(CONVERSATIONS) for name in FAMILIES)
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("r1",)])
-def test_thoughts_of_the_last_turn_are_trained_where_the_template_keeps_them(name, family):
-    trained = show(turns(*THINKING), family(name))[1]
-    assert "Rome is a capital." in trained[-1] and "In Italy." in trained[-1]
+@pytest.mark.parametrize(("name", "title"), TRAINED)
+def test_each_trained_turn_stands_behind_the_generation_prompt_that_transformers_writes(
+    name, title, monkeypatch
+):
+    """Token for token what a model is given where it writes the turn itself."""
+    tokenizer, row = tokenizer_of(name), CONVERSATIONS[title]
+    prompts = [
+        one.input_ids[:place]
+        for one in examples(row, tokenizer)
+        for place in range(1, len(one))
+        if one.completion[place] and not one.completion[place - 1]
+    ]
+    messages = [
+        {**turn, "thinking": turn["reasoning_content"]} if "reasoning_content" in turn else turn
+        for turn in row["messages"]
+    ]
+    if name == "deepseek-r1" and title == "tools":
+        call = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+        messages[1] = {**messages[1], "tool_calls": [call]}
+    numbers = [
+        n
+        for n, turn in enumerate(messages)
+        if turn["role"] == "assistant" and turn != turns(("assistant", ""))[0]
+    ]
+    moment = SimpleNamespace(now=lambda: datetime.fromisoformat(MOMENT))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", moment)
+    asked = [
+        tokenizer.apply_chat_template(
+            messages[:number], tools=row.get("tools"), add_generation_prompt=True, return_dict=False
+        )
+        for number in numbers
+    ]
+    assert prompts == asked
 
 
-@pytest.mark.parametrize("name", ["qwen3", "r1"])
-def test_thoughts_that_a_template_drops_are_refused_by_turn_and_field(name, family):
-    early = [TALK[0], ("assistant", "<think>\nOslo is a capital.\n</think>\n\nIn Norway."), *TALK[2:]]
-    with pytest.raises(DataError, match=r"d\.jsonl:3: turn 1 \(assistant\).*leaves out its content"):
-        show(turns(*early), family(name))
-
-
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen3"])
-def test_a_field_of_reasoning_that_is_dropped_is_refused_by_its_name(name, family):
-    messages = turns(*TALK)
-    messages[1]["reasoning_content"] = "Oslo is a capital."
-    with pytest.raises(DataError, match=r"turn 1 \(assistant\).*leaves out its reasoning_content"):
-        show(messages, family(name))
-    del messages[1]["reasoning_content"]
-    messages[3]["reasoning"] = "Rome is a capital."
-    assert "Rome is a capital." in show(messages, family(name))[1][-1]
-
-
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+R1_END = family("deepseek-r1").roles["eos_token"]
+THOUGHT = {"messages": CONVERSATIONS["reasoning"]["messages"]}
+INLINE = {
+    "messages": [OSLO[0], {**OSLO[1], "content": "<think>\nOslo is a capital.\n</think>\n\nIn Norway."}]
 }
-USING = [*turns(("user", "Weather in Oslo?")), CALL, *turns(("tool", "7"), ("assistant", "7 degrees."))]
 
 
 @pytest.mark.parametrize(
-    ("name", "called"),
+    ("name", "whole", "answer"),
     [
+        ("qwen3", "<think>\nRome is one too.\n</think>\n\nIn Italy.<|im_end|>", "In Italy.<|im_end|>"),
+        ("deepseek-r1", "Rome is one too.\n</think>\n\nIn Italy." + R1_END, "In Italy." + R1_END),
         (
-            "qwen2.5",
-            '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+            "gpt-oss",
+            "<|channel|>analysis<|message|>Rome is one too.<|end|><|start|>assistant<|channel|>final<|message|>"
+            "In Italy.<|return|>",
+            "In Italy.<|return|>",
         ),
-        (
-            "qwen3",
-            '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
-        ),
-        ("llama3.1", '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>'),
-        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}}]</s>'),
-        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'),
-        ("deepseek3", '<|call|>weather\n{"city": "Oslo"}</s>'),
     ],
+)  # fmt: skip
+def test_the_last_turn_or_its_answer_alone_is_trained(name, whole, answer):
+    tokenizer = tokenizer_of(name)
+    assert trained(THOUGHT, tokenizer, train_turns="last") == [whole]
+    assert trained(THOUGHT, tokenizer, train_turns="final_answer") == [answer]
+    assert len(trained(THOUGHT, tokenizer, train_turns="all")) == 2
+
+
+def test_a_final_answer_calls_no_tool():
+    tokenizer, row = tokenizer_of("qwen2.5"), CONVERSATIONS["tools"]
+    assert trained(row, tokenizer, train_turns="final_answer") == ["7 degrees.<|im_end|>"]
+    calling = {**row, "messages": row["messages"][:2]}
+    assert examples(calling, tokenizer, train_turns="final_answer") == [
+        Dropped("d.jsonl:3", "no final answer")
+    ]
+    assert len(examples(calling, tokenizer, train_turns="last")) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+def test_reasoning_in_the_text_and_in_a_field_of_its_own_are_trained_alike(name):
+    tokenizer = tokenizer_of(name)
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        row = {"messages": [OSLO[0], {**OSLO[1], field: "Oslo is a capital."}]}
+        assert examples(row, tokenizer) == examples(INLINE, tokenizer)
+
+
+def test_a_turn_of_weight_zero_is_context_alone():
+    tokenizer = tokenizer_of("qwen3")
+    for switch in ({"weight": 0}, {"train": False}):
+        row = {"messages": [OSLO[0], {**OSLO[1], **switch}, *ROME]}
+        assert trained(row, tokenizer) == ["<think>\n\n</think>\n\nIn Italy.<|im_end|>"]
+
+
+def test_an_argument_of_the_recipe_reaches_the_template():
+    tokenizer = tokenizer_of("qwen3")
+    row = {"messages": [*OSLO, *ROME]}
+    assert trained(row, tokenizer, arguments={"enable_thinking": False}) == [
+        "In Norway.<|im_end|>",
+        "In Italy.<|im_end|>",
+    ]
+    with pytest.raises(DataError, match=r"turn 1 \(assistant\) has reasoning.*answer at once"):
+        examples(THOUGHT, tokenizer, arguments={"enable_thinking": False})
+    tokenizer = tokenizer_of("llama3.2")
+    (example,) = examples(row, tokenizer, arguments={"date_string": "1 May 2020"})
+    assert "Today Date: 1 May 2020" in tokenizer.decode(example.input_ids)
+
+
+def test_a_system_prompt_and_tools_of_the_recipe_are_for_conversations_without_any():
+    tokenizer = tokenizer_of("qwen2.5")
+    rules = {"system": "Be kind.", "tools": (TOOL,)}
+    (example,) = examples({"messages": OSLO}, tokenizer, **rules)
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>system\nBe kind.") and '"weather"' in text
+    assert trained({"messages": OSLO}, tokenizer, **rules) == ["In Norway.<|im_end|>"]
+    (example,) = examples({"messages": [*SYSTEM, *OSLO]}, tokenizer, **rules)
+    assert "Be brief." in tokenizer.decode(example.input_ids) and "kind" not in tokenizer.decode(
+        example.input_ids
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_train_on_all_has_the_text_of_the_last_turn_as_a_model_meets_it(name):
+    tokenizer = tokenizer_of(name)
+    title = "plain" if name == "gemma2" else "multi-turn"
+    (example,) = examples(CONVERSATIONS[title], tokenizer, train_on="all")
+    golden = family(name).golden[title][-1]
+    assert example.input_ids == ids_of(golden, tokenizer)[0] and all(example.completion[1:])
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "gpt-oss", "granite", "mistral-tekken", "smollm3"])
+def test_a_template_that_asks_for_the_date_is_known(name):
+    assert ChatTemplate.of(tokenizer_of(name)).dated and not ChatTemplate.of(tokenizer_of("qwen3")).dated
+
+
+def test_a_chat_model_with_another_eos_is_trained_to_the_end_of_its_turns(make_tokenizer):
+    tokenizer = make_tokenizer(eos_token="<|endoftext|>")
+    assert trained({"messages": [*OSLO, *ROME]}, tokenizer) == ["In Norway.<|im_end|>|In Italy.<|im_end|>"]
+
+
+# A thought is opened by the generation prompt and closed at once in every turn.
+NEMOTRON = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+    "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-def test_a_call_is_trained_to_its_end_with_its_arguments_as_the_template_takes_them(name, called, family):
-    trained = show(USING, family(name))[1]
-    assert trained[0].lstrip("\n") == called.lstrip("\n") and "7 degrees." in trained[1]
+# The next question's header is what ends a turn.
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
+    "<think></think>\n{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-@pytest.mark.parametrize("name", ["phi3", "granite", "phi4"])
-def test_a_call_that_a_template_drops_is_told(name, family):
-    with pytest.raises(DataError, match=r"turn 1 \(assistant\).*tool_calls\[0\]\.name"):
-        show(USING, family(name))
+def test_a_thought_that_the_prompt_opens_is_closed_in_the_trained_part(make_tokenizer):
+    tokenizer = make_tokenizer(NEMOTRON)
+    assert trained(THOUGHT, tokenizer) == [
+        "Oslo is a capital.</think>In Norway.<|im_end|>", "Rome is one too.</think>In Italy.<|im_end|>"
+    ]  # fmt: skip
+    first, second = examples({"messages": [*OSLO, *ROME]}, tokenizer)
+    assert tokenizer.decode(first.input_ids).endswith("assistant\n<think>\n</think>In Norway.<|im_end|>\n")
+    assert "<think></think>In Norway." in tokenizer.decode(second.input_ids)
+
+
+def test_the_header_of_the_next_turn_may_end_one(make_tokenizer):
+    special = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>"]
+    tokenizer = make_tokenizer(GLM, additional_special_tokens=special, eos_token="<|endoftext|>")
+    assert trained({"messages": [*OSLO, *ROME]}, tokenizer) == [
+        "<think></think>\nIn Norway.<|user|>|<think></think>\nIn Italy.<|endoftext|>"
+    ]
+
+
+def test_a_template_of_parts_is_given_parts(make_tokenizer):
+    row = {"messages": [*OSLO, ROME[0], {**ROME[1], "content": [{"type": "text", "text": "In Italy."}]}]}
+    assert trained(row, make_tokenizer(PARTS)) == ["In Norway.<|im_end|>|In Italy.<|im_end|>"]
+    assert trained(row, make_tokenizer()) == ["In Norway.<|im_end|>|In Italy.<|im_end|>"]
+
+
+def test_a_token_across_the_end_of_a_prompt_is_cut_there(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}", corpus=["assistant: yes", " yes no : yes"] * 4,
+    )  # fmt: skip
+    row = {"messages": turns(("user", "no"), ("assistant", "yes"))}
+    (example,) = examples(row, tokenizer)
+    prompt = tokenizer("user: no\nassistant:")["input_ids"]
+    assert example.input_ids[: len(prompt)] == prompt and example.completion.index(True) == len(prompt)
+    joined = tokenizer("user: no\nassistant:" + " yes\n")["input_ids"]
+    assert tokenizer.decode(example.input_ids) == tokenizer.decode(joined) + "<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -192,37 +277,10 @@ def test_arguments_that_a_template_drops_are_told(written, kept, make_tokenizer)
     )
     arguments = {"city": 'Köln\n"am" Rhein', "days": [12, True, None], "in": {"unit": "C"}}
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    record = {"messages": [USING[0], {**CALL, "tool_calls": [call]}, *USING[2:]]}
+    messages = list(CONVERSATIONS["tools"]["messages"])
+    messages[1] = {**messages[1], "content": None, "tool_calls": [call]}
     if kept:
-        assert any(render(to_sample(record, "messages", origin="f:1"), tokenizer, max_length=400).completion)
+        assert any(examples({"messages": messages}, tokenizer)[0].completion)
     else:
         with pytest.raises(DataError, match=r"turn 1 \(assistant\).*tool_calls\[0\]\.arguments"):
-            render(to_sample(record, "messages", origin="f:1"), tokenizer, max_length=400)
-
-
-def test_an_argument_of_the_recipe_reaches_the_template(family):
-    tokenizer = family("qwen3")
-    off = show(turns(*TALK), tokenizer, arguments={"enable_thinking": False})
-    assert off[1] == [FIRST, SECOND] and off[0].input_ids == show(turns(*TALK), tokenizer)[0].input_ids
-    tokenizer = family("llama3.1")
-    made, _ = show(turns(*TALK), tokenizer, arguments={"date_string": "1 May 2020"})
-    assert "Today Date: 1 May 2020" in tokenizer.decode(made.input_ids)
-
-
-@pytest.mark.parametrize("name", ["llama3.1", "gpt-oss"])
-def test_a_template_that_asks_for_the_date_is_given_one_and_says_so(name, family):
-    tokenizer = family(name)
-    made, _ = show(turns(*TALK), tokenizer)
-    text = tokenizer.decode(made.input_ids)
-    assert "02 Jan 2026" in text or "2026-01-02" in text
-    assert ChatTemplate.of(tokenizer).dated and not ChatTemplate.of(family("qwen3")).dated
-
-
-@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("parts", "mistral", "gpt-oss")])
-def test_a_rendering_is_that_of_transformers(name, family):
-    tokenizer = family(name)
-    messages = turns(("system", "Be brief."), *TALK)
-    made, _ = show(messages, tokenizer, arguments={"date_string": "1 May 2020"})
-    theirs = tokenizer.apply_chat_template(messages, tokenize=False, date_string="1 May 2020")
-    ours = tokenizer.decode(made.input_ids)
-    assert ours == theirs or ours == theirs + "<|endoftext|>"
+            examples({"messages": messages}, tokenizer)

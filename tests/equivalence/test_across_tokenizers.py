@@ -9,7 +9,7 @@ from selectkd import Objective, distillation_loss
 from selectkd.data.collate import collate, collate_packed
 from selectkd.data.crossing import cross
 from selectkd.data.formats import to_sample
-from selectkd.data.render import render
+from selectkd.data.render import TextRules, render
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
@@ -35,7 +35,8 @@ def world():
 def batch_of(tokenizer, packed=False):
     records = [{"prompt": TEXT[0], "completion": TEXT[i]} for i in (1, 2, 0)]
     made = [
-        render(to_sample(r, "prompt_completion", origin="made"), tokenizer, max_length=180) for r in records
+        render(to_sample(r, "prompt_completion", origin="made"), tokenizer, TextRules(180))[0]
+        for r in records
     ]
     return collate_packed([made[:2], made[2:]]) if packed else collate(made, pad_id=0)
 
@@ -186,7 +187,7 @@ def test_the_gradient_equals_the_numerical_one(world):
 
 def test_a_teacher_of_the_same_tokenizer_gives_the_loss_it_gives_alone(world):
     student, _, _, student_model, _ = world
-    whole = [render(to_sample({"text": t}, "text", origin="made"), student, max_length=180) for t in TEXT]
+    whole = [render(to_sample({"text": t}, "text", origin="made"), student, TextRules(180))[0] for t in TEXT]
     batch = collate(
         whole, pad_id=0
     )  # prompt and completion, tokenised apart, are not how the teacher reads them

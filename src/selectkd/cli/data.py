@@ -201,6 +201,7 @@ def _read(
     """The sources, and what is held out, None where nothing is. samples: the first of each source alone, held out or
     not.
     """
+    from selectkd.data.render import TextRules
     from selectkd.data.sources import dataset_source
     from selectkd.models.ends import end_ids
     from selectkd.training.recipe_text import read_text
@@ -208,8 +209,8 @@ def _read(
     if wanted.recipe is None:
         ends = end_ids(str(wanted.tokenizer), tokenizer)
         spec = {"path": wanted.path, "limit": samples}
-        options: Any = {"max_length": wanted.max_length, "on_bad_record": wanted.on_bad_record}
-        return [dataset_source(spec, tokenizer, eos_ids=ends, **options)], None
+        rules, on_bad = TextRules(wanted.max_length), _policy(wanted.on_bad_record)
+        return [dataset_source(spec, tokenizer, rules, eos_ids=ends, on_bad_record=on_bad)], None
     recipe = wanted.recipe
     if samples is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluation": None})})

@@ -131,6 +131,11 @@ class Data(Section):
     """What happens to a sample longer than training.max_length: cut it, leave it out, or end the run."""
     train_on: Literal["completion", "all"] = "completion"
     """Which tokens are trained: those of the completion (the assistant's turns), or all."""
+    train_turns: Literal["all", "last", "final_answer"] = "all"
+    """Which assistant turns of a conversation are trained: `all`, the `last` one, or of the last one without tool calls
+    its `final_answer`, without its reasoning."""
+    system: Text | None = None
+    """System prompt of conversations that have none. Left out: the chat template's own, if any."""
     packing: bool = False
     """`true` puts several samples in one row, kept apart by the attention mask; it saves padding."""
     bucket: bool = False
@@ -139,7 +144,8 @@ class Data(Section):
     """Chat template in place of the tokenizer's: a file, a name of the tokenizer's, or the text itself. The student
     is saved with it."""
     template_arguments: Arguments = {}
-    """Arguments of the chat template beside the messages, such as {enable_thinking: false}."""
+    """Arguments of the chat template beside the messages, such as {enable_thinking: false}. `tools` are the tool
+    schemas of conversations that have none."""
     date: Moment | None = None
     """Date that the chat template is given as today's, such as 2026-01-31. Left out: the day the run or its cache
     began."""
@@ -286,6 +292,14 @@ class Recipe(Section):
         """The models that a run loads by name: teachers, student and reference student."""
         named = [*(one.model for one in self.teachers if isinstance(one, ModelTeacher)), self.student.model]
         return [one for one in [*named, self.reference and self.reference.model] if one is not None]
+
+    @property
+    def prompt_limit(self) -> int:
+        """Most tokens of a prompt: as training says, or three quarters of a sample, fewer for long written answers."""
+        if self.training.max_prompt_length is not None:
+            return self.training.max_prompt_length
+        length = self.training.max_length
+        return max(1, length - max(1, length // 4, self.data.max_new_tokens or 0))
 
     @model_validator(mode="after")
     def _adapters_can_be_off(self) -> Self:

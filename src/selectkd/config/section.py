@@ -41,7 +41,7 @@ def _component(value: Any) -> Any:
     return value
 
 
-SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+SET_BY_RENDERING = ("messages", "documents", "add_generation_prompt", "strftime_now")
 
 
 def _arguments(value: Any) -> Any:
@@ -49,6 +49,9 @@ def _arguments(value: Any) -> Any:
     reserved = [name for name in SET_BY_RENDERING if isinstance(value, dict) and name in value]
     if reserved:
         raise refuse(f"sets {reserved[0]}, which every rendering sets itself; leave it out")
+    tools = value.get("tools", []) if isinstance(value, dict) else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise refuse("sets tools, which must be a list of tool schemas: [{type: function, function: {...}}]")
     return value
 
 

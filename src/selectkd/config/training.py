@@ -82,8 +82,9 @@ class Training(Section):
     """Micro-batches in one optimizer step."""
     max_length: Annotated[int, Field(ge=2), Whole] = 1024
     """Most tokens of a sample, prompt and completion together. The default is SelecTKD's."""
-    max_prompt_length: Count = 512
-    """Most tokens of a prompt, which is cut on its left. The default is SelecTKD's."""
+    max_prompt_length: Count | None = None
+    """Most tokens of a prompt, which is cut on its left. Left out: three quarters of max_length, fewer where
+    data.max_new_tokens needs more room."""
     precision: Literal["auto", "bf16", "bf16-pure", "fp32", "tf32"] = "auto"
     """`bf16` multiplies in bf16 and keeps weights and optimizer in fp32; `bf16-pure` keeps all in bf16. `tf32`
     rounds the inputs of fp32 products. `auto`: bf16 on a GPU that has it, tf32 on other GPUs, fp32 on a CPU."""
@@ -146,7 +147,7 @@ class Training(Section):
             )
         if (self.max_steps is None) == (self.epochs is None):
             raise refuse("needs exactly one of max_steps and epochs; set the other to null")
-        if self.max_prompt_length >= self.max_length:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise refuse(
                 f"max_prompt_length = {self.max_prompt_length} leaves no room for a completion within "
                 f"max_length = {self.max_length}; lower the one or raise the other"

@@ -1,17 +1,19 @@
 """Conversations to tokens: a chat template renders, and positions in its text say which tokens are trained.
 
 A turn is trained from the end of its generation prompt to the token that ends it. Tokens behind that one, a newline or
-the end of the whole conversation, are not trained: no model has to write them.
+the end of the whole conversation, are not trained: no model has to write them. Templates that change earlier turns make
+several texts of one conversation (``positions``).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 from selectkd.data.formats import Sample
-from selectkd.data.positions import Turn, lay_out, shaped
+from selectkd.data.positions import Layout, TrainTurns, lay_out, shaped
 from selectkd.data.renderer import Job
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
@@ -19,9 +21,15 @@ from selectkd.errors import DataError
 
 
 def tokenize_chat(
-    sample: Sample, tokenizer: Any, template: ChatTemplate, *, eos_ids: Collection[int], window: Window
-) -> tuple[list[int], list[bool]]:
-    """(ids, trained) of a conversation, its trained assistant turns marked, each with the token that ends the turn.
+    sample: Sample,
+    tokenizer: Any,
+    template: ChatTemplate,
+    *,
+    eos_ids: Collection[int],
+    window: Window,
+    train_turns: TrainTurns = "all",
+) -> list[tuple[list[int], list[bool]]]:
+    """(ids, trained) of each text of a conversation, its trained turns marked, each with the token that ends it.
 
     eos_ids: what ends a turn beside what the template itself writes behind one. Raises DataError naming the row and the
     turn: see ``lay_out``; and where the tokenizer cannot say which characters a token covers.
@@ -33,24 +41,51 @@ def tokenize_chat(
             "What would work: a fast tokenizer (a folder with tokenizer.json), or pre-tokenised "
             "input_ids + labels."
         )
-    layout = lay_out(sample, template)
     ends = turn_ends(template, tokenizer, eos_ids, sample)
-    first = min(begin for turn in layout.turns for begin, _ in turn.pieces[:1])
-    cut = window.of(layout.text, first, tokenizer)
-    encoded = tokenizer(cut.text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = list(encoded["input_ids"]), [cut.place(start) for start, _ in encoded["offset_mapping"]]
+    signs = frozenset(tokenizer.convert_ids_to_tokens(sorted(ends)))
+    layouts = lay_out(sample, template, ends=signs, train_turns=train_turns)
+    return [_tokens(layout, tokenizer, ends, window, sample) for layout in layouts]
+
+
+def _tokens(
+    layout: Layout, tokenizer: Any, ends: Collection[int], window: Window, sample: Sample
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a text, those trained that begin in a trained piece, and EOS behind a text that nothing ends."""
+    cut = window.of(layout.text, layout.pieces[0][0], tokenizer)
+    ids, starts = _encoded(cut.text, [cut.index(begin) for begin in layout.begins], tokenizer)
     trained = [False] * len(ids)
-    for turn in layout.turns:
-        for start, stop in _tokens(turn, ids, starts, ends):
-            trained[start:stop] = [True] * (stop - start)
-    if not any(trained) and len(cut.text) == len(layout.text):
+    for begin, stop in layout.pieces:
+        first, last = (bisect_left(starts, cut.index(place)) for place in (begin, stop))
+        trained[first:last] = [True] * (last - first)
+    whole = cut.stop == len(layout.text)
+    if not any(trained) and whole:
         raise DataError(f"{sample.origin}: no token begins within a trained turn. Leave the row out.")
-    eos = tokenizer.eos_token_id
-    whole = cut.stop == len(layout.text) and bool(ids) and trained[-1] and ids[-1] not in ends
-    if isinstance(eos, int) and whole and ids[-1] not in set(tokenizer.all_special_ids):
-        ids.append(eos)
-        trained.append(True)
+    open_end = whole and trained[-1] and ids[-1] not in {*ends, *tokenizer.all_special_ids}
+    if open_end and isinstance(tokenizer.eos_token_id, int):
+        return [*ids, tokenizer.eos_token_id], [*trained, True]
     return ids, trained
+
+
+def _encoded(text: str, begins: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids of a text and the character each begins at.
+
+    Where a token would reach across the end of a generation prompt, the text is cut there first: a model is given the
+    prompt's own tokens.
+    """
+
+    def encode(begin: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
+        found = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], [(begin + one, begin + two) for one, two in found["offset_mapping"]]
+
+    ids, spans = encode(0, len(text))
+    starts = [one for one, _ in spans]
+    before = [bisect_left(starts, begin) - 1 for begin in begins]
+    if any(i >= 0 and spans[i][1] > begin for i, begin in zip(before, begins, strict=True)):
+        cuts = [0, *(begin for begin in begins if 0 < begin < len(text)), len(text)]
+        parts = [encode(*pair) for pair in pairwise(cuts)]
+        ids = [index for some, _ in parts for index in some]
+        starts = [one for _, some in parts for one, _ in some]
+    return list(ids), starts
 
 
 def rendered(
@@ -102,22 +137,3 @@ def _special(tail: str, tokenizer: Any, known: Collection[int], *, directly: boo
         if index in special:
             return {index} if not directly or not tokenizer.decode(ids[:place]).strip() else set()
     return set()
-
-
-def _tokens(
-    turn: Turn, ids: Sequence[int], starts: Sequence[int], ends: Collection[int]
-) -> list[tuple[int, int]]:
-    """The runs of tokens of a turn, the last one up to the token that ends the turn where there is one.
-
-    A token that begins before the turn belongs to the prompt: at generation time it is already written.
-    """
-    runs = [(bisect_left(starts, begin), bisect_left(starts, end)) for begin, end in turn.pieces]
-    if not runs:
-        return []
-    index = bisect_left(starts, turn.known)
-    while index < len(ids) and starts[index] < turn.reach:
-        if ids[index] in ends:
-            runs[-1] = (runs[-1][0], index + 1)
-            break
-        index += 1
-    return [(start, stop) for start, stop in runs if start < stop]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from selectkd.data.detection import FORMATS, LABELLED, left_aside, matching_formats, verdict_of
 from selectkd.data.folders import SUFFIXES, TABLES, files_of
-from selectkd.data.formats import FORMATS, LABELLED, left_aside, matching_formats, verdict_of
 from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]

@@ -1,46 +1,32 @@
-"""Record formats: what a row of a data set can look like, and the one shape every row becomes, a ``Sample``.
-
-Detection goes by field names only. A row with the fields of two formats, or of none, is refused rather than
-guessed. This module imports no tensor library.
-"""
+"""Records of every format as one shape, ``Sample``. This module imports no tensor library."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from selectkd.data.detection import (
+    COMPLETION_NAMES,
+    FORMATS,
+    LABELLED,
+    OUTPUT_NAMES,
+    PROMPT_NAMES,
+    SYSTEM_NAMES,
+    TALK_NAMES,
+    TEXT_NAMES,
+    VERDICTS,
+    matching_formats,
+    pair_names,
+    present,
+    verdict_of,
+)
 from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turn_of
 from selectkd.errors import DataError
 
-FORMATS: Mapping[str, str] = {
-    "messages": "messages: [{role, content}, ...]; every assistant turn is trained",
-    "conversations": "conversations: [{from, value}, ...] (ShareGPT); every gpt turn is trained",
-    "prompt_completion": "prompt + completion (also query/question + response/answer), text or messages",
-    "instruction": "instruction + output (or response), optional input, system and history",
-    "preference": "prompt + chosen + rejected; chosen is trained, rejected is not used",
-    "unpaired_preference": "prompt + completion, messages, ... + label; true is trained, false is left out",
-    "text": "text: plain text, every token trained",
-    "tokens": "input_ids, optional labels (-100 = not trained) or completion_mask",
-}
-
-PROMPT_NAMES = ("prompt", "query", "question")
-COMPLETION_NAMES = ("completion", "response", "answer")
-VERDICTS = ("label", "kto_tag")
-"""Fields that say whether an answer is good: TRL's and LLaMA-Factory's."""
-READ = {
-    "prompt_completion": (*PROMPT_NAMES, *COMPLETION_NAMES, "system", "system_prompt", "tools"),
-    "instruction": (
-        "instruction", "input", "context", "output", *COMPLETION_NAMES, "system", "system_prompt", "history", "tools",
-    ),
-    "preference": (*PROMPT_NAMES, "chosen", "rejected", "system", "system_prompt", "tools"),
-}  # fmt: skip
-"""The fields of formats of several; of the others the text stands in the field that names them."""
-ASIDE = ("context", "input", "passage", "document", "history", "instruction", "reasoning", "reasoning_content",
-         "thinking", "system", "system_prompt", "tools")  # fmt: skip
-"""Fields that are text of other formats, so that a reader may take them for text of this one."""
-LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
-"""Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+"""What parts the turns of a conversation written as one text (HH-RLHF)."""
 
 
 @dataclass(frozen=True)
@@ -66,69 +52,6 @@ class Sample:
     rejected: bool = False
 
 
-def _present(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of ``names`` that the record has with a value, else None."""
-    return next((name for name in names if record.get(name) is not None), None)
-
-
-def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every format whose fields the record has; the prompt of a preference row counts for it alone."""
-    rest = {name: value for name, value in record.items() if value is not None}
-    found: list[str] = []
-    if "chosen" in rest and "rejected" in rest:
-        found.append("preference")
-        prompt = _present(rest, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
-        for name in ("chosen", "rejected", prompt, "input" if prompt == "instruction" else None):
-            rest.pop(name or "", None)
-    found += [name for name in ("messages", "conversations") if name in rest]
-    if "instruction" in rest and _present(rest, ("output", *COMPLETION_NAMES)):
-        found.append("instruction")
-    elif _present(rest, PROMPT_NAMES) and _present(rest, COMPLETION_NAMES):
-        found.append("prompt_completion")
-    if "input_ids" in rest:
-        found.append("tokens")
-    if "text" in rest:
-        found.append("text")
-    if len(found) == 1 and found[0] in LABELLED and isinstance(verdict_of(record), bool):
-        return ("unpaired_preference",)
-    return tuple(found)
-
-
-def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
-    """Fields of a record that look like text and are no part of it in this format."""
-    if format not in READ:
-        return []
-    read = (*READ[format], *(READ["instruction"] if record.get("instruction") else ()))
-    return [name for name in ASIDE if record.get(name) not in (None, "", []) and name not in read]
-
-
-def verdict_of(record: Mapping[str, Any]) -> Any:
-    """The record's verdict on its answer, None where it has none."""
-    name = _present(record, VERDICTS)
-    return None if name is None else record[name]
-
-
-def detect_format(record: Mapping[str, Any], *, origin: str = "record") -> str:
-    """The name in FORMATS of the one format whose fields the record has.
-
-    Raises DataError for a record with the fields of two formats or of none, naming the fields it has.
-    """
-    found = matching_formats(record)
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(sorted(map(str, record))[:12]) or "none"
-    if found:
-        raise DataError(
-            f"{origin}: the fields of {len(found)} formats at once ({', '.join(found)}); fields: {names}.\n"
-            f"Say which one is meant with `format: {found[0]}` in the source, or remove the other fields."
-        )
-    raise DataError(
-        f"{origin}: no known format; fields: {names}.\n"
-        "What would work: messages | conversations | prompt + completion | instruction + output |\n"
-        "prompt + chosen + rejected | text | input_ids."
-    )
-
-
 def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record") -> Sample:
     """The record as a ``Sample``; ``format`` is a key of FORMATS.
 
@@ -145,20 +68,49 @@ def _refuse(where: Where, problem: str) -> NoReturn:
 
 
 def _need(record: Mapping[str, Any], names: Sequence[str], where: Where) -> tuple[str, Any]:
-    name = _present(record, names)
+    name = present(record, names)
     if name is None:
         _refuse(where, f"the field {names[0]!r} is missing or null; it needs text.")
     return name, record[name]
 
 
 def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
-    """A list of turns, or one turn alone, as messages in the role/content shape."""
+    """Turns as messages in the role/content shape: a list of turns or one alone, texts that take turns, pairs of
+    {input, output}, or a transcript.
+    """
     items = [value] if isinstance(value, Mapping) else value
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        items = from_json(value)
+    if isinstance(value, str):
+        items = from_json(value) if value.lstrip()[:1] == "[" else _transcript(value)
     if not isinstance(items, list | tuple) or not items:
         _refuse(where, f"needs a list of turns, not {_shown(value)}.")
-    return [turn_of(item, where.at(index)) for index, item in enumerate(items)]
+    if len(items) > 1 and all(isinstance(item, str) for item in items):
+        items = [
+            {"role": ("user", "assistant")[index % 2], "content": item} for index, item in enumerate(items)
+        ]
+    turns: list[dict[str, Any]] = []
+    for index, item in enumerate(items):
+        at = where.at(index)
+        if (
+            isinstance(item, Mapping)
+            and "input" in item
+            and "output" in item
+            and not {"role", "from"} & item.keys()
+        ):
+            turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
+            turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
+        else:
+            turns.append(turn_of(item, at))
+    return turns
+
+
+def _transcript(text: str) -> list[dict[str, Any]]:
+    """The turns of a conversation written as one text, empty where it is none."""
+    _, *parts = TRANSCRIPT.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _chat(
@@ -214,30 +166,37 @@ def _tools(value: Any, where: Where) -> tuple[Any, ...] | None:
     return tuple(value) or None
 
 
-def _system(record: Mapping[str, Any], where: Where) -> list[dict[str, Any]]:
-    name = _present(record, ("system", "system_prompt"))
-    text = plain_text(record[name], where.at(name)) if name else ""
+def _system(
+    record: Mapping[str, Any], where: Where, turns: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """The system turn of a record's field, none before turns that begin with one of their own."""
+    name = present(record, SYSTEM_NAMES)
+    if name is None or (turns and turns[0]["role"] in ("system", "developer")):
+        return []
+    text = plain_text(record[name], where.at(name))
     return [{"role": "system", "content": text}] if text else []
 
 
 def _extra_input(record: Mapping[str, Any], where: Where) -> str:
     """The text of an instruction's ``input`` or ``context``, empty where there is none."""
-    name = _present(record, ("input", "context"))
+    name = present(record, ("input", "context"))
     return plain_text(record[name], where.at(name)) if name else ""
 
 
 def _messages(record: Mapping[str, Any], where: Where) -> Sample:
     at = where.at("messages")
     turns = _turns(record.get("messages"), at)
-    return _chat(where.origin, "messages", turns, at, record=record)
+    return _chat(where.origin, "messages", _system(record, where, turns) + turns, at, record=record)
 
 
 def _conversations(record: Mapping[str, Any], where: Where) -> Sample:
-    at = where.at("conversations")
-    turns = _turns(record.get("conversations"), at)
-    if turns[0]["role"] != "system":
-        turns = _system(record, where) + turns
-    return _chat(where.origin, "conversations", turns, at, record=record)
+    name = present(record, TALK_NAMES) or TALK_NAMES[0]
+    at = where.at(name)
+    turns = _turns(record.get(name), at)
+    start = 1 if turns[0]["role"] in ("system", "developer") else 0
+    while len(turns) > start and turns[start]["role"] == "assistant":
+        del turns[start]  # an answer to a question that was left out of the record (ShareGPT)
+    return _chat(where.origin, "conversations", _system(record, where, turns) + turns, at, record=record)
 
 
 def _pair(
@@ -254,27 +213,31 @@ def _pair(
         reply = [{"role": "assistant", "content": plain_text(answer[1], answer_at)}]
     else:
         reply = _turns(answer[1], answer_at)
-    if isinstance(prompt[1], str) and isinstance(answer[1], str):
-        plain = (prompt[1], answer[1])
     if reply[: len(turns)] == turns:
         reply = reply[len(turns) :]
-    if turns[0]["role"] != "system":
-        turns = _system(record, where) + turns
+    system = _system(record, where, turns)
+    if isinstance(prompt[1], str) and isinstance(answer[1], str) and not system:
+        plain = (prompt[1], answer[1])
+    turns = system + turns
     return _chat(
         where.origin, format, turns + reply, where, record=record, first_trained=len(turns), plain=plain
     )
 
 
 def _prompt_completion(record: Mapping[str, Any], where: Where) -> Sample:
-    prompt = _need(record, PROMPT_NAMES, where)
-    return _pair(record, where, prompt, _need(record, COMPLETION_NAMES, where), "prompt_completion")
+    names = pair_names(record)
+    if names is None:
+        prompt = _need(record, (*PROMPT_NAMES, "input"), where)
+        return _pair(record, where, prompt, _need(record, COMPLETION_NAMES, where), "prompt_completion")
+    prompt, answer = ((name, record[name]) for name in names)
+    return _pair(record, where, prompt, answer, "prompt_completion")
 
 
 def _preference(record: Mapping[str, Any], where: Where) -> Sample:
     chosen = _need(record, ("chosen",), where)
-    name = _present(record, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
+    name = present(record, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
     if name is None:
-        turns = chosen[1]
+        turns = _transcript(chosen[1]) if isinstance(chosen[1], str) else chosen[1]
         if not isinstance(turns, list | tuple) or len(turns) < 2:
             _refuse(
                 where,
@@ -290,7 +253,7 @@ def _preference(record: Mapping[str, Any], where: Where) -> Sample:
 
 def _instruction(record: Mapping[str, Any], where: Where) -> Sample:
     instruction = plain_text(record.get("instruction"), where.at("instruction"))
-    name, value = _need(record, ("output", *COMPLETION_NAMES), where)
+    name, value = _need(record, OUTPUT_NAMES, where)
     output = plain_text(value, where.at(name))
     extra = _extra_input(record, where)
     turns = _system(record, where)
@@ -319,7 +282,8 @@ def _instruction(record: Mapping[str, Any], where: Where) -> Sample:
 
 
 def _text(record: Mapping[str, Any], where: Where) -> Sample:
-    return Sample(where.origin, "text", text=plain_text(record.get("text"), where.at("text")))
+    name = present(record, TEXT_NAMES) or TEXT_NAMES[0]
+    return Sample(where.origin, "text", text=plain_text(record.get(name), where.at(name)))
 
 
 def _tokens(record: Mapping[str, Any], where: Where) -> Sample:
@@ -366,7 +330,7 @@ def _unpaired(record: Mapping[str, Any], where: Where) -> Sample:
     """A row of one answer with a verdict on it."""
     label = verdict_of(record)
     if not isinstance(label, bool):
-        _refuse(where.at(_present(record, VERDICTS) or "label"), f"needs true or false, not {_shown(label)}.")
+        _refuse(where.at(present(record, VERDICTS) or "label"), f"needs true or false, not {_shown(label)}.")
     kinds = matching_formats({name: value for name, value in record.items() if name not in VERDICTS})
     if len(kinds) != 1 or kinds[0] not in LABELLED:
         _refuse(where, f"a row with a label needs the fields of one of {', '.join(LABELLED)}.")

@@ -1,19 +1,19 @@
-"""Where each turn of a conversation stands in its rendering.
+"""Where each trained turn of a conversation stands in its text.
 
-A mark put behind the text of every message shows where that text ends; what a template writes from there to the place
-where a model goes on is the generation prompt. Both are found in the rendering of the whole conversation, which is what
-is trained on, so a template may change earlier turns when later ones follow. A template's own {% generation %} marks
-count more where it has them. Whatever a trained turn says must be found in its place; else the row is refused.
+A turn is laid out as a model meets it: the template's generation prompt for the messages before it, then the turn as
+the template writes it at the end of a conversation. A template may change a turn when later ones follow. One text
+holds several trained turns only where each stands in it as at the end of its own conversation; else a conversation
+becomes several texts. A template's own {% generation %} marks narrow what is trained.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, NoReturn
 
 from selectkd.data.formats import Sample
 from selectkd.data.jinja_process import CLOSE, OPEN, REASONING
@@ -21,122 +21,122 @@ from selectkd.data.renderer import Job
 from selectkd.data.template import BEGIN, END, ChatTemplate, Traits, mark
 from selectkd.errors import DataError
 
+TrainTurns = Literal["all", "last", "final_answer"]
 MARK = re.compile(f"{BEGIN}([0-9]+){END}")
+RESERVED = re.compile(f"[{BEGIN}{END}{OPEN}{CLOSE}]")
 GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 TAG = re.compile(r"\s*(</?[A-Za-z_]+>|\[/?[A-Z_]+\])\s*")
 """A tag such as <think> with the space around it, which templates write in their own way."""
 NO_THOUGHT = re.compile(r"<think>\s*</think>\s*|\[THINK\]\s*\[/THINK\]\s*")
-LAYOUT = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\s")
-"""What may differ between a generation prompt and the turn that follows it: special tokens and space."""
+OPENED = re.compile(r"(<think>|\[THINK\])\s*\Z")
+"""The end of a generation prompt that lets the model think."""
+OPENING = re.compile(r"(?:<think>|\[THINK\])\s*")
+CLOSED = re.compile(rf"(?:{NO_THOUGHT.pattern})\Z")
+"""The end of a generation prompt that has the model answer at once."""
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*|\s*\[THINK\](.*?)\[/THINK\]\s*", re.DOTALL)
+CLOSING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 WORD = re.compile(r"(?<![\\\w])(?!(?:true|false|null)\b)[a-zA-Z0-9]{2,}")
 """A word of a call's arguments that stands in every way of writing them: JSON, tags, Python."""
-APART = 64
-"""Messages of a conversation that are marked one at a time where all marks at once change the rendering."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A trained turn in characters of the rendering. pieces: what is trained, but for the token that ends the turn;
-    that begins at ``known`` or later and before ``reach``, and nothing behind it is trained.
-    """
-
-    pieces: tuple[tuple[int, int], ...]
-    known: int
-    reach: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendering and its trained turns."""
+    """A text and the parts of it that are trained, [begin, end) in characters, in their order. begins: the ends of the
+    generation prompts of its trained turns.
+    """
 
     text: str
-    turns: tuple[Turn, ...]
+    pieces: tuple[tuple[int, int], ...]
+    begins: tuple[int, ...]
 
 
-@dataclass
-class _Reading:
-    """A rendered conversation. text: without marks; ends: where the text of each message ends in it; spans: the parts
-    that the template marks as generated, None where it marks nothing; prompts: the generation prompt behind each role.
-    """
+@dataclass(frozen=True)
+class _Conversation:
+    """A conversation in the shapes its template takes. marked: the template marks what is generated."""
 
     sample: Sample
     template: ChatTemplate
     messages: list[dict[str, Any]]
-    text: str
-    ends: dict[int, int]
-    spans: list[tuple[int, int]] | None
-    prompts: dict[str, tuple[int, str]]
-    order: list[int] = field(default_factory=list)
+    marked: bool
+    thinks: bool
+    ends: Collection[str]
 
-    def job(self, stop: int | None = None, *, marks: Any = True, prompt: bool = False) -> Job:
-        return _job(self.sample, self.messages[:stop], marks=marks, prompt=prompt)
+    def job(self, stop: int, *, marks: Collection[int] = (), prompt: bool = False) -> Job:
+        """A rendering of the messages before ``stop``, with a mark behind the text of those whose numbers are given."""
+        shown = [
+            _with_mark(message, number) if number in marks else message
+            for number, message in enumerate(self.messages[:stop])
+        ]
+        return Job(shown, self.sample.tools, prompt)
 
 
-def lay_out(sample: Sample, template: ChatTemplate, *, turns: bool = True) -> Layout:
-    """The rendering of a conversation and where its trained turns stand in it (not, where ``turns`` is False).
-
-    Raises DataError naming the row, the turn and the field: where the template cannot render it, gives a trained turn
-    no position, or leaves out something that is said.
+@dataclass(frozen=True)
+class _Turn:
+    """A trained turn at the end of its own text, behind ``begin``, the end of its generation prompt. stop: where
+    nothing is read any more; ended: whether a token of the text ends the turn there.
     """
-    reading = _read(sample, template, turns)
-    for number, message in enumerate(reading.messages):
-        if number not in reading.ends and message["role"] != "assistant" and _content(message):
-            _lost(sample, number, "content", message["role"])
-    if not turns:
-        for number in sample.trained:
-            _check(reading, number, reading.text)
-        return Layout(reading.text, ())
-    found = tuple(_turn(reading, number) for number in sample.trained)
-    if not any(begin < end for turn in found for begin, end in turn.pieces):
+
+    text: str
+    begin: int
+    pieces: tuple[tuple[int, int], ...]
+    stop: int
+    ended: bool
+
+
+def lay_out(
+    sample: Sample, template: ChatTemplate, *, ends: Collection[str], train_turns: TrainTurns = "all"
+) -> list[Layout]:
+    """The texts of a conversation with what is trained in each, in the order of its turns; empty for no such turn.
+
+    ends: the tokens that end a turn. Raises DataError naming the row, the turn and the field: where the template cannot
+    render it, gives a trained turn no position, or leaves out something that a message has.
+    """
+    numbers = chosen(sample, train_turns)
+    if not numbers:
+        return []
+    talk = _conversation(sample, template, ends)
+    jobs = [job for number in numbers for job in (talk.job(number, prompt=True), talk.job(number + 1))]
+    marked = [number for number in range(numbers[-1]) if talk.messages[number]["role"] != "assistant"]
+    *texts, shown = template.rendered(
+        sample.origin, [*jobs, talk.job(numbers[-1], marks=marked, prompt=True)]
+    )
+    _check_context(talk, numbers[-1], texts[-2], shown)
+    turns = [
+        _turn(talk, number, texts[2 * place], texts[2 * place + 1], answer=train_turns == "final_answer")
+        for place, number in enumerate(numbers)
+    ]
+    if not any(turn.pieces for turn in turns):
         raise DataError(
             f"{sample.origin}: the chat template marks no token of the assistant turns as generated.\n"
             "Put {% generation %} ... {% endgeneration %} around the assistant's text in the template, or leave the "
             "marks out."
         )
-    return Layout(reading.text, found)
+    return _together([turn for turn in turns if turn.pieces], ends)
 
 
-def _read(sample: Sample, template: ChatTemplate, turns: bool) -> _Reading:
-    traits = template.traits(sample.origin, tools=bool(sample.tools))
-    messages = [shaped(message, traits) for message in sample.messages or ()]
-    if any(
-        sign in json.dumps(messages, ensure_ascii=False, default=str) for sign in (BEGIN, END, OPEN, CLOSE)
-    ):
-        raise DataError(
-            f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
-        )
-    has_marks = GENERATION.search(COMMENT.sub("", template.text(sample.origin, tools=bool(sample.tools))))
-    before: dict[str, int] = {}
-    for number in sample.trained if turns and not has_marks else ():
-        if number:
-            before.setdefault(messages[number - 1]["role"], number)
-    jobs = [_job(sample, messages, marks=()), _job(sample, messages)]
-    for number in before.values():
-        jobs += [_job(sample, messages[:number], prompt=prompt) for prompt in (True, False)]
-    plain, marked, *others = template.rendered(sample.origin, jobs)
-    prompts = {
-        role: (number, _prompt(sample, number, others[2 * i], others[2 * i + 1]))
-        for i, (role, number) in enumerate(before.items())
-    }
-    reading = _Reading(sample, template, messages, plain, {}, None, prompts)
-    reading.text, spans = _unmarked(plain)
-    reading.spans = spans if has_marks else None
-    reading.ends = _ends(reading, marked)
-    _with_system(reading, marked)
-    reading.order = sorted(reading.ends)
-    return reading
+def whole_text(sample: Sample, template: ChatTemplate) -> str:
+    """The text of a conversation, its last turn as a model meets it; for ``train_on: all``. Raises DataError."""
+    talk = _conversation(sample, template, ())
+    count = len(talk.messages)
+    if talk.messages[-1]["role"] == "assistant" and count - 1 in sample.trained:
+        return lay_out(sample, template, ends=(), train_turns="last")[-1].text
+    others = [number for number in range(count) if talk.messages[number]["role"] != "assistant"]
+    plain, shown = template.rendered(sample.origin, [talk.job(count), talk.job(count, marks=others)])
+    _check_context(talk, count, plain, shown)
+    text, _ = _unmarked(plain)
+    for number in sample.trained:
+        _check(talk, number, text)
+    return text
 
 
-def _job(
-    sample: Sample, messages: Sequence[dict[str, Any]], *, marks: Any = True, prompt: bool = False
-) -> Job:
-    """A rendering with a mark behind the text of every message, or of those whose numbers are given."""
-    shown = [
-        _with_mark(message, number) if marks is True or number in marks else message
-        for number, message in enumerate(messages)
-    ]
-    return Job(shown, sample.tools, prompt)
+def chosen(sample: Sample, train_turns: TrainTurns) -> tuple[int, ...]:
+    """The numbers of the turns that are trained, of those that the row leaves to train."""
+    if train_turns == "all":
+        return sample.trained
+    messages = sample.messages or ()
+    found = [n for n in sample.trained if train_turns == "last" or not messages[n].get("tool_calls")]
+    return tuple(found[-1:])
 
 
 def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
@@ -152,6 +152,18 @@ def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     return turn
 
 
+def _conversation(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> _Conversation:
+    traits = template.traits(sample.origin, tools=bool(sample.tools))
+    messages = [shaped(message, traits) for message in sample.messages or ()]
+    if RESERVED.search(json.dumps(messages, ensure_ascii=False, default=str)):
+        raise DataError(
+            f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
+        )
+    source = COMMENT.sub("", template.text(sample.origin, tools=bool(sample.tools)))
+    thinks = any(closing in source for closing in CLOSING.values())
+    return _Conversation(sample, template, messages, GENERATION.search(source) is not None, thinks, ends)
+
+
 def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _in_text(call["function"])}
@@ -162,14 +174,9 @@ def _with_mark(message: dict[str, Any], number: int) -> dict[str, Any]:
     """The message with a mark behind its text, before the space at its end, which some templates cut off."""
     content = message.get("content")
     if isinstance(content, list):
-        if not content:
-            parts = [] if message["role"] == "assistant" else [{"type": "text", "text": mark(number)}]
-            return {**message, "content": parts}
-        last = content[-1]
+        last = content[-1] if content else {"type": "text", "text": ""}
         return {**message, "content": [*content[:-1], {**last, "text": _marked(last["text"], number)}]}
-    if not isinstance(content, str) or (not content and message["role"] == "assistant"):
-        return message  # a turn that only calls tools: text in it would change how they are written
-    return {**message, "content": _marked(content, number)}
+    return {**message, "content": _marked(content, number)} if isinstance(content, str) else message
 
 
 def _marked(text: str, number: int) -> str:
@@ -187,6 +194,8 @@ def _content(message: Mapping[str, Any]) -> str:
 
 def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
     """A rendering without the signs of a template's generation blocks, and the blocks that hold any text."""
+    if OPEN not in text:
+        return text, []
     spans: list[tuple[int, int]] = []
     opened: list[int] = []
     pieces, length = [], 0
@@ -203,184 +212,164 @@ def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), spans
 
 
-def _places(marked: str) -> tuple[str, dict[int, int]]:
-    """A rendering without marks, and where each mark stood (of two of a kind the last)."""
-    places: dict[int, int] = {}
-    pieces, length, start = [], 0, 0
-    for found in MARK.finditer(marked):
-        piece = marked[start : found.start()]
-        pieces.append(piece)
-        length += len(piece)
-        places[int(found[1])] = length
-        start = found.end()
-    return "".join([*pieces, marked[start:]]), places
-
-
-def _placed(marked: str, text: str) -> dict[int, int] | None:
-    """Where the marks of a rendering stand in ``text``; None where more than space differs between the two."""
-    plain, places = _places(_unmarked(marked)[0])
-    if plain == text:
-        return places
-    if "".join(plain.split()) != "".join(text.split()):
-        return None
-    solid = [index for index, letter in enumerate(text) if not letter.isspace()]
-    counts = {number: len("".join(plain[:place].split())) for number, place in places.items()}
-    return {number: solid[count - 1] + 1 if count else 0 for number, count in counts.items()}
-
-
-def _ends(reading: _Reading, marked: str) -> dict[int, int]:
-    """Where the text of each message ends in the rendering."""
-    found = _placed(marked, reading.text)
-    if found is not None:
-        return found
-    # A mark changed what the template writes. Each by itself, then, and where that fails by the text itself.
-    numbers = range(len(reading.messages))[:APART]
-    jobs = [reading.job(marks=(number,)) for number in numbers]
-    ends: dict[int, int] = {}
-    for one in reading.template.rendered(reading.sample.origin, jobs):
-        ends |= _placed(one, reading.text) or {}
-    for number, message in enumerate(reading.messages):
+def _check_context(talk: _Conversation, stop: int, plain: str, marked: str) -> None:
+    """DataError where the text of a message before ``stop`` that is no assistant's is not in the rendering."""
+    places = {int(number) for number in MARK.findall(marked)}
+    for number, message in enumerate(talk.messages[:stop]):
         content = _content(message)
-        if number not in ends and content and reading.text.count(content) == 1:
-            ends[number] = reading.text.index(content) + len(content)
-    return ends
+        if message["role"] != "assistant" and number not in places and content and content not in plain:
+            _lost(talk.sample, number, "content", message["role"])
 
 
-def _with_system(reading: _Reading, marked: str) -> None:
-    """Takes the text up to the last prompt as a model would see it, where the whole rendering has no system prompt."""
-    lost = [
-        number
-        for number, message in enumerate(reading.messages)
-        if message["role"] in ("system", "developer") and number not in reading.ends and _content(message)
-    ]
-    last = max(reading.sample.trained, default=0)
-    if not lost or not last or last - 1 not in reading.ends:
-        return
-    (prompted,) = reading.template.rendered(reading.sample.origin, [reading.job(last, prompt=True)])
-    head, found, _ = prompted.rpartition(mark(last - 1))
-    _, again, rest = marked.rpartition(mark(last - 1))
-    if not found or not again or any(mark(number) not in head for number in lost):
-        return
-    whole, _ = _unmarked(head + found + rest)
-    reading.text, reading.ends = _places(whole)
-    if reading.spans is not None:
-        reading.spans = _unmarked(MARK.sub("", head + rest))[1]
-
-
-def _prompt(sample: Sample, turn: int, with_prompt: str, without: str) -> str:
-    """What a template writes between the message before ``turn`` and the place where a model goes on."""
-    before, found, prompt = _unmarked(with_prompt)[0].rpartition(mark(turn - 1))
-    if not found:
-        _lost(sample, turn - 1, "content", (sample.messages or ())[turn - 1]["role"])
-    if before != _unmarked(without)[0].rpartition(mark(turn - 1))[0]:
-        _nowhere(sample, turn, "its generation prompt is not how the turn begins", "", "")
-    return prompt
-
-
-def _turn(reading: _Reading, number: int) -> Turn:
-    text = reading.text
-    after = reading.ends.get(number - 1, 0) if number else 0
-    placed = reading.order
-    later = bisect_right(placed, number)
-    limit = _start(reading, placed[later]) if later < len(placed) else len(text)
-    if number and number - 1 not in reading.ends:
-        _lost(reading.sample, number - 1, "content", reading.messages[number - 1]["role"])
-    if reading.spans is not None:
-        spans = [(begin, end) for begin, end in reading.spans if begin >= after and end <= max(limit, after)]
-        region = "".join(text[begin:end] for begin, end in spans)
-        if spans:
-            _check(reading, number, region)
-            known = _known(reading, number, spans[0][0], spans[-1][1])
-            return Turn(tuple(spans), min(known, spans[-1][1]), spans[-1][1] + 1)
-        return Turn((), 0, 0)
-    _check(reading, number, text[after:limit])
-    begin = _begin(reading, number, after)
-    known = _known(reading, number, begin, limit)
-    end = len(text)
-    if limit < len(text):
-        last = reading.template.traits(reading.sample.origin, tools=bool(reading.sample.tools)).last
-        end = known + _common(text[known:limit], last)
-    return Turn(((begin, end),), known, limit)
-
-
-def _start(reading: _Reading, number: int) -> int:
-    """Where the text of a message begins, or a place shortly behind that."""
-    content, end = _content(reading.messages[number]), reading.ends[number]
-    return end - len(content) if reading.text.endswith(content, 0, end) else end
-
-
-def _begin(reading: _Reading, number: int, after: int) -> int:
-    """Where a trained turn begins: behind its generation prompt, as far as that is in the rendering."""
-    if not number:
-        return 0
-    text, role = reading.text, reading.messages[number - 1]["role"]
-    of, prompt = reading.prompts[role]
-    if not text.startswith(prompt, after) and of != number:
-        jobs = [reading.job(number, prompt=True), reading.job(number)]
-        prompt = _prompt(reading.sample, number, *reading.template.rendered(reading.sample.origin, jobs))
-    if text.startswith(prompt, after):
-        return after + len(prompt)
-    first = next(iter(_fields(reading.messages[number])), ("", ""))[1]
-    place = text.find(TAG.split(first)[0] or first, after) if first else -1
-    place = len(text) if place < 0 else place
-    common = _common(text[after : min(place, after + len(prompt))], prompt)
-    rests = (prompt[common:], text[after + common : place])
-    if not common or any(LAYOUT.sub("", rest) for rest in rests):
-        shown = text[after + common : after + common + 30]
-        _nowhere(
-            reading.sample,
-            number,
-            "its generation prompt is not how the turn begins",
-            prompt[common:][:30],
-            shown,
+def _turn(talk: _Conversation, number: int, prompt: str, whole: str, *, answer: bool) -> _Turn:
+    """A turn behind its generation prompt, with what is trained of it; ``answer``: from behind its reasoning."""
+    message = talk.messages[number]
+    prompt, (whole, spans) = _unmarked(prompt)[0], _unmarked(whole)
+    if CLOSED.search(prompt) and _reasoning(message):
+        raise DataError(
+            f"{talk.sample.origin}: turn {number} (assistant) has reasoning, but its generation prompt has the model "
+            "answer at once.\nWhat would work: data.template_arguments that let the model think "
+            "(enable_thinking: true), or a row without reasoning."
         )
-    return after + common
+    written = whole[len(prompt) :] if whole.startswith(prompt) else _behind_prompt(talk, number)
+    opened = OPENED.search(prompt)
+    written = _with_reasoning(talk, message, opened, written)
+    text, begin = prompt + written, len(prompt)
+    _check(talk, number, text[begin if opened is None else opened.start() :])
+    parts = [(begin, len(text))]
+    if talk.marked and whole.endswith(written):
+        shift = len(text) - len(whole)
+        parts = [(max(begin, one + shift), two + shift) for one, two in spans if two + shift > begin]
+    if not parts:
+        return _Turn(text, begin, (), len(text), False)
+    last = parts[-1][1]
+    thought = _search(_reasoning(message), text, begin)
+    answers = begin if thought is None else thought[1]
+    place, stop = _end(text, min(_known(message, text, answers), last), last, talk.ends) or (last, last)
+    if answer:
+        begin = max(answers, text.rfind(_answer(message), answers, place))
+    pieces = [(max(begin, one), min(two, place)) for one, two in parts if two > begin and one < place]
+    if pieces:
+        pieces[-1] = (pieces[-1][0], stop)
+    return _Turn(text, len(prompt), tuple(pieces), stop, stop > place)
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    shorter = min(len(one), len(other))
-    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+def _end(text: str, known: int, last: int, ends: Collection[str]) -> tuple[int, int] | None:
+    """Begin and end of the first token that ends a turn and begins from ``known`` to ``last``; None without one."""
+    found = [(place, place + len(end)) for end in ends if 0 <= (place := text.find(end, known)) <= last]
+    return min(found, key=lambda one: (one[0], -one[1])) if found else None
 
 
-def _known(reading: _Reading, number: int, begin: int, limit: int) -> int:
-    """The end of a turn's content: of its text and of the names of its calls."""
-    message = reading.messages[number]
-    known = max(begin, reading.ends[number]) if _content(message) and number in reading.ends else begin
+def _behind_prompt(talk: _Conversation, number: int) -> str:
+    """A turn as it stands behind its generation prompt, where the two are not one rendering's beginning and rest."""
+    if not number:
+        _nowhere(talk.sample, number, "", "")
+    before = number - 1
+    jobs = [talk.job(number, marks=(before,), prompt=True), talk.job(number + 1, marks=(before,))]
+    asked, written = (
+        _unmarked(text)[0].rpartition(mark(before))
+        for text in talk.template.rendered(talk.sample.origin, jobs)
+    )
+    if not asked[1] or not written[1]:
+        _lost(talk.sample, before, "content", talk.messages[before]["role"])
+    prompt, rest = asked[2], written[2]
+    if rest.startswith(prompt):
+        return rest[len(prompt) :]
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, rest, strict=False)))
+    if not prompt[shared:].strip():
+        return rest[shared:].lstrip()
+    for ending, beginning in ((OPENED, OPENING), (CLOSED, NO_THOUGHT)):
+        thought = ending.search(prompt)
+        if thought is not None and shared >= thought.start():
+            rest = rest[thought.start() :]
+            head = beginning.match(rest)
+            return rest if head is None else rest[head.end() :]
+    _nowhere(talk.sample, number, prompt[shared:], rest[shared:])
+
+
+def _with_reasoning(
+    talk: _Conversation, message: Mapping[str, Any], opened: re.Match[str] | None, written: str
+) -> str:
+    """A turn with the reasoning that its template leaves out, closed where its generation prompt has ``opened`` it."""
+    reasoning = _reasoning(message)
+    if opened is None:
+        if not talk.thinks or not reasoning or _search(reasoning, written, 0) is not None:
+            return written
+        return f"<think>\n{reasoning}\n</think>\n\n" + written.lstrip("\n")
+    closing = CLOSING[opened[1]]
+    return written if closing in written else f"{reasoning}\n{closing}\n\n" + written.lstrip("\n")
+
+
+def _reasoning(message: Mapping[str, Any]) -> str:
+    """The reasoning of a turn, in a field of its own or at the beginning of its text."""
+    for name in REASONING:
+        if message.get(name) is not None:
+            return str(message[name]).strip()
+    found = THOUGHT.match(_content(message))
+    return (found[1] or found[2] or "").strip() if found is not None else ""
+
+
+def _answer(message: Mapping[str, Any]) -> str:
+    """The text of a turn behind its reasoning."""
+    return (
+        THOUGHT.sub("", _content(message), count=1) if THOUGHT.match(_content(message)) else _content(message)
+    )
+
+
+def _known(message: Mapping[str, Any], text: str, begin: int) -> int:
+    """Where a turn's answer and the names of its calls end, looked for from ``begin`` on."""
+    found = _search(_answer(message), text, begin)
+    known = begin if found is None else found[1]
     for name in _calls(message):
-        place = reading.text.find(name, known, limit)
+        place = text.find(name, known)
         known = place + len(name) if place >= 0 else known
-    return min(known, limit)
+    return known
 
 
 def _calls(message: Mapping[str, Any]) -> list[str]:
     return [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls") or ()]
 
 
-def _fields(message: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The content of a turn, by field, in the order templates write it."""
+def _check(talk: _Conversation, number: int, region: str) -> None:
+    """DataError where a field of a trained turn is not in its part of the text."""
+    message = talk.messages[number]
     thought = [(name, str(message[name]).strip()) for name in REASONING if message.get(name) is not None][:1]
     spoken = [("content", NO_THOUGHT.sub("", _content(message)).strip())]
     calls = [(f"tool_calls[{index}].name", name) for index, name in enumerate(_calls(message))]
-    return [(name, text) for name, text in (*thought, *spoken, *calls) if text]
-
-
-def _check(reading: _Reading, number: int, region: str) -> None:
-    """DataError where a field of a trained turn is not in its part of the rendering."""
-    message = reading.messages[number]
-    for name, text in _fields(message):
-        if text not in region and not _in_pieces(text, region):
-            _lost(reading.sample, number, name, "assistant")
+    for name, text in (*thought, *spoken, *calls):
+        if _search(text, region, 0) is None:
+            _lost(talk.sample, number, name, "assistant")
     for index, call in enumerate(message.get("tool_calls") or ()):
         words = WORD.findall(json.dumps(call.get("function", call).get("arguments"), ensure_ascii=False))
         if not all(word in region for word in words):
-            _lost(reading.sample, number, f"tool_calls[{index}].arguments", "assistant")
+            _lost(talk.sample, number, f"tool_calls[{index}].arguments", "assistant")
 
 
-def _in_pieces(text: str, region: str) -> bool:
-    """Whether ``text`` stands in the region but for the space around tags such as <think>."""
-    pieces = [piece for piece in TAG.split(text) if piece.strip()]
-    return re.search(r"\s*".join(re.escape(piece) for piece in pieces), region) is not None
+def _search(text: str, region: str, begin: int) -> tuple[int, int] | None:
+    """Where ``text`` stands in the region from ``begin`` on, but for the space around tags."""
+    place = region.find(text, begin)
+    if place >= 0:
+        return place, place + len(text)
+    pieces = [re.escape(piece) for piece in TAG.split(text) if piece.strip()]
+    found = re.compile(r"\s*".join(pieces)).search(region, begin) if len(pieces) > 1 else None
+    return None if found is None else found.span()
+
+
+def _together(turns: Sequence[_Turn], ends: Collection[str]) -> list[Layout]:
+    """Turns in as few texts as hold them all unchanged."""
+    layouts: list[Layout] = []
+    for turn in reversed(turns):
+        for place, home in enumerate(layouts):
+            if home.text.startswith(turn.text[: turn.stop]):
+                *first, (begin, stop) = turn.pieces
+                if not turn.ended:  # no token of its own ends it; the next turn's first one may
+                    _, stop = _end(home.text, stop, stop, ends) or (stop, stop)
+                pieces = (*first, (begin, stop), *home.pieces)
+                layouts[place] = Layout(home.text, pieces, (turn.begin, *home.begins))
+                break
+        else:
+            layouts.append(Layout(turn.text, turn.pieces, (turn.begin,)))
+    return layouts[::-1]
 
 
 def _lost(sample: Sample, number: int, name: str, role: str) -> NoReturn:
@@ -392,9 +381,9 @@ def _lost(sample: Sample, number: int, name: str, role: str) -> NoReturn:
     )
 
 
-def _nowhere(sample: Sample, number: int, problem: str, short: str, long: str) -> NoReturn:
-    shown = f"\n({short!r} against {long!r})." if short or long else "."
+def _nowhere(sample: Sample, number: int, prompt: str, written: str) -> NoReturn:
     raise DataError(
-        f"{sample.origin}: turn {number} has no position in the rendering: {problem}{shown}\n"
-        "What would work: {% generation %} marks in the chat template (data.chat_template: FILE), or train_on: all."
+        f"{sample.origin}: turn {number} has no position: its generation prompt is not how the turn begins\n"
+        f"({prompt[:30]!r} against {written[:30]!r}).\n"
+        "What would work: a chat template whose turns begin with its generation prompt (data.chat_template: FILE)."
     )

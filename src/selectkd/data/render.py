@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from selectkd.data.chat import leaves_out_tools, tokenize_chat
 from selectkd.data.formats import Sample
-from selectkd.data.positions import lay_out
+from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
@@ -79,80 +79,116 @@ def pad_id_of(tokenizer: Any) -> int:
     return pad if isinstance(pad, int) else ends[0] if ends else 0
 
 
+@dataclass(frozen=True)
+class TextRules:
+    """What of a record is trained, in how many tokens, and what a conversation has by default.
+
+    max_length: most tokens of a sample, at least 2. max_prompt_length: most tokens before the first trained one, from 1
+    to max_length - 1; None for no limit. system, tools: of conversations without any of their own. Raises ConfigError
+    for a value that cannot be.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    on_too_long: OnTooLong = "truncate"
+    train_on: TrainOn = "completion"
+    train_turns: TrainTurns = "all"
+    system: str | None = None
+    tools: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("on_too_long", OnTooLong), ("train_on", TrainOn), ("train_turns", TrainTurns)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}. What would work: {known}.")
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length is {self.max_length}; a token and the one it predicts need at least 2."
+            )
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise ConfigError(
+                f"max_prompt_length is {self.max_prompt_length}; it must lie from 1 to max_length - 1 = "
+                f"{self.max_length - 1}."
+            )
+
+
 def render(
     sample: Sample,
     tokenizer: Any,
+    rules: TextRules,
     *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    on_too_long: OnTooLong = "truncate",
-    train_on: TrainOn = "completion",
     stream: int = 0,
     eos_ids: Collection[int] = (),
     template: ChatTemplate | None = None,
-) -> Example | Dropped:
-    """The sample as an ``Example`` of at most ``max_length`` tokens, or ``Dropped`` with the reason.
+) -> list[Example | Dropped]:
+    """The sample as one ``Example`` or more of at most ``max_length`` tokens; in place of one that is left out,
+    ``Dropped`` with the reason.
 
-    Truncation cuts the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right; a
-    completion that was cut gets no EOS. eos_ids: what ends a turn beside the tokenizer's EOS. template: the
-    tokenizer's, unless given. Raises DataError naming the row, and ConfigError for an unknown policy.
+    A conversation is several examples where its template changes earlier turns (``data.positions``). Truncation cuts
+    the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right; a completion that was cut
+    gets no EOS. eos_ids: what ends a turn beside the tokenizer's EOS. template: the tokenizer's, unless given. Raises
+    DataError naming the row.
     """
-    _check_policy(on_too_long, train_on, max_length, max_prompt_length)
     if sample.rejected:
-        return Dropped(sample.origin, "labelled false")
-    if sample.input_ids is None and sample.text is None and not sample.trained:
-        replies = [message for message in sample.messages or () if message["role"] == "assistant"]
-        return Dropped(sample.origin, "empty completion" if replies else "no completion")
+        return [Dropped(sample.origin, "labelled false")]
+    if sample.messages is not None and not sample.trained:
+        replies = [message for message in sample.messages if message["role"] == "assistant"]
+        return [Dropped(sample.origin, "empty completion" if replies else "no completion")]
     template = ChatTemplate.of(tokenizer) if template is None else template
-    window = Window(max_length, max_prompt_length)
-    ids, trained = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), train_on, template, window)
-    if ids:
-        trained[0] = False
-    if not any(trained):
-        return Dropped(sample.origin, "nothing to train on")
+    sample = _with_defaults(sample, rules)
+    texts = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), rules, template)
+    if not texts:
+        return [Dropped(sample.origin, "no final answer")]
     without_tools = leaves_out_tools(sample, template)
-    example = Example(ids, trained, stream, sample.origin, without_tools=without_tools)
-    keep_first = bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
-    return _fit(example, max_length, max_prompt_length, on_too_long, keep_first)
+    results: list[Example | Dropped] = []
+    for ids, trained in texts:
+        if ids:
+            trained[0] = False
+        if not any(trained):
+            results.append(Dropped(sample.origin, "nothing to train on"))
+            continue
+        example = Example(ids, trained, stream, sample.origin, without_tools=without_tools)
+        keep_first = ids[0] == getattr(tokenizer, "bos_token_id", None)
+        results.append(_fit(example, rules, keep_first))
+    return results
 
 
-def _check_policy(on_too_long: str, train_on: str, max_length: int, max_prompt_length: int | None) -> None:
-    if on_too_long not in ("truncate", "drop", "error"):
-        raise ConfigError(f"on_too_long is {on_too_long!r}. What would work: truncate, drop, error.")
-    if train_on not in ("completion", "all"):
-        raise ConfigError(f"train_on is {train_on!r}. What would work: completion, all.")
-    if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; a token and the one it predicts need at least 2.")
-    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
-        raise ConfigError(
-            f"max_prompt_length is {max_prompt_length}; it must lie from 1 to max_length - 1 = "
-            f"{max_length - 1}."
-        )
+def _with_defaults(sample: Sample, rules: TextRules) -> Sample:
+    """The sample with the system prompt and the tools that conversations without any are given."""
+    messages = sample.messages
+    if messages is None:
+        return sample
+    if rules.tools and sample.tools is None:
+        sample = replace(sample, tools=rules.tools)
+    if rules.system is None or messages[0]["role"] in ("system", "developer"):
+        return sample
+    first = {"role": "system", "content": rules.system}
+    trained = tuple(number + 1 for number in sample.trained)
+    # Without a template the prompt would be written alone: such a row needs one from here on.
+    return replace(sample, messages=(first, *messages), trained=trained, completion=None)
 
 
 def _tokenize(
-    sample: Sample,
-    tokenizer: Any,
-    eos_ids: frozenset[int],
-    train_on: str,
-    template: ChatTemplate,
-    window: Window,
-) -> tuple[list[int], list[bool]]:
+    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], rules: TextRules, template: ChatTemplate
+) -> list[tuple[list[int], list[bool]]]:
+    """(ids, trained) of each text of a sample."""
+    window = Window(rules.max_length, rules.max_prompt_length)
     if sample.input_ids is not None:
-        return _pretokenised(sample, tokenizer, train_on)
+        return [_pretokenised(sample, tokenizer, rules.train_on)]
     if sample.text is not None:
         if not sample.text.strip():
-            return [], []
+            return [([], [])]
         text = window.of(sample.text, 0, tokenizer).text
         ids = with_start(_encode(tokenizer, text), tokenizer) + _end(tokenizer)
-        return _single_end(ids, [True] * len(ids), eos_ids)
+        return [_single_end(ids, [True] * len(ids), eos_ids)]
     if template.source or sample.completion is None:
-        if train_on == "all" and template.source:
-            text = lay_out(sample, template, turns=False).text
-            ids = _encode(tokenizer, window.of(text, 0, tokenizer).text)
-            return ids, [True] * len(ids)
-        return tokenize_chat(sample, tokenizer, template, eos_ids=eos_ids, window=window)
-    return _joined(sample, tokenizer, eos_ids, train_on, window)
+        if rules.train_on == "all" and template.source:
+            ids = _encode(tokenizer, window.of(whole_text(sample, template), 0, tokenizer).text)
+            return [(ids, [True] * len(ids))]
+        return tokenize_chat(
+            sample, tokenizer, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
+        )
+    return [_joined(sample, tokenizer, eos_ids, rules.train_on, window)]
 
 
 def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
@@ -234,22 +270,21 @@ def _single_end(ids: list[int], trained: list[bool], eos_ids: frozenset[int]) ->
     return (ids[:-1], trained[:-1]) if twice else (ids, trained)
 
 
-def _fit(
-    example: Example, max_length: int, max_prompt_length: int | None, on_too_long: str, keep_first: bool
-) -> Example | Dropped:
+def _fit(example: Example, rules: TextRules, keep_first: bool) -> Example | Dropped:
     """The example within its limits, by policy."""
+    max_length, max_prompt_length = rules.max_length, rules.max_prompt_length
     prompt = example.completion.index(True)
     long_prompt = max_prompt_length is not None and prompt > max_prompt_length
     if not long_prompt and len(example) <= max_length:
         return example
-    if on_too_long == "error":
+    if rules.on_too_long == "error":
         what, limit = ("max_prompt_length", max_prompt_length) if long_prompt else ("max_length", max_length)
         size = prompt if long_prompt else len(example)
         raise DataError(
             f"{example.origin}: {size} tokens, but {what} is {limit}. Raise {what}, or use "
             "on_too_long: truncate | drop."
         )
-    if on_too_long == "drop":
+    if rules.on_too_long == "drop":
         return Dropped(example.origin, "too long")
     ids, trained = example.input_ids, example.completion
     if long_prompt and max_prompt_length is not None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.data.collate import Batch, collate, collate_packed, pack
+from selectkd.data.detection import FORMATS
 from selectkd.data.files import OnBad, Records, read_records
-from selectkd.data.formats import FORMATS, to_sample
-from selectkd.data.render import Dropped, Example, OnTooLong, TrainOn, render
+from selectkd.data.formats import to_sample
+from selectkd.data.render import Dropped, Example, TextRules, render
 from selectkd.data.template import ChatTemplate
 from selectkd.errors import ConfigError, DataError
 
@@ -62,11 +63,8 @@ class Source:
 def dataset_source(
     spec: Mapping[str, Any],
     tokenizer: Any,
+    rules: TextRules,
     *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    on_too_long: OnTooLong = "truncate",
-    train_on: TrainOn = "completion",
     on_bad_record: OnBad = "error",
     stream: int = 0,
     eos_ids: Collection[int] = (),
@@ -98,7 +96,7 @@ def dataset_source(
             on_bad_record=on_bad_record,
         )
     template = ChatTemplate.of(tokenizer) if template is None else template
-    wanted = given.get("written_by")
+    wanted, max_length = given.get("written_by"), rules.max_length
     counts: Counter[str] = Counter(read=len(records))
     problems = list(records.skipped)
     examples: list[Example] = []
@@ -107,32 +105,23 @@ def dataset_source(
             counts["by another writer"] += 1
             continue
         try:
-            result = render(
-                to_sample(record, records.format, origin=origin),
-                tokenizer,
-                max_length=max_length,
-                max_prompt_length=max_prompt_length,
-                on_too_long=on_too_long,
-                train_on=train_on,
-                stream=stream,
-                eos_ids=eos_ids,
-                template=template,
-            )
-            if route is not None and isinstance(result, Example):
-                result = replace(result, route=route(record, origin))
+            sample = to_sample(record, records.format, origin=origin)
+            found = render(sample, tokenizer, rules, stream=stream, eos_ids=eos_ids, template=template)
+            teacher = -1 if route is None else route(record, origin)
         except DataError as error:
             if on_bad_record == "error":
                 raise
             problems.append(str(error).splitlines()[0])
             continue
-        if isinstance(result, Dropped):
-            counts[result.reason] += 1
-            continue
-        counts["truncated"] += result.truncated
-        counts[f"prompts cut to max_prompt_length {max_prompt_length}"] += result.cut_prompt
-        counts[f"cut to max_length {max_length}"] += result.truncated and len(result) == max_length
-        counts[WITHOUT_TOOLS] += result.without_tools
-        examples.append(result)
+        for result in found:
+            if isinstance(result, Dropped):
+                counts[result.reason] += 1
+                continue
+            counts["truncated"] += result.truncated
+            counts[f"prompts cut to max_prompt_length {rules.max_prompt_length}"] += result.cut_prompt
+            counts[f"cut to max_length {max_length}"] += result.truncated and len(result) == max_length
+            counts[WITHOUT_TOOLS] += result.without_tools
+            examples.append(replace(result, route=teacher))
     cuts = ("read", "truncated", *(name for name in counts if " cut to " in f" {name}"))
     dropped = {name: value for name, value in counts.items() if name not in cuts and value}
     reasons = ", ".join(f"{value} {name}" for name, value in dropped.items())

@@ -34,7 +34,7 @@ SWITCHES = ("train", "training", "loss")
 FOLLOWS = {
     "system": (None,),
     "developer": (None, "system"),
-    "user": (None, "system", "developer", "assistant", "tool"),
+    "user": (None, "user", "system", "developer", "assistant", "tool"),
     "assistant": ("system", "developer", "user", "tool"),
     "tool": ("assistant", "tool"),
 }

@@ -20,9 +20,9 @@ class Part:
     stop: int
     head: int = 0
 
-    def place(self, index: int) -> int:
-        """Where a character of the part stands in the whole text."""
-        return index if index < self.head else index - self.head + self.start
+    def index(self, place: int) -> int:
+        """Where a character of the whole text, at or behind ``start``, stands in the part."""
+        return place - self.start + self.head
 
 
 @dataclass(frozen=True)

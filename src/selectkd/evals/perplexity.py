@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from selectkd.data.collate import collate
-from selectkd.data.render import pad_id_of
+from selectkd.data.render import TextRules, pad_id_of
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
@@ -21,7 +21,7 @@ from selectkd.training.heldout.evaluation import negative_log_likelihood
 @torch.no_grad()
 def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int) -> list[tuple[float, int]]:
     """(-log q summed in nats, tokens) of each sample of a file, over the tokens a recipe would train on."""
-    source = dataset_source({"path": str(path), "limit": limit}, loaded.tokenizer, max_length=max_length)
+    source = dataset_source({"path": str(path), "limit": limit}, loaded.tokenizer, TextRules(max_length))
     head, hidden_of = head_of(loaded.model), backbone(loaded.model)
     found = []
     for example in source.examples:

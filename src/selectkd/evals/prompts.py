@@ -7,6 +7,7 @@ from typing import Any
 
 from selectkd.data.chat import rendered
 from selectkd.data.formats import Sample
+from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.template import ChatTemplate
 
@@ -30,5 +31,5 @@ def read_prompts(
     path: str | os.PathLike[str], tokenizer: Any, *, limit: int | None = None
 ) -> list[list[int]]:
     """The prompts of a file in any format a recipe's source may have: what stands before its first trained token."""
-    source = dataset_source({"path": str(path), "limit": limit}, tokenizer, max_length=LONGEST_PROMPT)
+    source = dataset_source({"path": str(path), "limit": limit}, tokenizer, TextRules(LONGEST_PROMPT))
     return [example.input_ids[: example.completion.index(True)] for example in source.examples]

@@ -38,7 +38,7 @@ class DistillConfig(TrainingArguments):
     verify_temperature: float = 1.0
     language_model: float = 0.0
     max_length: int = 1024
-    max_prompt_length: int = 512
+    max_prompt_length: int | None = None
     train_on: str = "completion"
     chunk: int | None = None
     gradient_filter: float = 0.0

@@ -37,6 +37,7 @@ from selectkd.training.distill_config import DistillConfig
 from selectkd.training.feed import Feed
 from selectkd.training.heldout.evaluation import evaluate
 from selectkd.training.ledger import Ledger
+from selectkd.training.recipe_text import rules_of
 from selectkd.training.run_folder import CHECKPOINTS
 from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import LedgerTrainer
@@ -194,10 +195,8 @@ def _source(data: Any, name: str, *, recipe: Recipe, tokenizer: Any, ends: froze
     return dataset_source(
         {"path": name, "name": "train"},
         tokenizer,
+        rules_of(recipe),
         records=records_of(items, name),
-        max_length=recipe.training.max_length,
-        max_prompt_length=recipe.training.max_prompt_length,
-        train_on=recipe.data.train_on,
         eos_ids=ends,
         template=ChatTemplate.of(tokenizer),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.data.render import TextRules
 from selectkd.data.sources import Source, dataset_source
 from selectkd.data.template import ChatTemplate, source_of
 from selectkd.errors import CacheError, ConfigError
@@ -55,11 +56,8 @@ def read_text(
     text = partial(
         dataset_source,
         tokenizer=tokenizer,
-        max_length=recipe.training.max_length,
-        max_prompt_length=recipe.training.max_prompt_length,
+        rules=rules_of(recipe),
         on_bad_record=recipe.data.on_bad_record,
-        on_too_long=recipe.data.on_too_long,
-        train_on=recipe.data.train_on,
         eos_ids=ends,
         template=template,
     )
@@ -80,12 +78,27 @@ def read_text(
     )
 
 
+def rules_of(recipe: Any) -> TextRules:
+    """What a recipe trains of a record, in how many tokens."""
+    data = recipe.data
+    return TextRules(
+        max_length=recipe.training.max_length,
+        max_prompt_length=recipe.prompt_limit,
+        on_too_long=data.on_too_long,
+        train_on=data.train_on,
+        train_turns=data.train_turns,
+        system=data.system,
+        tools=tuple(data.template_arguments.get("tools") or ()),
+    )
+
+
 def template_of(recipe: Any, tokenizer: Any, *, date: str | None = None) -> ChatTemplate:
     """The chat template of a recipe; where it names one, the tokenizer has that from here on and is saved with it."""
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = source_of(recipe.data.chat_template, tokenizer)
     moment = recipe.data.date or _cached(recipe).get("date") or date
-    return ChatTemplate.of(tokenizer, arguments=recipe.data.template_arguments, moment=moment)
+    arguments = {name: value for name, value in recipe.data.template_arguments.items() if name != "tools"}
+    return ChatTemplate.of(tokenizer, arguments=arguments, moment=moment)
 
 
 def ends_of(recipe: Any, tokenizer: Any) -> frozenset[int]:

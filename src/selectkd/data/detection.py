@@ -1,0 +1,126 @@
+"""Which format a record has, by the names of its fields alone.
+
+A record may have the fields of several formats. The first one of FORMATS counts: what is closest to tokens, then what
+says most about the turns. Fields of the others are no part of the text, and ``left_aside`` names them. This module
+imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from selectkd.errors import DataError
+
+FORMATS: Mapping[str, str] = {
+    "tokens": "input_ids, optional labels (-100 = not trained) or completion_mask",
+    "preference": "prompt + chosen + rejected; chosen is trained, rejected is not used",
+    "unpaired_preference": "prompt + completion, messages, ... + label; true is trained, false is left out",
+    "messages": "messages: [{role, content}, ...]; every assistant turn is trained",
+    "conversations": "conversations: [{from, value}, ...] (ShareGPT); every gpt turn is trained",
+    "instruction": "instruction + output (or response), optional input, system and history",
+    "prompt_completion": "prompt + completion (also question + answer, problem + solution, ...), text or messages",
+    "text": "text (or content): plain text, every token trained",
+}
+"""The formats in the order in which one is chosen for a record with the fields of several."""
+
+PROMPT_NAMES = ("prompt", "query", "question", "problem", "inputs")
+COMPLETION_NAMES = ("completion", "response", "solution", "answer", "targets", "target")
+"""A solution comes before an answer, which is its last line where a record has both (MATH-500, NuminaMath)."""
+OUTPUT_NAMES = ("output", *COMPLETION_NAMES, "generation")
+TALK_NAMES = ("conversations", "conversation")
+TEXT_NAMES = ("text", "content")
+SYSTEM_NAMES = ("system", "system_prompt")
+VERDICTS = ("label", "kto_tag")
+"""Fields that say whether an answer is good: TRL's and LLaMA-Factory's."""
+LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
+"""Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
+
+_OTHERS = ("tools", *SYSTEM_NAMES)
+_PAIR = (*PROMPT_NAMES, "input", *COMPLETION_NAMES, "output", *_OTHERS)
+_INSTRUCTION = ("instruction", "input", "context", *OUTPUT_NAMES, "history", *_OTHERS)
+READ: Mapping[str, Collection[str]] = {
+    "tokens": ("input_ids",),
+    "preference": (
+        *PROMPT_NAMES, "conversations", "messages", "instruction", "input", "context", "chosen", "rejected", *_OTHERS,
+    ),
+    "unpaired_preference": ("messages", *TALK_NAMES, *_PAIR, *_INSTRUCTION),
+    "messages": ("messages", *_OTHERS),
+    "conversations": (*TALK_NAMES, *_OTHERS),
+    "instruction": _INSTRUCTION,
+    "prompt_completion": _PAIR,
+    "text": TEXT_NAMES,
+}  # fmt: skip
+"""The fields that may be the text of each format."""
+SPOKEN = tuple(dict.fromkeys(
+    name for names in (*READ.values(), ("passage", "document", "reasoning", "reasoning_content", "thinking"))
+    for name in names
+))  # fmt: skip
+"""Fields that hold text in one format or another, so that a reader may take them for text of this one."""
+
+
+def present(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of ``names`` that the record has with a value, else None."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def pair_names(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The fields of a prompt and its completion, None where the record has no such pair."""
+    prompt, answer = present(record, PROMPT_NAMES), present(record, COMPLETION_NAMES)
+    if prompt is not None and answer is not None:
+        return prompt, answer
+    prompt, answer = present(record, ("input", *PROMPT_NAMES)), present(record, ("output", *COMPLETION_NAMES))
+    return (prompt, answer) if prompt is not None and answer is not None else None
+
+
+def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The format of a record, empty where its fields are those of none.
+
+    >>> matching_formats({"instruction": "Add.", "output": "5", "text": "Add. 5"})
+    ('instruction',)
+    """
+    if record.get("input_ids") is not None:
+        return ("tokens",)
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        return ("preference",)
+    found = None
+    if record.get("messages") is not None:
+        found = "messages"
+    elif present(record, TALK_NAMES):
+        found = "conversations"
+    elif record.get("instruction") is not None and present(record, OUTPUT_NAMES):
+        found = "instruction"
+    elif pair_names(record):
+        found = "prompt_completion"
+    elif record.get("text") is not None or (record.get("content") is not None and "role" not in record):
+        found = "text"
+    if found in LABELLED and isinstance(verdict_of(record), bool):
+        return ("unpaired_preference",)
+    return () if found is None else (found,)
+
+
+def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
+    """Fields of a record that look like text and are no part of it in this format."""
+    read = READ.get(format, SPOKEN)
+    if format == "prompt_completion":  # one pair of fields is read, whatever other pairs there are
+        read = (*(pair_names(record) or ()), *_OTHERS)
+    return [name for name in SPOKEN if record.get(name) not in (None, "", []) and name not in read]
+
+
+def verdict_of(record: Mapping[str, Any]) -> Any:
+    """The record's verdict on its answer, None where it has none."""
+    name = present(record, VERDICTS)
+    return None if name is None else record[name]
+
+
+def detect_format(record: Mapping[str, Any], *, origin: str = "record") -> str:
+    """The name in FORMATS of a record's format. Raises DataError naming its fields where it is of none."""
+    found = matching_formats(record)
+    if found:
+        return found[0]
+    names = ", ".join(sorted(map(str, record))[:12]) or "none"
+    raise DataError(
+        f"{origin}: no known format; fields: {names}.\n"
+        "What would work: messages | conversations | prompt + completion | instruction + output |\n"
+        "prompt + chosen + rejected | text | input_ids."
+    )
