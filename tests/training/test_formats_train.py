@@ -1,4 +1,4 @@
-"""A file of one's own making in each data format trains."""
+"""A file of one row of each shape that data sets of the hub have trains two steps."""
 
 from __future__ import annotations
 
@@ -8,37 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from selectkd.cli.demo_pair import byte_tokenizer
+from data.real_rows import ROWS
+from data.template_zoo import tokenizer_of
 from selectkd.config import recipe_from
 from selectkd.training.run import train
 from training.tiny import tiny_llama
-
-CHATML = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5, I think"}]
-RECORDS = {
-    "messages": {"messages": TALK},
-    "conversations": {
-        "conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5, I think"}]
-    },
-    "prompt_completion": {"prompt": "2 + 3 =", "completion": " 5, I think"},
-    "instruction": {"instruction": "Add.", "input": "2 and 3", "output": "5, I think"},
-    "preference": {"prompt": "2 + 3 =", "chosen": " 5, I think", "rejected": " 6"},
-    "text": {"text": "2 + 3 = 5, I think"},
-    "tokens": {"input_ids": [10, 11, 12, 13, 14, 15], "labels": [-100, -100, 12, 13, 14, 15]},
-}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML
+    tokenizer = tokenizer_of("qwen3")
     model = tiny_llama(0, layers=3)
     model.resize_token_embeddings(len(tokenizer))
-    model.config.max_position_embeddings = 128
+    model.config.max_position_embeddings = 1024
     model.config.bos_token_id = None
     model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = None
@@ -48,18 +31,18 @@ def teacher(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_file_in_each_format_trains(name, teacher, tmp_path):
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_each_shape_trains(name, teacher, tmp_path):
     file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps(RECORDS[name]) + "\n" for _ in range(6)), encoding="utf-8")
+    file.write_text(json.dumps(ROWS[name][0]) + "\n", encoding="utf-8")
     recipe = recipe_from(
         {
             "teacher": {"model": str(teacher)},
             "student": {"from_teacher": {"layers": 2, "choose": [0, 2]}},
             "data": {"sources": [{"path": str(file)}]},
             "training": {
-                "output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2, "max_length": 96,
-                "max_prompt_length": 48, "engine": "loop", "probe_samples": 0,
+                "output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2, "max_length": 1024,
+                "engine": "loop", "probe_samples": 0,
             },
         }
     )  # fmt: skip
