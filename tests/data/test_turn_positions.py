@@ -151,6 +151,16 @@ def test_reasoning_in_the_text_and_in_a_field_of_its_own_are_trained_alike(name)
         assert examples(row, tokenizer) == examples(INLINE, tokenizer)
 
 
+def test_parts_of_reasoning_are_the_turns_reasoning():
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Oslo is a capital."}]}
+    for part in (thought, {"type": "reasoning", "text": "Oslo is a capital."}):
+        row = {"messages": [OSLO[0], {**OSLO[1], "content": [part, {"type": "text", "text": "In Norway."}]}]}
+        assert examples(row, tokenizer_of("qwen3")) == examples(INLINE, tokenizer_of("qwen3"))
+    wrong = [OSLO[0], {**OSLO[1], "content": [{"type": "thinking", "thinking": 5}]}]
+    with pytest.raises(DataError, match=r"messages\[1\]\.content\[0\]: needs text, not int"):
+        examples({"messages": wrong}, tokenizer_of("qwen3"))
+
+
 def test_a_turn_of_weight_zero_is_context_alone():
     tokenizer = tokenizer_of("qwen3")
     for switch in ({"weight": 0}, {"train": False}):

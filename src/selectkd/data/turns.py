@@ -105,7 +105,7 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
             del turn["tool_calls"]
     if content is None and turn.get("tool_calls"):
         content = ""
-    turn["content"] = _content(content, at)
+    turn["content"] = _content(content, at, turn)
     for name in ("name", "tool_call_id", *REASONING):
         if name in turn:
             plain_text(turn[name], where.at(name))
@@ -123,14 +123,32 @@ def text_of(content: Any) -> str:
     """The text of a turn's content, of parts their texts together."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content or ())
+    return "".join(str(part.get("text", "")) for part in content or ())
 
 
-def _content(content: Any, where: Where) -> str | list[dict[str, Any]]:
-    """Text, or a list of text parts."""
-    if isinstance(content, list | tuple):
-        return [_part(part, where.at(index)) for index, part in enumerate(content)]
-    return plain_text(content, where)
+def _content(content: Any, where: Where, turn: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """Text, or a list of text parts; parts of reasoning become the reasoning of ``turn``."""
+    if not isinstance(content, list | tuple):
+        return plain_text(content, where)
+    parts, thoughts = [], []
+    for index, part in enumerate(content):
+        thought = _thought(part)
+        if thought is None:
+            parts.append(_part(part, where.at(index)))
+        else:
+            thoughts.append(plain_text(thought, where.at(index)))
+    if thoughts and not any(name in turn for name in REASONING):
+        turn[REASONING[0]] = "\n\n".join(thoughts)
+    return parts
+
+
+def _thought(part: Any) -> Any:
+    """The text of a part of reasoning, {type: thinking, thinking: text or text parts}; None for any other part."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("thinking", "reasoning"):
+        return None
+    text = part.get(kind, part.get("text", ""))
+    return text_of(text) if isinstance(text, list) and all(isinstance(one, Mapping) for one in text) else text
 
 
 def _part(part: Any, where: Where) -> dict[str, Any]:
