@@ -78,7 +78,7 @@ def main() -> None:
     compiled.program = lambda plan: calls.append(plan) or program(plan)
     for divergence, verifier, dtype, vocabulary, shape, settings in CASES:
         calls.clear()
-        dense.COMPILED_ENTRIES = ROWS * vocabulary + 1
+        dense.BLOCK_ENTRIES = ROWS * vocabulary + 1
         parts = case(dtype, vocabulary, **shape)
         plain = outcome(parts, divergence, verifier, compiled=False, **settings)
         assert not calls

@@ -1,4 +1,4 @@
-"""Rows one after the other, and verifiers by statistics: the same loss, and nothing that is missing is made up."""
+"""Blocks of any size and verifiers by statistics: the same loss, and nothing that is missing is made up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSED = [name for name, divergence in DIVERGENCES.items() if closed_form_of(div
 )
 @pytest.mark.parametrize("shift", [0.0, 200.0])  # beyond what e^z can say in fp32
 @pytest.mark.parametrize("softcap", [None, 300.0])
-def test_rows_one_after_the_other_give_what_rows_at_once_give(monkeypatch, name, verifier, shift, softcap):
+def test_blocks_of_any_size_give_the_same(monkeypatch, name, verifier, shift, softcap):
     generator = torch.Generator().manual_seed(3)
     hidden, weight, theirs, their_weight = (
         torch.randn(*shape, generator=generator) for shape in ((19, 8), (300, 8), (19, 6), (300, 6))
@@ -32,8 +32,8 @@ def test_rows_one_after_the_other_give_what_rows_at_once_give(monkeypatch, name,
     bias = torch.full((300,), shift)
     bias[7] = -torch.inf
     told = []
-    for cache in (1 << 20, 0):
-        monkeypatch.setattr(dense, "level_two_bytes", lambda cache=cache: cache)
+    for rows in (16, 1):
+        monkeypatch.setattr(dense, "BLOCK_ENTRIES", rows * 300)
         leaf = hidden.clone().requires_grad_()
         head = Head(weight, bias=bias, softcap=softcap)
         loss, seen = distillation_loss(
@@ -89,14 +89,14 @@ def test_a_verifier_of_labels_without_labels_is_refused():
         )
 
 
-def test_the_rank_of_a_single_row_is_that_of_many_and_counts_ties_as_no_better():
+def test_the_rank_counts_ties_as_no_better():
     zp = torch.tensor([[3.0, 2.0, 2.0, 5.0, 1.0], [0.0, 1.0, 1.0, 1.0, 4.0]])
     expected = [[1, 2, 2, 0, 4], [4, 1, 1, 1, 0]]
 
     def block(rows):
-        return dense.Block(rows, rows.clone(), 0.0, 0.0, rows, rows, rows, torch.empty_like(rows))
+        norm = torch.zeros(len(rows), 1)
+        return dense.Block(rows, rows.clone(), norm, norm, rows, rows, rows, torch.empty_like(rows))
 
     for token in range(5):
-        many = dense.rank(block(zp), torch.full((2,), token))
-        assert many.flatten().tolist() == [expected[0][token], expected[1][token]]
-        assert [dense.rank(block(row), torch.tensor(token)) for row in zp] == many.flatten().tolist()
+        ranks = dense.rank(block(zp), torch.full((2,), token))
+        assert ranks.flatten().tolist() == [expected[0][token], expected[1][token]]

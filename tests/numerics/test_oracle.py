@@ -162,15 +162,6 @@ def test_the_loss_of_a_live_teacher_is_the_oracles(name: str, case: str) -> None
 
 
 @pytest.mark.parametrize("case", LIVE)
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if closed_form_of(DIVERGENCES[name])])
-def test_so_is_it_where_rows_are_worked_on_one_by_one(
-    name: str, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dense, "FEW_ROWS", 1 << 40)
-    agree(name, case, name)
-
-
-@pytest.mark.parametrize("case", LIVE)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_so_is_it_by_autograd_alone(name: str, case: str) -> None:
     agree(name, case, lambda logp, logq: DIVERGENCES[name](logp, logq))
@@ -194,7 +185,7 @@ def test_so_is_it_by_the_program_that_is_compiled(
     name: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "program", lambda plan: plan)  # untraced: the same functions
-    monkeypatch.setattr(dense, "COMPILED_ENTRIES", CASES[case]()[0].shape[1])
+    monkeypatch.setattr(dense, "BLOCK_ENTRIES", CASES[case]()[0].shape[1])
     agree(name, case, name, compiled=True)
 
 

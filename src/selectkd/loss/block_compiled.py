@@ -160,7 +160,7 @@ def compiled_block(config: BlockConfig) -> CompiledBlock:
 
     def block_of(
         raw: Tensor, teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: BlockInputs, out: Tensor
-    ) -> dict[str, list[Any]] | None:
+    ) -> dict[str, Tensor] | None:
         kl = config.options.also_kl and config.options.temperature == 1.0
         student, divergence = config.head, config.objective.divergence
         plan = plan_of(divergence, student, teacher.head, config.options.temperature, reads, kl=kl)
@@ -168,7 +168,7 @@ def compiled_block(config: BlockConfig) -> CompiledBlock:
         for shifts in (False, True):  # not remembered: what a block gives depends on nothing before it
             columns = program(replace(plan, shifts=shifts))(*logits, rows.label, out)
             if columns.pop("holds").all():
-                return {"kl": [], "finite": [True], **{name: [column] for name, column in columns.items()}}
+                return columns
         return None
 
     return block_of

@@ -1,19 +1,12 @@
-"""The closed forms' way through a block of rows, both models dense: no autograd, and every temporary in the caches.
+"""The closed forms' way through a block of rows, both models dense: no autograd, and no temporary beyond the block.
 
-b rows, v vocabulary; p = teacher, q = student, zp and zq their logits. Where the second-level cache holds a few rows,
-all rows of a block are worked on at once. Where it does not, they are one after the other, and their numbers floats:
-what a step writes is still in the cache when the next one reads it, and no step is about a few numbers alone.
+b rows, v vocabulary; p = teacher, q = student, zp and zq their logits. Every number of a row is a column [b, 1].
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,67 +14,43 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.loss.block_steps import (
-    HIGHEST,
-    LOWEST,
     BlockConfig,
     BlockInputs,
     BlockResult,
     argmax,
     bad_rows,
-    exp_into,
     exponentials,
     finish_gradient,
     kl_of,
     pair_at,
     statistics_of,
+    widened,
 )  # fmt: skip
 from selectkd.loss.head import Head, wide
 from selectkd.loss.teacher_rows import LiveChunk, Scratch
-from selectkd.objective.divergences.closed_form import Block, Column, closed_form_of, dot, narrow, total
+from selectkd.objective.divergences.closed_form import Block, closed_form_of, dot, total
 from selectkd.objective.divergences.kl import LOG_FLOOR, forward_value
 from selectkd.objective.pair import TokenPair
 from selectkd.objective.verifiers import STATISTICS, RowStatistics
 
 CompiledBlock = Callable[
-    [Tensor, LiveChunk, slice, tuple[str, ...], BlockInputs, Tensor], dict[str, list[Any]] | None
+    [Tensor, LiveChunk, slice, tuple[str, ...], BlockInputs, Tensor], dict[str, Tensor] | None
 ]
-"""(raw, teacher, block, reads, rows, out) -> the columns of raw [b, v] by name, each in parts, and the
-gradient in out [b, v]; None where a row is not finite."""
-LEVEL_TWO = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-BUFFERS = 5
-"""Tensors that a closed form works on: zp, zq, p, q, spare."""
-FEW_ROWS = 4
-"""Below so many rows in the cache one row is worked on at a time."""
-ROWS_AT_ONCE = 8
-"""Rows of a block whose rows are worked on one after the other: they share the verifier's call."""
+"""(raw, teacher, block, reads, rows, out) -> the columns [b] of raw [b, v] by name, and the gradient in out [b, v];
+None where a row is not finite."""
 RANKS = ("student_top", "rank", "label_rank")
 """Statistics that ask for the order of the logits."""
-COMPILED_ENTRIES = 3 << 17
-"""Entries of a tensor of a compiled block: more leave the third-level cache, fewer are not worth the call."""
+BLOCK_ENTRIES = 3 << 17
+"""Entries of a block's tensor on a processor: more leave the third-level cache, fewer are not worth the call."""
 
 
-@cache
-def level_two_bytes() -> int:
-    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
-    size = LEVEL_TWO.read_text() if LEVEL_TWO.exists() else ""
-    kibibytes = re.match(r"(\d+)K", size)
-    return int(kibibytes[1]) << 10 if kibibytes else 1 << 20
+def block_rows(width: int) -> int:
+    """Rows of a processor's block, a power of two: each of its tensors has ``BLOCK_ENTRIES`` at most.
 
-
-def cached_rows(width: int, dtype: torch.dtype) -> int:
-    """How many rows of every tensor of a closed form the second-level cache holds."""
-    return level_two_bytes() // (BUFFERS * width * dtype.itemsize)
-
-
-def block_rows(width: int, dtype: torch.dtype) -> int:
-    """Rows of a block."""
-    held = cached_rows(width, dtype)
-    return held if held >= FEW_ROWS else ROWS_AT_ONCE
-
-
-def compiled_rows(width: int) -> int:
-    """Rows of a block that is compiled, a power of two: each of its tensors has COMPILED_ENTRIES at most."""
-    return 1 << max(0, (COMPILED_ENTRIES // width).bit_length() - 1)
+    >>> block_rows(49_152)
+    8
+    """
+    return 1 << max(0, (BLOCK_ENTRIES // width).bit_length() - 1)
 
 
 @torch.no_grad()
@@ -90,7 +59,7 @@ def evaluate_closed_form(
     verified: TokenPair | None, compiled: CompiledBlock | None = None,
 ) -> BlockResult:  # fmt: skip
     """A block by the divergence's closed form; the gradient overwrites ``raw[block]`` [b, v]. verified: the pair at the
-    verification temperature where that differs. compiled: does the same work on whole blocks of ``compiled_rows``."""
+    verification temperature where that differs. compiled: does the same work on whole blocks of ``block_rows``."""
     objective, temperature = config.objective, config.options.temperature
     kl: Tensor | None = None
     if config.options.also_kl and temperature != 1.0:
@@ -100,18 +69,19 @@ def evaluate_closed_form(
     reads: tuple[str, ...] = ()
     if verified is None and rows.acceptance is None:
         reads = statistics_of(objective.verifier, rows)
-    pieces, capped, factor = None, None, 1.0
-    if compiled is not None and len(raw[block]) == compiled_rows(raw.shape[1]):
+    columns, finite, capped, factor = None, None, None, 1.0
+    if compiled is not None and len(raw[block]) == block_rows(raw.shape[1]):
         zq = scratch.of("zq", len(raw[block]), raw.shape[1], raw, wide(raw.dtype))[: len(raw[block])]
-        pieces = compiled(raw[block], teacher, block, reads, rows, zq)
-    if pieces is None:
-        zq, capped, pieces, factor = by_parts(raw[block], teacher, block, reads, rows, config, scratch)
+        columns = compiled(raw[block], teacher, block, reads, rows, zq)
+    if columns is None:
+        part, finite, capped = block_of(raw[block], teacher, block, config, scratch)
+        columns = columns_of(part, raw[block], teacher, reads, rows, config)
+        zq, factor = part.out, part.factor
 
-    finite = None if all(x is True for x in pieces["finite"]) else joined(pieces["finite"], zq).bool()
-    columns = {name: joined(pieces[name], zq) for name in ("divergence", "overlap", *reads)}
+    columns = {name: column.flatten().to(zq.dtype) for name, column in columns.items()}
     overlap = columns["overlap"].clamp_(max=1.0) if verified is None else verified.overlap
-    if pieces["kl"]:
-        kl = joined(pieces["kl"], zq).clamp_(min=0.0)
+    if "kl" in columns:
+        kl = columns["kl"].clamp_(min=0.0)
     if verified is not None:
         weight, acceptance = objective.weigh(verified, rows.uniform)
     else:
@@ -129,94 +99,57 @@ def evaluate_closed_form(
     )
 
 
-def by_parts(
-    raw: Float[Tensor, "b v"], teacher: LiveChunk, block: slice, reads: tuple[str, ...], rows: BlockInputs,
-    config: BlockConfig, scratch: Scratch,
-) -> tuple[Tensor, Tensor | None, dict[str, list[Any]], float]:  # fmt: skip
-    """The gradient [b, v], the logits that a soft-cap left [b, v], the columns of each part by name, and the factor
-    that the gradient still lacks."""
+def columns_of(
+    part: Block,
+    raw: Tensor,
+    teacher: LiveChunk,
+    reads: tuple[str, ...],
+    rows: BlockInputs,
+    config: BlockConfig,
+) -> dict[str, Tensor]:
+    """The columns of a block by name: ``divergence``, ``overlap``, the statistics that are read, and ``kl`` where it is
+    wanted. The gradient over ``part.factor`` is left in ``part.out``."""
     closed_form = closed_form_of(config.objective.divergence)  # type: ignore[arg-type]
     assert closed_form is not None  # ``evaluate_block`` asks
-    zq, capped = widening(config.head, raw, "zq", scratch), None
-    if config.head.softcap is not None and config.wants_gradient:
-        capped = scratch.of("capped", zq.shape[0], zq.shape[1], zq)[: len(zq)]
-    pieces: dict[str, list[Any]] = {name: [] for name in ("divergence", "finite", "kl", "overlap", *reads)}
-    factor, ranks = 1.0, "rank" in reads or "student_top" in reads
-    ranked = [name for name in reads if name in RANKS]
+    top = None
+    if (
+        "rank" in reads or "student_top" in reads
+    ):  # the product's own order is that of the logits of a plain head
+        top = argmax(raw if config.head.is_plain and teacher.unshared is None else part.zq)
+    # ranks first: until what is forbidden has a finite logit
+    columns = {name: statistic(name, part, top, rows.label) for name in reads if name in RANKS}
+    forbidden = Forbidden.of(config.head, teacher, raw.shape[1])
+    if forbidden is not None:
+        forbidden.floor(part)
     sums = [name for name in dict.fromkeys(("overlap", *reads)) if name not in RANKS]
-    forbidden = Forbidden.of(config.head, teacher, zq.shape[1])
-    tops = None
-    if ranks and config.head.is_plain and teacher.unshared is None:
-        tops = argmax(raw)  # of all rows at once, where the product's own order is that of the logits
-    for at, part, finite in parts(zq, raw, teacher.raw[block], capped, teacher, config, scratch):
-        top, label = None, None if rows.label is None else rows.label[at]
-        if ranks:
-            top = top_of(part) if tops is None else tops[at]
-        pieces["finite"].append(finite)
-        for name in ranked:  # as long as what is forbidden has no finite logit
-            pieces[name].append(statistic(name, part, top, label))
-        if forbidden is not None:
-            forbidden.floor(part)
-        for name in sums:
-            pieces[name].append(statistic(name, part, top, label))
-        if config.options.also_kl and config.options.temperature == 1.0:
-            pieces["kl"].append(forward_value(part))
-        pieces["divergence"].append(closed_form(part))
-        if forbidden is not None:
-            forbidden.release(part)
-        factor = part.factor
-    return zq, capped, pieces, factor
+    columns |= {name: statistic(name, part, top, rows.label) for name in sums}
+    if config.options.also_kl and config.options.temperature == 1.0:
+        columns["kl"] = forward_value(part)
+    columns["divergence"] = closed_form(part)
+    if forbidden is not None:
+        forbidden.release(part)
+    return columns
 
 
-def widening(head: Head, raw: Float[Tensor, "b v"], name: str, scratch: Scratch) -> Float[Tensor, "b v"]:
-    """Where the logits of ``raw`` are worked on: ``raw`` itself where it is them, else fp32 memory of ``name``."""
-    if head.is_plain and raw.dtype in (torch.float32, torch.float64):
-        return raw
-    return scratch.of(name, raw.shape[0], raw.shape[1], raw, wide(raw.dtype))[: len(raw)]
-
-
-def parts(
-    zq: Tensor, raw_q: Tensor, raw_p: Tensor, capped: Tensor | None, teacher: LiveChunk, config: BlockConfig,
-    scratch: Scratch,
-) -> Iterator[tuple[slice | int, Block, Tensor | bool]]:  # fmt: skip
-    """The rows of a block as closed forms see them, all at once or one by one; with where they are, and which of them
-    have a finite teacher (True: all). A row whose teacher is not finite gets the student for a teacher.
-
-    zq [b, v] receives the student's logits, and capped [b, v] the values that the soft-cap gives.
-    """
+def block_of(
+    raw: Float[Tensor, "b v"], teacher: LiveChunk, block: slice, config: BlockConfig, scratch: Scratch
+) -> tuple[Block, Tensor | None, Tensor | None]:
+    """A block as closed forms see it, which of its rows have a finite teacher (None: all), and the logits that the
+    student's soft-cap left. A row whose teacher is not finite gets the student for a teacher."""
+    zq = widened(config.head, raw, "zq", scratch)
+    zp = widened(teacher.head, teacher.raw[block], "zp", scratch)
     b, v = zq.shape
-    single = zq.device.type == "cpu" and cached_rows(v, zq.dtype) < FEW_ROWS
-    at_once = 1 if single else b
-    zp = widening(teacher.head, raw_p[:at_once], "zp", scratch)  # memory of these rows, or raw_p itself
-    in_place_q, in_place_p = (x.data_ptr() == y.data_ptr() for x, y in ((zq, raw_q), (zp, raw_p)))
-    memory = [scratch.of(name, at_once, v, zq)[:at_once] for name in ("p", "q", "spare")]
-    if single:
-        zp, memory = zp[0], [x[0] for x in memory]
-    where: Iterable[slice | int] = range(b) if single else (slice(0, b),)
-    together = one_row if single else many_rows
-    for at in where:
-        ours = zq[at] if in_place_q else finished(config.head, raw_q[at], zq[at])
-        theirs = raw_p[at] if in_place_p else finished(teacher.head, raw_p[at], zp)
-        if capped is not None:
-            capped[at] = ours
-        for z in (ours, theirs):
-            if config.options.temperature != 1.0:
-                z.div_(config.options.temperature)
-            if teacher.unshared is not None:
-                z.masked_fill_(teacher.unshared, -torch.inf)
-        part, finite = together(ours, theirs, *memory)
-        yield at, part, finite
-
-
-def finished(head: Head, raw: Tensor, out: Tensor) -> Tensor:
-    """The logits of ``raw`` in ``out``."""
-    return out.copy_(raw if head.is_plain else head.finish(raw))
-
-
-def many_rows(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tuple[Block, Tensor | bool]:
-    """Rows that are worked on at once, [b, v] each, and which of them have a finite teacher."""
+    p, q, spare = (scratch.of(name, b, v, zq)[:b] for name in ("p", "q", "spare"))
+    capped = None
+    if config.head.softcap is not None and config.wants_gradient:
+        capped = scratch.of("capped", b, v, zq)[:b].copy_(zq)
+    for z in (zq, zp):
+        if config.options.temperature != 1.0:
+            z.div_(config.options.temperature)
+        if teacher.unshared is not None:
+            z.masked_fill_(teacher.unshared, -torch.inf)
     inverse, norms, ordinary = exponentials((zq, zp), (q, p))
-    finite: Tensor | bool = True
+    finite = None
     if not ordinary:
         finite = torch.isfinite(norms[1])
         rows = finite[:, None]
@@ -230,18 +163,7 @@ def many_rows(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tu
     q.mul_(inverse[0])
     p.mul_(inverse[1])
     norm_q, norm_p = norms[:, :, None]
-    return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
-
-
-def one_row(zq: Tensor, zp: Tensor, p: Tensor, q: Tensor, spare: Tensor) -> tuple[Block, bool]:
-    """A row on its own, [v] each, and whether its teacher is finite."""
-    norm_q, norm_p = softmax_row(zq, q), softmax_row(zp, p)
-    finite = math.isfinite(norm_p)
-    if not finite:
-        zp.copy_(zq)
-        p.copy_(q)
-        norm_p = norm_q
-    return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite
+    return Block(zp, zq, norm_q, norm_p, p, q, out=zq, spare=spare), finite, capped
 
 
 class Forbidden(NamedTuple):
@@ -268,9 +190,9 @@ class Forbidden(NamedTuple):
         for z, norm, ids in (
             (block.zp, block.norm_p, self.teacher), (block.zq, block.norm_q, self.student),
         ):  # fmt: skip
-            z[..., ids] = narrow(norm + LOG_FLOOR, z)
+            z[..., ids] = (norm + LOG_FLOOR).to(z.dtype)
         if self.alone.numel():  # a row whose teacher is not finite has the student for one, its -inf included
-            lowest = narrow(block.norm_p + LOG_FLOOR, block.zp)
+            lowest = (block.norm_p + LOG_FLOOR).to(block.zp.dtype)
             block.zp[..., self.alone] = block.zp[..., self.alone].clamp(min=lowest)
 
     def release(self, block: Block) -> None:
@@ -282,24 +204,8 @@ class Forbidden(NamedTuple):
             block.out[..., self.alone] = 0.0
 
 
-def softmax_row(z: Float[Tensor, " v"], out: Float[Tensor, " v"]) -> float:
-    """The softmax of a row in ``out``; returns the log-sum-exp, true to what ``out`` sums to.
-
-    A row whose log-sum-exp is out of the ordinary is shifted by its maximum, in place; nan if it is not finite."""
-    mass = exp_into(z, out).sum().item()
-    if not math.exp(LOWEST) < mass < math.exp(HIGHEST):  # nan is not
-        z.sub_(z.max())
-        mass = exp_into(z, out).sum().item()
-        if not mass > 0.0 or math.isinf(mass):
-            return math.nan
-    inverse = 1.0 / mass if z.dtype == torch.float64 else ctypes.c_float(1.0 / mass).value
-    out.mul_(inverse)
-    return -math.log(inverse)
-
-
-def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None) -> Column:
+def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None) -> Tensor:
     """One of ``STATISTICS`` of the rows of a block with their ``top`` and ``label``; until the closed form has run."""
-    width = block.q.shape[-1]
     if name == "overlap":
         return total(torch.minimum(block.p, block.q, out=block.spare))
     if name == "student_top":
@@ -310,8 +216,9 @@ def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None)
         return rank(block, top)
     if name == "label_rank":
         assert label is not None
+        width = block.q.shape[-1]
         known = (label >= 0) & (label < width)
-        return torch.where(known, torch.as_tensor(rank(block, label.clamp(0, width - 1))).flatten(), width)
+        return torch.where(known[:, None], rank(block, label.clamp(0, width - 1)), width)
     if name == "bhattacharyya":
         return total(torch.mul(block.p, block.q, out=block.spare).sqrt_())
     if name == "teacher_entropy":
@@ -321,25 +228,10 @@ def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None)
     raise ConfigError(f"a verifier reads {name!r}; the statistics of a row are {', '.join(STATISTICS)}.")
 
 
-def top_of(block: Block) -> Int[Tensor, "*b"]:
-    """The student's own proposal in each row."""
-    return argmax(block.zq) if block.zq.ndim == 2 else argmax(block.zq[None])[0]
-
-
-def rank(block: Block, token: Int[Tensor, "*b"]) -> Column:
-    """How many tokens the teacher prefers to ``token`` of each row; the whole vocabulary where it is impossible."""
-    width = block.zp.shape[-1]
-    # counted in floats: five times as fast as in booleans
-    if block.zp.ndim == 1:
-        chosen = block.zp[token].item()
-        return float(width) if chosen == -math.inf else total(torch.gt(block.zp, chosen, out=block.spare))
+def rank(block: Block, token: Int[Tensor, " b"]) -> Tensor:
+    """How many tokens the teacher prefers to ``token`` of each row, [b, 1]; the whole vocabulary where it is
+    impossible."""
     chosen = block.zp.gather(-1, token[:, None])  # [b, 1]
+    # counted in floats: five times as fast as in booleans
     better = torch.gt(block.zp, chosen, out=block.spare).sum(-1, keepdim=True)
-    return better.masked_fill_(torch.isneginf(chosen), width)
-
-
-def joined(values: list[Any], like: Tensor) -> Tensor:
-    """The columns of a block's parts as one tensor [b] in the dtype of ``like``."""
-    if len(values) == 1 and isinstance(values[0], Tensor):
-        return values[0].flatten().to(like.dtype)
-    return torch.tensor([float(x) for x in values], dtype=like.dtype, device=like.device)
+    return better.masked_fill_(torch.isneginf(chosen), block.zp.shape[-1])

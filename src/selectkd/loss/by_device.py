@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from selectkd.loss.aligned_rows import AlignedChunk
-from selectkd.loss.block_eager import block_rows, compiled_rows
+from selectkd.loss.block_eager import block_rows
 from selectkd.loss.block_steps import BlockConfig
-from selectkd.loss.head import wide
 from selectkd.loss.teacher_rows import CachedChunk, LiveChunk
 
 CHUNK_ROW_BYTES = 1024
@@ -99,7 +98,7 @@ def rows_of_block(raw: Tensor, teacher: Any, config: BlockConfig) -> int:
     elif isinstance(teacher, CachedChunk):
         size = TOP_K_ENTRIES // width
     elif isinstance(teacher, LiveChunk) and config.has_closed_form:
-        size = compiled_rows(width) if config.options.compiled else block_rows(width, wide(raw.dtype))
+        size = block_rows(width)
     else:
         size = AUTOGRAD_ENTRIES // widest
     return max(1, size)

@@ -53,7 +53,7 @@ def total_variation(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -> F
 
 def _neg_log_acceptance(block: Block) -> Column:
     """The gradient of -sum min(p, q), over that sum."""
-    shared = torch.as_tensor(total(torch.minimum(block.p, block.q, out=block.spare)), dtype=block.q.dtype)
+    shared = total(torch.minimum(block.p, block.q, out=block.spare))
     floor = math.exp(LOG_FLOOR)
     scale = torch.where((shared > floor) & (shared < 1.0), 1.0 / shared.clamp(min=floor), 0.0)
     below, above = _towards_overlap(block)

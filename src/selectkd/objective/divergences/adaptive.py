@@ -27,11 +27,7 @@ def head_share(p: Float[Tensor, "n s"], q: Float[Tensor, "n s"], mu: float) -> F
 
 def _adaptive_kl(block: Block, *, mu: float = 0.5) -> Column:
     """g = share (q - p) + (1 - share) q (f - E_q f), f = log q - log p."""
-    share: Column = head_share(torch.atleast_2d(block.p), torch.atleast_2d(block.q), share_of("mu", mu))[
-        :, None
-    ]
-    if block.p.ndim == 1:
-        share = share.item()
+    share = head_share(block.p, block.q, share_of("mu", mu))[:, None]
     gap = block.log_ratio()
     forward, reverse = -dot(block.p, gap, block.zp), dot(block.q, gap, block.zp)
     gap.sub_(reverse).mul_(1.0 - share).add_(share)

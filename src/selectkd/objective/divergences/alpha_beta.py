@@ -34,7 +34,7 @@ def _alpha_beta(block: Block, *, alpha: float = 0.2, beta: float = 0.7) -> Colum
     logp, logq = (
         (z.double() - norm).to(z.dtype) for z, norm in ((block.zp, block.norm_p), (block.zq, block.norm_q))
     )
-    value = alpha_beta(torch.atleast_2d(logp), torch.atleast_2d(logq), alpha=alpha, beta=beta)[:, None]
+    value = alpha_beta(logp, logq, alpha=alpha, beta=beta)[:, None]
     student = torch.mul(logq, beta, out=block.spare).exp_()  # q^beta
     logs = logp, logq
     a, b = logs if alpha == 0.0 else (x.mul_(alpha).exp_().div_(alpha) for x in logs)

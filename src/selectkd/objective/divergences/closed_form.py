@@ -4,17 +4,14 @@ The gradient of a row's divergence D to the student's logits is g = h - q sum(h)
 taken as free; with h = q f it is g = q (f - E_q f). A closed form computes D and g together from what the loss has at
 hand, without autograd.
 
-It sees many rows at once, [n, s], or a single one, [s]. A number of each row is a ``Column``: [n, 1] for many rows, a
-float for one, so that either can be added to and multiplied with the rows.
+A number of each row is a column [n, 1], which can be added to and multiplied with the rows.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,34 +19,34 @@ from torch import Tensor
 
 from selectkd.objective.divergences.record import record_of
 
-Column = Any
-"""A number of each row: a tensor [n, 1], or a float."""
+Column = Float[Tensor, "n 1"]
+"""A number of each row."""
 
 
 @dataclass
 class Block:
     """Rows as the closed forms see them, every entry finite: log p = zp - norm_p, log q = zq - norm_q.
 
-    zp, zq [n, s] or [s]: logits; p, q: their softmaxes, read only; norm_q, norm_p: the log-sum-exps of zq and zp in
+    zp, zq: logits; p, q: their softmaxes, read only; norm_q, norm_p: the log-sum-exps of zq and zp in
     fp64, true to the sums that q and p have (1 but for rounding). zp, zq and spare may be overwritten. out receives the
     gradient, which is still to be multiplied by ``factor``; it may be the memory of zq, so it is written last.
     """
 
-    zp: Float[Tensor, "*n s"]
-    zq: Float[Tensor, "*n s"]
+    zp: Float[Tensor, "n s"]
+    zq: Float[Tensor, "n s"]
     norm_q: Column
     norm_p: Column
-    p: Float[Tensor, "*n s"]
-    q: Float[Tensor, "*n s"]
-    out: Float[Tensor, "*n s"]
-    spare: Float[Tensor, "*n s"]
+    p: Float[Tensor, "n s"]
+    q: Float[Tensor, "n s"]
+    out: Float[Tensor, "n s"]
+    spare: Float[Tensor, "n s"]
     factor: float = 1.0
 
-    def log_ratio(self) -> Float[Tensor, "*n s"]:
+    def log_ratio(self) -> Float[Tensor, "n s"]:
         """log q - log p, in ``spare``."""
-        return torch.sub(self.zq, self.zp, out=self.spare).sub_(narrow(self.norm_q - self.norm_p, self.zq))
+        return torch.sub(self.zq, self.zp, out=self.spare).sub_((self.norm_q - self.norm_p).to(self.zq.dtype))
 
-    def excess(self, out: Float[Tensor, "*n s"]) -> Column:
+    def excess(self, out: Float[Tensor, "n s"]) -> Column:
         """sum (q - p), with q - p left in ``out``.
 
         0 but for rounding; with it a relative entropy sum p log(p / q) becomes sum p log(p / q) - p + q, whose error is
@@ -57,30 +54,23 @@ class Block:
         """
         return total(torch.sub(self.q, self.p, out=out))
 
-    def take_logp(self) -> tuple[Float[Tensor, "*n s"], Column]:
+    def take_logp(self) -> tuple[Float[Tensor, "n s"], Column]:
         """log p in the memory of zp, once, and what rounding norm_p added to all entries of a row alike."""
         return _minus(self.zp, self.norm_p)
 
-    def take_logq(self) -> tuple[Float[Tensor, "*n s"], Column]:
+    def take_logq(self) -> tuple[Float[Tensor, "n s"], Column]:
         """log q in the memory of zq, once, and what rounding norm_q added to all entries of a row alike."""
         return _minus(self.zq, self.norm_q)
 
 
-def total(x: Float[Tensor, "*n s"]) -> Column:
+def total(x: Float[Tensor, "n s"]) -> Column:
     """The sum of each row."""
-    return x.sum().item() if x.ndim == 1 else x.sum(-1, keepdim=True)
-
-
-def narrow(column: Column, like: Tensor) -> Column:
-    """A column as the dtype of ``like`` rounds it."""
-    if isinstance(column, Tensor):
-        return column.to(like.dtype)
-    return column if like.dtype == torch.float64 else ctypes.c_float(column).value
+    return x.sum(-1, keepdim=True)
 
 
 def _minus(logits: Tensor, norm: Column) -> tuple[Tensor, Column]:
-    rounded = narrow(norm, logits)
-    return logits.sub_(rounded), narrow(norm - rounded, logits)
+    rounded = norm.to(logits.dtype)
+    return logits.sub_(rounded), (norm - rounded).to(logits.dtype)
 
 
 ClosedForm = Callable[..., Column]
@@ -93,12 +83,12 @@ def closed_form_of(divergence: Callable[..., Tensor]) -> Callable[[Block], Colum
     return None if record.closed_form is None else functools.partial(record.closed_form, **params)
 
 
-def dot(a: Float[Tensor, "*n s"], b: Float[Tensor, "*n s"], out: Float[Tensor, "*n s"]) -> Column:
+def dot(a: Float[Tensor, "n s"], b: Float[Tensor, "n s"], out: Float[Tensor, "n s"]) -> Column:
     """sum_v a b; the products are left in ``out``, which may be a or b."""
     return total(torch.mul(a, b, out=out))
 
 
-def centre(block: Block, f: Float[Tensor, "*n s"], factor: float = 1.0) -> Column:
+def centre(block: Block, f: Float[Tensor, "n s"], factor: float = 1.0) -> Column:
     """Leaves g = factor * q (f - E_q f) in ``block.out``, overwriting f, and zp or zq beside it; returns E_q f.
 
     Subtracted before it is multiplied: where f is nearly constant, q f - q E_q f would lose its digits.
@@ -109,10 +99,6 @@ def centre(block: Block, f: Float[Tensor, "*n s"], factor: float = 1.0) -> Colum
     return mean
 
 
-def project(block: Block, h: Float[Tensor, "*n s"]) -> None:
+def project(block: Block, h: Float[Tensor, "n s"]) -> None:
     """Leaves g = h - q sum(h) in ``block.out``."""
-    sum_h = total(h)
-    if isinstance(sum_h, Tensor):
-        torch.addcmul(h, block.q, sum_h, value=-1.0, out=block.out)
-    else:
-        torch.sub(h, block.q, alpha=sum_h, out=block.out)
+    torch.addcmul(h, block.q, total(h), value=-1.0, out=block.out)
