@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}"
@@ -58,7 +58,7 @@ def plain_tokenizer(make_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def make_backbone() -> Callable[[str], Any]:
+def make_model() -> Callable[[str], Any]:
     def make(attention: str):
         import torch
 
@@ -72,6 +72,6 @@ def make_backbone() -> Callable[[str], Any]:
             num_key_value_heads=2,
             attn_implementation=attention,
         )
-        return LlamaModel(config).eval()
+        return LlamaForCausalLM(config).eval()
 
     return make

@@ -12,6 +12,7 @@ from selectkd.data.render import Example, TextRules
 from selectkd.data.sources import Source, batches, dataset_source, draw, plan
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
+from selectkd.models.forward import last_hidden
 
 PAD = 2
 
@@ -77,28 +78,25 @@ def test_packed_and_padded_rows_are_the_same_rows():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_hidden_states_equal_padded_ones(make_backbone, attention):
-    model = make_backbone(attention)
+def test_packed_hidden_states_equal_padded_ones(make_model, attention):
+    model = make_model(attention)
     bins = pack(EXAMPLES, 12)
     packed, padded = collate_packed(bins, pad_id=7), collate([e for b in bins for e in b], pad_id=PAD)
     assert packed.packed and len(bins) < len(EXAMPLES)
     with torch.no_grad():
-        hidden = [model(**batch.model_inputs()).last_hidden_state.flatten(0, 1) for batch in (packed, padded)]
+        hidden = [last_hidden(model, batch).flatten(0, 1) for batch in (packed, padded)]
     a, b = (h[supervised(batch).position] for h, batch in zip(hidden, (packed, padded), strict=True))
     assert torch.isfinite(hidden[0]).all()
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_nothing_leaks_between_packed_samples(make_backbone, attention):
-    model = make_backbone(attention)
+def test_nothing_leaks_between_packed_samples(make_model, attention):
+    model = make_model(attention)
     first, second = example(5, seed=1), example(6, seed=2)
     other = example(5, seed=3)
     with torch.no_grad():
-        a, b = (
-            model(**collate_packed([[e, second]]).model_inputs()).last_hidden_state[0, 5:11]
-            for e in (first, other)
-        )
+        a, b = (last_hidden(model, collate_packed([[e, second]]))[0, 5:11] for e in (first, other))
     assert a.equal(b)
 
 

@@ -15,6 +15,7 @@ from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import Scratch, TeacherRows
 from selectkd.loss.token_log_probs import token_log_probs
+from selectkd.models.forward import last_hidden
 from selectkd.objective.divergences import DIVERGENCES
 from selectkd.teachers.aligned import AlignedTeacher
 from selectkd.teachers.live import LiveTeacher
@@ -43,9 +44,7 @@ def batch_of(tokenizer, packed=False):
 
 def hidden_of(model, batch, position):
     with torch.no_grad():
-        hidden = model.model(
-            **{k: v for k, v in batch.model_inputs(dtype=torch.float64).items()}
-        ).last_hidden_state
+        hidden = last_hidden(model, batch)
     return hidden.reshape(-1, hidden.shape[-1])[position]
 
 

@@ -113,10 +113,3 @@ def test_attention_that_the_model_does_not_know_is_refused_by_name(pair: Path) -
     edit(pair, {"model_type": "xlm", "n_layers": 1})
     with pytest.raises(ConfigError, match=r"'flex_attention' is not known to XLM.*Use one of: eager"):
         load_model(pair / "student", attn_implementation="flex_attention")
-
-
-def test_packing_and_flash_attention_are_refused_together(pair: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data.packing keeps samples apart by a mask that flash_attention_2"
-    ):
-        recipe(pair, data={"packing": True}, student="flash_attention_2")

@@ -137,7 +137,8 @@ class Data(Section):
     system: Text | None = None
     """System prompt of conversations that have none. Left out: the chat template's own, if any."""
     packing: bool = False
-    """`true` puts several samples in one row, kept apart by the attention mask; it saves padding."""
+    """`true` puts several samples in one row, which saves padding. Attention reads each as it is alone; models that
+    carry a state from token to token are refused."""
     bucket: bool = False
     """`true` puts samples of like length in one batch, which saves padding."""
     chat_template: Annotated[str, Field(min_length=1, max_length=400_000)] | None = None
@@ -326,17 +327,6 @@ class Recipe(Section):
             raise refuse(
                 f"student.from_teacher cuts the teacher, which must be whole on the device for that, and "
                 f"teacher.placement = {apart[0]!r}; set it to device, or name the student: {{model: ...}}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _packed_samples_stay_apart(self) -> Self:
-        teachers = [t.attn_implementation for t in self.teachers if isinstance(t, ModelTeacher)]
-        flash = [k for k in (self.student.attn_implementation, *teachers) if k and k.startswith("flash")]
-        if self.data.packing and flash:
-            raise refuse(
-                f"data.packing keeps samples apart by a mask that {flash[0]} does not take; use sdpa, eager or "
-                "flex_attention, or packing: false"
             )
         return self
 

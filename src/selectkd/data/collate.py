@@ -79,34 +79,14 @@ class Batch:
         ids, owner = here.input_ids.flatten(), here.sequence.flatten()
         return [ids[owner == sample] for sample in range(self.stream.shape[0])]
 
-    def model_inputs(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """The inputs of a Hugging Face backbone. ``dtype``: the model's, for the additive mask of a packed batch.
-
-        The mask of a packed batch is [b, 1, t, t], 0 where a token may look (itself and earlier tokens of its
-        sample) and the most negative number elsewhere; sdpa and eager attention add it. It holds for models
-        without a sliding window shorter than t; flash attention takes no such mask.
-        """
-        mask = self.attention_mask
-        if self.packed:
-            mask = block_mask(self.sequence, dtype=dtype)
+    def model_inputs(self) -> dict[str, Any]:
+        """The inputs of a Hugging Face model that reads one sample a row; ``models.forward`` reads packed rows too."""
         return {
             "input_ids": self.input_ids,
-            "attention_mask": mask,
+            "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             **self.extra,
         }
-
-
-def block_mask(sequence: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Additive block-diagonal causal mask [b, 1, t, t] of sample indices [b, t]; padding sees only itself."""
-    length = sequence.shape[1]
-    same = sequence[:, :, None] == sequence[:, None, :]  # [b, t, t]
-    same &= (sequence >= 0)[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=sequence.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=sequence.device)
-    allowed = (same & causal) | itself
-    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=sequence.device)
-    return mask.masked_fill_(allowed, 0.0)[:, None]
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, pad_to_multiple_of: int = 8) -> Batch:

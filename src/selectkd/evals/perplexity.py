@@ -13,7 +13,8 @@ from selectkd.data.render import TextRules, pad_id_of
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.training.heldout.evaluation import negative_log_likelihood
 
@@ -22,14 +23,14 @@ from selectkd.training.heldout.evaluation import negative_log_likelihood
 def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int) -> list[tuple[float, int]]:
     """(-log q summed in nats, tokens) of each sample of a file, over the tokens a recipe would train on."""
     source = dataset_source({"path": str(path), "limit": limit}, loaded.tokenizer, TextRules(max_length))
-    head, hidden_of = head_of(loaded.model), backbone(loaded.model)
+    head = head_of(loaded.model)
     found = []
     for example in source.examples:
         batch = collate([example], pad_id=pad_id_of(loaded.tokenizer)).to(head.weight.device)
         seen = supervised(batch)
         if not len(seen):
             continue
-        hidden = hidden_of(**batch.model_inputs(dtype=head.weight.dtype))[0]  # [t, d]
+        hidden = last_hidden(loaded.model, batch)[0]  # [t, d]
         found.append((negative_log_likelihood(hidden[seen.position], head, seen.labels), len(seen)))
     return found
 

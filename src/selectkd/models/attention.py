@@ -22,6 +22,8 @@ SUPPORTED = {
 }
 """The attribute by which a model class of transformers says that it knows a kind."""
 KINDS = ("eager", *SUPPORTED)
+BY_SAMPLE = "selectkd_sdpa"
+"""sdpa that reads the samples of a packed row one by one (``models.forward``); no recipe names it."""
 
 
 def check_attention(kind: str | None, *, where: str) -> None:
@@ -77,11 +79,16 @@ def attention_options(
     return {} if kind is None else {"attn_implementation": kind}
 
 
+def kind_of(model: Any) -> str:
+    """How a model computes attention: one of ``KINDS`` or ``BY_SAMPLE``."""
+    return getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"
+
+
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """Compute attention eagerly inside, where the model's way needs a GPU or a compiler; sdpa and eager stay."""
     kind = getattr(model.config, "_attn_implementation", None)
-    if kind in (None, "eager", "sdpa"):
+    if kind in (None, "eager", "sdpa", BY_SAMPLE):
         yield
         return
     model.set_attn_implementation("eager")

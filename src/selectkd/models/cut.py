@@ -320,9 +320,7 @@ def _split(teacher: nn.Module, batches: Iterable[HeldOut]) -> Iterable[tuple[Inp
     device = next(teacher.parameters()).device
     for batch in batches:
         inputs, rows = (
-            (batch.model_inputs(dtype=teacher.dtype), supervised(batch).position)
-            if isinstance(batch, Batch)
-            else batch
+            (batch.model_inputs(), supervised(batch).position) if isinstance(batch, Batch) else batch
         )
         b, t = inputs["input_ids"].shape
         if rows is None:

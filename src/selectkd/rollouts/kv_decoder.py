@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from selectkd.data.collate import sent
 from selectkd.errors import ConfigError
 from selectkd.loss.head import product_dtype
+from selectkd.models.attention import BY_SAMPLE, kind_of
 from selectkd.models.head import backbone, decoder_of, head_of, unwrapped
 from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.models.sharded import inside, is_sharded
@@ -211,13 +212,13 @@ class CachedDecoder:
         if not self.hides:
             return None
         config = unwrapped(self.model).config.get_text_config()
-        kind = getattr(config, "_attn_implementation", None)
+        kind = kind_of(unwrapped(self.model))
         rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
         plain = rotary and all(type(layer) is RoomyLayer for layer in self.cache.layers)
-        if self.mask.is_cpu or new > 1 or not plain or kind not in ("sdpa", "eager"):
+        if self.mask.is_cpu or new > 1 or not plain or kind not in ("sdpa", BY_SAMPLE, "eager"):
             return self.mask
         visible = self.mask[:, None, None, :] > 0
-        if kind == "sdpa":
+        if kind != "eager":
             return visible
         return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(
             ~visible, torch.finfo(self.dtype).min

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from selectkd.errors import ConfigError
 from selectkd.loss.teacher_rows import LiveRows
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.models.lora import adapters_off, check_base
 from selectkd.teachers.protocol import Payload, Teacher
@@ -39,7 +40,7 @@ class AdaptersOffTeacher:
         """
         head = head_of(self.student)
         with adapters_off(self.student), torch.autocast(position.device.type, enabled=False):
-            hidden = backbone(self.student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+            hidden = last_hidden(self.student, batch)  # [b, t, d]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, d]
         reference = None if self.reference is None else self.reference(batch, position)
         return LiveRows(rows, head, reference=reference)

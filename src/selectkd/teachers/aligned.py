@@ -20,7 +20,8 @@ from selectkd.errors import ConfigError
 from selectkd.loss.aligned_rows import AlignedRows, Side, Vocabularies
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import inside, whole_head
 from selectkd.objective.divergences import is_unpaired
@@ -106,9 +107,8 @@ class AlignedTeacher:
             for reading in readings
         ]
         batch = collate(kept, pad_id=0).to(device)
-        inputs = batch.model_inputs(dtype=self.head.weight.dtype)
         with torch.autocast(batch.input_ids.device.type, enabled=False):  # autocast is the student's
-            hidden = inside(self.model, lambda: backbone(self.model)(**inputs))  # [samples, t, e]
+            hidden = inside(self.model, lambda: last_hidden(self.model, batch))  # [samples, t, e]
         width = hidden.shape[1]
         return hidden.reshape(-1, hidden.shape[-1]), [sample * width for sample in range(len(readings))]
 

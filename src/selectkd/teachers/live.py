@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from selectkd.loss.teacher_rows import LiveRows
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.sharded import inside, whole_head
 from selectkd.teachers.placement import Placement, place_on
 from selectkd.teachers.protocol import Teacher
@@ -51,9 +52,8 @@ class LiveTeacher:
         """The rows at ``position`` [n], flat indices into the batch's b * t hidden states."""
         device = batch.input_ids.device
         self.place(device)
-        inputs = batch.model_inputs(dtype=self.head.weight.dtype)
         with torch.autocast(device.type, enabled=False):  # autocast is the student's
-            hidden = inside(self.model, lambda: backbone(self.model)(**inputs))  # [b, t, e]
+            hidden = inside(self.model, lambda: last_hidden(self.model, batch))  # [b, t, e]
         rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, e]
         shared = None if self.shared is None else self.shared.to(device)
         reference = None if self.reference is None else self.reference(batch, position)

@@ -327,8 +327,7 @@ def _check_packing(recipe: Any, teacher: TeacherPlan) -> None:
     teachers = [("the teacher", one, one.wanted_revision) for one in plans if isinstance(one, ModelPlan)]
     others = (("the student", recipe.student), ("the reference", recipe.reference))
     for role, one, revision in [*teachers, *((r, o, o.revision) for r, o in others if o and o.model)]:
-        attention = None if one is recipe.reference else one.attn_implementation
-        check_packing(one.model, length, role=role, revision=revision, attention=attention)
+        check_packing(one.model, length, role=role, revision=revision)
 
 
 def _student(

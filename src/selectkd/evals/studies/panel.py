@@ -13,7 +13,8 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import DataError
 from selectkd.loss.options import LossOptions
 from selectkd.loss.terms import Forward
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.objective.divergences import forward_kl
 from selectkd.objective.pair import TokenPair, entropy
 from selectkd.objective.registry import build
@@ -155,7 +156,7 @@ def _scores(
     student: nn.Module, teacher: Teacher, batch: Any, seen: Any, member: _Panel, seed: int, chunk: int | None
 ) -> Tensor:
     head = head_of(student)
-    hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+    hidden = last_hidden(student, batch)  # [b, t, d]
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
     rows = teacher(batch, seen.position)
     uniform = draws(batch, seen, member.traits.uniforms_per_token, seed=seed, step=0)

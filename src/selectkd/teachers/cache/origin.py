@@ -14,7 +14,8 @@ from selectkd.data.collate import collate
 from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
 from selectkd.loss.head import Head
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import whole
 from selectkd.teachers.cache.codec import Bytes
@@ -92,7 +93,7 @@ def hidden_of(model: nn.Module, records: Sequence[Record]) -> list[torch.Tensor]
         examples.append(Example(record.ids, [i in chosen for i in range(len(record.ids))]))
     batch = collate(examples, pad_id=0).to(head_of(model).weight.device)
     seen = supervised(batch)
-    hidden = backbone(model)(**batch.model_inputs(dtype=head_of(model).weight.dtype))
+    hidden = last_hidden(model, batch)
     rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]
     return list(rows.split([len(record.places) for record in records]))
 

@@ -16,7 +16,8 @@ from selectkd.loss.distillation import distillation_loss
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import inside
 from selectkd.objective.objective import Objective
@@ -115,7 +116,7 @@ def _measured(
     """(loss, sums, the surprise of student and teacher, NaN where the teacher's is not known) of a batch."""
     head = head_of(student)
     with precision.autocast(batch.input_ids.device):
-        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))  # [b, t, d]
+        hidden = last_hidden(student, batch)  # [b, t, d]
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
     rows = teacher(batch, seen.position)
     with precision.autocast(hidden.device):
@@ -163,7 +164,7 @@ def _verdicts(
 ) -> Tensor:  # fmt: skip
     head = head_of(student)
     with precision.autocast(batch.input_ids.device):
-        hidden = backbone(student)(**batch.model_inputs(dtype=head.weight.dtype))
+        hidden = last_hidden(student, batch)
     hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
     rows = teacher(batch, seen.position)
     with precision.autocast(hidden.device):

@@ -24,7 +24,8 @@ from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.devices import free_memory, training_device, wait_for
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.models.load import check_local
 from selectkd.models.sharded import inside
 from selectkd.teachers import exactness
@@ -312,7 +313,7 @@ def _calibration(made: Assembly) -> str:
     def look() -> list[str]:
         head = head_of(made.student)
         with made.precision.autocast(made.probe.input_ids.device):
-            hidden = backbone(made.student)(**made.probe.model_inputs(dtype=head.weight.dtype))
+            hidden = last_hidden(made.student, made.probe)
         rows = made.teacher(made.probe, seen.position)
         own = _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)
         theirs = _calibrated(rows.hidden, rows.head, seen.labels) if isinstance(rows, LiveRows) else None
