@@ -39,9 +39,9 @@ class Plan:
     heldout: int = 200
     vocabulary: int = 1024
     seeds: int = 6
-    teacher: Course = field(default_factory=lambda: Course(steps=3000, learning_rate=3e-3, ages=AGES))
-    damage: Course = field(default_factory=lambda: Course(steps=600, learning_rate=1e-3))
-    student: Course = field(default_factory=lambda: Course(steps=300, learning_rate=3e-3))
+    teacher: Course = field(default_factory=lambda: Course(steps=1500, learning_rate=3e-3, ages=AGES))
+    damage: Course = field(default_factory=lambda: Course(steps=300, learning_rate=1e-3))
+    student: Course = field(default_factory=lambda: Course(steps=150, learning_rate=3e-3))
 
 
 SMALL = Plan(
