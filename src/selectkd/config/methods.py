@@ -317,6 +317,26 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             needs=("reference",),
         ),
+        "adakd": Method(
+            "Forward KL at a temperature of each token's own, on the tokens where the models differ most.",
+            {
+                "objective": {
+                    "divergence": {"name": "token_temperature", "scale": 0.5},
+                    "selector": {"name": "adakd", "share": 1.0, "change": 0.1, "floor": 0.1},
+                    "beta": 0.0,
+                    "reduction": "weight_mean",
+                }
+            },
+            "AdaKD (arXiv 2510.11615); the share of tokens follows the loss.",
+            {
+                "objective.divergence.scale": "AdaKD: its released code",
+                "objective.selector.share": "AdaKD: it starts with all tokens",
+                "objective.selector.change": "AdaKD",
+                "objective.selector.floor": "AdaKD",
+                "objective.beta": "AdaKD: the other tokens are left out",
+                "objective.reduction": "AdaKD: the mean over the kept tokens",
+            },
+        ),
         "atkd": Method(
             "Hard tokens learn target and rest, easy ones the rest alone, by the teacher's surprise at the label.",
             {

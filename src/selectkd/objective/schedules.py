@@ -89,3 +89,36 @@ class TaidSchedule:
         linear = self.start + (self.end - self.start) * min(step / self.steps, 1.0)
         self.t = min(self.end, max(linear, self.t))
         return self.t
+
+
+@dataclass
+class ShareSchedule:
+    """AdaKD's share of rows: times 1 - change where the loss's moving average fell by the part ``change`` since the
+    share last changed, times 1 + change where it rose by it, within [floor, 1].
+
+    The average is exponential, its first value the first loss. The authors compare from the end of their warm-up on,
+    here from the first step on. momentum: theirs is an option without a stated value; .9 is ours, ten steps.
+    Source: AdaKD (arXiv 2510.11615), loss-driven adaptive token focusing, and its authors' code.
+
+    >>> schedule = ShareSchedule(1.0, momentum=0.0)
+    >>> [round(schedule.update(loss), 3) for loss in (2.0, 1.9, 1.7, 1.6, 2.0)]
+    [1.0, 1.0, 0.9, 0.9, 0.99]
+    """
+
+    share: float
+    change: float = 0.1
+    floor: float = 0.1
+    momentum: float = 0.9
+    mean: float | None = None
+    last: float | None = None
+
+    def update(self, loss: float) -> float:
+        """The share for the next step, given the loss just measured."""
+        self.mean = loss if self.mean is None else self.momentum * self.mean + (1.0 - self.momentum) * loss
+        if self.last is None:
+            self.last = self.mean
+        elif abs(self.mean - self.last) > self.change * abs(self.last):
+            factor = 1.0 + self.change if self.mean > self.last else 1.0 - self.change
+            self.share = min(1.0, max(self.floor, self.share * factor))
+            self.last = self.mean
+        return self.share

@@ -184,7 +184,24 @@ class atkd(Ranked):
 
 @dataclass(frozen=True)
 class adakd(Ranked):
-    """AdaKD: the rows with the highest Hellinger distance between teacher and student."""
+    """AdaKD: the rows with the highest Hellinger distance between teacher and student.
+
+    change: by which part the share falls as the loss's moving average has fallen by that part since the share's last
+    change, and grows as it has risen by it; the share stays in [floor, 1]. 0 keeps the share; the paper starts from 1
+    with .1 (`method: adakd`).
+    Source: AdaKD (arXiv 2510.11615), loss-driven adaptive token focusing, and its authors' code.
+    """
+
+    change: float = field(default=0.0, kw_only=True)
+    floor: float = field(default=0.1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.change < 1.0 or not 0.0 < self.floor <= self.share:
+            raise ConfigError(
+                f"adakd(change={self.change}, floor={self.floor}): change lies in [0, 1), floor above 0 and at most at "
+                f"share = {self.share}."
+            )
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return hellinger_distance(pair.logp, pair.logq)[:, None]

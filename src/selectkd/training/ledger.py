@@ -19,7 +19,8 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import NumericsError
 from selectkd.loss.plan import Extra, LossPlan, StreamLoss, StreamSpec
 from selectkd.objective.objective import Objective
-from selectkd.objective.schedules import BetaSchedule, TaidSchedule
+from selectkd.objective.schedules import BetaSchedule, ShareSchedule, TaidSchedule
+from selectkd.objective.selectors import adakd
 from selectkd.training.counts import (
     Counts,
     checked,
@@ -84,6 +85,12 @@ class Ledger:
         checked(self.reduction)
         if self.beta is None:
             self.beta = BetaSchedule(self.objective.beta, self.objective.beta)
+        gate = self.objective.verifier
+        self.share = (
+            ShareSchedule(gate.share, gate.change, gate.floor)
+            if isinstance(gate, adakd) and gate.change
+            else None
+        )
         self._in_a_row = 0
         self.spikes = Spikes()
         self._portions: list[Portion] = []
@@ -113,6 +120,7 @@ class Ledger:
             "window": list(self._window),  # of finished steps, which nothing changes
             "best_tar": self.beta.best_tar,
             "taid": None if self.taid is None else asdict(self.taid),
+            "share": None if self.share is None else asdict(self.share),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,6 +131,8 @@ class Ledger:
         self.spikes.load_state_dict(state["spikes"])
         self._window = list(state["window"])
         self.beta = replace(self.beta, best_tar=state["best_tar"])
+        if self.share is not None and state.get("share") is not None:
+            self.share = ShareSchedule(**state["share"])
         if self.taid is not None and state["taid"] is not None:
             self.taid = replace(
                 self.taid, **{key: state["taid"][key] for key in ("t", "mean_fall", "last_loss")}
@@ -141,6 +151,8 @@ class Ledger:
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
             self.now = replace(self.now, divergence={"name": "taid", "t": self.taid.t})
+        if self.share is not None:
+            self.now = replace(self.now, verifier=replace(self.now.verifier, share=self.share.share))
         total = self.total_steps or self.step + 1
         streams = [spec.at(self.now, self.step, total) for spec in self.losses]
         self.plan = LossPlan(tuple(streams) or (StreamLoss(self.now),), self.extras, self.step)
@@ -205,6 +217,8 @@ class Ledger:
             self.tokens += int(self.last["n"])
             if self.taid is not None:
                 self.taid.update(self.step, self.last["loss"])
+            if self.share is not None:
+                self.share.update(self.last["loss"])
             if self.last["sequences"]:
                 self.tar = self.last["tar"] / self.last["sequences"]
             return True
@@ -248,6 +262,8 @@ class Ledger:
             "spikes": len(self.spikes.steps),
             "teacher_nonfinite": int(sums["teacher_nonfinite"]),
         }
+        if self.share is not None:
+            line["share"] = self.share.share
         line["streams"] = stream_rates(total, self.streams)
         return line
 

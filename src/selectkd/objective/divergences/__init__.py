@@ -27,6 +27,7 @@ from selectkd.objective.divergences.label import (
 )
 from selectkd.objective.divergences.record import Divergence, states
 from selectkd.objective.divergences.router import router
+from selectkd.objective.divergences.temperature import token_temperature
 from selectkd.objective.divergences.uld import is_unpaired, uld
 
 DIVERGENCES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
@@ -46,6 +47,7 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "kl_tv_hybrid": kl_tv_hybrid,
         "uld": uld,
         "router": router,
+        "token_temperature": token_temperature,
     }
 )
 
@@ -72,5 +74,6 @@ __all__ = [
     "states",
     "taid",
     "todi",
+    "token_temperature",
     "total_variation",
 ]
