@@ -20,7 +20,8 @@ from selectkd.errors import ConfigError
 from selectkd.evals.heldout import divergence_loss
 from selectkd.evals.landscape import sharpness, top_eigenvalue
 from selectkd.evals.speculative.measure import speculation
-from selectkd.models.head import backbone, head_of
+from selectkd.models.forward import last_hidden
+from selectkd.models.head import head_of
 from selectkd.rollouts.generate import Request, ends_of, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
@@ -75,7 +76,7 @@ def calibration(made: Any, recipe: Any) -> Numbers:
     sure, right = [], []
     for batch in made.heldout:
         seen, head = supervised(batch), head_of(made.student)
-        hidden = backbone(made.student)(**batch.model_inputs(dtype=head.weight.dtype))
+        hidden = last_hidden(made.student, batch)
         logits = head.logits(hidden.reshape(-1, hidden.shape[-1])[seen.position])  # [n, v]
         best = torch.softmax(logits.float(), -1).max(-1)
         sure.append(best.values.cpu())
