@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.rollouts.few_rows import FewRows, is_narrow
-from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.generate import Ends, Request, ends_of, generate
 from selectkd.rollouts.kv_decoder import CachedDecoder, kv_decoder
 from selectkd.rollouts.rules import Draw, Interleaved, Mixed
 from selectkd.rollouts.sampling import Sampling, drawn
@@ -98,9 +98,7 @@ def test_a_text_ends_at_its_own_limit_and_at_a_stop_string(teacher: Any) -> None
     assert [len(text.ids) for text in free] == [0, 3, 12] and not any(text.ended for text in free)
     tokenizer = tiny_tokenizer()
     word = tokenizer.decode(free[2].ids[4:6])
-    stopped = generate(
-        [teacher], asked, GREEDY, ends=(), width=VOCABULARY, stops=[word], decode=tokenizer.decode
-    )
+    stopped = generate([teacher], asked, GREEDY, ends=Ends((), [word], tokenizer.decode), width=VOCABULARY)
     assert stopped[2].ended and stopped[2].ids == free[2].ids[:6]
 
 
@@ -212,7 +210,7 @@ def test_a_cache_under_autocast_is_held_to_the_digits_of_bf16() -> None:
     """fp32 weights whose products are bf16 give a row other digits in a batch; in fp32 as many would be a fault."""
     model = tiny_llama(7)
     model.model.norm.register_forward_hook(lambda _, __, out: out * (1.0 + 2e-3 * (out.shape[0] > 1)))
-    given = {"width": VOCABULARY, "pad_id": 0}
+    given = {"width": VOCABULARY}
     with torch.autocast("cpu", torch.bfloat16):
         assert isinstance(kv_decoder(model, prompts(3, 5), **given), CachedDecoder)
     other = tiny_llama(7)

@@ -16,6 +16,7 @@ from selectkd.evals.speculative.measure import (
     assisted,
     expected_speedup,
     speculation,
+    timed_alone,
 )
 from speculative.test_decode import PROMPT, near, tiny
 
@@ -37,7 +38,10 @@ def test_a_token_behind_a_rejected_one_is_not_judged() -> None:
 
 def test_a_draft_equal_to_its_target_is_accepted_everywhere_and_the_same() -> None:
     target = tiny(0)
-    seen = speculation(target, target, [PROMPT, PROMPT + 1], draft_length=4, max_new_tokens=20)
+    both = [PROMPT, PROMPT + 1]
+    seen = speculation(
+        target, target, both, draft_length=4, alone=timed_alone(target, both, max_new_tokens=20)
+    )
     assert (seen.acceptance.value, seen.acceptance.low, seen.acceptance.high) == (1.0, 1.0, 1.0)
     assert seen.by_position == [1.0] * 4 and seen.mean_accepted_length == 5.0 and seen.same
     assert seen.tokens == 40 and seen.speedup_measured > 0 and seen.costs.ratio > 0
@@ -54,14 +58,17 @@ def test_tokens_behind_the_end_of_sequence_count_nowhere(g: int) -> None:
     assert sum(one.accepted for one in rounds) <= length and all(
         one.accepted == one.proposed for one in rounds
     )
-    seen = speculation(target, target, [PROMPT], draft_length=g, max_new_tokens=30, eos={eos})
+    plain = timed_alone(target, [PROMPT], max_new_tokens=30, eos={eos})
+    seen = speculation(target, target, [PROMPT], draft_length=g, alone=plain)
     assert seen.tokens == length and seen.mean_accepted_length == length / len(rounds)
 
 
 def test_a_worse_draft_is_accepted_less_and_is_still_the_same() -> None:
     target = tiny(0)
+    both = [PROMPT, PROMPT + 1]
+    alone = timed_alone(target, both, max_new_tokens=20)
     close, far = (
-        speculation(target, near(target, 7, amount), [PROMPT, PROMPT + 1], draft_length=4, max_new_tokens=20)
+        speculation(target, near(target, 7, amount), both, draft_length=4, alone=alone)
         for amount in (0.02, 1.0)
     )
     assert 1 > close.acceptance.value > far.acceptance.value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ import typer
 from selectkd.cli import eval_suites
 from selectkd.cli.answer import JsonFile, check_answer, write_answer
 from selectkd.cli.options import ApiKeyEnv, Device, Dtype
-from selectkd.cli.terminal import say, show_progress, without_other_bars
+from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
 SuiteName = Literal["own", "quick", "math", "code", "instruct", "perplexity", "harness"]
@@ -132,64 +131,29 @@ def evaluate(
     """
     check_answer(answers, flag="--answers")
     is_run = (Path(model).expanduser() / "manifest.json").is_file()
-    if suite is None:
-        suite = "own" if is_run else "quick"
-    if suite == "own" and not is_run:
+    chosen: str = suite or ("own" if is_run else "quick")
+    if chosen == "own" and not is_run:
         raise ConfigError(
             f"--suite own measures the text a run held out, and {model} is no finished run's folder."
         )
-    if k > samples:
-        raise ConfigError(f"--k {k} needs --samples {k} or more; it is {samples}.")
-    if suite in ("perplexity", "instruct") and data is None:
-        raise ConfigError(f"--suite {suite} needs --data FILE.")
-    if suite == "instruct" and judge is None and judge_model is None:
-        raise ConfigError(
-            "--suite instruct needs --judge URL with --judge-model NAME, or a local --judge-model."
-        )
-    if suite == "harness" and not tasks:
-        raise ConfigError("--suite harness needs --tasks, for example --tasks hellaswag,arc_easy.")
-    if memory.is_dir():
-        raise ConfigError(
-            f"--memory {memory} is a folder. Name a file, for example {memory / 'eval-memory.jsonl'}."
-        )
+    judging = eval_suites.JudgeOptions(
+        judge, judge_model, api_key_env, judge_tokens, protocol, price_in, price_out, max_cost
+    )
+    harness = eval_suites.HarnessOptions(tasks, task_folder, shots, chat)
+    options = eval_suites.EvalOptions(
+        chosen, data, limit, tokens, samples, k, temperature, unsafe, max_length, dtype, seed, answers, memory,
+        judging, harness,
+    )  # fmt: skip
+    eval_suites.check(options)
     without_other_bars()
 
     from selectkd.models.devices import use_device
 
     on = use_device(device)
     if batch_size is None:  # the harness asks for whole rows of logits, which grow with it
-        batch_size = 8 if on.type == "cpu" or suite == "harness" else 64
-    options = eval_suites.EvalOptions(
-        suite, data, limit, tokens, samples, k, temperature, batch_size, seed, unsafe, max_length, on
-    )
-
-    from selectkd.evals.memory import Memory
-
-    names = [model, *(compare or [])]
-    if suite == "own":
-        from selectkd.evals.own_text import own_text
-        from selectkd.evals.runs import load_student
-
-        loaders = [(name, partial(load_student, name, dtype=dtype, device=on)) for name in names]
-        rows, comparisons = own_text(
-            model, loaders, limit=limit, batch_size=batch_size, device=on, on_progress=show_progress
-        )
-    elif suite == "perplexity":
-        rows, comparisons = eval_suites.perplexity(names, options, dtype)
-    elif suite == "instruct":
-        load_judge = eval_suites.judge_loader(judge, judge_model, api_key_env, dtype, on, judge_tokens)
-        budget = (price_in, price_out, max_cost)
-        rows, comparisons = eval_suites.instruct(
-            names, options, dtype, load_judge, protocol, Memory.opened(memory), budget
-        )
-    elif suite == "harness":
-        chosen = tuple(one.strip() for one in str(tasks).split(","))
-        kept = Memory.opened(memory)
-        rows, comparisons = eval_suites.harness(
-            names, options, dtype, answers, chosen, task_folder, shots, chat, kept
-        )
-    else:
-        rows, comparisons = eval_suites.problems(names, options, dtype, answers, Memory.opened(memory))
+        batch_size = 8 if on.type == "cpu" or chosen == "harness" else 64
+    here = eval_suites.Here(on, batch_size)
+    rows, comparisons = eval_suites.SUITES[chosen]([model, *(compare or [])], options, here)
     write_answer(json_file, {"rows": rows, "comparisons": comparisons})
     _table(rows, comparisons)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from selectkd.evals.speculative.served import Served
     from selectkd.models.load import Loaded
     from selectkd.rollouts.completion_server import CompletionServer
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every draft and server writes: at most ``tokens`` behind each prompt, at each temperature."""
+
+    target: str
+    prompts: list[list[int]]
+    temperatures: tuple[float, ...]
+    tokens: int
+    seed: int
+    ends: Collection[int]
 
 
 def speculate(
@@ -129,20 +141,19 @@ def speculate(
         if prompts is None
         else read_prompts(prompts, tokenizer, limit=limit)
     )
-    eos = ends_of(tokenizer) if teacher is None else ends_of(tokenizer, teacher.model)
-    heats = (0.0, temperature) if temperature else (0.0,)
+    ends = ends_of(tokenizer) if teacher is None else ends_of(tokenizer, teacher.model)
+    trial = Trial(target, texts, (0.0, temperature) if temperature else (0.0,), tokens, seed, ends)
     rows: list[dict[str, Any]] = []
     if teacher is not None:
-        rows += _here(
-            teacher, target, draft or [], before, texts, chosen, heats, tokens, seed, eos, dtype, beside
-        )
+        students = _students(draft or [], before, dtype, on)
+        rows += _here(teacher, students, trial, chosen, beside)
     if server is not None:
         servers = [
             CompletionServer(url, server_model or "", key, concurrency=at_once, settings=SPECULATE)
             for url in (server, plain_server)
             if url is not None
         ]
-        rows += _there(servers, server_kind, target, texts, tokenizer, heats, tokens, seed, eos)
+        rows += _there(servers, server_kind, trial, tokenizer)
     settings = {
         "prompts": "built in" if prompts is None else str(prompts), "prompt_count": len(texts), "tokens": tokens,
         "dtype": dtype, "seed": seed, "threads": torch.get_num_threads(), "device": str(on),
@@ -156,70 +167,64 @@ def speculate(
     _served_table([row for row in rows if row["server"] is not None])
 
 
+def _students(drafts: list[str], before: bool, dtype: str, device: Any) -> list[tuple[str, Loaded]]:
+    """The drafts by name, each behind itself before training where that is wanted."""
+    from selectkd.evals.runs import load_student, load_student_before
+
+    students = []
+    for name in drafts:
+        if before:
+            students.append((f"{name} before", load_student_before(name, dtype=dtype, device=device)))
+        students.append((name, load_student(name, dtype=dtype, device=device)))
+    return students
+
+
 def _here(
-    teacher: Loaded, target: str, drafts: list[str], before: bool, texts: list[list[int]], lengths: list[int],
-    heats: tuple[float, ...], tokens: int, seed: int, eos: Collection[int], dtype: str, beside: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+    teacher: Loaded, students: list[tuple[str, Loaded]], trial: Trial, lengths: list[int], beside: bool
+) -> list[dict[str, Any]]:
     """A row for each temperature, student and draft length, with the models in memory."""
     import torch
 
     from selectkd.data.alignment import align
-    from selectkd.evals.runs import load_student, load_student_before
     from selectkd.evals.speculative.measure import assisted, speculation, timed_alone
 
-    on = next(teacher.model.parameters()).device
-    students = []
-    for name in drafts:
-        if before:
-            students.append((f"{name} before", load_student_before(name, dtype=dtype, device=on)))
-        students.append((name, load_student(name, dtype=dtype, device=on)))
     for _, student in students:
         align(teacher.tokenizer, student.tokenizer)
-    ids, rows = [torch.tensor(one, device=on) for one in texts], []
-    for heat in heats:
-        options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": heat, "eos": eos}
+    on = next(teacher.model.parameters()).device
+    ids, rows = [torch.tensor(one, device=on) for one in trial.prompts], []
+    for heat in trial.temperatures:
+        options: dict[str, Any] = {
+            "max_new_tokens": trial.tokens, "temperature": heat, "eos": trial.ends, "seed": trial.seed,
+        }  # fmt: skip
         show_progress(f"the target alone, temperature {heat:g}, {len(ids)} prompts")
-        alone = timed_alone(teacher.model, ids, seed=seed, **options)
+        alone = timed_alone(teacher.model, ids, **options)
         for name, student in students:
             for g in lengths:
                 show_progress(f"{name}, draft length {g}, temperature {heat:g}")
-                seen = speculation(
-                    teacher.model, student.model, ids, draft_length=g, seed=seed, alone=alone, **options
-                )
-                theirs = (
-                    assisted(teacher.model, student.model, ids, draft_length=g, seed=seed, **options)
-                    if beside
-                    else None
-                )
-                rows.append(_row(name, target, seen, theirs))
+                models = (teacher.model, student.model, ids)
+                found = speculation(*models, draft_length=g, alone=alone)
+                theirs = assisted(*models, draft_length=g, **options) if beside else None
+                rows.append(_row(name, trial.target, found, theirs))
     return rows
 
 
-def _there(
-    servers: list[CompletionServer], kind: Any, target: str, texts: list[list[int]], tokenizer: Any,
-    heats: tuple[float, ...], tokens: int, seed: int, eos: Collection[int],
-) -> list[dict[str, Any]]:  # fmt: skip
+def _there(servers: list[CompletionServer], kind: Any, trial: Trial, tokenizer: Any) -> list[dict[str, Any]]:
     """A row for each temperature, with the models that the first server holds; the second, if any, has no draft."""
     from selectkd.evals.speculative.served import served
     from selectkd.rollouts.generate import Request
 
-    requests, rows = [Request(one, tokens) for one in texts], []
-    for heat in heats:
+    requests, rows = [Request(one, trial.tokens) for one in trial.prompts], []
+    for heat in trial.temperatures:
         found = []
         for one in servers:
             show_progress(f"{one.url}, temperature {heat:g}, {len(requests)} prompts")
             found.append(
                 served(
-                    one,
-                    kind,
-                    requests,
-                    tokenizer=tokenizer,
-                    end=min(eos, default=None),
-                    temperature=heat,
-                    seed=seed,
+                    one, kind, requests, tokenizer=tokenizer, end=min(trial.ends, default=None),
+                    temperature=heat, seed=trial.seed,
                 )
-            )
-        rows.append(_served_row([one.url for one in servers], target, heat, *found))
+            )  # fmt: skip
+        rows.append(_served_row([one.url for one in servers], trial.target, heat, *found))
     return rows
 
 

@@ -38,9 +38,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _passed: Counter[str] = Counter()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """``content`` at ``path``, whole or not at all: written beside it, synced, renamed, the folder synced."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def write_whole(path: Path, content: bytes | bytearray, *, partial: Path | None = None) -> None:
+    """``content`` at ``path``, whole or not at all: written beside it, synced, renamed, the folder synced.
+
+    partial: where it is written first, a file of the same folder; default one of this process alone.
+    ResourceError where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}") if partial is None else partial
     try:
         with partial.open("wb") as file:
             file.write(content)

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from selectkd import __version__
-from selectkd.data.render import pad_id_of
 from selectkd.evals.memory import Memory, key_of
 from selectkd.models.load import Loaded
-from selectkd.rollouts.generate import Request, ends_of, generate
+from selectkd.rollouts.generate import Ends, Request, ends_of, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
 from selectkd.teachers.cache.origin import weights_checksum
@@ -65,8 +64,7 @@ def complete(
         chosen = todo[start : start + batch_size]
         texts = generate(
             [loaded.model], [requests[i] for i in chosen], Draw(Sampling(decoding.temperature, decoding.top_p)),
-            ends=ends, width=len(tokenizer), pad_id=pad_id_of(tokenizer), seed=decoding.seed, stops=decoding.stop,
-            decode=tokenizer.decode,
+            ends=Ends(ends, decoding.stop, tokenizer.decode), width=len(tokenizer), seed=decoding.seed,
         )  # fmt: skip
         written.update((i, text.ids) for i, text in zip(chosen, texts, strict=True))
         if (

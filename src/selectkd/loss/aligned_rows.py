@@ -73,13 +73,27 @@ class Side:
         return Side(**{name: column[spans] for name, column in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Spans:
+    """The g spans of a text of n supervised rows.
+
+    first: [g], the student's row of each span's first token, ascending. span: [n], the span of each row, -1 where its
+    text could not be aligned. token: [n], the text's tokens. student, ours: the two sides; the loss fills
+    ``student.later`` in. merged: [g], whether the span is anything but the same one token on both sides.
+    """
+
+    first: Int[Tensor, " g"]
+    span: Int[Tensor, " n"]
+    token: Int[Tensor, " n"]
+    student: Side
+    ours: Side
+    merged: Bool[Tensor, " g"]
+
+
 class AlignedRows:
     """A teacher of another tokenizer: its distribution at the first token of g spans of the student's n rows.
 
-    teacher: its rows, one a span. first: [g], the student's row of each span's first token, ascending. span: [n], the
-    span of each row, -1 where its text could not be aligned. later: [r], the rows of the spans' other tokens. token:
-    [n], the text's tokens. student, ours: the two sides; the loss fills ``student.later`` in. merged: [g], whether the
-    span is anything but the same one token on both sides.
+    teacher: its rows, one a span. later: [r], the rows of the spans' other tokens.
     matched_weight: what the divergence on the shared tokens counts, and 1 minus it the sorted distance of the others;
     None for the shared part of the teacher's vocabulary. unverified_weight: the weight of a span whose proposal has no
     counterpart; None for beta, as if it were rejected. by_index: the same teacher with its i-th token beside the
@@ -90,22 +104,19 @@ class AlignedRows:
         self,
         teacher: LiveRows,
         vocabularies: Vocabularies,
+        spans: Spans,
         *,
-        first: Int[Tensor, " g"],
-        span: Int[Tensor, " n"],
-        token: Int[Tensor, " n"],
-        student: Side,
-        ours: Side,
-        merged: Bool[Tensor, " g"],
         matched_weight: float | None = None,
         unverified_weight: float | None = None,
         by_index: AlignedRows | None = None,
     ) -> None:
-        if teacher.count != first.shape[0]:
-            raise ConfigError(f"the teacher has {teacher.count} rows and there are {first.shape[0]} spans.")
+        if teacher.count != spans.first.shape[0]:
+            raise ConfigError(
+                f"the teacher has {teacher.count} rows and there are {spans.first.shape[0]} spans."
+            )
         self.teacher, self.vocabularies = teacher, vocabularies
-        self.first, self.span, self.token = first, span, token
-        self.student, self.ours, self.merged = student, ours, merged
+        self.first, self.span, self.token = spans.first, spans.span, spans.token
+        self.student, self.ours, self.merged = spans.student, spans.ours, spans.merged
         self.matched_weight = vocabularies.share if matched_weight is None else matched_weight
         self.unverified_weight = unverified_weight
         self.by_index = by_index

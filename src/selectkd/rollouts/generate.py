@@ -45,6 +45,31 @@ class Completion:
     ended: bool = False
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The end of a text: a token of ``ids``, or the token that completes one of ``stops``.
+
+    decode: the text of ids, needed for stop strings; ConfigError where it is missing.
+    """
+
+    ids: Collection[int]
+    stops: Sequence[str] = ()
+    decode: Callable[[list[int]], str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.stops and self.decode is None:
+            raise ConfigError("stop strings need `decode`, a function from ids to text.")
+
+    def reached(self, written: list[int]) -> bool:
+        """Whether the last token of a text ends it."""
+        if written[-1] in self.ids:
+            return True
+        if not self.stops or self.decode is None:
+            return False
+        text = self.decode(written[-STOP_WINDOW:])
+        return any(stop in text for stop in self.stops)
+
+
 def prompt_key(prompt: Sequence[int], copy: int = 0) -> int:
     """A 64-bit number of a prompt's ids, signed."""
     digest = hashlib.blake2b(repr((list(map(int, prompt)), copy)).encode(), digest_size=8).digest()
@@ -70,19 +95,16 @@ def generate(
     requests: Sequence[Request],
     rule: Rule,
     *,
-    ends: Collection[int],
+    ends: Collection[int] | Ends,
     width: int,
-    pad_id: int = 0,
     seed: int = 0,
     step: int = 0,
     batch_tokens: int | None = None,
-    stops: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
 ) -> list[Completion]:
     """One completion for each request, in their order, by as many models as the rule wants (student first).
 
-    ends: ids that end a text; width: how many leading ids may be written. A text also ends with the token that
-    completes one of ``stops``, for which ``decode`` is needed, and at its limit. The models keep their mode.
+    ends: the ids, or the ids and stop strings, that end a text, which ends at its limit too; width: how many leading
+    ids may be written. The models keep their mode.
     batch_tokens: prompt and completion tokens of a batch at most; None as of ``BatchMemory.of``.
     Raises ConfigError for a rule and models that do not go together, and for a prompt without a token.
     """
@@ -90,10 +112,9 @@ def generate(
         raise ConfigError(
             f"{type(rule).__name__} writes with {rule.models} models; generate() was given {len(models)}."
         )
-    if stops and decode is None:
-        raise ConfigError("stop strings need `decode`, a function from ids to text.")
     if any(not request.prompt for request in requests):
         raise ConfigError("a prompt has no token. Give each prompt at least one.")
+    ends = ends if isinstance(ends, Ends) else Ends(ends)
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), i), reverse=True)
     device = head_of(models[0]).weight.device
     most = None  # rows of a batch, once memory has run out
@@ -108,7 +129,7 @@ def generate(
             size = min(memory.rows([requests[i] for i in order]), most or len(order))
             batch = [requests[i] for i in order[:size]]
             try:
-                texts = _batch(models, batch, rule, ends, width, pad_id, seed, step, stops, decode)
+                texts = _batch(models, batch, rule, ends, width, seed, step)
             except (
                 RuntimeError
             ) as error:  # a text does not depend on its batch: a smaller one writes the same
@@ -122,15 +143,11 @@ def generate(
 
 
 def _batch(
-    models: Sequence[nn.Module], requests: Sequence[Request], rule: Rule, ends: Collection[int], width: int,
-    pad_id: int, seed: int, step: int, stops: Sequence[str], decode: Callable[[list[int]], str] | None,
+    models: Sequence[nn.Module], requests: Sequence[Request], rule: Rule, ends: Ends, width: int, seed: int, step: int
 ) -> list[Completion]:  # fmt: skip
     written: list[list[int]] = [[] for _ in requests]
     replaced, ended = [0] * len(requests), [False] * len(requests)
-    decoders = [
-        kv_decoder(model, [request.prompt for request in requests], width=width, pad_id=pad_id)
-        for model in models
-    ]
+    decoders = [kv_decoder(model, [request.prompt for request in requests], width=width) for model in models]
     shared = min(one.width for one in decoders)
     device = decoders[0].logits.device
     keys = [prompt_key(request.prompt, request.copy) for request in requests]
@@ -156,7 +173,7 @@ def _batch(
                 if active[i]:
                     written[i].append(one)
                     replaced[i] += other
-                    ended[i] = one in ends or _stopped(written[i], stops, decode)
+                    ended[i] = ends.reached(written[i])
                     active[i] = not ended[i] and len(written[i]) < requests[i].limit
         kept = [row for row, i in enumerate(here) if active[i]]
         if 0 < len(kept) <= FEWER * len(here):
@@ -165,13 +182,6 @@ def _batch(
             for one in decoders:
                 one.keep(index)
     return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
-
-
-def _stopped(ids: list[int], stops: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
-    if not stops or decode is None:
-        return False
-    text = decode(ids[-STOP_WINDOW:])
-    return any(stop in text for stop in stops)
 
 
 @contextmanager

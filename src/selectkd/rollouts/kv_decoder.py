@@ -24,6 +24,8 @@ from selectkd.models.sharded import inside, is_sharded
 
 PROBES = (5, 2)
 """Lengths of the texts that a cache is tried on: one of them padded, the padded one left alone at the end."""
+PAD = 0
+"""The id of a padded place: masked, so any would do."""
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 GROWTH = 1.5
@@ -48,7 +50,7 @@ class KVDecoder(Protocol):
         """Goes on with the texts ``rows`` [m] alone."""
 
 
-def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int) -> KVDecoder:
+def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> KVDecoder:
     """A decoder of ``prompts`` whose logits equal those of a full forward pass over each text alone.
 
     It reads one token a step from the model's cache. The first call for a model compares the cache with full passes on
@@ -63,7 +65,7 @@ def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int
                 "several. Use policy: dataset, or another model."
             )
     kind = CachedDecoder if _tried[plain] else RecomputingDecoder
-    return kind(model, prompts, width=width, pad_id=pad_id)
+    return kind(model, prompts, width=width)
 
 
 def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module) -> bool:
@@ -75,7 +77,7 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
     dtype = product_dtype(head.weight)  # autocast's, where weights are fp32 and products are not
     ids = torch.linspace(1, head.width - 1, sum(PROBES)).long().tolist()
     texts = [ids[: PROBES[0]], ids[PROBES[0] :]]
-    given: dict[str, Any] = {"width": head.width, "pad_id": 0}
+    given: dict[str, Any] = {"width": head.width}
     alone = [RecomputingDecoder(model, [text], **given) for text in texts]
     try:
         read = kind(model, texts, **given)
@@ -108,17 +110,14 @@ class RecomputingDecoder:
     """Every text from its beginning for each token, padded on the right, where no token of a causal model looks."""
 
     @torch.no_grad()
-    def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int
-    ) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> None:
         self.model, self.decode = model, backbone(model)
         head = head_of(model)
         self.head = None if is_sharded(model) else head  # whole within a pass alone
         self.width = min(width, head.width)
-        self.pad_id = pad_id
         device = head.weight.device
         self.length = sent(torch.tensor([len(prompt) for prompt in prompts]), device)
-        self.ids = torch.full((len(prompts), max(map(len, prompts))), pad_id, dtype=torch.int64)
+        self.ids = torch.full((len(prompts), max(map(len, prompts))), PAD, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
         self.ids = sent(self.ids, device)
@@ -126,7 +125,7 @@ class RecomputingDecoder:
 
     @torch.no_grad()
     def append(self, token: Tensor) -> None:
-        self.ids = torch.nn.functional.pad(self.ids, (0, 1), value=self.pad_id)
+        self.ids = torch.nn.functional.pad(self.ids, (0, 1), value=PAD)
         self.ids.scatter_(1, self.length[:, None], token.to(self.ids.device)[:, None])
         self.length = self.length + 1
         self.logits = self._read()
@@ -151,9 +150,7 @@ class CachedDecoder:
     """The texts padded on the left, beside the model's own kind of cache."""
 
     @torch.no_grad()
-    def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int, pad_id: int
-    ) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> None:
         self.model, self.decode = model, backbone(model)
         head = head_of(model)
         self.head, self.dtype = (
@@ -166,7 +163,7 @@ class CachedDecoder:
         self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         device = head.weight.device
         longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+        ids = torch.full((len(prompts), longest), PAD, dtype=torch.int64)
         self.mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)

@@ -221,8 +221,7 @@ class RolloutWriter:
             precision = self.precision if models[0] is self.student else FP32
             with precision.autocast(device):
                 texts = generate(
-                    models, requests, rule, ends=self.ends, width=self.width, pad_id=self.pad_id, seed=self.seed,
-                    step=step,
+                    models, requests, rule, ends=self.ends, width=self.width, seed=self.seed, step=step,
                 )  # fmt: skip
         result: list[Text] = [None] * len(turns)
         for i, text in zip(able, texts, strict=True):

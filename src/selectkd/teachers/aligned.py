@@ -17,7 +17,7 @@ from selectkd.data.crossing import Crossing, Reading, Span, cross
 from selectkd.data.render import Example
 from selectkd.data.supervised import in_memory
 from selectkd.errors import ConfigError
-from selectkd.loss.aligned_rows import AlignedRows, Side, Vocabularies
+from selectkd.loss.aligned_rows import AlignedRows, Side, Spans, Vocabularies
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.models.forward import last_hidden
@@ -150,10 +150,12 @@ class AlignedTeacher:
             ~(single & (self.vocabularies.image[first] == theirs)) if merging else torch.zeros_like(single)
         )
         at = ints([start[p.sample] + p.span.teacher_start - 1 for p in places])
+        spans = Spans(
+            ints([p.rows[0] for p in places]), sent(span_of_row, device), token, student, ours, merged
+        )
         return AlignedRows(
-            LiveRows(hidden[at], self.head), self.vocabularies, first=ints([p.rows[0] for p in places]),
-            span=sent(span_of_row, device), token=token, student=student, ours=ours, merged=merged,
-            matched_weight=self.matched_weight, unverified_weight=self.unverified_weight, by_index=by_index,
+            LiveRows(hidden[at], self.head), self.vocabularies, spans, matched_weight=self.matched_weight,
+            unverified_weight=self.unverified_weight, by_index=by_index,
         )  # fmt: skip
 
     def _spelled(

@@ -103,7 +103,7 @@ def write(
         mine = [request for other, request in missing if other == name]
         for start in range(0, len(mine), BATCH):
             part = mine[start : start + BATCH]
-            texts = writers[name].write(part, wish, plan.tokenizer, pad, seed)
+            texts = writers[name].write(part, wish, plan.tokenizer, seed)
             said = _said(name, writers[name], wish, seed)
             store.add(
                 _record(request, text, said, plan.tokenizer)
@@ -131,9 +131,7 @@ class _Writer:
     source: str
     revision: str | None
 
-    def write(
-        self, requests: Sequence[Request], wish: Wish, tokenizer: Any, pad: int, seed: int
-    ) -> list[Completion]:
+    def write(self, requests: Sequence[Request], wish: Wish, tokenizer: Any, seed: int) -> list[Completion]:
         if isinstance(self.model, CompletionServer):
             end = min(ends_of(tokenizer), default=None)
             return self.model.complete(requests, wish.sampling, tokenizer=tokenizer, end=end, seed=seed)
@@ -143,7 +141,6 @@ class _Writer:
             Draw(wish.sampling),
             ends=ends_of(tokenizer, self.model),
             width=len(tokenizer),
-            pad_id=pad,
             seed=seed,
         )
 

@@ -60,29 +60,30 @@ class Speculation:
     same: bool | None
 
 
+@dataclass(frozen=True)
+class Alone:
+    """The target's own texts for some prompts, its seconds a token, and the settings of both.
+
+    options: max_new_tokens, temperature and eos, as ``decode`` takes them. Prompt i is drawn with ``seed`` + i.
+    """
+
+    texts: list[Decoded]
+    pace: float
+    seed: int
+    options: dict[str, Any]
+
+
 def speculation(
-    target: nn.Module,
-    draft: nn.Module,
-    prompts: Sequence[Tensor],
-    *,
-    draft_length: int,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    eos: Collection[int] = (),
-    alone: tuple[list[Decoded], float] | None = None,
+    target: nn.Module, draft: nn.Module, prompts: Sequence[Tensor], *, draft_length: int, alone: Alone
 ) -> Speculation:
-    """Measures one draft length; ``alone``: what ``timed_alone`` gave for the same prompts and settings."""
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "eos": eos,
-    }  # fmt: skip
-    plain, plain_pace = alone or timed_alone(target, prompts, seed=seed, **options)
+    """Measures one draft length with the settings of ``alone``, which ``timed_alone`` gave for the same prompts."""
+    options, temperature = alone.options, alone.options["temperature"]
     decode(
         target, draft, prompts[0], draft_length=draft_length, max_new_tokens=2
     )  # what the first call alone costs
     started = _clock(prompts[0])
     seen = [
-        decode(target, draft, prompt, draft_length=draft_length, seed=seed + i, **options)
+        decode(target, draft, prompt, draft_length=draft_length, seed=alone.seed + i, **options)
         for i, prompt in enumerate(prompts)
     ]
     pace = (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in seen)
@@ -100,9 +101,9 @@ def speculation(
         costs=costs,
         speedup_expected=expected_speedup(acceptance.value, draft_length, costs.ratio),
         speedup_from_costs=per_pass * costs.target / (draft_length * costs.draft + costs.target_on_draft),
-        speedup_measured=plain_pace / pace,
+        speedup_measured=alone.pace / pace,
         tokens=sum(len(one.tokens) for one in seen),
-        same=None if temperature else [one.tokens for one in plain] == [one.tokens for one in seen],
+        same=None if temperature else [one.tokens for one in alone.texts] == [one.tokens for one in seen],
     )
 
 
@@ -114,17 +115,14 @@ def timed_alone(
     temperature: float = 0.0,
     seed: int = 0,
     eos: Collection[int] = (),
-) -> tuple[list[Decoded], float]:
+) -> Alone:
     """The target's own texts, and its seconds a token."""
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos": eos}
     decode_alone(target, prompts[0], max_new_tokens=2)  # what the first call alone costs
     started = _clock(prompts[0])
-    seen = [
-        decode_alone(
-            target, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + i, eos=eos
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-    return seen, (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in seen)
+    texts = [decode_alone(target, prompt, seed=seed + i, **options) for i, prompt in enumerate(prompts)]
+    pace = (_clock(prompts[0]) - started) / sum(len(one.tokens) for one in texts)
+    return Alone(texts, pace, seed, options)
 
 
 def expected_speedup(acceptance: float, draft_length: int, cost_ratio: float) -> float:

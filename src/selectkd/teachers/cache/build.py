@@ -151,55 +151,74 @@ def build_cache(
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     _claim(folder, plan)
     needed = plan["rows"] * plan["row_bytes"]
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"{folder} needs {needed:,} bytes and the disk has {free:,} free. Name another folder, or store less."
-        )
+    _check_disk(folder, needed)
     if plan["payload"] == "hidden" and not (folder / HEAD).is_file():
         assert origin.head is not None  # what has no head gives no hidden states
         write_whole(folder / HEAD, head_bytes(origin.head))
     if not (folder / TEXT).is_file():
         write_whole(folder / TEXT, text_bytes(records))
-    plan_bytes = fingerprint(plan)
     seconds = estimate(origin, records, payload_of(dict(plan)))
     say(
         f"{plan['rows']:,} rows of {plan['row_bytes']} bytes in {len(shards)} shards: {needed / 1e6:,.1f} MB, "
         f"about {seconds / ranks:,.0f} s"
     )
-    between = before_shard or _nothing
-    others: list[int] = []
-
-    def make(number: int, wait: Callable[[], None] | None) -> None:
-        path = folder / SHARDS / shard_name(number)
-        if _sound(path, number, plan_bytes):
-            return
-        between()
-
-        def content() -> bytearray | None:
-            again = _sound(path, number, plan_bytes)  # another builder may have been faster
-            return None if again else compute_shard(origin, plan, number, shards[number])
-
-        if fill(path, content, wait=wait):
-            say(f"shard {number + 1} of {len(shards)}")
-        else:
-            others.append(number)
-
-    for number in range(rank, len(shards), ranks):
-        make(number, None)
+    shard = _Shards(folder, plan, shards, origin, before_shard or _nothing, say)
+    others = [number for number in range(rank, len(shards), ranks) if not shard.make(number)]
     if others:
-        say(f"{len(others)} shards are another builder's, which is waited for")
-    for number in list(others):
-        make(number, between)
-    found = [
-        _sound(folder / SHARDS / shard_name(number), number, plan_bytes) for number in range(len(shards))
-    ]
-    entries = [entry for entry in found if entry is not None]
+        say(f"waiting for another process that builds {len(others)} shards")
+    for number in others:
+        shard.make(number, wait=shard.before)
+    entries = [entry for number in range(len(shards)) if (entry := shard.sound(number)) is not None]
     if len(entries) < len(shards):
         return None
     index = {**plan, "shards": [asdict(entry) for entry in entries]}
     write_index(folder / INDEX, index)
     return index
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shards of one build: which are there, and the making of the others."""
+
+    folder: Path
+    plan: Mapping[str, Any]
+    records: Sequence[Sequence[Record]]
+    origin: Origin
+    before: Callable[[], None]
+    say: Callable[[str], None]
+
+    def make(self, number: int, wait: Callable[[], None] | None = None) -> bool:
+        """Computes a shard unless it is there; False where another builder is at work on it and ``wait`` is None."""
+        if self.sound(number):
+            return True
+        self.before()
+
+        def content() -> bytearray | None:
+            if self.sound(number):  # another builder may have been faster
+                return None
+            return compute_shard(self.origin, self.plan, number, self.records[number])
+
+        filled = fill(self.folder / SHARDS / shard_name(number), content, wait=wait)
+        if filled:
+            self.say(f"shard {number + 1} of {len(self.records)}")
+        return filled
+
+    def sound(self, number: int) -> ShardEntry | None:
+        """The index entry of a shard, if it is there and whole."""
+        path = self.folder / SHARDS / shard_name(number)
+        try:
+            with closing(Shard(path, number, fingerprint(self.plan))) as shard:
+                return None if shard.damaged() else shard.entry
+        except CacheError:
+            return None
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder} needs {needed:,} bytes and the disk has {free:,} free. Name another folder, or store less."
+        )
 
 
 @torch.no_grad()
@@ -264,15 +283,6 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
             raise CacheError(f"{folder} holds another cache: {shown}. Name a new folder, or delete this one.")
     else:
         write_index(path, plan)
-
-
-def _sound(path: Path, number: int, plan_bytes: bytes) -> ShardEntry | None:
-    """The index entry of the shard, if it is there and whole."""
-    try:
-        with closing(Shard(path, number, plan_bytes)) as shard:
-            return None if shard.damaged() else shard.entry
-    except CacheError:
-        return None
 
 
 def _nothing() -> None:

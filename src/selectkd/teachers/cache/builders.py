@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from selectkd.data.durable import disk_error, sync
+from selectkd.data.durable import disk_error, write_whole
 
 POLL = 0.1
 """Seconds from one look at another builder's lock to the next."""
@@ -31,23 +31,14 @@ def fill(
         wait()
         time.sleep(POLL)
         handle = _locked(partial)
-    content: bytes | bytearray | None = None
     try:
         content = content_of()
         if content is None:
             partial.unlink()
-            return True
-        os.ftruncate(handle, 0)
-        view = memoryview(content)
-        while view:
-            view = view[os.write(handle, view) :]
-        os.fsync(handle)
-        partial.replace(path)
-        sync(path.parent)
-    except BaseException as error:
+        else:
+            write_whole(path, content, partial=partial)
+    except BaseException:
         partial.unlink(missing_ok=True)  # its lock is ours
-        if isinstance(error, OSError) and content is not None:
-            raise disk_error(error, path, needed=len(content)) from error
         raise
     finally:
         os.close(handle)

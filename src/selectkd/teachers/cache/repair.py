@@ -157,30 +157,10 @@ def repair(
             )
         write_whole(folder / TEXT, text_bytes(records))
     records = text_of(folder, index)
-    entries = index.get("shards")
     if found.shards or HEAD in found.files:
-        teacher = index["teacher"]
-        origin = _origin(folder, index) if origin is None else origin
-        if any(
-            origin.teacher.get(key) != teacher[key] for key in ("weights", "fingerprint") if key in teacher
-        ):
-            raise CacheError(
-                f"{teacher['model']} has other weights than the cache was built with. Build it again: "
-                "selectkd cache build RECIPE."
-            )
-        if HEAD in found.files and origin.head is not None:
-            write_whole(folder / HEAD, head_bytes(origin.head))
-        cut = cut_into_shards(records, index["shard_rows"])
-        (folder / SHARDS).mkdir(exist_ok=True)
-        for number in found.shards:
-            content = compute_shard(origin, index, number, cut[number])
-            if entries is not None and content[-16:].hex() != entries[number]["checksum"]:
-                raise CacheError(
-                    f"shard {number} comes out otherwise than it was built: this machine computes other digits "
-                    f"(built with {index['engine']}). Repair it there, or build the cache again."
-                )
-            write_whole(folder / SHARDS / shard_name(number), bytes(content))
-            say(f"shard {number} computed again")
+        _compute_again(
+            folder, index, found, records, _origin(folder, index) if origin is None else origin, say
+        )
     plan = {key: value for key, value in index.items() if key not in ("shards", "checksum")}
     if PLAN in found.files:
         write_index(folder / PLAN, plan)
@@ -193,6 +173,36 @@ def repair(
                 there.append(asdict(shard.entry))
         write_index(folder / INDEX, {**plan, "shards": there})
     return found
+
+
+def _compute_again(
+    folder: Path,
+    index: Mapping[str, Any],
+    found: Findings,
+    records: Sequence[Record],
+    origin: Origin,
+    say: Callable[[str], None],
+) -> None:
+    """The broken shards, and the head where it is broken; CacheError where a byte would differ."""
+    teacher, entries = index["teacher"], index.get("shards")
+    if any(origin.teacher.get(key) != teacher[key] for key in ("weights", "fingerprint") if key in teacher):
+        raise CacheError(
+            f"{teacher['model']} has other weights than the cache was built with. Build it again: "
+            "selectkd cache build RECIPE."
+        )
+    if HEAD in found.files and origin.head is not None:
+        write_whole(folder / HEAD, head_bytes(origin.head))
+    cut = cut_into_shards(records, index["shard_rows"])
+    (folder / SHARDS).mkdir(exist_ok=True)
+    for number in found.shards:
+        content = compute_shard(origin, index, number, cut[number])
+        if entries is not None and content[-16:].hex() != entries[number]["checksum"]:
+            raise CacheError(
+                f"shard {number} gets other bytes on this machine, which rounds differently (the cache was built with "
+                f"{index['engine']}). Repair it there, or build the cache again."
+            )
+        write_whole(folder / SHARDS / shard_name(number), content)
+        say(f"shard {number} computed again")
 
 
 def _origin(folder: Path, index: Mapping[str, Any]) -> Origin:
