@@ -220,7 +220,7 @@ def test_a_model_that_cannot_pack_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("text", ["a: [" + "1," * 490_000 + "1]", "a: [" + "1," * 100_000 + "1]"])
 def test_a_list_that_no_recipe_has_is_refused_quickly(text):
     start = time.process_time()
-    with pytest.raises(ConfigError, match=r"no recipe"):
+    with pytest.raises(ConfigError, match=r"a recipe may have|A recipe has at most"):
         read(text, source="recipe.yaml")
     assert time.process_time() - start < 3
 

@@ -175,7 +175,7 @@ def test_code_of_a_file_is_run_and_the_level_is_told(
         assert main(["eval", str(tiny_run), *flags, "--json", str(answer)]) == 0
         (row,) = json.loads(answer.read_text())["rows"]
         assert row["metric"] == "pass@2" and row["value"] == 0.0 and "seccomp" in row["settings"]["sandbox"]
-        assert "locked in by rlimits" in capsys.readouterr().err
+        assert "isolated by rlimits" in capsys.readouterr().err
 
 
 def test_made_problems_are_the_same_for_the_same_seed_and_graded_by_their_maker() -> None:

@@ -155,7 +155,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back_leaves_identical_weight
         with serving(port):
             run.join(120)
     assert result == [expected]
-    assert "is away" in caplog.text
+    assert "does not answer" in caplog.text
 
 
 def test_a_server_that_never_comes_back_ends_the_run_with_4(
@@ -243,9 +243,9 @@ def test_a_server_that_is_busy_for_longer_than_is_waited_is_told_at_once(model: 
         (401, f"Incorrect API key provided: {KEY}", "teacher.api_key_env"),
         (403, KEY, "teacher.api_key_env"),
         (404, f"no model, key {KEY}", "teacher.model"),
-        (400, f"bad \x1b[31m request {KEY}", r"refuses the question \(status 400\)"),
+        (400, f"bad \x1b[31m request {KEY}", r"refused the request \(status 400\)"),
         (413, "too long", "status 413"),
-        (307, "", "sends elsewhere"),
+        (307, "", "redirects to another address"),
         (200, f"<{KEY}>", "no JSON"),
         (500, KEY, "status 500"),
     ],
@@ -277,7 +277,7 @@ def test_after_a_refusal_nothing_new_is_asked_and_what_is_under_way_is_kept() ->
         return httpx2.Response(400 if refused else 200, stream=httpx2.ByteStream(b""))
 
     connection = Connection("http://teacher", transport=httpx2.MockTransport(answer), concurrency=3)
-    with pytest.raises(TeacherError, match="/0 refuses the question"):
+    with pytest.raises(TeacherError, match="/0 refused the request"):
         connection.ask([Question(f"/{i}", None, 100, kept.append) for i in range(9)])
     connection.close()
     assert asked == ["/0", "/1", "/2"] and len(kept) == 2

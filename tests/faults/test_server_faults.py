@@ -47,9 +47,9 @@ def served(pair: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
-    assert "teaches at http://127.0.0.1:" in line, process.stderr.read()
+    assert "is served at http://127.0.0.1:" in line, process.stderr.read()
     try:
-        yield line.split("teaches at ")[1].split(": teacher")[0], process
+        yield line.split("is served at ")[1].split(". In a recipe")[0], process
     finally:
         process.kill()
         process.wait()
@@ -105,7 +105,7 @@ def address(url: str) -> tuple[str, int]:
         (["--host", "0.0.0.0"], "--api-key-env NAME and --certificate and --key are missing"),
         (["--host", "::", "--api-key-env", "SELECTKD_TEST_TOKEN"], "--certificate and --key are missing"),
         (["--host", "192.0.2.7"], "needs a token and TLS"),
-        (["--host", "example.com"], "is no address"),
+        (["--host", "example.com"], "is not an address"),
         (["--api-key-env", "SELECTKD_TEST_SHORT"], "16 printable characters"),
         (["--api-key-env", "SELECTKD_TEST_NOT_SET"], "16 printable characters"),
         (["--certificate", "no.pem"], "go together"),
@@ -126,7 +126,7 @@ def test_a_port_that_is_taken_is_told(capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve-teacher", "no/such/model", "--port", port]) == ConfigError.exit_code
-    assert f"port {port} cannot be had" in capsys.readouterr().err
+    assert f"port {port} is not available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/teacher", "/head", "/rows", "/", "/docs", "/no-such"])

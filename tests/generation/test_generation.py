@@ -215,5 +215,5 @@ def test_a_cache_under_autocast_is_held_to_the_digits_of_bf16() -> None:
         assert isinstance(kv_decoder(model, prompts(3, 5), **given), CachedDecoder)
     other = tiny_llama(7)
     other.model.norm.register_forward_hook(lambda _, __, out: out * (1.0 + 2e-3 * (out.shape[0] > 1)))
-    with pytest.raises(ConfigError, match="gives a text other logits beside a longer one"):
+    with pytest.raises(ConfigError, match="different logits for a text beside a longer one"):
         kv_decoder(other, prompts(3, 5), **given)

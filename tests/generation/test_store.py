@@ -69,7 +69,7 @@ def test_generate_writes_the_teachers_text_and_a_cut_file_is_gone_on_with(
     file.write_bytes(whole[: len(whole) // 2])  # killed in the middle of a line
     assert main(command) == 0
     assert file.read_bytes() == whole
-    assert main(command) == 0 and "24 were there" in capsys.readouterr().out
+    assert main(command) == 0 and "24 existed" in capsys.readouterr().out
     assert main([*command, "--set", "training.seed=7"]) == 3
     assert "with seed 42; this command has 7" in capsys.readouterr().err.replace("\n", " ")
     assert main(["data", "show", str(file), "--tokenizer", str(folder / "student")]) == 0
@@ -98,7 +98,7 @@ def test_several_texts_of_a_prompt_differ_and_prompts_that_stand_twice_are_writt
     changes = ["--set", f"data.sources=[{{path: {twice}}}]", "--by", "student", "--copies", "2"]
     assert main(["generate", str(recipe), "--out", str(file), *changes]) == 0
     records = lines(file)
-    assert len(records) == 8 and "stand twice 4" in capsys.readouterr().out
+    assert len(records) == 8 and "duplicate prompts 4" in capsys.readouterr().out
     assert len({json.dumps(record["input_ids"]) for record in records}) > 4
 
 

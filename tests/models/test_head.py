@@ -70,7 +70,7 @@ def test_check_head_refuses_an_architecture_with_an_unknown_scale():
     check_head(tiny("granite"))
     model = tiny("granite")
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.raises(ConfigError, match="in a way that selectkd does not know"):
+    with pytest.raises(ConfigError, match="in a way that selectkd does not support"):
         check_head(model)
 
 
@@ -107,7 +107,7 @@ def test_a_head_with_more_rows_than_there_are_logits_is_refused():
 def test_a_head_with_a_transform_before_its_matrix_is_refused_at_every_load(model_type, tokenizer, tmp_path):
     tiny_model(model_type).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="in a way that selectkd does not know"):
+    with pytest.raises(ConfigError, match="in a way that selectkd does not support"):
         load_model(tmp_path)
 
 

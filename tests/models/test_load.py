@@ -60,7 +60,7 @@ def test_a_missing_folder_inside_an_existing_one_is_a_path_not_a_hub_name(tmp_pa
 def test_a_hub_name_that_cannot_be_had_offline_is_a_config_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="the hub does not give it: it is not in the local cache"):
+    with pytest.raises(ConfigError, match="it cannot be loaded from the hub: it is not in the local cache"):
         load_model("nobody/no-such-model-here")
 
 

@@ -70,5 +70,5 @@ def test_a_layer_whose_product_an_adapter_cannot_reach_is_not_offered(model_type
 def test_what_peft_refuses_is_a_config_error(llama):
     llama.model.layers[0].mlp.act_fn = torch.nn.Linear(3, 3)
     llama.model.layers[1].mlp.act_fn = torch.nn.Bilinear(3, 3, 3)
-    with pytest.raises(ConfigError, match="peft puts no adapters on act_fn of LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="peft cannot put adapters on act_fn of LlamaForCausalLM"):
         add_lora(llama, target_modules=["act_fn"])

@@ -170,7 +170,7 @@ def test_a_servers_counts_become_the_numbers_that_a_draft_in_memory_has(
     assert len(asked) == 2 * (1 + 4), (
         "at each temperature one request that is not counted, then each prompt once"
     )
-    assert "yes" in out and "by law" in out
+    assert "yes" in out and "sampled" in out
 
 
 def test_counts_of_full_drafts_are_those_of_the_rounds() -> None:

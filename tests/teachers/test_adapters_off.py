@@ -161,7 +161,7 @@ def test_a_student_without_adapters_or_with_merged_ones_is_refused() -> None:
         ({"teacher": OFF}, "adapters_off needs a student with adapters.*set training.lora"),
         (
             {"teacher": OFF, "student": {"from_teacher": {"layers": 1}}, "training": {"lora": {"r": 2}}},
-            "adapters_off is the student's own base, and student.from_teacher",
+            "adapters_off uses the student's own base model, but student.from_teacher",
         ),
         ({"teacher": {"adapters_off": False}}, "teacher.adapters_off = False must be True"),
         ({"teacher": {"adapters_off": True, "model": "x"}}, "teacher.model is not a key"),

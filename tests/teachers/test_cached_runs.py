@@ -130,7 +130,7 @@ def test_text_that_the_cache_lacks_is_refused_and_less_text_is_fine(
     with pytest.raises(CacheError, match="does not hold sample 0"):
         train(load_recipe(path, [f"data.sources.0.path={other}", "data.evaluation=null",
                                  "training.evaluate_every=null"]))  # fmt: skip
-    with pytest.raises(CacheError, match="with other tokens trained"):
+    with pytest.raises(CacheError, match="other tokens of it are trained"):
         train(load_recipe(path, ["data.train_on=all"]))
     train(load_recipe(path, ["data.sources.0.limit=12"]))
 
@@ -141,7 +141,7 @@ def test_text_that_the_cache_lacks_is_refused_and_less_text_is_fine(
         ({"payload": "top_k", "k": 9}, {"verifier": {"name": "greedy_topk", "k": 5}}, "needs 10 stored"),
         ({"payload": "sampled", "k": 9}, {"verifier": {"name": "greedy_topk", "k": 5}}, "drawn ids"),
         ({"payload": "sampled", "k": 9}, {"divergence": "reverse_kl", "verifier": "always"}, "drawn ids"),
-        ({"payload": "top_k", "k": 20}, {"temperature": 2.0}, "re-tempered"),
+        ({"payload": "top_k", "k": 20}, {"temperature": 2.0}, "at another temperature"),
         ({"payload": "top_k"}, {}, "need teacher.k"),
         ({"payload": "sampled", "k": 40}, {"verifier": "always", "beta": 1.0}, "draw 32 or fewer"),
     ],

@@ -182,7 +182,7 @@ def test_a_recipe_lists_teachers_with_weights_or_with_streams(tmp_path):
     ("teacher", "told"),
     [
         ([{"model": "a"}, {"model": "b"}], "give each a weight, or each its streams, or each"),
-        ([{"model": "a", "weight": 1.0}, {"model": "b", "streams": ["x"]}], "all the same way"),
+        ([{"model": "a", "weight": 1.0}, {"model": "b", "streams": ["x"]}], "combined in one way"),
         ([{"model": "a", "streams": ["x"]}, {"model": "b", "streams": ["x"]}], "stream x has two teachers"),
         ([{"model": "a", "weight": 0.0}, {"model": "b", "weight": 1.0}], "weight"),
         ([{"model": "a", "weight": 1.0}], "teacher"),
@@ -194,7 +194,7 @@ def test_a_list_that_says_no_one_way_is_refused(tmp_path, teacher, told):
 
 
 def test_routing_needs_held_out_text_with_a_stream(tmp_path):
-    with pytest.raises(ConfigError, match="a file of no stream"):
+    with pytest.raises(ConfigError, match="belongs to none"):
         recipe(
             tmp_path,
             [{"model": "a", "streams": ["x"]}, {"model": "b", "streams": ["y"]}],

@@ -80,7 +80,7 @@ def build(
         )  # fmt: skip
     if index is None:
         write_answer(json_file, {"finished": False})
-        say("the shards of this rank are there; others are not yet.")
+        say("the shards of this rank are finished; other ranks are still at work.")
     else:
         _describe(folder, index, json_file)
 
@@ -203,7 +203,7 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
     spec: Any = recipe.teacher
     if (spec.model is None) == (spec.server is None):
         raise ConfigError(
-            "a build of teacher.cache needs teacher.model, or teacher.server with the url of one that serves it: "
+            "a build of teacher.cache needs teacher.model, or teacher.server with the url of a server: "
             f"{'neither is' if spec.model is None else 'both are'} given."
         )
     if spec.server is None:
@@ -222,8 +222,8 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
         payload, k = spec.payload or teacher.payload, spec.k or teacher.k
         if teacher.payload == "top_k" and (payload, k) != ("top_k", teacher.k):
             raise ConfigError(
-                f"teacher.server gives its {teacher.k} best tokens, and the cache is to hold payload {payload} with "
-                f"k = {k}. Leave both out of the cache, or ask a server of kind selectkd without k for hidden states."
+                f"teacher.server gives its {teacher.k} best tokens, but the cache is built with payload {payload} and "
+                f"k = {k}. Leave both out of the cache, or use a server of kind selectkd without k for hidden states."
             )
     options = CacheOptions(payload, k, spec.precision, spec.shard_rows)
     plan = prepare(recipe, teacher, device=device)

@@ -68,7 +68,7 @@ def demo(
     seen["after"] = _answers(seen["assembly"].student, seen["assembly"].tokenizer, prompts)
     _report(result, prompts, seen)
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:
-        say("FAILED: the held-out KL did not fall")
+        say("FAILED: the held-out KL did not decrease")
         raise typer.Exit(1)
 
 

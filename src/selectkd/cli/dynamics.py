@@ -33,17 +33,19 @@ def dynamics(
         kl = "" if look.kl is None else f"{look.kl:.4f}"
         say(f"{look.step:>7}{look.tar:>8.3f}{kl:>13}{look.lost:>6}{look.won:>6}")
     if seen.line is None:
-        say("kappa: fewer than three looks below TAR 1, so nothing can be fitted")
+        say("kappa: fewer than three measurements below TAR 1, so no rate can be fitted")
     else:
         one = seen.line
         say(
             f"kappa {one.kappa:.4g} [{one.low:.4g}, {one.high:.4g}] per unit of learning rate, {one.rate:.3g} a step "
-            f"({one.used} looks, R2 {one.r_squared:.2f}, residuals correlated {one.correlation:.2f})"
+            f"({one.used} measurements, R2 {one.r_squared:.2f}, residuals correlated {one.correlation:.2f})"
         )
     if seen.claim_share is not None:
-        say(f"Theorem 1's inequality at that kappa holds between {seen.claim_share:.0%} of successive looks")
+        say(
+            f"Theorem 1's inequality at that kappa holds between {seen.claim_share:.0%} of successive measurements"
+        )
     say(
-        f"TAR did not fall on {seen.nondecreasing_share:.0%} of the looks; flips: "
+        f"TAR did not fall in {seen.nondecreasing_share:.0%} of the steps between measurements; flips: "
         f"{seen.lost} accepted to rejected, {seen.won} rejected to accepted"
     )
     if seen.rank_correlation is not None:

@@ -52,5 +52,5 @@ def _kind(device: str) -> str:
     """The kind of a device, here or not; ConfigError for a word that is none."""
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise ConfigError(f"--device {device} is no device. Use auto, cpu, cuda, mps or xpu.")
+        raise ConfigError(f"--device {device} is not a device. Use auto, cpu, cuda, mps or xpu.")
     return kind

@@ -85,6 +85,6 @@ def generate(
     seconds = time.perf_counter() - started
     say(
         f"{out}: {done.written} texts written ({done.tokens} tokens, {done.tokens / seconds:.0f} a second), "
-        f"{done.found} were there; prompts that stand twice {done.twice}, without room {done.no_room}"
+        f"{done.found} existed; duplicate prompts {done.twice}, prompts too long {done.no_room}"
     )
-    say(f"look at it with: selectkd data show {out} --tokenizer MODEL; train on it as data.sources[].path")
+    say(f"inspect it with: selectkd data show {out} --tokenizer MODEL; train on it as data.sources[].path")

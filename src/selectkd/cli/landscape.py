@@ -71,7 +71,7 @@ def landscape(
     plan = plan_of(run)
     batch = heldout_batch(plan, samples).to(on)
     if not plan.heldout:
-        show_progress(f"{run} held no text out: the loss is that of the text it was trained on")
+        show_progress(f"{run} has no held-out text: the loss is measured on its training text")
     loaders: dict[str, Any] = {str(run): lambda: load_student(run, device=on)}
     if before:
         loaders[f"{run} before"] = lambda: load_student_before(run, device=on)

@@ -71,13 +71,13 @@ def panel(
 def _table(seen: dict[str, Any]) -> None:
     say(f"{seen['n']} rows, beta {seen['beta']}")
     first = next(iter(seen["gates"]))
-    say(f"{'gate':<18}{'rate':>7}{'loss gone':>11}{'gradient gone':>15}   overlap with {first}")
+    say(f"{'gate':<18}{'rate':>7}{'loss removed':>14}{'gradient removed':>18}   overlap with {first}")
     for name, one in seen["gates"].items():
         overlap = 1.0 if name == first else seen["jaccard"][name][first]
         say(
-            f"{name:<18}{one['rate']:>7.3f}{one['loss_removed']:>11.3f}{one['gradient_removed']:>15.3f}   {overlap:.3f}"
+            f"{name:<18}{one['rate']:>7.3f}{one['loss_removed']:>14.3f}{one['gradient_removed']:>18.3f}   {overlap:.3f}"
         )
-    say("rate by the teacher's entropy, from nats on:")
+    say("rate by the teacher's entropy, each bin with its lower edge in nats:")
     for name, one in seen["gates"].items():
         bins = "  ".join(f"{part['from']:g}: {part['acceptance']:.2f}" for part in one["by_entropy"])
         say(f"  {name:<18}{bins}")

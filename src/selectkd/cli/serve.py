@@ -66,5 +66,7 @@ def serve_teacher(
         token=token,
         certificate=certificate,
         key=key,
-        ready=lambda url: say(f"{model} teaches at {url}: teacher: {{url: {url}, kind: selectkd}}"),
+        ready=lambda url: say(
+            f"{model} is served at {url}. In a recipe: teacher: {{url: {url}, kind: selectkd}}"
+        ),
     )

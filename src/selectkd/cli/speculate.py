@@ -290,12 +290,12 @@ def _served_table(rows: list[dict[str, Any]]) -> None:
         return "-" if value is None else f"{value:.{digits}f}"
 
     say(
-        f"{'server':<32}{'T':>5}{'accepted':>10}{'of drafted':>12}{'a pass':>8}{'tokens/s':>10}{'plain':>9}"
+        f"{'server':<32}{'T':>5}{'accepted':>10}{'of drafted':>12}{'per pass':>10}{'tokens/s':>10}{'plain':>9}"
         f"{'measured':>10}  same tokens"
     )
     for row in rows:
         same = (
-            "-" if row["plain_server"] is None else {True: "yes", False: "NO", None: "by law"}[row["exact"]]
+            "-" if row["plain_server"] is None else {True: "yes", False: "NO", None: "sampled"}[row["exact"]]
         )
         say(
             f"{row['server'][-31:]:<32}{row['temperature']:>5g}{shown(row['acceptance'], 3):>10}"
@@ -319,12 +319,12 @@ def _table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     say(
-        f"{'draft':<32}{'T':>5}{'g':>4}{'accepted':>10}{'[95%':>7}{']':>6}{'a pass':>8}{'expected':>10}"
+        f"{'draft':<32}{'T':>5}{'g':>4}{'accepted':>10}{'[95%':>7}{']':>6}{'per pass':>10}{'expected':>10}"
         f"{'by costs':>10}{'measured':>10}{'transformers':>14}  same tokens"
     )
     for row in rows:
         theirs = "" if row["speedup_transformers"] is None else f"{row['speedup_transformers']:.2f}"
-        same = {True: "yes", False: "NO", None: "by law"}[row["exact"]]
+        same = {True: "yes", False: "NO", None: "sampled"}[row["exact"]]
         say(
             f"{row['draft'][-31:]:<32}{row['temperature']:>5g}{row['draft_length']:>4}{row['acceptance']:>10.3f}"
             f"{row['acceptance_low']:>7.3f}{row['acceptance_high']:>6.3f}{row['mean_accepted_length']:>8.2f}"

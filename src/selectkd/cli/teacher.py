@@ -102,7 +102,7 @@ def doctor(
         say(
             f"  start it with: {' '.join(found.flags)}"
             if found.flags
-            else "  no flag of this kind of server cures that"
+            else "  no flag of this kind of server fixes that"
         )
     if not able:
         raise TeacherError(f"{found.url} cannot teach with k = {k} as it is: {'; '.join(found.wrong)}.")

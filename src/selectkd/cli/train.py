@@ -48,7 +48,7 @@ def train(
         )
     if result.resumed_from is not None:
         over = result.resumed_from == result.steps and result.run_dir.joinpath("manifest.json").is_file()
-        say("the run was finished already" if over else f"went on from step {result.resumed_from}")
+        say("the run had already finished" if over else f"resumed from step {result.resumed_from}")
     say(
         f"{result.steps} steps in {result.seconds:.0f} s"
         + (", stopped early" if result.stopped_early else "")

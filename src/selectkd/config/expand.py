@@ -74,7 +74,7 @@ def _selected(objective: Any, given: Any, selection: Any) -> Any:
         written = {"name": written} if key != "beta" and isinstance(written, str) else written
         if written is not None and written != value:
             raise refuse(
-                f"says {key} = {value} and objective.{key} says {written}; leave out one of the two",
+                f"sets {key} = {value}, but objective.{key} is {written}; leave out one of the two",
                 at="selection",
             )
     kept = dict(objective or {})
@@ -143,7 +143,7 @@ def _check_option(name: str, wanted: Any, method: Method) -> None:
         near = did_you_mean(name, method.options)
         raise refuse(f"has no option {name!r}.{near} It has: {known}", at="method")
     if not isinstance(wanted, bool):
-        raise refuse(f"has the option {name}, and {wanted!r} must be true or false", at="method")
+        raise refuse(f"has the option {name} = {wanted!r}, which must be true or false", at="method")
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ def text_of(path: Path, *, kind: str = "recipe") -> str:
             )
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise ConfigError(f"{path}: {size:,} bytes is no {kind}; at most {MOST_BYTES:,} are read.")
+            raise ConfigError(f"{path} has {size:,} bytes. A {kind} has at most {MOST_BYTES:,}.")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -149,7 +149,7 @@ def _parsed(override: str) -> tuple[tuple[str | int, ...], Any]:
             break  # a parameter of a component
         if not known and not isinstance(step, int):
             raise ConfigError(
-                f"there is no {'.'.join(map(str, path[:depth]))[:80]}; its parent holds no keys"
+                f"there is no {'.'.join(map(str, path[:depth]))[:80]}; the key before it has no keys of its own"
             )
     return path, read(text, source=f"--set {key.strip()[:60]}").value
 

@@ -167,7 +167,7 @@ class Data(Section):
         written = [policy.name for policy in self.policies if policy.name != "dataset"]
         if self.packing and written:
             raise refuse(
-                f"packing needs the length of every text, and the policy {written[0]} has it written later"
+                f"packing needs the length of every text, but the policy {written[0]} writes text during training"
             )
         return self
 
@@ -308,13 +308,13 @@ class Recipe(Section):
             return self
         if self.training.lora is None:
             raise refuse(
-                "teacher.adapters_off needs a student with adapters, and all weights of this one are trained; set "
-                "training.lora, or name the teacher: {model: ...}"
+                "teacher.adapters_off needs a student with adapters, but all weights of this student are trained; "
+                "set training.lora, or name the teacher: {model: ...}"
             )
         if self.student.model is None:
             raise refuse(
-                "teacher.adapters_off is the student's own base, and student.from_teacher has it cut from a teacher; "
-                "name the student: {model: ...}"
+                "teacher.adapters_off uses the student's own base model, but student.from_teacher cuts the student "
+                "from a teacher; name the student: {model: ...}"
             )
         return self
 
@@ -325,8 +325,8 @@ class Recipe(Section):
         ]
         if apart and self.student.from_teacher is not None:
             raise refuse(
-                f"student.from_teacher cuts the teacher, which must be whole on the device for that, and "
-                f"teacher.placement = {apart[0]!r}; set it to device, or name the student: {{model: ...}}"
+                f"student.from_teacher needs the whole teacher on the device, but teacher.placement = {apart[0]!r}; "
+                "set it to device, or name the student: {model: ...}"
             )
         return self
 
@@ -335,7 +335,8 @@ class Recipe(Section):
         routed = isinstance(self.teacher, list) and self.teacher[0].streams is not None
         if routed and isinstance(self.data.evaluation, SourceSection):
             raise refuse(
-                "teacher routes by stream, and data.evaluation is a file of no stream; set it to a share such as 0.05"
+                "the teacher is chosen by stream, but the file of data.evaluation belongs to none; set it to a "
+                "share such as 0.05"
             )
         return self
 

@@ -153,7 +153,7 @@ class Training(Section):
                 f"max_length = {self.max_length}; lower the one or raise the other"
             )
         if self.early_stopping is not None and self.evaluate_every is None:
-            raise refuse("early_stopping looks at evaluations; set evaluate_every to a number of steps")
+            raise refuse("early_stopping needs evaluations; set evaluate_every to a number of steps")
         if self.report_to and self.engine == "loop":
             raise refuse(
                 f"report_to = {self.report_to} needs engine: trainer; the plain loop writes metrics.jsonl alone"

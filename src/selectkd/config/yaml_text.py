@@ -50,9 +50,7 @@ def read(text: str, *, source: str) -> Document:
     {'a': {'b': 0.0001}}
     """
     if len(text) > MOST_BYTES:
-        raise ConfigError(
-            f"{source}: {len(text):,} characters is no recipe; at most {MOST_BYTES:,} are read."
-        )
+        raise ConfigError(f"{source}: {len(text):,} characters. A recipe has at most {MOST_BYTES:,}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ruamel warns of a reused anchor name, which is legal
@@ -83,7 +81,9 @@ def _survey(text: str, source: str) -> None:
         elif kind == "ScalarEvent":
             values += 1
             if values > 2 * MOST_VALUES:  # with their keys
-                raise ConfigError(f"{source}:{line}: more than {MOST_VALUES:,} values; no recipe has.")
+                raise ConfigError(
+                    f"{source}:{line}: more than {MOST_VALUES:,} values, the most a recipe may have."
+                )
         elif kind == "AliasEvent":
             aliases += 1
             if aliases > MOST_ALIASES:
@@ -93,7 +93,9 @@ def _survey(text: str, source: str) -> None:
         elif kind in ("MappingStartEvent", "SequenceStartEvent"):
             depth += 1
             if depth > MOST_DEPTH:
-                raise ConfigError(f"{source}:{line}: nested deeper than {MOST_DEPTH} levels; no recipe is.")
+                raise ConfigError(
+                    f"{source}:{line}: nested deeper than {MOST_DEPTH} levels, the most a recipe may have."
+                )
         elif kind in ("MappingEndEvent", "SequenceEndEvent"):
             depth -= 1
 
@@ -113,7 +115,8 @@ class _Reader:
         self.count += 1
         if self.count > MOST_VALUES:
             raise self.refuse(
-                node, f"more than {MOST_VALUES:,} values once its aliases are written out; no recipe has."
+                node,
+                f"more than {MOST_VALUES:,} values with its aliases written out, the most a recipe may have.",
             )
         if id(node) in self.open:
             raise self.refuse(node, "an alias that contains itself; write the value out.")
@@ -196,7 +199,7 @@ def _explained(error: MarkedYAMLError, text: str, source: str) -> ConfigError:
     where = f"{source}:{number}"
     if "\t" in row[: len(row) - len(row.lstrip())] or "'\\t'" in str(error.problem):
         return ConfigError(
-            f"{where}: a tab stands in the indentation; YAML takes spaces only. Replace it by spaces."
+            f"{where}: the indentation has a tab, and YAML allows spaces only. Replace it with spaces."
         )
     reason = " ".join(str(error.problem or error.context or "cannot be read").split())
     return ConfigError(f"{where}: not YAML: {reason[:160]}. The line is {row.strip()[:60]!r}.")

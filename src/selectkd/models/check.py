@@ -51,8 +51,8 @@ def check_head(model: nn.Module) -> None:
             else f"there are {theirs.shape[-1]} of them, and {ours.shape[-1]} rows in the head"
         )
         raise ConfigError(
-            f"the head of {type(unwrapped(model)).__name__} changes its logits in a way that selectkd does not know: "
-            f"{differ}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
+            f"the head of {type(unwrapped(model)).__name__} computes its logits in a way that selectkd does not "
+            f"support: {differ}. Use a Llama, Qwen, Gemma, Granite, Cohere or similar model."
         )
     change = torch.where(finite, before - theirs, 0.0)[:, :-1].abs().max().item()
     # eight-bit products differ a little with what stands beside a row

@@ -273,7 +273,7 @@ class _Piece:
         close = 8 * torch.finfo(hidden.dtype).eps * hidden.abs().max()
         if not (same and (again - hidden).abs().max() <= close):
             raise ConfigError(
-                f"the layers of {type(teacher).__name__} cannot be run one after the other, nor measured so. "
+                f"the layers of {type(teacher).__name__} cannot be run one by one, so they cannot be measured. "
                 'Use choose = "even" or a list of layer numbers.'
             )
 
@@ -311,7 +311,7 @@ def _final_norm(decoder: nn.Module) -> nn.Module:
         if isinstance(module := getattr(decoder, name, None), nn.Module):
             return module
     raise ConfigError(
-        f'{type(decoder).__name__} has no final norm that is known. Use choose = "even" or a list.'
+        f'{type(decoder).__name__} has no final norm that selectkd recognizes. Use choose = "even" or a list.'
     )
 
 

@@ -75,7 +75,7 @@ def device_of(word: str | torch.device = "auto") -> torch.device:
     kind, colon, number = text.partition(":")
     if kind not in ("cpu", "cuda", "mps", "xpu") or (colon and not number.isdecimal()):
         raise ConfigError(
-            f"--device {word} is no device. Use one of: {WORDS}; this machine has {', '.join(found)}."
+            f"--device {word} is not a device. Use one of: {WORDS}; this machine has {', '.join(found)}."
         )
     if kind == "cpu" or kind == "mps":
         name = kind

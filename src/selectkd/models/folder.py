@@ -75,7 +75,7 @@ def refuse_code(content: dict[str, Any], path: Path) -> None:
             )
         if key in LOADERS:
             raise ConfigError(
-                f"{path} has {key}, which loads what it names; selectkd never does. Remove the key."
+                f"{path} has {key}, which loads code by its name, and selectkd never does that. Remove the key."
             )
         if key in LINKS and isinstance(value, str) and ELSEWHERE.match(value):
             raise ConfigError(

@@ -118,13 +118,13 @@ def _period(period: int, offset: int, kept: Sequence[int], name: str) -> tuple[i
     if not any(kinds):
         return len(kept) + 1, len(kept)
     raise ConfigError(
-        f"layers {', '.join(map(str, kept))} cannot make a model: {name} = {period} sets the kind of a layer, and "
-        "these layers have no such period. Keep layers at even distances, or name a student model."
+        f"layers {', '.join(map(str, kept))} do not form a model: layer types repeat by {name} = {period}, and "
+        "these layers do not follow that pattern. Keep layers at even distances, or name a student model."
     )
 
 
 def _other(teacher: Any, what: str) -> ConfigError:
     return ConfigError(
-        f"{type(teacher).__name__} cannot be cut so: {what} follows from a layer's number and would change in a model "
-        "of these layers alone. Keep other layers, or name a student model."
+        f"{type(teacher).__name__} cannot be cut this way: {what} depends on a layer's number, which would change in "
+        "the smaller model. Keep other layers, or name a student model."
     )

@@ -240,7 +240,7 @@ def _local(spec: str | os.PathLike[str]) -> Path | None:
         if path.suffix.lower() == ".gguf":
             return path
         raise ConfigError(
-            f"{text} is a file but no GGUF file. Name a model folder, a .gguf file or a hub model."
+            f"{text} is a file, but not a GGUF file. Name a model folder, a .gguf file or a hub model."
         )
     looks_like_a_path = (
         isinstance(spec, os.PathLike)
@@ -274,7 +274,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> tuple[Path, str
         if isinstance(error, LocalEntryNotFoundError):
             reason = "it is not in the local cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
         raise ConfigError(
-            f"{name!r} is no local folder, and the hub does not give it"
+            f"{name!r} is not a local folder, and it cannot be loaded from the hub"
             f"{'' if revision is None else f' at revision {revision!r}'}: {reason[:200]}. "
             "Check the name and the connection, or name a local folder or .gguf file."
         ) from error

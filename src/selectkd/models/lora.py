@@ -82,7 +82,7 @@ def adapted(model: Any, config: Any, *, in_fp32: bool = False) -> nn.Module:
             names = sorted(config.target_modules)
             others = [name for name in linear_layers(model) if name not in names]
             raise ConfigError(
-                f"peft puts no adapters on {', '.join(names)} of {type(model).__name__}: "
+                f"peft cannot put adapters on {', '.join(names)} of {type(model).__name__}: "
                 f"{' '.join(str(error).split())[:300]} It has: {', '.join(others)}."
             ) from error
 

@@ -95,4 +95,4 @@ def check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file. Name a folder for the model.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds files that are no model. Name a new or an empty folder.")
+        raise ConfigError(f"{folder} holds files that do not belong to a model. Name a new or empty folder.")

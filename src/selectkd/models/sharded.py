@@ -87,8 +87,8 @@ def parts_of(spread: Spread, shape: Any) -> DistributedConfig:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
-            f"{type(decoder).__name__} has no list of layers, one of which is whole at a time where a model is sharded "
-            "over ranks. Leave training.sharding out, and teacher.placement: sharded."
+            f"{type(decoder).__name__} has no list of layers, so it cannot be sharded layer by layer. Leave out "
+            "training.sharding and teacher.placement: sharded."
         )
     name = next(name for name, module in unwrapped(shape).named_modules() if module is layers)
     return DistributedConfig(

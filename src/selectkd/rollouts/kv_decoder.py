@@ -61,8 +61,8 @@ def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int
         _tried[plain] = holds(CachedDecoder, model)
         if not _tried[plain] and not holds(RecomputingDecoder, model):
             raise ConfigError(
-                f"{type(plain).__name__} gives a text other logits beside a longer one than alone, so it cannot write "
-                "several. Use policy: dataset, or another model."
+                f"{type(plain).__name__} computes different logits for a text beside a longer one than for the text "
+                "alone, so it cannot write several texts at once. Use policy: dataset, or another model."
             )
     kind = CachedDecoder if _tried[plain] else RecomputingDecoder
     return kind(model, prompts, width=width)

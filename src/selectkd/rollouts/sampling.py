@@ -29,7 +29,8 @@ class Sampling:
             or (self.top_k is not None and self.top_k < 1)
         ):
             raise ConfigError(
-                f"{self} cannot be drawn from. Use temperature >= 0, 0 < top_p <= 1 and top_k >= 1."
+                f"{self} does not describe a distribution to sample from. Use temperature >= 0, 0 < top_p <= 1 and "
+                "top_k >= 1."
             )
 
     def probabilities(self, logits: Tensor) -> Tensor:

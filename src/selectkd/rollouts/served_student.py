@@ -50,7 +50,7 @@ class ServedStudent:
     def __post_init__(self) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError(
-                "data.policy.served writes for one rank. Leave it out, and each rank writes with its own student."
+                "data.policy.served works on one rank only. Leave it out, and each rank writes with its own student."
             )
 
     def complete(

@@ -45,7 +45,7 @@ class TextStore:
             self.known.add((record["written_by"], prompt_key(prompt, record["copy"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self.path}:{number}: the line is no record of generated text ({type(error).__name__}: {error}). "
+                f"{self.path}:{number}: the line is not a record of generated text ({type(error).__name__}: {error}). "
                 "Name another file."
             ) from None
         self._facts.setdefault(record["written_by"], facts)

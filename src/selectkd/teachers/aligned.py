@@ -303,7 +303,7 @@ class AlignedPlan:
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> AlignedTeacher:
         if reference is not None:
             raise ConfigError(
-                "a reference student has no place beside a teacher of another tokenizer. "
+                "a reference student cannot be combined with a teacher of another tokenizer. "
                 "Use a verifier: greedy_topk, always or matched_random."
             )
         return AlignedTeacher(

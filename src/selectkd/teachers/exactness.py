@@ -140,8 +140,8 @@ def check(
     names = name_of(objective.divergence), name_of(objective.verifier)
     if payload == "sampled" and "refused" in {one.verdict for one in of(objective, payload).values()}:
         raise ConfigError(
-            f"drawn ids give the gradient of {DRAWN[0]} under `{DRAWN[1]}` without bias and nothing else; the recipe "
-            f"has {names[0]} under {names[1]}. Use those two, or the payload top_k or hidden."
+            f"sampled ids give an unbiased gradient for {DRAWN[0]} with `{DRAWN[1]}` only; the recipe "
+            f"has {names[0]} with {names[1]}. Use those two, or the payload top_k or hidden."
         )
     for part, exactness in of(objective, payload, k=k).items():
         if exactness.verdict == "refused":
@@ -155,7 +155,8 @@ def check(
         if payload in ("top_k", "sampled") and value != 1.0:
             raise ConfigError(
                 f"objective.{key} = {value} cannot be taken from this teacher: {teacher} at temperature 1, and "
-                "their tail cannot be re-tempered. Set it to 1.0, or use a teacher that gives hidden states."
+                "their tail cannot be computed at another temperature. Set it to 1.0, or use a teacher that gives "
+                "hidden states."
             )
         if payload == "aligned" and value != 1.0:
             raise ConfigError(
@@ -169,8 +170,8 @@ def check_edge(objective: Objective, payload: Payload, *, k: int | None) -> None
     need = objective.teacher_tokens
     if payload == "top_k" and need is not None and k is not None and k < 2 * need:
         raise ConfigError(
-            f"{name_of(objective.verifier)} looks at the teacher's {need} best tokens and needs {2 * need} stored, so "
-            f"that ties across the edge are seen; teacher.k is {k}. Build with k: {2 * need} or more, or set "
+            f"{name_of(objective.verifier)} reads the teacher's {need} best tokens and needs {2 * need} stored, so "
+            f"that ties at rank {need} are detected; teacher.k is {k}. Build with k: {2 * need} or more, or set "
             f"objective.verifier.k to {k // 2} or less."
         )
 
@@ -234,6 +235,7 @@ def check_reference(payload: Payload, *, source: str) -> None:
     """ConfigError for a reference student beside rows of best tokens, on which its own have no place."""
     if payload in ("top_k", "sampled"):
         raise ConfigError(
-            f"reference: a reference student has no place beside the {payload} rows of {source}. Use a teacher that "
-            "gives hidden states (live, or a cache built with payload: hidden), or a selector that needs no reference."
+            f"reference: a reference student cannot be combined with the {payload} rows of {source}. Use a teacher "
+            "that gives hidden states (live, or a cache built with payload: hidden), or a selector that needs no "
+            "reference."
         )

@@ -198,13 +198,13 @@ class SeveralPlan:
         drawn = [plan.source for plan in self.plans if plan.payload == "sampled"]
         if drawn:
             raise ConfigError(
-                f"teacher: {drawn[0]} gives ids drawn from it, which cannot stand beside other teachers' rows. "
+                f"teacher: {drawn[0]} gives ids drawn from it, which cannot be combined with other teachers' rows. "
                 "Use it alone, or teachers with hidden states (live, or a cache built with payload: hidden)."
             )
         other = [plan.source for plan in self.plans if plan.payload == "aligned"]
         if other:
             raise ConfigError(
-                f"teacher: {other[0]} has another tokenizer, and its rows cannot stand beside other teachers' rows. "
+                f"teacher: {other[0]} has another tokenizer, so its rows cannot be combined with other teachers' rows. "
                 "Use it alone, or teachers with the student's tokenizer."
             )
         few = [plan.source for plan in self.plans if plan.payload == "top_k"]
@@ -290,7 +290,7 @@ class SeveralPlan:
 
     def loaded(self) -> Loaded:
         raise ConfigError(
-            "several teachers are no one model to cut a student from. Name the student: student: {model: ...}."
+            "a student cannot be cut from several teachers. Name the student: student: {model: ...}."
         )
 
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> SeveralTeacher:

@@ -66,7 +66,7 @@ class CacheOptions:
         allowed = {"hidden": ("bfloat16", "float32"), "top_k": ("packed", "float32"), "sampled": ("packed",)}
         if self.precision is not None and self.precision not in allowed[self.payload]:
             raise ConfigError(
-                f"teacher.precision = {self.precision} is not for payload {self.payload}; "
+                f"teacher.precision = {self.precision} does not fit payload {self.payload}; "
                 f"use {' or '.join(allowed[self.payload])}."
             )
 

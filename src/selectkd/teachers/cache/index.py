@@ -116,7 +116,7 @@ def described(path: Path) -> dict[str, Any]:
     wrong = _undescribed(index)
     if wrong is not None:
         raise CacheError(
-            f"{path}: {wrong}. No build writes that; build the cache again: selectkd cache build RECIPE."
+            f"{path}: {wrong}, which no build writes. Build the cache again: selectkd cache build RECIPE."
         )
     return index
 

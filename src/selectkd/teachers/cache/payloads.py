@@ -173,8 +173,8 @@ class SampledPayload:
     def __post_init__(self) -> None:
         if 2 * self.k > self.vocabulary:
             raise ConfigError(
-                f"k = {self.k} draws of {self.vocabulary} tokens are no saving; "
-                f"draw {self.vocabulary // 2} or fewer, or store the payload top_k."
+                f"k = {self.k} samples from {self.vocabulary} tokens save no space; "
+                f"set k to {self.vocabulary // 2} or less, or store the payload top_k."
             )
 
     @property

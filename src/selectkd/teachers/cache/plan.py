@@ -101,8 +101,8 @@ class CachePlan:
         shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=student_width)
         if self.payload != "hidden" and reference is not None:
             raise ConfigError(
-                f"a reference student has no place beside the {self.payload} rows of {self.folder}. "
-                "Build a cache of hidden states, or take a selector that needs none."
+                f"a reference student cannot be combined with the {self.payload} rows of {self.folder}. "
+                "Build a cache of hidden states, or use a selector that needs no reference."
             )
         return CachedTeacher(reader, shared=shared, reference=reference)
 
@@ -114,6 +114,6 @@ class CachePlan:
     def _refuse(self, differ: Sequence[str]) -> None:
         if differ:
             raise CacheError(
-                f"the cache {self.folder} is another one: {'; '.join(differ[:5])}. "
+                f"the cache {self.folder} does not match this run: {'; '.join(differ[:5])}. "
                 "Name the cache of this teacher, or build it: selectkd cache build RECIPE."
             )

@@ -74,7 +74,7 @@ class CacheReader:
         rows = np.searchsorted(own, places)
         if len(own) == 0 or (own[np.minimum(rows, len(own) - 1)] != places).any():
             raise CacheError(
-                f"the cache {self.folder} holds {origin} with other tokens trained. "
+                f"the cache {self.folder} holds {origin}, but other tokens of it are trained here. "
                 "Build one for this recipe: selectkd cache build RECIPE."
             )
         return *at, rows + low

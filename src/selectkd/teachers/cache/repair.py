@@ -152,7 +152,7 @@ def repair(
     if TEXT in found.files:
         if records is None or xxhash.xxh3_128(text_bytes(records)).hexdigest() != index["text"]["checksum"]:
             raise CacheError(
-                f"{folder / TEXT} is damaged and the text it held is not at hand. "
+                f"{folder / TEXT} is damaged, and no other copy of its text is available. "
                 "Name the recipe the cache was built from: selectkd cache repair RECIPE."
             )
         write_whole(folder / TEXT, text_bytes(records))
@@ -210,8 +210,8 @@ def _origin(folder: Path, index: Mapping[str, Any]) -> Origin:
     teacher = index["teacher"]
     if "server" in index["engine"]:
         raise CacheError(
-            f"{folder} was filled by a server, which is needed to repair it. Name the recipe that says where it is: "
-            "selectkd cache repair RECIPE."
+            f"{folder} was filled by a server, which is needed to repair it. Name the recipe with the server's "
+            "address: selectkd cache repair RECIPE."
         )
     hub = teacher["revision"] if teacher["revision"] and len(teacher["revision"]) == 40 else None
     loaded = load_model(

@@ -179,8 +179,9 @@ class Connection:
                 wrong, away_since, began = wrong + 1, None, time.monotonic()
                 if wrong > self.retries:
                     raise TeacherError(
-                        f"{self.url} gave {question.what} wrong {wrong} times, at last: {self._safe(str(error))}. "
-                        f"None of it was used{_ADVICE if self.settings is TEACHER else ''}."
+                        f"{self.url} answered wrong {wrong} times ({question.what}); the last error: "
+                        f"{self._safe(str(error))}. No such answer was used"
+                        f"{_ADVICE if self.settings is TEACHER else ''}."
                     ) from error
             except _Away as error:
                 self.met += 1
@@ -192,12 +193,12 @@ class Connection:
                     hint = "" if error.pause is None else f" and asks to come back in {error.pause:.0f} s"
                     longer = f", or wait longer for it: {self.settings.wait}, now {self.wait:g} s"
                     raise TeacherError(
-                        f"{self.url} gave no answer for {now - began:.0f} s ({error}){hint}. "
+                        f"{self.url} did not answer for {now - began:.0f} s ({error}){hint}. "
                         f"Start it{longer if self.settings.wait else ' and ask again'}."
                     ) from error
                 if first:
                     logging.getLogger("selectkd").warning(
-                        "%s is away (%s); waiting for it up to %g s", self.url, error, self.wait
+                        "%s does not answer (%s); waiting up to %g s", self.url, error, self.wait
                     )
                 await _rest(next_in, failed)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -213,8 +214,8 @@ class Connection:
             certificate = certificate_error(error)
             if certificate is not None:
                 raise TeacherError(
-                    f"{self.url} cannot prove who it is: {certificate}. Nothing was sent to it. Use the host name in "
-                    "its certificate, or name the file with its authority's certificate: "
+                    f"{self.url} has a certificate that cannot be verified: {certificate}. Nothing was sent. Use the "
+                    "host name in its certificate, or name the file with its authority's certificate: "
                     f"{self.settings.ca or 'the variable SSL_CERT_FILE'}."
                 ) from error
             raise _Away(f"{type(error).__name__}: {self._safe(str(error))}".rstrip(": ")) from error
@@ -286,8 +287,9 @@ class Connection:
             )
         if 300 <= status < 400:
             raise TeacherError(
-                f"{self.url}{question.path} sends elsewhere (status {status}), which is not followed: the key would go "
-                f"along. Name the address it sends to as {self.settings.url}, if you trust it."
+                f"{self.url}{question.path} redirects to another address (status {status}). Redirects are not "
+                "followed, since the key would be sent there. If you trust that address, name it as "
+                f"{self.settings.url}."
             )
         if status == 404:
             raise NotThere(
@@ -303,7 +305,7 @@ class Connection:
                 f"`--max-logprobs {wanted}`, or set {k} to {most} or less.",
                 most,
             )
-        raise TeacherError(f"{self.url}{question.path} refuses the question (status {status}).{reason}")
+        raise TeacherError(f"{self.url}{question.path} refused the request (status {status}).{reason}")
 
     def _safe(self, text: str) -> str:
         """``text`` without the key or a part of it, should a server or library repeat it."""

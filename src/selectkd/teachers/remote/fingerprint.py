@@ -132,8 +132,8 @@ def same(source: Source, before: Fingerprint, weights: str | None, where: str) -
     else:
         change = f"its weights have the checksum {weights}, not {before.weights}"
     raise TeacherError(
-        f"{connection.url} has another model than {where} was begun with: {change}. Serve that one again, or begin "
-        "anew."
+        f"{connection.url} serves another model than {where} began with: {change}. Serve the first model "
+        "again, or start over."
     )
 
 
@@ -172,9 +172,9 @@ class Guarded:
             if apart <= noted.tolerance:
                 return found[: len(questions)]
         raise TeacherError(
-            f"{connection.url} has another model than before: fixed prompts get rows {apart:.3g} nats from those noted "
-            f"at the start (rounding: {noted.tolerance:.3g}). Nothing was trained on this batch; serve the first model "
-            "again and repeat the command."
+            f"{connection.url} serves another model than before: rows of fixed prompts differ by {apart:.3g} nats from "
+            f"those at the start (rounding: {noted.tolerance:.3g}). Nothing was trained on this batch; serve the first "
+            "model again and repeat the command."
         )
 
 

@@ -70,7 +70,7 @@ class OwnPlan:
         if about["tokenizer"] != tokenizer_fingerprint(tokenizer if own is None else own):
             whose = "the student has" if own is None else f"{self.spec.tokenizer} is"
             raise ConfigError(
-                f"{self.spec.url} serves with another tokenizer than {whose}. Name its own, so that the two can be "
+                f"{self.spec.url} serves with another tokenizer than {whose}. Name its tokenizer, so that both can be "
                 "compared part by part: teacher.tokenizer."
             )
         if self.spec.k is not None and self.spec.k > about["vocabulary"]:
@@ -112,7 +112,7 @@ class OwnPlan:
         if self.spec.k is not None:
             if reference is not None:
                 raise ConfigError(
-                    "a reference student has no place beside a server's best tokens. Leave teacher.k out: this "
+                    "a reference student cannot be combined with a server's best tokens. Leave teacher.k out: this "
                     "server gives hidden states."
                 )
             shared = shared_rows(tokenizer, tokenizer, teacher_width=beside, student_width=beside)

@@ -81,8 +81,8 @@ class RemotePlan:
         if max(found.repeated, found.prefix) > UNSTEADY:
             flags = " ".join(found.flags)
             raise TeacherError(
-                f"{found.url} gives one prompt two answers, {max(found.repeated, found.prefix):.3g} nats apart. "
-                f"Start it with `{flags}`; `selectkd teacher doctor {found.url}` asks again."
+                f"{found.url} gives different answers to one prompt, {max(found.repeated, found.prefix):.3g} nats "
+                f"apart. Start it with `{flags}`; `selectkd teacher doctor {found.url}` checks it again."
             )
         if found.max_length is not None:
             longest = max(examples, key=lambda example: len(example.input_ids))
@@ -118,8 +118,8 @@ class RemotePlan:
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> RemoteTeacher:
         if reference is not None:
             raise ConfigError(
-                "a reference student has no place beside a server's best tokens. Use a teacher with hidden states, or "
-                "take a selector that needs none."
+                "a reference student cannot be combined with a server's best tokens. Use a teacher with hidden "
+                "states, or a selector that needs no reference."
             )
         width = head_of(student).width
         shared = shared_rows(tokenizer, tokenizer, teacher_width=width, student_width=width)

@@ -132,8 +132,8 @@ def with_cures(found: Findings, flags: dict[str, str]) -> Findings:
         cures.append("mode")
     if max(found.repeated, found.prefix) > STEADY:
         wrong.append(
-            f"one prompt gives two answers: {found.repeated:.3g} nats apart when repeated, {found.prefix:.3g} where "
-            "two prompts begin alike"
+            f"one prompt gets different answers: {found.repeated:.3g} nats apart when repeated, {found.prefix:.3g} "
+            "where two prompts begin alike"
         )
         cures.append("prefix")
     needed = [flags[cure].format(k=found.k) for cure in cures if cure in flags]

@@ -76,7 +76,7 @@ class TopKServer:
         [found] = self.connection.ask([Question("/v1/models", None, SMALL, _models, "its list of models")])
         names = ", ".join(one.name for one in found[:8])
         if self.model is None and len(found) != 1:
-            raise TeacherError(f"{self.connection.url} serves {names}. Say which one teaches: teacher.model.")
+            raise TeacherError(f"{self.connection.url} serves {names}. Name one: teacher.model.")
         chosen = [one for one in found if self.model in (None, one.name)]
         if not chosen:
             raise TeacherError(

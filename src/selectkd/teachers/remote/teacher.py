@@ -78,7 +78,7 @@ def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndar
     """(each sample that has a wanted row, with the places of its rows; which of the n rows those are)."""
     if batch.extra:
         raise ConfigError(
-            f"the batch carries {', '.join(batch.extra)} beside its tokens, and a server is sent token ids alone. "
+            f"the batch has {', '.join(batch.extra)} besides its tokens, but a server gets token ids only. "
             "Use a teacher in memory: teacher: {model: ...}."
         )
     here, position = in_memory(batch, position)

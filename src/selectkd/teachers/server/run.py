@@ -111,7 +111,7 @@ def check_place(host: str, token: str | None, certificate: Path | None, key: Pat
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         raise ConfigError(
-            f"--host {host} is no address. Use 127.0.0.1, or an address of this machine."
+            f"--host {host} is not an address. Use 127.0.0.1, or an address of this machine."
         ) from None
     if not local and (token is None or certificate is None):
         missing = [
@@ -132,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         raise ConfigError(
-            f"{host} port {port} cannot be had: {error.strerror}. Use another --port."
+            f"{host} port {port} is not available: {error.strerror}. Use another --port."
         ) from error
 
 
