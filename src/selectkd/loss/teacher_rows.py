@@ -207,7 +207,8 @@ class CachedChunk:
         """Ids and log-probabilities of a block; a ConfigError at a temperature they were not stored at."""
         if temperature != 1.0:
             raise ConfigError(
-                f"temperature = {temperature} with a top-K teacher: its tail cannot be computed at another temperature. "
+                f"temperature = {temperature} with a top-K teacher: its tail cannot be computed at another "
+                "temperature. "
                 "Set temperature to 1.0, or use a live or hidden-state teacher."
             )
         return self.ids[block], self.logp[block]
