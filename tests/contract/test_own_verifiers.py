@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selectkd import CachedRows, LiveRows, Objective, TokenPair, distillation_loss, uniforms
 from selectkd.loss.plan import LossPlan, StreamLoss
-from selectkd.objective.selectors import SELECTORS, top_share
+from selectkd.objective.selectors import SELECTORS, top_fraction
 from selectkd.objective.verifiers import STATISTICS, VERIFIERS, VerifierTraits, greedy_topk, traits_of
 
 N, V, D = 12, 9, 4
@@ -31,7 +31,7 @@ class Sure:
 class Stated:
     """Judges by statistics, reads one uniform number, and states so."""
 
-    traits = VerifierTraits(uniforms_per_token=1, teacher_tokens=3, reads=("rank",))
+    traits = VerifierTraits(uniforms_per_token=1, teacher_tokens=3, reads=("token_rank",))
 
     def __call__(self, pair: TokenPair, uniform: Tensor) -> Tensor:
         return torch.ones(len(uniform))
@@ -45,7 +45,7 @@ class Attributes:
 
     uniforms_per_token = 1
     teacher_tokens = 3
-    reads = ("rank",)
+    reads = ("token_rank",)
 
     __call__ = Stated.__call__
     from_statistics = Stated.from_statistics
@@ -75,7 +75,7 @@ class OfOurs(greedy_topk):
 class ReadsNothing(Sure):
     """Names statistics that it has no way to judge by."""
 
-    reads = ("rank",)
+    reads = ("token_rank",)
     scope = "sequence"
 
 
@@ -126,7 +126,7 @@ def test_an_own_verifier_that_says_nothing_of_itself_works(own, stored) -> None:
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 def test_scores_that_are_not_finite_rank_last(fault) -> None:
     score = torch.tensor([3.0, fault, 2.0, 1.0])
-    assert top_share(score, 0.75).tolist() == [1.0, 0.0, 1.0, 1.0]
+    assert top_fraction(score, 0.75).tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", SELECTORS)

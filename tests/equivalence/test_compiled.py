@@ -55,7 +55,7 @@ def test_without_a_compiler_the_error_names_the_key(tmp_path):
 def test_equal_divergences_share_a_program_and_others_do_not():
     head = Head(torch.zeros(V, 8))
 
-    def plan(alpha, reads=("rank",)):
+    def plan(alpha, reads=("token_rank",)):
         divergence = Objective({"name": "skew_kl", "alpha": alpha}).divergence
         return plan_of(divergence, head, head, 1.0, reads, kl=False)
 

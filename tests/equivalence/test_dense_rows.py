@@ -98,5 +98,5 @@ def test_the_rank_counts_ties_as_no_better():
         return dense.Block(rows, rows.clone(), norm, norm, rows, rows, rows, torch.empty_like(rows))
 
     for token in range(5):
-        ranks = dense.rank(block(zp), torch.full((2,), token))
+        ranks = dense.token_rank(block(zp), torch.full((2,), token))
         assert ranks.flatten().tolist() == [expected[0][token], expected[1][token]]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from selectkd.config.policies import (
+from selectkd.config.rollouts import (
     AdaptivePolicy,
     DatasetPolicy,
     InterleavedPolicy,

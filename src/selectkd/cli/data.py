@@ -56,7 +56,7 @@ class Wanted:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """The sources as the data room reads them."""
+        """The sources as ``data`` reads them."""
         if self.recipe is None:
             return [{"path": self.path}]
         return [source.reading for source in self.recipe.data.sources]

@@ -157,7 +157,7 @@ def _plainly(parts: Any) -> Any:
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Every component: {kind: [{name, parameters {name: default}, doc (first line), full_doc}]}."""
     from selectkd.config.methods import METHODS
-    from selectkd.config.policies import KINDS
+    from selectkd.config.rollouts import KINDS
     from selectkd.loss.extras import EXTRAS
     from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES
     from selectkd.objective.selectors import SELECTORS

@@ -10,16 +10,16 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def settle_threads(room: MutableMapping[str, str] = os.environ, *, cgroup: Path = CGROUP) -> None:
+def settle_threads(environment: MutableMapping[str, str] = os.environ, *, cgroup: Path = CGROUP) -> None:
     """Has idle threads sleep, where by default they spin and take the time of whatever else runs; and has no more of
     them than the processors a container may use, where torch counts the machine's.
 
-    A run that goes on takes the number it began with, see ``training.rundir``.
+    A run that goes on takes the number it began with, see ``training.run_folder``.
     """
-    room.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     most = processors(cgroup)
     if most is not None and most < (os.cpu_count() or 1):
-        room.setdefault("OMP_NUM_THREADS", str(most))
+        environment.setdefault("OMP_NUM_THREADS", str(most))
 
 
 def processors(cgroup: Path) -> int | None:

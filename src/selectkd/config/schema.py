@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.expand import expanded
-from selectkd.config.policies import DatasetPolicy, Policy
+from selectkd.config.rollouts import DatasetPolicy, Policy
 from selectkd.config.section import (
     Arguments,
     Component,

@@ -1,4 +1,4 @@
-"""Prompts to a model, texts back: what evaluations ask of the room ``generation``."""
+"""Prompts to a model, texts back: with ``rollouts.generate``."""
 
 from __future__ import annotations
 

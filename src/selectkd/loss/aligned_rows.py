@@ -38,7 +38,7 @@ class Vocabularies:
     own_teacher: Int[Tensor, " b"]
 
     @property
-    def share(self) -> float:
+    def shared_fraction(self) -> float:
         """The part of the teacher's vocabulary that the student has as well, in [0, 1]."""
         both = self.shared_teacher.shape[0]
         return both / max(1, both + self.own_teacher.shape[0])
@@ -117,7 +117,7 @@ class AlignedRows:
         self.teacher, self.vocabularies = teacher, vocabularies
         self.first, self.span, self.token = spans.first, spans.span, spans.token
         self.student, self.ours, self.merged = spans.student, spans.ours, spans.merged
-        self.matched_weight = vocabularies.share if matched_weight is None else matched_weight
+        self.matched_weight = vocabularies.shared_fraction if matched_weight is None else matched_weight
         self.unverified_weight = unverified_weight
         self.by_index = by_index
         self.reference: TeacherRows | None = None  # its rows would have no place beside another vocabulary

@@ -134,11 +134,11 @@ def _across(divergence: Any, logp: Tensor, logq: Tensor, pair: TokenPair, teache
     """The divergence between two vocabularies, [b]."""
     if is_unpaired(divergence):
         return divergence(logp, logq)
-    share, of = teacher.matched_weight, teacher.vocabularies
-    value = share * divergence(pair.logp, pair.logq)
-    if share < 1.0:
+    matched, of = teacher.matched_weight, teacher.vocabularies
+    value = matched * divergence(pair.logp, pair.logq)
+    if matched < 1.0:
         own_p, own_q = logp.index_select(1, of.own_teacher), logq.index_select(1, of.own_student)
-        value = value + (1.0 - share) * sorted_distance(own_p.exp(), own_q.exp())
+        value = value + (1.0 - matched) * sorted_distance(own_p.exp(), own_q.exp())
     return value
 
 

@@ -64,7 +64,7 @@ class Plan:
         q, norm_q = softmax(zq)
         p, norm_p = softmax(zp)
         block = Block(zp.clone(), zq.clone(), norm_q, norm_p, p, q, torch.empty_like(q), torch.empty_like(q))
-        top = argmax(zq) if {"rank", "student_top"} & {*self.reads} else None
+        top = argmax(zq) if {"token_rank", "student_top"} & {*self.reads} else None
         columns = {name: statistic(name, block, top, label).flatten() for name in self.reads if name in RANKS}
         gone = torch.isneginf(zq)
         if self.forbids or unshared is not None:

@@ -38,7 +38,7 @@ CompiledBlock = Callable[
 ]
 """(raw, teacher, block, reads, rows, out) -> the columns [b] of raw [b, v] by name, and the gradient in out [b, v];
 None where a row is not finite."""
-RANKS = ("student_top", "rank", "label_rank")
+RANKS = ("student_top", "token_rank", "label_rank")
 """Statistics that ask for the order of the logits."""
 BLOCK_ENTRIES = 3 << 17
 """Entries of a block's tensor on a processor: more leave the third-level cache, fewer are not worth the call."""
@@ -113,7 +113,7 @@ def columns_of(
     assert closed_form is not None  # ``evaluate_block`` asks
     top = None
     if (
-        "rank" in reads or "student_top" in reads
+        "token_rank" in reads or "student_top" in reads
     ):  # the product's own order is that of the logits of a plain head
         top = argmax(raw if config.head.is_plain and teacher.unshared is None else part.zq)
     # ranks first: until what is forbidden has a finite logit
@@ -211,14 +211,14 @@ def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None)
     if name == "student_top":
         assert top is not None
         return top
-    if name == "rank":
+    if name == "token_rank":
         assert top is not None
-        return rank(block, top)
+        return token_rank(block, top)
     if name == "label_rank":
         assert label is not None
         width = block.q.shape[-1]
         known = (label >= 0) & (label < width)
-        return torch.where(known[:, None], rank(block, label.clamp(0, width - 1)), width)
+        return torch.where(known[:, None], token_rank(block, label.clamp(0, width - 1)), width)
     if name == "bhattacharyya":
         return total(torch.mul(block.p, block.q, out=block.spare).sqrt_())
     if name == "teacher_entropy":
@@ -228,7 +228,7 @@ def statistic(name: str, block: Block, top: Tensor | None, label: Tensor | None)
     raise ConfigError(f"a verifier reads {name!r}; the statistics of a row are {', '.join(STATISTICS)}.")
 
 
-def rank(block: Block, token: Int[Tensor, " b"]) -> Tensor:
+def token_rank(block: Block, token: Int[Tensor, " b"]) -> Tensor:
     """How many tokens the teacher prefers to ``token`` of each row, [b, 1]; the whole vocabulary where it is
     impossible."""
     chosen = block.zp.gather(-1, token[:, None])  # [b, 1]

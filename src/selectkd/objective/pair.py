@@ -21,7 +21,7 @@ class TokenPair:
 
     logp, logq: [n, s], each row sums to 1 in probability; -inf marks an outcome that cannot happen.
     student_top: [n], the column of the student's argmax over its whole vocabulary; -1 where it lies in the tail.
-    tail: whether the last column is a crowd of tokens (it has mass, but no rank).
+    tail: whether the last column is many tokens together (it has mass, but no rank).
     ids: [n, s - tail], the token each column stands for; None where column = id.
     label: [n], the id of the token in the text; None where the caller gave no labels.
     sequence: [n], which sequence a row belongs to, rows of one sequence in order; None means one sequence.

@@ -32,10 +32,10 @@ QUANTILE = 0.05
 """Where teachability clips what it multiplies, at each end."""
 
 
-def top_share(score: Float[Tensor, " n"], share: float) -> Float[Tensor, " n"]:
-    """1 for the ceil(share * n) rows with the highest score, 0 for the rest: [n]. What is not finite comes last."""
+def top_fraction(score: Float[Tensor, " n"], kept: float) -> Float[Tensor, " n"]:
+    """1 for the ceil(kept * n) rows with the highest score, 0 for the rest: [n]. What is not finite comes last."""
     score = torch.where(score.isfinite(), score, -math.inf)
-    count = math.ceil(share * score.shape[0] - 1e-9)
+    count = math.ceil(kept * score.shape[0] - 1e-9)
     best = torch.argsort(score, descending=True, stable=True)[:count]
     return torch.zeros_like(score).scatter(0, best, 1.0)
 
@@ -95,17 +95,17 @@ class Ranked:
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         raise TypeError(f"{type(self).__name__} states no score")
 
-    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    def combined(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
         """The one number by which rows are ranked, of all that are ranked together."""
         return scores[:, 0]
 
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         if self.scope == "step":
-            return top_share(self.rank(scores), self.share)
+            return top_fraction(self.combined(scores), self.share)
         kept = torch.zeros_like(scores[:, 0])
         for one in sequence.unique():
             rows = (sequence == one).nonzero()[:, 0]
-            kept[rows] = top_share(self.rank(scores[rows]), self.share)
+            kept[rows] = top_fraction(self.combined(scores[rows]), self.share)
         return kept
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
@@ -130,7 +130,7 @@ class tip(Ranked):
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
         return torch.stack([entropy(pair.logq), forward_kl(pair.logp, pair.logq)], -1)  # [n, 2]
 
-    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    def combined(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
         h, d = normalised(scores[:, 0]), normalised(scores[:, 1])
         return 1.0 - (1.0 - h) * (1.0 - d)
 
@@ -151,7 +151,7 @@ class teachability(Ranked):
         mass = pair.ranked.gather(-1, best).exp().sum(-1)
         return torch.stack([forward_kl(pair.logp, pair.logq), mass], -1)  # [n, 2]
 
-    def rank(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    def combined(self, scores: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
         d, m = (normalised(one, clip=QUANTILE) for one in scores.unbind(-1))
         return d * m
 

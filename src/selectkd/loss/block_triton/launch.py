@@ -30,7 +30,7 @@ PROGRAMS = 8
 OVERLAP_FLOOR = 1.6458115e-38
 """e^-87, the floor of neg_log_acceptance's formula."""
 FLAGS = {
-    "student_top": "RANK", "rank": "RANK", "label_rank": "LABEL", "teacher_entropy": "ENTROPY",
+    "student_top": "RANK", "token_rank": "RANK", "label_rank": "LABEL", "teacher_entropy": "ENTROPY",
     "student_entropy": "ENTROPY", "bhattacharyya": "BHATTACHARYYA",
 }  # fmt: skip
 """The part of the kernel that takes a statistic; the overlap is always taken."""

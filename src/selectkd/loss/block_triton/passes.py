@@ -31,7 +31,7 @@ FLOATS = (
     "kl",
 )
 """Rows of the table of floats [9, c]; total is the sum of h."""
-INTS = ("student_top", "rank", "label_rank")
+INTS = ("student_top", "token_rank", "label_rank")
 """Rows of the table of whole numbers [3, c]."""
 
 

@@ -43,18 +43,18 @@ def relative_entropy(log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"]) -
 
 
 def log_mixture(
-    log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], share: float
+    log_a: Float[Tensor, "n s"], log_b: Float[Tensor, "n s"], skew: float
 ) -> Float[Tensor, "n s"]:
-    """log(share * a + (1 - share) * b), [n, s]; exactly log a or log b at share 1 or 0, and where a = b."""
-    if share == 1.0:
+    """log(skew * a + (1 - skew) * b), [n, s]; exactly log a or log b at skew 1 or 0, and where a = b."""
+    if skew == 1.0:
         return log_a
-    if share == 0.0:
+    if skew == 0.0:
         return log_b
     log_a, log_b = floored(log_a), floored(log_b)
     hi = torch.maximum(log_a, log_b).detach()
-    mixed = hi + torch.log(share * torch.exp(log_a - hi) + (1.0 - share) * torch.exp(log_b - hi))
+    mixed = hi + torch.log(skew * torch.exp(log_a - hi) + (1.0 - skew) * torch.exp(log_b - hi))
     # equal entries: no rounding may separate them; each side still gets its share of the gradient
-    equal = log_a.detach() + share * (log_a - log_a.detach()) + (1.0 - share) * (log_b - log_b.detach())
+    equal = log_a.detach() + skew * (log_a - log_a.detach()) + (1.0 - skew) * (log_b - log_b.detach())
     return torch.where(log_a == log_b, equal, mixed)
 
 
@@ -65,9 +65,9 @@ def share_of(name: str, value: float) -> float:
     return float(value)
 
 
-def mixture(block: Block, share: float) -> Float[Tensor, "*n s"]:
-    """share p + (1 - share) q in ``block.spare``; what underflows counts as the smallest normal number."""
-    mixed = torch.lerp(block.q, block.p, share, out=block.spare)
+def mixture(block: Block, skew: float) -> Float[Tensor, "*n s"]:
+    """skew p + (1 - skew) q in ``block.spare``; what underflows counts as the smallest normal number."""
+    mixed = torch.lerp(block.q, block.p, skew, out=block.spare)
     return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
 

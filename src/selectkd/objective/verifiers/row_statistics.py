@@ -11,7 +11,7 @@ from selectkd.errors import ConfigError
 
 STATISTICS = (
     "student_top",
-    "rank",
+    "token_rank",
     "label_rank",
     "overlap",
     "teacher_entropy",
@@ -24,14 +24,14 @@ STATISTICS = (
 class RowStatistics:
     """Sums over the vocabulary of each row at the verification temperature; p = teacher, q = student.
 
-    student_top: the student's argmax. rank, label_rank: how many tokens the teacher prefers to it, and to the label
-    (``width`` where the token is impossible; without labels there is no label_rank). overlap: sum min(p, q).
+    student_top: the student's argmax. token_rank, label_rank: how many tokens the teacher prefers to it, and to the
+    label (``width`` where the token is impossible; without labels there is no label_rank). overlap: sum min(p, q).
     Entropies in nats. bhattacharyya: sum sqrt(p q), 1 minus the squared Hellinger distance. width: vocabulary ids.
     Only what was asked for is there; to look at another is a ConfigError.
     """
 
     student_top: Int[Tensor, " n"]
-    rank: Real[Tensor, " n"]
+    token_rank: Real[Tensor, " n"]
     label_rank: Real[Tensor, " n"]
     overlap: Float[Tensor, " n"]
     teacher_entropy: Float[Tensor, " n"]

@@ -26,7 +26,7 @@ def at_least_one(name: str, k: int) -> None:
 def within_top(pair: TokenPair, column: Int[Tensor, " n"], k: int, name: str) -> Float[Tensor, " n"]:
     """Whether fewer than k tokens have p(v) > p(column): [n] of 0 and 1, without a sort.
 
-    Ties at rank k are accepted. A column of -1 (in the tail) is rejected: the tail is a crowd and has no rank.
+    Ties at rank k are accepted. A column of -1 (in the tail) is rejected: the tail is many tokens and has no rank.
     """
     ranked = pair.ranked  # [n, s - tail]
     if ranked.shape[-1] < k:
@@ -64,7 +64,7 @@ class greedy_topk:
 
     @property
     def traits(self) -> VerifierTraits:
-        return VerifierTraits(teacher_tokens=self.k, reads=("rank",), proposal_alone=True)
+        return VerifierTraits(teacher_tokens=self.k, reads=("token_rank",), proposal_alone=True)
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return within_top(pair, pair.student_top, self.k, "greedy_topk")
@@ -72,7 +72,7 @@ class greedy_topk:
     def from_statistics(
         self, statistics: RowStatistics, uniform: Float[Tensor, "n r"]
     ) -> Float[Tensor, " n"]:
-        return (statistics.rank < self.k).to(statistics.overlap.dtype)
+        return (statistics.token_rank < self.k).to(statistics.overlap.dtype)
 
 
 @dataclass(frozen=True)
