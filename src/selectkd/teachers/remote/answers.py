@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -174,6 +174,22 @@ def of_ranks(rows: dict[int, float], ranks: dict[int, Any], where: str) -> None:
     for one, other in pairwise(by_rank):
         if rows[other] > rows[one] + ROUNDING:
             raise WrongAnswer(f"{where} ranks token {one} above {other}, which is more likely")
+
+
+def rows_of(
+    positions: Sequence[Any],
+    request: TopKRequest,
+    best_at: Callable[[Any, int, str], tuple[list[int], list[float]]],
+) -> TopK:
+    """The rows of the places that were asked for, of a prompt's ``positions``, each ``checked``.
+
+    best_at: (a position, its number, its name in an error) to the ids and log-probabilities of the K best there.
+    """
+    if positions[0] is not None:
+        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
+    numbers = [place + 1 for place in request.places]
+    found = [best_at(positions[at], at, f"position {at}") for at in numbers]
+    return checked([ids for ids, _ in found], [logp for _, logp in found], request)
 
 
 def checked(ids: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], request: TopKRequest) -> TopK:

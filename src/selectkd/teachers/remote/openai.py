@@ -10,14 +10,13 @@ from typing import Any
 from selectkd.teachers.remote.answers import (
     TopK,
     TopKRequest,
-    WrongAnswer,
     best,
-    checked,
     is_object,
     json_object,
     number,
     of_length,
     of_text,
+    rows_of,
     same_ids,
     written_id,
 )
@@ -53,20 +52,16 @@ def read(answer: bytes, request: TopKRequest) -> TopK:
         for name in ("tokens", "token_logprobs", "top_logprobs")
     )
     same_ids([written_id(token, ID, f"token {at}") for at, token in enumerate(tokens)], request.ids)
-    if rows[0] is not None:
-        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
-    ids, logp = [], []
-    for place in request.places:
-        where = f"position {place + 1}"
+
+    def best_at(row: Any, at: int, where: str) -> tuple[list[int], list[float]]:
         found = {
             written_id(key, ID, where): number(value, f"{where}, log-probability of {key}")
-            for key, value in is_object(rows[place + 1], where).items()
+            for key, value in is_object(row, where).items()
         }
-        of_text(request.ids[place + 1], text_logprobs[place + 1], found, where)
-        chosen, values = best(found, request.ids[place + 1], request.k, where)
-        ids.append(chosen)
-        logp.append(values)
-    return checked(ids, logp, request)
+        of_text(request.ids[at], text_logprobs[at], found, where)
+        return best(found, request.ids[at], request.k, where)
+
+    return rows_of(rows, request, best_at)
 
 
 def entries(answer: bytes) -> int:

@@ -8,27 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from selectkd.config import RemoteTeacher as Section
 from selectkd.data.alignment import align, tokenizer_fingerprint
 from selectkd.errors import ConfigError, DataError, TeacherError
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded, load_tokenizer
+from selectkd.models.load import load_tokenizer
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
-from selectkd.teachers.remote.connection import Connection
-from selectkd.teachers.remote.fingerprint import Fingerprint, Guarded, read, same, take
+from selectkd.teachers.remote.fingerprint import Guarded, take
 from selectkd.teachers.remote.own import OwnServer
+from selectkd.teachers.remote.plan import ServerPlan
 from selectkd.teachers.remote.teacher import RemoteHiddenTeacher, RemoteTeacher
 
 
 @dataclass
-class OwnPlan:
+class OwnPlan(ServerPlan):
     """Our own server: hidden states, or with ``k`` its best tokens."""
 
-    spec: Section
-    connection: Connection
-    model: str | None = None
-    fingerprint: Fingerprint | None = field(default=None, repr=False)
     _server: OwnServer | None = field(default=None, repr=False)
 
     @property
@@ -39,10 +34,11 @@ class OwnPlan:
     def k(self) -> int | None:
         return self.spec.k
 
-    @property
-    def source(self) -> str:
-        named = "the model" if self._server is None else self._server.about["model"]
-        return f"{named} (server {self.spec.url})"
+    def _named(self) -> str | None:
+        return None if self._server is None else self._server.about["model"]
+
+    def weights(self) -> str | None:
+        return self.server().about["weights"]
 
     @property
     def revision(self) -> str | None:
@@ -89,21 +85,7 @@ class OwnPlan:
                 f"{longest.origin} has {len(longest.input_ids)} tokens; {self.spec.url} takes {most}. "
                 f"Set training.max_length to {most}."
             )
-        self.fingerprint = take(self.server(), examples, self.server().about["weights"])
-
-    def went_on(self, noted: Any) -> None:
-        """Takes the fingerprint a run or a cache was begun with for its own; TeacherError where the server's model is
-        another one.
-        """
-        before = read(noted)
-        if before is not None and self.fingerprint is not None:
-            same(self.server(), before, self.server().about["weights"], "this run or cache")
-            self.fingerprint = before
-
-    def loaded(self) -> Loaded:
-        raise ConfigError(
-            f"{self.source} has no weights to cut a student from. Name the student: student: {{model: ...}}."
-        )
+        self.fingerprint = take(self.server(), examples, self.weights())
 
     def open(
         self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None

@@ -31,14 +31,49 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
-class RemotePlan:
-    """A server that gives K best tokens. It is first asked when the text is checked, before weights load."""
+class ServerPlan:
+    """The part of a plan that is the same for every kind of server: whose model it serves, and no weights to load."""
 
     spec: Section
     connection: Connection
+    fingerprint: Fingerprint | None = field(default=None, repr=False, kw_only=True)
+    model: str | None = field(default=None, kw_only=True)
+
+    @property
+    def source(self) -> str:
+        return f"{self._named() or 'the model'} (server {self.spec.url})"
+
+    def server(self) -> Any:
+        """The server as a source of rows."""
+        raise NotImplementedError
+
+    def weights(self) -> str | None:
+        """The checksum of the server's weights; None where the server tells none."""
+        return None
+
+    def went_on(self, noted: Any) -> None:
+        """Takes the fingerprint that a run or a cache began with for its own; TeacherError where the server's model is
+        another one.
+        """
+        before = read(noted)
+        if before is not None and self.fingerprint is not None:
+            same(self.server(), before, self.weights(), "this run or cache")
+            self.fingerprint = before
+
+    def loaded(self) -> Loaded:
+        raise ConfigError(
+            f"{self.source} has no weights to cut a student from. Name the student: student: {{model: ...}}."
+        )
+
+    def _named(self) -> str | None:
+        return self.spec.model
+
+
+@dataclass
+class RemotePlan(ServerPlan):
+    """A server that gives K best tokens. It is first asked when the text is checked, before weights load."""
+
     findings: Findings | None = None
-    fingerprint: Fingerprint | None = field(default=None, repr=False)
-    model: str | None = None
     payload: Payload = "top_k"
     _vocabulary: int = field(default=0, repr=False)
     _width: int | None = field(default=None, repr=False)
@@ -49,13 +84,11 @@ class RemotePlan:
         return self.spec.k
 
     @property
-    def source(self) -> str:
-        named = self.spec.model if self.findings is None else self.findings.model
-        return f"{named or 'the model'} (server {self.spec.url})"
-
-    @property
     def revision(self) -> str | None:
         return None
+
+    def _named(self) -> str | None:
+        return self.spec.model if self.findings is None else self.findings.model
 
     def tokenizer(self) -> Any:
         return load_tokenizer(str(self.spec.tokenizer))
@@ -94,24 +127,11 @@ class RemotePlan:
         self.findings = found
         self.fingerprint = take(self.server(), examples)
 
-    def went_on(self, noted: Any) -> None:
-        """Takes the fingerprint a run or a cache was begun with for its own; TeacherError where the server's model is
-        another one.
-        """
-        before = read(noted)
-        if before is not None and self.fingerprint is not None:
-            same(self.server(), before, None, "this run or cache")
-            self.fingerprint = before
-
-    def loaded(self) -> Loaded:
-        raise ConfigError(
-            f"{self.source} has no weights to cut a student from. Name the student: student: {{model: ...}}."
-        )
-
     def server(self) -> TopKServer:
         """The server as a source of rows, guarded once its fingerprint is taken."""
-        named = self.spec.model if self.findings is None else self.findings.model
-        server = TopKServer(self.connection, self.spec.kind, self.k, self._vocabulary, named, self._width)
+        server = TopKServer(
+            self.connection, self.spec.kind, self.k, self._vocabulary, self._named(), self._width
+        )
         server.guard = Guarded(server, self.fingerprint, self.spec.check_every)
         return server
 
@@ -129,11 +149,11 @@ class RemotePlan:
 def head_width(tokenizer: Any) -> int | None:
     """Rows of the head of the model that a tokenizer lies beside, by its config.json; None where there is none."""
     try:
-        fault = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text("utf-8"))
+        config = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    inner = fault.get("text_config", fault) if isinstance(fault, dict) else {}
-    rows = fault.get("vocab_size", inner.get("vocab_size")) if isinstance(inner, dict) else None
+    inner = config.get("text_config", config) if isinstance(config, dict) else {}
+    rows = config.get("vocab_size", inner.get("vocab_size")) if isinstance(inner, dict) else None
     return rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None
 
 

@@ -9,12 +9,12 @@ from selectkd.teachers.remote.answers import (
     TopK,
     TopKRequest,
     WrongAnswer,
-    checked,
     is_object,
     json_object,
     number,
     of_length,
     of_text,
+    rows_of,
     same_ids,
     token_id,
 )
@@ -42,12 +42,10 @@ def read(answer: bytes, request: TopKRequest) -> TopK:
     text = [_entry(entry, f"input_token_logprobs {at}") for at, entry in enumerate(text_logprobs)]
     same_ids([entry[1] for entry in text], request.ids)
     rows = of_length(info.get("input_top_logprobs"), len(request.ids), "input_top_logprobs")
-    if rows[0] is not None or text[0][0] is not None:
-        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
-    ids, logp = [], []
-    for place in request.places:
-        where = f"position {place + 1}"
-        entries = rows[place + 1]
+    if text[0][0] is not None:
+        raise WrongAnswer("position 0 has a log-probability, though no token is before it")
+
+    def best_at(entries: Any, at: int, where: str) -> tuple[list[int], list[float]]:
         if not isinstance(entries, list) or len(entries) not in (request.k, request.k + 1):
             raise WrongAnswer(f"{where} is no list of {request.k} entries")
         found = {}
@@ -56,12 +54,12 @@ def read(answer: bytes, request: TopKRequest) -> TopK:
             if token_id(token, where) in found:
                 raise WrongAnswer(f"{where} has the id {token} twice")
             found[token] = number(value, f"{where}, log-probability of {token}")
-        of_text(request.ids[place + 1], text[place + 1][0], found, where)
+        of_text(request.ids[at], text[at][0], found, where)
         if len(found) == request.k + 1:
-            found.pop(request.ids[place + 1], None)
-        ids.append(list(found))
-        logp.append(list(found.values()))
-    return checked(ids, logp, request)
+            found.pop(request.ids[at], None)
+        return list(found), list(found.values())
+
+    return rows_of(rows, request, best_at)
 
 
 def _entry(entry: Any, where: str) -> list[Any]:

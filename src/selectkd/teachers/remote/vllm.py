@@ -9,12 +9,12 @@ from selectkd.teachers.remote.answers import (
     TopKRequest,
     WrongAnswer,
     best,
-    checked,
     is_object,
     json_object,
     number,
     of_length,
     of_ranks,
+    rows_of,
     same_ids,
     token_id,
     written_id,
@@ -54,25 +54,22 @@ def read(answer: bytes, request: TopKRequest) -> TopK:
     if echoed is not None:
         same_ids(of_length(echoed, len(request.ids), "prompt_token_ids"), request.ids)
     rows = of_length(choices.get("prompt_logprobs"), len(request.ids), "prompt_logprobs")
-    if rows[0] is not None:
-        raise WrongAnswer("position 0 has log-probabilities, though no token is before it")
-    ids, logp = [], []
-    for place in request.places:
-        where = f"position {place + 1}"
+
+    def best_at(row: Any, at: int, where: str) -> tuple[list[int], list[float]]:
         found: dict[int, float] = {}
         ranks: dict[int, Any] = {}
-        for key, entry in is_object(rows[place + 1], where).items():
+        for key, entry in is_object(row, where).items():
             fields = is_object(entry, f"{where}, token {key[:12]}")
             token = written_id(key, "", where)
             found[token] = number(fields.get("logprob"), f"{where}, logprob of {key}")
             ranks[token] = (
                 None if fields.get("rank") is None else token_id(fields["rank"], f"{where}, rank of {key}")
             )
-        tokens, values = best(found, request.ids[place + 1], request.k, where)
+        chosen = best(found, request.ids[at], request.k, where)
         of_ranks(found, ranks, where)
-        ids.append(tokens)
-        logp.append(values)
-    return checked(ids, logp, request)
+        return chosen
+
+    return rows_of(rows, request, best_at)
 
 
 def of_choices(answer: dict[str, Any]) -> dict[str, Any]:
