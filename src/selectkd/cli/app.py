@@ -151,15 +151,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_error("error: out of memory. A smaller training.batch_size or training.chunk needs less.")
         return ResourceError.exit_code
     except OSError as error:
-        if debug or (error.filename is None and error.errno != errno.ENOSPC):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if debug or (error.filename is None and not full):
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full:
             from selectkd.data.durable import disk_error
 
             show_error(f"error: {disk_error(error, Path(error.filename or '.').absolute())}")
         else:
             show_error(f"error: {error.filename or 'writing'}: {error.strerror}.")
-        return ResourceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
+        return ResourceError.exit_code if full else USAGE
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         show_error("interrupted.")
     return code if isinstance(code, int) else 0

@@ -19,7 +19,7 @@ INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 PROGRESS = logging.getLogger("selectkd.progress")
 """Its level is what --quiet sets."""
 
-GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
 def clean(text: object, *, keep: str = "\n") -> str:

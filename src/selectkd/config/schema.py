@@ -42,8 +42,8 @@ class WeightChange(Section):
     """Share of the run's steps that the change takes. The default is the whole run."""
 
 
-def _weight_kind(value: Any) -> str:
-    return "change" if isinstance(value, dict | WeightChange) else "constant"
+def _pace(value: Any) -> str:
+    return "change" if isinstance(value, dict | Section) else "constant"
 
 
 Writer = Literal["dataset", "teacher", "student", "both"]
@@ -64,7 +64,7 @@ class StreamObjective(Section):
         Annotated[
             Annotated[Annotated[float, Field(ge=0.0)], Tag("constant")]
             | Annotated[WeightChange, Tag("change")],
-            Discriminator(_weight_kind),
+            Discriminator(_pace),
         ]
         | None
     ) = None
@@ -192,10 +192,6 @@ class BetaChange(Section):
         return self
 
 
-def _beta_kind(value: Any) -> str:
-    return "change" if isinstance(value, dict | BetaChange) else "constant"
-
-
 class ObjectiveSection(Section):
     """The loss: (beta + (1 - beta) a) D(p || q) a token, a the acceptance of the verifier, p teacher, q student."""
 
@@ -209,7 +205,7 @@ class ObjectiveSection(Section):
     """Ranks the tokens of a step and keeps some: a name, or {name: ..., parameter: value}. With a verifier beside it,
     that one weighs the tokens kept and the rest count 0."""
     beta: Annotated[
-        Annotated[Share, Tag("constant")] | Annotated[BetaChange, Tag("change")], Discriminator(_beta_kind)
+        Annotated[Share, Tag("constant")] | Annotated[BetaChange, Tag("change")], Discriminator(_pace)
     ] = 0.01
     """Weight of a rejected token: 0 masks it, 1 is plain distillation. A mapping makes it change. The default is
     SelecTKD's."""

@@ -34,7 +34,6 @@ FAULT = "SELECTKD_FAULT"
 """For tests alone: ``NAME@N=kill`` kills the process where the N-th ``fault_point(NAME)`` is, ``=enospc`` makes
 the disk full there."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _passed: Counter[str] = Counter()
 
 
@@ -203,11 +202,6 @@ def disk_error(error: OSError, path: Path, *, needed: int | None = None) -> Reso
         f"cannot write {path}: {error.strerror or error}; {need}{free:,} bytes are free. "
         "Free some space or name another folder."
     )
-
-
-def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed because the disk or a quota is full."""
-    return error.errno in _FULL
 
 
 def os_error_of(error: Exception) -> OSError:
