@@ -101,6 +101,11 @@ _MOVED = {
     "selectors": "objective.selectors",
     "testing": "objective.contract",
     "verifiers": "objective.verifiers",
+    "divergences.gradient": "objective.divergences.closed_form",
+    "divergences.power": "objective.divergences.alpha_beta",
+    "divergences.sorted": "objective.divergences.uld",
+    "divergences.top_k": "objective.divergences.from_top_k",
+    "verifiers.statistics": "objective.verifiers.row_statistics",
 }
 """Modules that other people's code imports, and their homes of today."""
 
@@ -109,10 +114,11 @@ class _OldHomes(MetaPathFinder, Loader):
     """Imports of a module by its old name give the module, with one deprecation warning a name."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        head, _, rest = fullname.removeprefix("selectkd.").partition(".")
-        if fullname.startswith("selectkd.") and head in _MOVED:
-            return ModuleSpec(fullname, self, origin=f"selectkd.{_MOVED[head]}{rest and '.'}{rest}")
-        return None
+        name = fullname.removeprefix("selectkd.")
+        head, dot, rest = name.partition(".")
+        if name == fullname or head not in _MOVED:
+            return None
+        return ModuleSpec(fullname, self, origin=f"selectkd.{_MOVED.get(name, _MOVED[head] + dot + rest)}")
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None

@@ -127,29 +127,6 @@ def test_every_public_name_is_there() -> None:
         assert getattr(selectkd, name) is not None, name
 
 
-@pytest.mark.parametrize(
-    ("old", "name"),
-    [
-        ("divergences", "forward_kl"), ("divergences.kl", "reverse_kl"), ("verifiers", "greedy_topk"),
-        ("selectors", "se_kd"), ("testing", "check_divergence"), ("pair", "dense_pair"), ("schedules", "BetaSchedule"),
-    ],
-)  # fmt: skip
-def test_other_peoples_imports_of_a_moved_module_work_with_one_warning(old: str, name: str) -> None:
-    code = f"""if True:
-        import importlib, sys, warnings
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            module = importlib.import_module("selectkd.{old}")
-            importlib.import_module("selectkd.{old}")
-        told = [one for one in seen if issubclass(one.category, DeprecationWarning) and "is now" in str(one.message)]
-        assert len(told) == {1 + old.count(".")}, told
-        assert getattr(module, "{name}") is getattr(sys.modules[module.__name__], "{name}")
-        assert module.__name__.startswith("selectkd.objective."), module
-    """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-
-
 def test_the_repository_names_no_machine() -> None:
     tracked = [
         *(file for file in ROOT.glob("*.*") if file.name != ".git"),

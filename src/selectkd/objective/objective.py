@@ -5,7 +5,7 @@ n rows. The weight is V = beta + (1 - beta) a; the loss of a row is V * D(p || q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,11 +18,10 @@ from selectkd.errors import ConfigError
 from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, reads_label
 from selectkd.objective.divergences.router import check_routes
 from selectkd.objective.pair import TokenPair
-from selectkd.objective.registry import bind, build, name_of
+from selectkd.objective.registry import Spec, bind, build, name_of
 from selectkd.objective.selectors import SELECTORS
 from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, traits_of
 
-Spec = str | Mapping[str, Any] | Callable[..., Any]
 LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
 
 

@@ -10,9 +10,10 @@ state each one as an attribute of its name.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -86,3 +87,10 @@ __all__ = [
     "teacher_entropy",
     "traits_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "reads_proposal_alone":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("use traits_of(verifier).crosses_vocabularies", DeprecationWarning, stacklevel=2)
+    return lambda verifier: traits_of(verifier).crosses_vocabularies
