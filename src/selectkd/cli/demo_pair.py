@@ -36,9 +36,9 @@ def real_recipe() -> tuple[Path, Path]:
     text = root / ".cache" / "demo" / "alpaca_en_demo.json"
     if not text.is_file():
         raise ConfigError(
-            f"the demo needs {text}, which is not there. Run `make demo` in a checkout of selectkd, which fetches it; "
-            "or take data/alpaca_en_demo.json from llamafactory 0.9.5's source distribution; "
-            "or run `selectkd demo --quick`, which needs no download."
+            f"the demo needs {text}, which is not there. Run `make demo` in a checkout of selectkd, which fetches it. "
+            "Or take data/alpaca_en_demo.json from llamafactory 0.9.5's source distribution. "
+            "Or run `selectkd demo --quick`, which needs no download."
         )
     return recipe, root
 

@@ -44,14 +44,15 @@ def _one_way(members: list[Member]) -> list[Member]:
     ]
     if len(ways[0]) != 1 or any(way != ways[0] for way in ways):
         raise refuse(
-            "several teachers are combined in one way; give all of them a weight, or all of them streams, or all of "
-            "them a condition (when: {field: value})"
+            "several teachers are combined in one way; give all of them a weight, streams, or a condition (when: "
+            "{field: value})"
         )
     split = [m.teacher.model for m in members if getattr(m.teacher, "placement", "device") == "sharded"]  # type: ignore[union-attr]
     if split and "weight" not in ways[0]:
         raise refuse(
-            f"{split[0]} is sharded, so all ranks must use it at once, which a teacher of some streams or records "
-            "cannot promise; give the teachers weights, or set its placement to device or offloaded"
+            f"{split[0]} is sharded, so it must answer for every batch; give the teachers weights, or set its "
+            "placement "
+            "to device or offloaded"
         )
     named = [stream for member in members for stream in member.streams or ()]
     twice = sorted({stream for stream in named if named.count(stream) > 1})

@@ -229,7 +229,7 @@ class Ledger:
             BAD_IN_A_ROW, BAD_SHARE * (self.total_steps or math.inf)
         ):
             raise NumericsError(
-                f"step {self.step}: loss {self.last['loss']} and gradient norm {self.grad_norm}; "
+                f"step {self.step}: loss {self.last['loss']} and gradient norm {self.grad_norm}. "
                 f"{self._in_a_row} steps in a row and {self.skipped} in all were left out because their "
                 f"numbers are not finite.{where} "
                 "Lower training.learning_rate or train in float32."
