@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -189,8 +190,8 @@ def _save(folder: Path, model: Any, tokenizer: Any, curve: list[dict[str, Any]])
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / "curve.jsonl").write_text("".join(json.dumps(look) + "\n" for look in curve), "utf-8")
-    if not folder.exists():
-        part.rename(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # a younger teacher of a training that was begun anew
+    part.rename(folder)
 
 
 def noisy_tokens(rows: Sequence[list[int]], share: float, seed: int) -> list[int]:

@@ -122,6 +122,9 @@ def test_most_verifiers_read_statistics():
     assert set(VERIFIERS) - set(READ_STATISTICS) == {
         "spec_k_literal",
         "prefix_gate",
+        "iw_opd",
+        "fire",
+        "prefix_product",
         "matched_shuffle",
         "matched_position",
     }

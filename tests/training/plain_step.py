@@ -115,7 +115,45 @@ def shuffled(x: Rows, k: int, bins: Tensor) -> Tensor:
     return out
 
 
+def by_position(x: Rows) -> Tensor:
+    """1.5 minus half the share of its sequence's disagreement that has passed."""
+    gap = (at(x.p, x.y).clamp(min=-87.0) - at(x.q, x.y).clamp(min=-87.0)).abs() * x.finite
+    before = torch.stack([gap[:i][x.sequence[:i] == one].sum() for i, one in enumerate(x.sequence)])
+    whole = torch.stack([gap[x.sequence == one].sum() for one in x.sequence])
+    return 1.5 - 0.5 * torch.where(whole > 0, before / whole, 0.0)
+
+
+def unlocked(x: Rows) -> Tensor:
+    """The mean gain of the drafts of 5 tokens that hold a row, as a share of 5."""
+    a, place = torch.minimum(x.p, x.q).exp().sum(-1).clamp(max=1.0) * x.finite, places(x)
+    out = torch.zeros_like(a)
+    for i in range(len(a)):
+        rows = (x.sequence == x.sequence[i]).nonzero()[:, 0]
+        t, gains = int(place[i]), []
+        for start in range(max(0, t - 4), t + 1):
+            later = a[rows[t + 1 : start + 5]]
+            gains.append(a[rows[start:t]].prod() * (1 + later.cumprod(0).sum()))
+        out[i] = torch.stack(gains).mean() / 5
+    return out
+
+
+def sure(x: Rows) -> Tensor:
+    """(1 + c_T)(1 + c_S) over its mean in all but the least likely fifth of the sequences."""
+    likely, names = at(x.p, x.y).clamp(min=-87.0) * x.finite, x.sequence.unique()
+    mean = torch.stack([likely[x.sequence == one].mean() for one in names])
+    dropped = names[mean.argsort(stable=True)[: int(0.2 * len(names))]]
+    kept = ~torch.isin(x.sequence, dropped)
+    weight = torch.ones_like(likely)
+    for h in (entropy(x.p) * x.finite, entropy(x.q) * x.finite):
+        weight = weight * (2 - h / h[kept].max().clamp(min=1e-12))
+    return weight * kept / weight[kept].mean()
+
+
 VERIFIERS: dict[str, Callable[[Rows, int], Tensor]] = {
+    "sigmoid_entropy_gap": lambda x, k: torch.sigmoid(entropy(x.q) - entropy(x.p)),
+    "iw_opd": lambda x, k: by_position(x),
+    "prefix_product": lambda x, k: unlocked(x),
+    "fire": lambda x, k: sure(x),
     "greedy_topk": greedy,
     "spec_k": lambda x, k: x.u[:, 0] < chance(x, k),
     "spec_k_literal": literally,

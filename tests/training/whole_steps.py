@@ -120,7 +120,7 @@ class Case:
 
     @property
     def thins(self) -> bool:
-        return self.rejected == "are thinned"
+        return self.rejected == "are thinned" and self.judge not in ("iw_opd", "fire")  # weights above 1
 
     @property
     def streams(self) -> list[Stream]:

@@ -190,6 +190,10 @@ class _Launch:
         # 1 where the teacher's row is not finite, as in the reference: what a minimum makes of nan is Triton's choice
         for name in ("overlap", *(("bhattacharyya",) if flags["BHATTACHARYYA"] else ())):
             table[name] = torch.where(table["lse_p"].isfinite(), table[name].clamp(max=1.0), 1.0)
+        if flags["ENTROPY"]:  # there a row whose teacher is not finite has the student for one
+            table["teacher_entropy"] = torch.where(
+                table["lse_p"].isfinite(), table["teacher_entropy"], table["student_entropy"]
+            )
         if flags["RANK"]:
             table["student_top"] = table["student_top"].long()
         return table
