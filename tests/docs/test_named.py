@@ -162,7 +162,16 @@ def flags() -> set[str]:
     return {*of(typer.main.get_command(app)), "--help"}
 
 
-OTHERS = {"--max-logprobs", "venv", "cuda", "pyproject", "my_pkg", "DistributedConfig", "lint"}
+OTHERS = {
+    "--max-logprobs",
+    "venv",
+    "cuda",
+    "pyproject",
+    "my_pkg",
+    "DistributedConfig",
+    "lint",
+    "compute_kd_loss",
+}
 """Names of other people's programs, and of examples."""
 
 

@@ -201,7 +201,7 @@ def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
             f"uniform has shape {tuple(uniform.shape)}; {type(objective.verifier).__name__} reads {need} numbers "
             f"for each of {n} rows. Pass selectkd.uniforms(n, {need}, seed=..., step=...)."
         )
-    if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.weight.shape[1]:
+    if hidden.ndim != 2 or student.weight.ndim != 2 or hidden.shape[1] != student.inputs:
         raise ConfigError(
             f"hidden is {tuple(hidden.shape)} and the head {tuple(student.weight.shape)}; they must be [n, d], [v, d]."
         )

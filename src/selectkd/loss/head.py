@@ -16,13 +16,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of a head's products: bf16 for an fp32 head under autocast to bf16, its own everywhere else.
+    """The dtype of a head's products: bf16 for an fp32 head under autocast to bf16, its own everywhere else, and where
+    nothing is multiplied ([v, 0], ``LogitHead``).
 
     A product into given memory never asks autocast. fp16 is not followed: a row's gradient, its entries some
     row_scale / v large, falls below its range, and loss scaling comes too late to save it.
     """
     device = weight.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if weight.dtype == torch.float32 and weight.shape[1] and torch.is_autocast_enabled(device):
         asked = torch.get_autocast_dtype(device)
         return asked if asked == torch.bfloat16 else weight.dtype
     return weight.dtype
@@ -74,6 +75,11 @@ class Head:
         """Number of rows of the head, padded vocabulary rows included."""
         return self.weight.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        """Numbers of a row that the head takes: d."""
+        return self.weight.shape[1]
+
     def raw(
         self,
         hidden: Float[Tensor, "*c d"],
@@ -94,6 +100,34 @@ class Head:
     def logits(self, hidden: Float[Tensor, "*c d"], width: int | None = None) -> Float[Tensor, "*c w"]:
         """The logits the model itself would give, in fp32 or wider: [c, v]."""
         return self.finish(self.raw(hidden, width))
+
+
+@dataclass(frozen=True)
+class LogitHead(Head):
+    """Stands where a head would where logits [n, v] are given in place of hidden states: ``raw`` is the logits.
+
+    weight is [v, 0]: there is nothing to multiply, and no gradient but that of the logits.
+    """
+
+    @classmethod
+    def beside(cls, logits: Float[Tensor, "n v"]) -> LogitHead:
+        """The head of these logits."""
+        return cls(logits.detach().new_empty(logits.shape[1], 0))
+
+    @property
+    def inputs(self) -> int:
+        return self.width
+
+    def raw(
+        self,
+        hidden: Float[Tensor, "*c d"],
+        width: int | None = None,
+        *,
+        out: Float[Tensor, "b w"] | None = None,
+    ) -> Float[Tensor, "*c w"]:
+        """The first ``width`` logits of each row, copied into ``out`` if given: [c, v]."""
+        logits = hidden[..., :width]
+        return logits if out is None else out[: hidden.shape[0]].copy_(logits)
 
 
 def finish_logits(

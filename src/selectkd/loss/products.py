@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectkd.loss.head import Head, wide
+from selectkd.loss.head import Head, LogitHead, wide
 
 PIECE = 2048
 """Vocabulary rows of a bf16 product at a time: mixed-precision addition is slow on more than the cache holds."""
@@ -159,8 +159,11 @@ class Gradients:
     ) -> None:
         weight, bias = head.weight, head.bias
         self.weight, self.width, self.sums = weight, width, wide(weight.dtype)
+        self.of_logits = isinstance(head, LogitHead)
         both = torch.promote_types(hidden.dtype, weight.dtype)
         self.hidden = torch.empty_like(hidden, dtype=both) if wants[0] else None
+        if self.hidden is not None and self.of_logits:
+            self.hidden[:, width:] = 0
         self.head = HeadGradient(weight, width, chunks, dtype) if wants[1] else None
         self.bias = None
         if wants[2] and bias is not None:
@@ -175,6 +178,9 @@ class Gradients:
         share: float,
     ) -> None:
         """Adds the chunk ``rows``; kept: its rows with a gradient, None for all; share: as of ``strong_columns``."""
+        if self.of_logits:
+            self._add_logits(rows, gradient, kept)
+            return
         if kept is not None:
             gradient, inputs = gradient[kept], inputs[kept]
         inputs = inputs.to(self.weight.dtype)
@@ -191,6 +197,19 @@ class Gradients:
         if self.bias is not None:
             for piece in cuts(0, self.width, PIECE):
                 self.bias[piece] += gradient[:, piece].sum(0, dtype=self.sums)
+
+    def _add_logits(
+        self, rows: slice, gradient: Float[Tensor, "c v"], kept: Int[Tensor, " k"] | None
+    ) -> None:
+        """Logits that are given have the chunk's gradient itself; no other row has one."""
+        if self.hidden is None:
+            return
+        here = self.hidden[rows, : self.width]
+        if kept is None:
+            here.copy_(gradient)
+        else:
+            here.zero_()
+            here[kept] = gradient[kept].to(here.dtype)
 
     def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden states, weight and bias."""

@@ -90,7 +90,7 @@ class LiveRows:
                 "LiveRows got a Head and bias, scale or softcap beside it; put them into the Head."
             )
         self.head = Head(head, bias, scale, softcap) if plain else head
-        if hidden.ndim != 2 or hidden.shape[1] != self.head.weight.shape[1]:
+        if hidden.ndim != 2 or hidden.shape[1] != self.head.inputs:
             raise ConfigError(
                 f"the teacher's hidden states are {tuple(hidden.shape)} but its head is "
                 f"{tuple(self.head.weight.shape)}; they must be [n, e] and [v, e]."

@@ -1,0 +1,86 @@
+"""A Trainer of transformers on tiny text; as a program, one of two ranks that writes its first gradient."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
+
+from selectkd.adapters.hf import distil
+from training.tiny import texts, tiny_llama
+
+OURS = ("objective", "reduction", "beta", "options")
+
+
+def arguments(folder: Path, **changed: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "max_steps": 1, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch",
+        "remove_unused_columns": False, "seed": 42, **changed,
+    }  # fmt: skip
+
+
+def columns(examples: list[Any]) -> list[dict[str, Any]]:
+    """The columns of a data set as other people's trainers have them."""
+    return [
+        {"input_ids": one.input_ids, "attention_mask": [1] * len(one),
+         "labels": [i if c else -100 for i, c in zip(one.input_ids, one.completion, strict=True)]}
+        for one in examples
+    ]  # fmt: skip
+
+
+def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Padded on the right to a multiple of 8, as ours are."""
+    width = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+    blank = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+        for name, fill in blank.items()
+    }
+
+
+class InOrder(Trainer):
+    """A Trainer that takes its text in order."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def started(
+    folder: Path, student: Any, teacher: Any, examples: list[Any], *, size: int, accumulation: int,
+    evaluation: Any = None, processing_class: Any = None, **changed: Any,
+) -> Any:  # fmt: skip
+    """A distilling Trainer of these; arguments of the loss and of the Trainer by name."""
+    ours = {name: changed.pop(name) for name in OURS if name in changed}
+    args = TrainingArguments(
+        **arguments(
+            folder, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **changed
+        )
+    )
+    return distil(InOrder)(
+        model=student, args=args, train_dataset=Dataset.from_list(columns(examples)), data_collator=collated,
+        eval_dataset=None if evaluation is None else Dataset.from_list(columns(evaluation)), teacher=teacher,
+        processing_class=processing_class, **ours,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    trainer = started(
+        Path(sys.argv[1]), tiny_llama(2).double(), tiny_llama(1).double(), texts(8), size=2, accumulation=2
+    )
+    plain, found = trainer._clip_grad_norm, {}
+
+    def kept(model: Any) -> Any:
+        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return plain(model)
+
+    trainer._clip_grad_norm = kept
+    trainer.train()
+    save_file(found, Path(sys.argv[1]) / f"rank-{os.environ['RANK']}.safetensors")
+    torch.distributed.destroy_process_group()
