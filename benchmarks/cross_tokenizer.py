@@ -159,7 +159,7 @@ def recipe_of(arm: str, teacher: Path, folder: Path, given: argparse.Namespace) 
         "training": {
             "output_dir": str(folder / "run"), "max_steps": given.steps, "batch_size": 4,
             "learning_rate": given.learning_rate, "max_length": 128, "max_prompt_length": 64,
-            "engine": "loop", "probe_samples": 0, "seed": 0,
+            "probe_samples": 0, "seed": 0,
         },
     }  # fmt: skip
 

@@ -260,22 +260,22 @@ def our_step(machine: Machine, batch: Any, divergence: str, beta: float, folder:
     """LedgerTrainer's own step."""
     from transformers import TrainingArguments
 
-    from selectkd.training.feed import Feed
+    from selectkd.training.feed import BatchFeed
     from selectkd.training.ledger import Ledger
     from selectkd.training.step import DistillationModel
     from selectkd.training.trainer import LedgerTrainer
 
     student, teacher = qwen("0.5B", machine), qwen("1.5B", machine).requires_grad_(False).eval().bfloat16()
     trainer = LedgerTrainer(
-        DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: [batch]),
+        DistillationModel(student, LiveTeacher(teacher)), BatchFeed(lambda _: [batch]),
         Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
         mixed(TrainingArguments, machine, folder),
     )  # fmt: skip
     model: Any = trainer.model
 
     def gradients() -> None:
-        for portion in trainer.ledger.begin([batch]):
-            trainer.training_step(model, portion)
+        for micro_batch in trainer.ledger.begin([batch]):
+            trainer.training_step(model, micro_batch)
 
     return optimised(student, gradients), ""
 

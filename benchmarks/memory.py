@@ -26,7 +26,7 @@ from training.tiny import WORDS, tiny_tokenizer
 LENGTH = 256
 SETTINGS: dict[str, dict[str, Any]] = {
     "full fp32": {},
-    "full fp32, plain loop, accumulation 2": {"engine": "loop", "gradient_accumulation": 2},
+    "full fp32, accumulation 2": {"gradient_accumulation": 2},
     "LoRA": {"lora": {"r": 16, "alpha": 32, "dropout": 0.0}},
     "activations recomputed": {"gradient_checkpointing": True},
     "bf16": {"precision": "bf16"},

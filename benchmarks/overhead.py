@@ -30,11 +30,10 @@ from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.checkpoints import AUTO_SECONDS, AUTO_SHARE
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import register_engine
-from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import register_training
 
 DATA = ".cache/demo/alpaca_en_demo.json"
 SAVES = 3
@@ -49,14 +48,14 @@ def stepper(
 
     def step(batch: Any, checkpoints: Checkpoints | None) -> float:
         started = clock()
-        for portion in ledger.begin([batch]):
-            loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+        for micro_batch in ledger.begin([batch]):
+            loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.plan)
             loss.backward()
-            ledger.add(portion, loss, sums)
+            ledger.add(micro_batch, loss, sums)
         if checkpoints is not None:
-            ledger.settle(parameters)
+            ledger.reduce(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if checkpoints is None or ledger.accept(norm):
+        if checkpoints is None or ledger.close_step(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if checkpoints is not None:
@@ -77,11 +76,11 @@ def measure(pairs: int, length: int, layers: int, folder: Path) -> dict[str, flo
     ]
     model = DistillationModel(student, LiveTeacher(loaded.model))
     ledger = Ledger(Objective("forward_kl", {"name": "greedy_topk", "k": 5}), total_steps=pairs)
-    optimizer = optimizer_for(student, learning_rate=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
     checkpoints = Checkpoints(folder, every="auto")
     checkpoints.register("ledger", ledger)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    register_engine(checkpoints, model, Feed(lambda _: batches), optimizer, scheduler)
+    register_training(checkpoints, model, BatchFeed(lambda _: batches), optimizer, scheduler)
     checkpoints.begin()
     step = stepper(model, ledger, optimizer)
     bare, kept = [], []

@@ -31,7 +31,6 @@ from selectkd.config import load_recipe
 from selectkd.models.precision import PRECISIONS
 from selectkd.training.assembly import assemble
 from selectkd.training.ledger import Ledger
-from selectkd.training.optimizer import optimizer_for
 from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
 
@@ -64,15 +63,15 @@ def moved(name: str, wanted: argparse.Namespace) -> list[float]:
     made = assemble(recipe)
     model = DistillationModel(made.student, made.teacher)
     ledger = Ledger(made.objective, beta=made.beta, streams=made.streams)
-    (portion,) = ledger.begin([next(iter(made.micro_batches(0)))])
+    (micro_batch,) = ledger.begin([next(iter(made.micro_batches(0)))])
     with PRECISIONS[name].autocast("cpu"):
-        loss, _ = model.train()(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+        loss, _ = model.train()(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.plan)
     loss.backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
     shares = []
     for rate in rates:
-        optimizer = optimizer_for(model, learning_rate=rate)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         optimizer.step()
         changed = sum(int((p != old).sum()) for p, old in zip(parameters, before, strict=True))
         shares.append(changed / sum(p.numel() for p in parameters))

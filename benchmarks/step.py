@@ -46,7 +46,7 @@ from selectkd.loss.options import LossOptions
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers.live import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import LedgerTrainer
@@ -120,14 +120,14 @@ def selectkd(
             student, LiveTeacher(teacher),
             options=LossOptions(also_kl=divergence != "forward_kl", compiled=compiled),
         ),
-        Feed(lambda _: [batch]), Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
+        BatchFeed(lambda _: [batch]), Ledger(Objective(divergence, "greedy_topk", beta=1.0), "token_mean"),
         arguments_for(TrainingArguments, folder),
     )  # fmt: skip
     model: Any = trainer.model
 
     def gradients() -> None:
-        for portion in trainer.ledger.begin([batch]):
-            trainer.training_step(model, portion)
+        for micro_batch in trainer.ledger.begin([batch]):
+            trainer.training_step(model, micro_batch)
 
     return optimised(student, gradients)
 

@@ -63,3 +63,12 @@ class Interrupted(SelectKDError):
     """A run that a person's SIGINT ended after its step, its state saved: exit code 130."""
 
     exit_code = 130
+
+
+def abridged(text: str, most: int = 60) -> str:
+    """The beginning of a long text, for a message.
+
+    >>> abridged("a" * 10, 6)
+    'aaa...'
+    """
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -59,6 +59,7 @@ def test_a_key_in_the_wrong_place_is_answered_with_its_place() -> None:
             assert instead(["elsewhere", name]) == f" It belongs at {key}."
     assert instead(["url"]) == " It belongs at teacher.url."
     assert instead(["anything"]) == ""
+    assert "Leave it out" in instead(["training", "engine"])
 
 
 @pytest.mark.parametrize(

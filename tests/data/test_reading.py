@@ -136,23 +136,23 @@ def test_what_is_cut_or_left_out_is_counted_by_reason(made):
     long = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "a"}]
     tokenizer, recipe = made(rows=[*ROWS, long], training={"max_length": 64, "max_prompt_length": 16})
     text = read_text(recipe, tokenizer)
-    assert "1 prompts cut to max_prompt_length 16" in text.told[0] and "of 2 records" in text.told[0]
+    assert "1 prompts cut to max_prompt_length 16" in text.warnings[0] and "of 2 records" in text.warnings[0]
 
 
 def test_tool_schemas_that_the_chat_template_leaves_out_are_counted(made):
     tools = [{"type": "function", "function": {"name": "look", "description": "looks up a place"}}]
     rows = [{"messages": ROWS[0], "tools": tools}, {"messages": ROWS[0]}, {"messages": ROWS[0], "tools": []}]
     tokenizer, recipe = made(rows=rows)
-    (told,) = read_text(recipe, tokenizer).told
+    (told,) = read_text(recipe, tokenizer).warnings
     assert "of 3 records 1 without their tool schemas" in told and "data.chat_template" in told
     # written where a system prompt is alone: a rule by the template's text would take it for one that writes them
     partly = "{% if tools and messages[0].role == 'system' %}{{ tools | tojson }}{% endif %}" + CHAT
     with_system = {"messages": [{"role": "system", "content": "s"}, *ROWS[0]], "tools": tools}
     tokenizer, recipe = made(partly, rows=[*rows, with_system])
-    (told,) = read_text(recipe, tokenizer).told
+    (told,) = read_text(recipe, tokenizer).warnings
     assert "of 4 records 1 without their tool schemas" in told
     tokenizer, recipe = made("{{ (tools or '') | string }}" + CHAT, rows=rows)
-    assert read_text(recipe, tokenizer).told == []
+    assert read_text(recipe, tokenizer).warnings == []
 
 
 def test_a_long_row_is_cut_before_it_is_tokenised(made):

@@ -1,7 +1,7 @@
 """Runs killed at random, and what they left compared with runs that were not: ``make chaos KILLS=N``.
 
 A fork server: torch and transformers are imported once, each run is a fork of that. Every setting (verifier, full or
-LoRA, live or cached teacher, accumulation 1 or 3, engine, steps between checkpoints) has one whole run as a reference;
+LoRA, live or cached teacher, accumulation 1 or 3, steps between checkpoints) has one whole run as a reference;
 then runs of it are killed with SIGKILL at a uniformly random moment of a run's length, again and again, each time
 started by the same command, until one comes to its end, or is let alone after eight kills. stuck: a start that ended
 with an error, or did not end. different: an end whose metrics, student, weights or optimizer are not the reference's,
@@ -42,7 +42,7 @@ SETTINGS: list[dict[str, Any]] = [
         ("greedy", "spec_k"), (False, True), (False, True), (1, 3)
     )
 ]
-ENGINES, EVERY = ("loop", "trainer"), (1, 2, 3)
+EVERY = (1, 2, 3)
 KILLS_OF_A_RUN = 8
 """A busy machine is slower than it was for the reference; then kills alone would never let a run end."""
 
@@ -119,12 +119,12 @@ def chaos(
 
 
 def settings(dice: random.Random) -> Iterator[dict[str, Any]]:
-    """All settings in a random order, over and over, each time with the next engine and distance of checkpoints."""
+    """All settings in a random order, over and over, each time with another distance of checkpoints."""
     while True:
         order = list(SETTINGS)
         dice.shuffle(order)
         for setting in order:
-            yield {**setting, "engine": dice.choice(ENGINES), "every": dice.choice(EVERY)}
+            yield {**setting, "every": dice.choice(EVERY)}
 
 
 def our_job(pair: Path, caches: Path, setting: dict[str, Any]) -> Callable[[Path], None]:

@@ -56,7 +56,7 @@ WHOLE: dict[str, Any] = {
     },
     "training": {
         "output_dir": "runs/x", "max_steps": 10, "batch_size": 4, "learning_rate": 1e-4, "lora": {"r": 4},
-        "early_stopping": {"patience": 2}, "save_every": 5, "engine": "loop", "evaluate_every": 5,
+        "early_stopping": {"patience": 2}, "save_every": 5, "evaluate_every": 5,
     },
 }  # fmt: skip
 IDS, PLACES, K = [5, 9, 33, 2, 17, 60, 8, 41], [1, 2, 4, 6], 4

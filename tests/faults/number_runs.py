@@ -1,4 +1,4 @@
-"""The rows N1 to N8 of the faults as whole runs on one of two ranks (gloo), each on both engines.
+"""The rows N1 to N8 of the faults as whole runs on one of two ranks (gloo).
 
 torchrun --nproc-per-node 2 number_runs.py FOLDER PAIR
 
@@ -165,8 +165,8 @@ def digest(student: Any) -> str:
     return seen.hexdigest()
 
 
-def run(name: str, row: Row, folder: Path, pair: Path, engine: str, rank: int) -> None:
-    recipe = recipe_for(pair, folder, engine=engine, accumulation=2, save_every=None, max_steps=row.steps)
+def run(name: str, row: Row, folder: Path, pair: Path, rank: int) -> None:
+    recipe = recipe_for(pair, folder, accumulation=2, save_every=None, max_steps=row.steps)
     values = recipe.model_dump(mode="json", exclude_none=True)
     if row.objective is not None:
         recipe = recipe_from({**values, "objective": row.objective})
@@ -202,11 +202,10 @@ def run(name: str, row: Row, folder: Path, pair: Path, engine: str, rank: int) -
 
 def main(root: Path, pair: Path) -> None:
     rank = int(os.environ["RANK"])
-    for engine in ("loop", "trainer"):
-        for number, (name, row) in enumerate(ROWS.items()):
-            run(f"{name}, {engine}", row, root / f"{engine}-{number}", pair, engine, rank)
-            if rank == 0:
-                print(f"{name}, {engine}: finite, both ranks alike")
+    for number, (name, row) in enumerate(ROWS.items()):
+        run(name, row, root / str(number), pair, rank)
+        if rank == 0:
+            print(f"{name}: finite, both ranks alike")
 
 
 if __name__ == "__main__":

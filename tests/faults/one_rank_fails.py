@@ -40,7 +40,7 @@ if __name__ == "__main__":
         loss_step.weighted_sum = short
     try:
         for name in ("run",) if sys.argv[3] == "fails" else ("run", "whole"):
-            train(recipe_for(pair, folder / name, engine="trainer", accumulation=2, save_every=2))
+            train(recipe_for(pair, folder / name, accumulation=2, save_every=2))
     except ResourceError as error:
         assert rank == 1 and "Use a smaller training.batch_size" in str(error), error
         os._exit(error.exit_code)

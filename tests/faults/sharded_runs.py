@@ -1,5 +1,5 @@
 """A student sharded over two ranks as accelerate does it, the loss around it being FSDP2's root (gloo): measured,
-trained whole, in two halves, and beside the plain loop's DDP.
+trained whole, in two halves, and beside DDP.
 
 torchrun --nproc-per-node 2 sharded_runs.py FOLDER
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from selectkd import Objective
 from selectkd.models.sharded import is_sharded, plain_copy
@@ -27,25 +29,24 @@ from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.checkpoint.folder import Found, find
 from selectkd.training.counts import rank
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.evaluation import evaluate, probe
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import register_engine, train_loop
-from selectkd.training.optimizer import optimizer_for
 from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import LedgerTrainer, register_training
 from training.tiny import padded, texts, tiny_llama
 
 STEPS, HALF, RATE = 6, 3, 1e-2
 
 
-def parts() -> tuple[DistillationModel, Feed, Ledger]:
+def parts() -> tuple[DistillationModel, BatchFeed, Ledger]:
     model = DistillationModel(tiny_llama(2), LiveTeacher(tiny_llama(1)))
     objective = Objective("forward_kl", {"name": "spec_k", "k": 2}, beta=0.1)
     ledger = Ledger(objective, "weight_mean", streams=("a", "b"), total_steps=STEPS)
-    return model.train(), Feed(lambda epoch: padded(texts(12), 2)), ledger
+    return model.train(), BatchFeed(lambda epoch: padded(texts(12), 2)), ledger
 
 
-def in_parts() -> tuple[DistillationModel, Feed, Ledger]:
+def in_parts() -> tuple[DistillationModel, BatchFeed, Ledger]:
     """``parts``, sharded by the layers that accelerate finds by their names."""
     model, feed, ledger = parts()
     kinds = model._no_split_modules
@@ -79,8 +80,10 @@ def check_measured() -> None:
         if rank() == 0:
             assert weights.keys() == other[3].keys()
             assert all(torch.equal(weights[name], value) for name, value in other[3].items())
-        (portion,) = ledger.begin(next(iter(feed.steps(1))))
-        model.train()(portion.batch, portion.row_scale, portion.uniform, ledger.plan)[0].backward()
+        (micro_batch,) = ledger.begin(next(iter(feed.steps(1))))
+        model.train()(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.plan)[
+            0
+        ].backward()
 
 
 def sharded(folder: Path, opened: Found | None, steps: int) -> dict[str, torch.Tensor]:
@@ -88,19 +91,19 @@ def sharded(folder: Path, opened: Found | None, steps: int) -> dict[str, torch.T
     model, feed, ledger = in_parts()
     parameters = list(model.parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters)
-    optimizer = optimizer_for(model, learning_rate=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     checkpoints = Checkpoints(folder, every=HALF, opened=opened)
     checkpoints.register("ledger", ledger)
-    register_engine(checkpoints, model, feed, optimizer, scheduler)
+    register_training(checkpoints, model, feed, optimizer, scheduler)
     checkpoints.begin()
     for micro in feed.steps(1):
-        (portion,) = ledger.begin(micro)
-        loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+        (micro_batch,) = ledger.begin(micro)
+        loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.plan)
         loss.backward()
-        ledger.add(portion, loss, sums)
-        ledger.settle(parameters)
-        if ledger.accept(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
+        ledger.add(micro_batch, loss, sums)
+        ledger.reduce(parameters)
+        if ledger.close_step(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
             optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -115,10 +118,14 @@ def sharded(folder: Path, opened: Found | None, steps: int) -> dict[str, torch.T
     return {**{name: whole(p) for name, p in model.named_parameters()}, **moments}
 
 
-def replicated() -> dict[str, torch.Tensor]:
-    """The same steps by the plain loop."""
+def replicated(folder: Path) -> dict[str, torch.Tensor]:
+    """The same steps by the Trainer's DDP."""
     model, feed, ledger = parts()
-    train_loop(model, feed, ledger, steps=STEPS, learning_rate=RATE, schedule="constant")
+    args = TrainingArguments(
+        str(folder), max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="constant", optim="adamw_torch",
+        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    LedgerTrainer(model, feed, ledger, args).train()
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -138,7 +145,7 @@ def main(folder: Path) -> None:
     assert reference.keys() == resumed.keys()
     apart = [name for name in reference if not torch.equal(reference[name], resumed[name])]
     assert not apart, f"rank {rank()}: not the same after resuming: {apart}"
-    plain = on_both(replicated)
+    plain = on_both(lambda: replicated(folder / "replicated"))
     for name, value in plain.items():
         torch.testing.assert_close(reference[name], value, rtol=1e-3, atol=1e-5)
     if rank() == 0:
@@ -147,7 +154,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    PartialState(cpu=True)
     main(Path(sys.argv[1]))
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
     dist.destroy_process_group()

@@ -26,7 +26,7 @@ from selectkd.errors import TeacherError
 from selectkd.models.load import load_model
 from selectkd.teachers.remote.connection import Connection, Question, Reply
 from selectkd.teachers.remote.server import TopKServer
-from selectkd.training.assembly import prepare
+from selectkd.training.checks import prepare
 from selectkd.training.run import train
 from teachers.ours import own_server
 from teachers.served import Answer, Served, on_a_port
@@ -64,7 +64,7 @@ def recipe(pair: Path, tmp_path: Path, monkeypatch: Any) -> Callable[..., str]:
             "data": {"sources": [{"path": str(pair / "text.jsonl")}]},
             "objective": {"verifier": {"name": "greedy_topk", "k": 5}, "beta": 0.1},
             "training": {"output_dir": str(tmp_path / run), "max_steps": 12, "batch_size": 3, "learning_rate": 1e-2,
-                         "max_length": 32, "max_prompt_length": 16, "engine": "loop", "probe_samples": 0},
+                         "max_length": 32, "max_prompt_length": 16, "probe_samples": 0},
         }  # fmt: skip
         path = tmp_path / f"{run}.yaml"
         path.write_text(yaml.safe_dump(content), "utf-8")

@@ -242,7 +242,7 @@ def test_a_run_over_tls_believes_the_authority_that_is_named_and_no_other(
             "student": {"model": str(pair / "student")},
             "data": {"sources": [{"path": str(pair / "text.jsonl")}]},
             "training": {"output_dir": str(tmp_path / run), "max_steps": 1, "batch_size": 2, "max_length": 32,
-                         "max_prompt_length": 16, "engine": "loop", "probe_samples": 0},
+                         "max_prompt_length": 16, "probe_samples": 0},
         }  # fmt: skip
         path = tmp_path / f"{run}.yaml"
         path.write_text(yaml.safe_dump(content), "utf-8")

@@ -39,15 +39,15 @@ class StopsAt:
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"engine": "loop"},
-    {"engine": "trainer"},
-    {"engine": "trainer", "lora": True, "verifier": "spec_k", "accumulation": 3},
-    {"engine": "loop", "lora": True, "accumulation": 3, "log_every": 2},
-    {"engine": "loop", "save_every": None, "early_stopping": {"patience": 4}, "evaluate_every": 1},
+    {},
+    {"lora": True, "verifier": "spec_k", "accumulation": 3, "log_every": 2},
+    {"save_every": None, "early_stopping": {"patience": 4}, "evaluate_every": 1},
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting.values())))
+@pytest.mark.parametrize(
+    "setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting.values())) or "plain"
+)
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bytes(
     setting: dict[str, Any], pair: Path, tmp_path: Path
 ) -> None:

@@ -138,11 +138,10 @@ class Failing:
         return self.teacher(batch, position)
 
 
-@pytest.mark.parametrize("engine", ["loop", "trainer"])
 def test_a_teacher_that_dies_in_mid_run_leaves_the_state_of_the_last_step(
-    engine: str, pair: Path, tmp_path: Path, caplog: Any
+    pair: Path, tmp_path: Path, caplog: Any
 ) -> None:
-    setting: dict[str, Any] = {"engine": engine, "accumulation": 3, "save_every": None}
+    setting: dict[str, Any] = {"accumulation": 3, "save_every": None}
     recipe = recipe_for(pair, tmp_path / "run", **setting)
     train(recipe_for(pair, tmp_path / "whole", **setting))
 

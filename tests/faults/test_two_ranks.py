@@ -15,18 +15,17 @@ def test_two_ranks_skip_the_same_step_stop_together_and_go_on_to_the_same_bytes(
 ) -> None:
     """A NaN on rank 1 alone leaves the step out on both; a SIGTERM that rank 1 alone hears stops and saves both."""
     run_on_two_ranks(Path(__file__).with_name("two_rank_runs.py"), str(tmp_path), str(pair))
-    for engine in ("loop", "trainer"):
-        assert left(tmp_path / engine / "stops") == left(tmp_path / engine / "whole")
-        bad = {path.name for path in (tmp_path / engine / "whole" / "bad_batches").iterdir()}
-        assert bad == {"step-000002-rank-0.json", "step-000002-rank-1.json"}
+    assert left(tmp_path / "stops") == left(tmp_path / "whole")
+    bad = {path.name for path in (tmp_path / "whole" / "bad_batches").iterdir()}
+    assert bad == {"step-000002-rank-0.json", "step-000002-rank-1.json"}
 
 
-def test_no_number_that_fails_reaches_a_parameter_on_either_engine_and_both_ranks_decide_alike(
+def test_no_number_that_fails_reaches_a_parameter_and_both_ranks_decide_alike(
     pair: Path, tmp_path: Path
 ) -> None:
     script = Path(__file__).with_name("number_runs.py")
     told = run_on_two_ranks(script, str(tmp_path), str(pair)).splitlines()
-    assert sum(line.endswith("finite, both ranks alike") for line in told) == 2 * len(ROWS)
+    assert sum(line.endswith("finite, both ranks alike") for line in told) == len(ROWS)
 
 
 def test_a_rank_without_memory_ends_with_7_no_rank_waits_for_it_and_the_run_goes_on(

@@ -36,7 +36,6 @@ def recipe_for(
     verifier: str = "greedy",
     lora: bool = False,
     accumulation: int = 1,
-    engine: str = "loop",
     cache: Path | None = None,
     save_every: int | str | None = 2,
     **training: Any,
@@ -55,7 +54,6 @@ def recipe_for(
             },
             "training": {
                 "output_dir": str(run),
-                "engine": engine,
                 "max_steps": 6,
                 "batch_size": 3,
                 "gradient_accumulation": accumulation,

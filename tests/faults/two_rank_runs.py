@@ -68,9 +68,9 @@ def goes_on_after_a_stop(recipe: Any, poisoned: Callable[[Any], None], *, optimi
     return result.resumed_from
 
 
-def main(folder: Path, pair: Path, engine: str) -> None:
+def main(folder: Path, pair: Path) -> None:
     rank = int(os.environ["RANK"])
-    setting: dict[str, Any] = {"engine": engine, "accumulation": 2, "save_every": 2}
+    setting: dict[str, Any] = {"accumulation": 2, "save_every": 2}
 
     def poisoned(made: Any) -> None:
         if rank == 1:  # micro-batch 1 of step 2
@@ -84,7 +84,6 @@ def main(folder: Path, pair: Path, engine: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for kind in ("loop", "trainer"):
-        main(Path(sys.argv[1]) / kind, Path(sys.argv[2]), kind)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
     dist.destroy_process_group()

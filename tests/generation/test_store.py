@@ -38,7 +38,6 @@ def recipe(folder: Path, tmp_path: Path) -> Path:
             "batch_size": 4,
             "max_length": 24,
             "max_prompt_length": 12,
-            "engine": "loop",
         },
     }
     path = tmp_path / "recipe.yaml"

@@ -125,12 +125,10 @@ def test_a_verb_uses_the_gpu_that_is_there(verb, root, monkeypatch, tmp_path):
     assert set(gpu.launched_on) == {torch.device("cuda:0")}, gpu.launched_on
 
 
-@pytest.mark.parametrize(
-    ("device", "engine"), [("auto", "trainer"), ("cuda:1", "trainer"), ("cuda:1", "loop")]
-)
-def test_one_process_trains_on_one_of_two_gpus(device, engine, root, monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_one_process_trains_on_one_of_two_gpus(device, root, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
-    changes = [f"training.output_dir={tmp_path / 'run'}", f"training.engine={engine}"]
+    changes = [f"training.output_dir={tmp_path / 'run'}"]
     changes += ["data.evaluation=null", "training.probe_samples=1"]  # few rows for Triton's interpreter
     arguments = ["train", "r.yaml", "--device", device, *(x for one in changes for x in ("--set", one))]
     gpu = ran(arguments, pretended_with_kernels(2))

@@ -18,7 +18,7 @@ from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, is_unpaire
 from selectkd.objective.selectors import SELECTORS
 from selectkd.objective.verifiers import VERIFIERS
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.run import train
@@ -55,10 +55,10 @@ def losses(
     reference = LiveTeacher(tiny_llama(3, layers=1))
     live = LiveTeacher(tiny_llama(1, layers=1, hidden=48), reference=reference)
     ledger = Ledger(Objective(divergence, verifier, beta=0.1), streams=("a", "b"), device=device)
-    lines: list[dict[str, Any]] = []
     model = DistillationModel(student, Stored(live, stored) if stored else live)
-    train_loop(model, Feed(lambda _: batches), ledger, steps=2, on_line=lines.append)
-    return [line["loss"] for line in lines]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, weight_decay=0.0)
+    steps = train_loop(model, BatchFeed(lambda _: batches), ledger, optimizer, steps=2)
+    return [line["loss"] for line in steps]
 
 
 def check(*case: Any, **options: Any) -> None:
@@ -108,7 +108,7 @@ def trained(pair: Path, method: str, device: str, folder: Path) -> list[float]:
         data={"evaluation": 0.1} if "data.evaluation" in looks else {},
         training={
             "output_dir": str(folder / device), "max_steps": 2, "batch_size": 2, "max_length": 24,
-            "max_prompt_length": 8, "precision": "fp32", "engine": "loop", "probe_samples": 0, "save_every": None,
+            "max_prompt_length": 8, "precision": "fp32", "probe_samples": 0, "save_every": None,
             **({"evaluate_every": 1} if "training.evaluate_every" in looks else {}),
         },
         **({"reference": {"model": str(pair / "student")}} if "reference" in looks else {}),

@@ -38,7 +38,6 @@ def recipe(pair: Path, tmp_path: Path) -> Callable[..., Any]:
                 "max_prompt_length": 12,
                 "evaluate_every": 1,
                 "probe_samples": 0,
-                "engine": "loop",
             },
         }
         for key, value in changed.items():

@@ -27,7 +27,7 @@ from selectkd.rollouts.adaptive import AdaptiveScheduler
 from selectkd.rollouts.streams import streams_of
 from selectkd.rollouts.writer import RolloutWriter
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
@@ -231,8 +231,10 @@ def test_a_run_taken_up_again_reaches_the_weights_of_one_that_was_not_interrupte
         distilled = DistillationModel(model, LiveTeacher(copy.deepcopy(teacher))).train()
         ledger = Ledger(PLAIN, streams=[one.name for one in write.streams], write=write)
         for ledger.step in range(first, last):
-            for portion in ledger.begin([batch(4 + ledger.step % 2)]):
-                loss, _ = distilled(portion.batch, portion.row_scale, portion.uniform, ledger.plan)
+            for micro_batch in ledger.begin([batch(4 + ledger.step % 2)]):
+                loss, _ = distilled(
+                    micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.plan
+                )
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -271,22 +273,16 @@ def test_the_loss_is_divided_by_the_tokens_that_were_written_not_by_the_labels_o
         return seen[-1]
 
     ledger = Ledger(PLAIN, reduction, write=written)
-    lines: list[Any] = []
-    train_loop(
-        DistillationModel(model, LiveTeacher(teacher)),
-        Feed(lambda epoch: [collate([eight], pad_id=0)]),
-        ledger,
-        steps=1,
-        learning_rate=1e-9,
-        on_line=lines.append,
-    )
+    feed = BatchFeed(lambda epoch: [collate([eight], pad_id=0)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    (line,) = train_loop(DistillationModel(model, LiveTeacher(teacher)), feed, ledger, optimizer, steps=1)
     ids = torch.tensor([last_turns(seen[0])[0].example.input_ids])
     with torch.no_grad():
         logp, logq = (m(ids).logits[0, 2:-1].double().log_softmax(-1) for m in (teacher, model))
     each = (logp.exp() * (logp - logq)).sum(-1)
     assert each.shape[0] == length
-    assert lines[0]["loss"] == pytest.approx(float(each.mean()), rel=1e-4)  # fp32 against fp64
-    assert lines[0]["tokens"] == length
+    assert line["loss"] == pytest.approx(float(each.mean()), rel=1e-4)  # fp32 against fp64
+    assert line["tokens"] == length
 
 
 def test_streams_that_would_share_a_name_are_refused(recipe: Callable[..., Any]) -> None:

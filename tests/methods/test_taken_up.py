@@ -18,7 +18,7 @@ ADAPTIVE = {"name": "adaptive", "start": 0.7, "capacity": 5, "max_new_tokens": 4
 WINDOW = {"name": "adaptive_alpha", "window": 3}
 RUNS: list[dict[str, Any]] = [
     {"method": {"name": "distillm2", "adaptive_alpha": True}, "objective": {"extras": [WINDOW]}},
-    {"method": "imitkd", "training": {"log_every": 2, "engine": "trainer"}},
+    {"method": "imitkd", "training": {"log_every": 2}},
     {"method": "distillm", "data": {"policy": ADAPTIVE}, "selection": {"verifier": "spec_k", "k": 2}},
 ]
 

@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def recipe_for(pair: Path, run: Path, said: dict[str, Any], data: dict[str, Any]) -> Any:
     training = {
-        "output_dir": str(run), "engine": "loop", "max_steps": 5, "batch_size": 2, "learning_rate": 1e-2,
+        "output_dir": str(run), "max_steps": 5, "batch_size": 2, "learning_rate": 1e-2,
         "max_length": 24, "max_prompt_length": 12, "evaluate_every": 2, "save_every": 2, "probe_samples": 0,
     }  # fmt: skip
     sources = [{"path": str(pair / "text.jsonl"), "name": "made"}]

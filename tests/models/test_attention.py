@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.models.load import load_model
-from selectkd.training.assembly import prepare
+from selectkd.training.checks import prepare
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 

@@ -59,18 +59,20 @@ def test_a_language_modelling_loss_counts_what_it_says_whatever_is_accepted(
     loss_of = DistillationModel(student, LiveTeacher(teacher, reference=LiveTeacher(reference))).train()
 
     @torch.no_grad()
-    def ask(portion: Any, first: Any) -> Any:
-        return loss_of(portion.batch, portion.row_scale, portion.uniform, first)
+    def ask(micro_batch: Any, first: Any) -> Any:
+        return loss_of(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, first)
 
     def gradient(language: float) -> Tensor:
         losses = [StreamSpec(beta=0.0, language_model=language), StreamSpec(beta=0.0)]
         ledger = Ledger(Objective("forward_kl", verifier), reduction, streams=("a", "b"), losses=losses)
         student.zero_grad(set_to_none=True)
-        for portion in ledger.begin(padded(EXAMPLES, size), ask):
-            loss, sums = loss_of(portion.batch, portion.row_scale, portion.uniform, portion.plan)
+        for micro_batch in ledger.begin(padded(EXAMPLES, size), ask):
+            loss, sums = loss_of(
+                micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, micro_batch.plan
+            )
             loss.backward()
-            ledger.add(portion, loss, sums)
-        total = ledger.settle(student.parameters())
+            ledger.add(micro_batch, loss, sums)
+        total = ledger.reduce(student.parameters())
         return torch.cat([total.reshape(1), *(p.grad.flatten() for p in student.parameters())]).detach()
 
     added = gradient(LANGUAGE) - (0.0 if isinstance(verifier, Never) else gradient(0.0))

@@ -39,7 +39,6 @@ def recipe(tmp_path_factory: Any) -> Path:
             "max_length": 24,
             "max_prompt_length": 12,
             "probe_samples": 0,
-            "engine": "loop",
         },
     }
     path = root / "tiny.yaml"

@@ -40,7 +40,7 @@ def root(tmp_path_factory: Any) -> Path:
 def study_of(root: Path, **changes: Any) -> dict[str, Any]:
     training = {
         "max_steps": 3, "batch_size": 3, "max_length": 24, "max_prompt_length": 12, "probe_samples": 0,
-        "engine": "loop", "evaluate_every": 1,
+        "evaluate_every": 1,
     }  # fmt: skip
     return {
         "question": "Does the gate help?",

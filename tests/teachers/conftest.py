@@ -39,7 +39,6 @@ def recipe(pair: Path, tmp_path: Path) -> Callable[..., str]:
                 "max_length": 32,
                 "max_prompt_length": 16,
                 "evaluate_every": 3,
-                "engine": "loop",
             },
         }
         path = tmp_path / f"{run}.yaml"

@@ -174,14 +174,11 @@ def test_a_recipe_that_cannot_have_such_a_teacher_is_refused_by_key(
         changed(recipe_for(pair, tmp_path / "run"), **sections)
 
 
-@pytest.mark.parametrize("engine", ["loop", "trainer"])
-def test_a_run_leaves_the_bytes_of_one_beside_a_second_copy_of_the_base(
-    engine: str, pair: Path, tmp_path: Path
-) -> None:
+def test_a_run_leaves_the_bytes_of_one_beside_a_second_copy_of_the_base(pair: Path, tmp_path: Path) -> None:
     """Dropout in student and adapters, evaluations with their KL, a checkpoint: nothing tells the two apart."""
-    own = train(recipe(pair, tmp_path / "own", engine=engine))
+    own = train(recipe(pair, tmp_path / "own"))
     copied = {"model": str(pair / "student")}
-    other = train(recipe(pair, tmp_path / "copy", copied, engine=engine))
+    other = train(recipe(pair, tmp_path / "copy", copied))
     assert left(tmp_path / "own") == left(tmp_path / "copy")
     assert own.before is not None and own.before.kl == 0.0 and own.before.tar == 1.0
     assert own.after is not None and other.after is not None and own.after.kl == other.after.kl > 0.0
@@ -243,13 +240,9 @@ def test_the_estimate_counts_no_second_model(pair: Path, tmp_path: Path) -> None
 def test_on_two_ranks_it_leaves_the_bytes_of_one_beside_a_second_copy(pair: Path, tmp_path: Path) -> None:
     """DistributedDataParallel sees the adapters off in mid-forward and on again for the backward pass."""
     run_on_two_ranks(Path(__file__).with_name("two_rank_teachers.py"), "adapters", str(tmp_path), str(pair))
-    for engine in ("loop", "trainer"):
-        runs = tmp_path / engine
-        assert left(runs / "own") == left(runs / "copy")
-        lines = [
-            json.loads(line) for line in (runs / "own" / "metrics.jsonl").read_text("utf-8").splitlines()
-        ]
-        assert [line["evaluation"]["kl"] for line in lines if "evaluation" in line][-1] > 0
+    assert left(tmp_path / "own") == left(tmp_path / "copy")
+    lines = map(json.loads, (tmp_path / "own" / "metrics.jsonl").read_text("utf-8").splitlines())
+    assert [line["evaluation"]["kl"] for line in lines if "evaluation" in line][-1] > 0
 
 
 def test_a_student_sharded_over_two_ranks_trains_as_one_that_is_not(tmp_path: Path) -> None:

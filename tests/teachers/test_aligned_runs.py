@@ -35,7 +35,7 @@ def root(tmp_path_factory):
     return root
 
 
-def recipe(root: Path, out: Path, *, across, objective, engine="loop", **more) -> str:
+def recipe(root: Path, out: Path, *, across, objective, **more) -> str:
     content = {
         "teacher": {"model": str(root / "teacher"), "cross_tokenizer": across},
         "student": {"model": str(root / "student")},
@@ -43,7 +43,7 @@ def recipe(root: Path, out: Path, *, across, objective, engine="loop", **more) -
         "objective": objective,
         "training": {
             "output_dir": str(out / "run"), "max_steps": 8, "batch_size": 4, "learning_rate": 1e-2,
-            "max_length": 128, "max_prompt_length": 32, "engine": engine,
+            "max_length": 128, "max_prompt_length": 32,
         },
         **more,
     }  # fmt: skip
@@ -58,15 +58,15 @@ GOLD = {"divergence": "forward_kl", "verifier": {"name": "greedy_topk", "k": 20}
 
 
 @pytest.mark.parametrize(
-    ("across", "objective", "engine"),
+    ("across", "objective"),
     [
-        ({"unverified_weight": 0.5, "matched_weight": 0.9}, GOLD, "trainer"),
-        ("spans", {"divergence": "uld", "verifier": "always"}, "loop"),
-        ("index", {"divergence": "uld", "verifier": "always"}, "loop"),
+        ({"unverified_weight": 0.5, "matched_weight": 0.9}, GOLD),
+        ("spans", {"divergence": "uld", "verifier": "always"}),
+        ("index", {"divergence": "uld", "verifier": "always"}),
     ],
 )
-def test_a_run_learns_from_a_teacher_of_another_tokenizer(root, tmp_path, across, objective, engine):
-    assert main(["train", recipe(root, tmp_path, across=across, objective=objective, engine=engine)]) == 0
+def test_a_run_learns_from_a_teacher_of_another_tokenizer(root, tmp_path, across, objective):
+    assert main(["train", recipe(root, tmp_path, across=across, objective=objective)]) == 0
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     ]

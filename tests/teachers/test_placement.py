@@ -106,10 +106,9 @@ def test_a_run_with_an_offloaded_teacher_leaves_the_bytes_of_one_without(pair: P
 
 @can_shard
 def test_a_teacher_sharded_over_two_ranks_leaves_the_bytes_of_a_whole_one(pair: Path, tmp_path: Path) -> None:
-    """Both engines; each rank holds half of every weight, and the head that rows are multiplied by whole."""
+    """Each rank holds half of every weight, and the head that rows are multiplied by whole."""
     run_on_two_ranks(Path(__file__).with_name("two_rank_teachers.py"), "sharded", str(tmp_path), str(pair))
-    for engine in ("loop", "trainer"):
-        assert left(tmp_path / engine / "device") == left(tmp_path / engine / "sharded")
+    assert left(tmp_path / "device") == left(tmp_path / "sharded")
 
 
 @can_shard

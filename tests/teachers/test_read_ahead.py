@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from selectkd.teachers.cache.shard import Shard, record_key, shard_bytes
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 
 CACHE = bytes(16)
 
@@ -26,7 +26,7 @@ def batches(epoch: int) -> list[int]:
 
 def test_the_feed_tells_of_each_batch_before_the_one_before_it_is_given_out() -> None:
     told: list[int] = []
-    feed, plain = iter(Feed(batches, told.append)), iter(Feed(batches))
+    feed, plain = iter(BatchFeed(batches, told.append)), iter(BatchFeed(batches))
     for step in range(12):
         given = next(feed)
         assert given == next(plain)
@@ -37,11 +37,11 @@ def test_the_feed_tells_of_each_batch_before_the_one_before_it_is_given_out() ->
 
 def test_a_feed_that_tells_goes_on_from_its_state_as_one_that_does_not() -> None:
     for taken in range(7):
-        told, plain = Feed(batches, lambda batch: None), Feed(batches)
+        told, plain = BatchFeed(batches, lambda batch: None), BatchFeed(batches)
         here, there = iter(told), iter(plain)
         assert [next(here) for _ in range(taken)] == [next(there) for _ in range(taken)]
         assert told.state_dict() == plain.state_dict()
-        again = Feed(batches, lambda batch: None)
+        again = BatchFeed(batches, lambda batch: None)
         again.load_state_dict(told.state_dict())
         assert [next(iter(again))] == [next(there)]
 
@@ -51,7 +51,7 @@ def test_a_rank_hears_of_its_own_batches_alone(monkeypatch: pytest.MonkeyPatch) 
     for me, heard in told.items():
         monkeypatch.setattr("selectkd.training.feed.ranks", lambda: 2)
         monkeypatch.setattr("selectkd.training.feed.rank", lambda me=me: me)
-        feed = iter(Feed(batches, heard.append))
+        feed = iter(BatchFeed(batches, heard.append))
         given = [next(feed) for _ in range(5)]  # two epochs of 5: the second rank begins the second epoch
         assert heard[:5] == given
     assert told[0][:5] == [0, 2, 4, 11, 13] and told[1][:5] == [1, 3, 10, 12, 14]

@@ -57,7 +57,7 @@ def run(
         "objective": {"verifier": {"name": "greedy_topk", "k": 5}, "beta": 0.1},
         "training": {
             "output_dir": str(out / "run"), "max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "max_length": 32,
-            "max_prompt_length": 16, "engine": "loop", "probe_samples": 0,
+            "max_prompt_length": 16, "probe_samples": 0,
         },
     }  # fmt: skip
     out.mkdir(exist_ok=True)

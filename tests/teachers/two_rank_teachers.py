@@ -29,8 +29,6 @@ from selectkd.training.run import train
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama
 
-ENGINES = ("loop", "trainer")
-
 
 def recipe(pair: Path, run: Path, teacher: dict[str, Any], **more: Any) -> Recipe:
     content = recipe_for(pair, run, accumulation=2, **more).model_dump(mode="json", exclude_none=True)
@@ -39,26 +37,24 @@ def recipe(pair: Path, run: Path, teacher: dict[str, Any], **more: Any) -> Recip
 
 
 def adapters(folder: Path, pair: Path) -> None:
-    for engine in ENGINES:
-        for name, teacher in (("own", {"adapters_off": True}), ("copy", {"model": str(pair / "student")})):
-            result = train(recipe(pair, folder / engine / name, teacher, engine=engine, lora=True))
-            assert result.skipped == 0 and result.steps == 6, result
+    for name, teacher in (("own", {"adapters_off": True}), ("copy", {"model": str(pair / "student")})):
+        result = train(recipe(pair, folder / name, teacher, lora=True))
+        assert result.skipped == 0 and result.steps == 6, result
 
 
 def sharded(folder: Path, pair: Path) -> None:
-    for engine in ENGINES:
-        for placement in ("device", "sharded"):
-            teacher = {"model": str(pair / "teacher"), "placement": placement}
-            seen: list[Any] = []
-            train(recipe(pair, folder / engine / placement, teacher, engine=engine), on_assembled=seen.append)
-            model = seen[0].teacher.model
-            inside = list(model.parameters())
-            assert all(isinstance(p, DTensor) for p in inside) == (placement == "sharded")
-            if placement == "sharded":
-                whole_model = sum(p.numel() for p in inside)
-                mine = sum(p.to_local().numel() for p in inside)
-                assert mine == whole_model // 2, (mine, whole_model)
-            assert not isinstance(seen[0].teacher.head.weight, DTensor)
+    for placement in ("device", "sharded"):
+        teacher = {"model": str(pair / "teacher"), "placement": placement}
+        seen: list[Any] = []
+        train(recipe(pair, folder / placement, teacher), on_assembled=seen.append)
+        model = seen[0].teacher.model
+        inside = list(model.parameters())
+        assert all(isinstance(p, DTensor) for p in inside) == (placement == "sharded")
+        if placement == "sharded":
+            whole_model = sum(p.numel() for p in inside)
+            mine = sum(p.to_local().numel() for p in inside)
+            assert mine == whole_model // 2, (mine, whole_model)
+        assert not isinstance(seen[0].teacher.head.weight, DTensor)
 
 
 def fsdp(folder: Path) -> None:

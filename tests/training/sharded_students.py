@@ -33,17 +33,17 @@ LATER = {"evaluate_every": 1, "early_stopping": {"patience": 1}}
 CASES: dict[str, dict[str, Any]] = {
     "full, greedy, tied": {"verifier": GREEDY, "reduction": "weight_mean", "accumulation": 2},
     "full, spec-k, untied, both sharded": {
-        "verifier": SPEC_K, "reduction": "token_mean", "student": "untied", "teacher": True, "engine": "loop",
+        "verifier": SPEC_K, "reduction": "token_mean", "student": "untied", "teacher": True,
         "accumulation": 2, "more": {"gradient_checkpointing": True},
     },
     "LoRA, greedy, untied, both sharded": {"verifier": GREEDY, "student": "untied", "teacher": True, "lora": LORA},
-    "LoRA, spec-k, tied": {"verifier": SPEC_K, "lora": LORA, "engine": "loop", "accumulation": 2},
+    "LoRA, spec-k, tied": {"verifier": SPEC_K, "lora": LORA, "accumulation": 2},
     "rollouts, early stopping": {"verifier": SPEC_K, "policy": {"name": "student"}, "more": LATER},
     "bf16, rows of a step ranked, files in parts": {
         "selector": {"name": "se_kd"}, "student": "in files", "accumulation": 2, "more": BF16,
     },
     "bf16, LoRA, rows of a step ranked, loop, both sharded": {
-        "selector": {"name": "se_kd"}, "lora": LORA, "engine": "loop", "teacher": True, "accumulation": 2, "more": BF16,
+        "selector": {"name": "se_kd"}, "lora": LORA, "teacher": True, "accumulation": 2, "more": BF16,
     },
 }  # fmt: skip
 STOPPED = ("full, greedy, tied", "LoRA, spec-k, tied")
@@ -103,7 +103,6 @@ def recipe(
             "max_prompt_length": 16,
             "evaluate_every": 3,
             "save_every": 2,
-            "engine": case.get("engine", "trainer"),
             "lora": case.get("lora"),
             "sharding": sharding,
             **case.get("more", {}),

@@ -12,13 +12,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback, TrainingArguments
 
+from faults.on_two_ranks import run_on_two_ranks
 from selectkd import DistillConfig, DistillTrainer
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError, DataError
 from selectkd.teachers import LiveTeacher
 from selectkd.training.run import train
+from training.distill_program import distilled
 from training.tiny import recipe_of, tiny_llama, tiny_tokenizer, write_pair
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -172,6 +175,83 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(pair: Path, rows: Dataset, 
     assert losses(again) == losses(whole)[2:]
     for one, other in zip(again.student.parameters(), whole.student.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_run_goes_on_with_the_values_it_began_with_or_those_allowed_by_name(
+    pair: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    begun(pair, config(tmp_path, **saving), rows).train()
+
+    def again(data: Any = rows, allow: tuple[str, ...] = (), **changed: Any) -> DistillTrainer:
+        trainer = begun(pair, config(tmp_path, **saving | changed), data)
+        trainer.train(resume_from_checkpoint=True, allow_change=allow)
+        return trainer
+
+    for changed, words in (
+        ({"beta": 0.5}, r"objective\.beta: 0\.1 in the run, 0\.5 now\n.*output_dir.*allow_change"),
+        ({"divergence": "reverse_kl"}, "objective\\.divergence\\.name"),
+        ({"learning_rate": 2e-3}, "learning_rate: 0.001 in the run"),
+        ({"data": list(rows)[1:]}, "text: "),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            again(**changed)
+    assert again(max_steps=2, allow=("max_steps",)).state.global_step == 2
+
+
+def test_adapters_go_on_upon_the_weights_that_they_began_on(
+    pair: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    def on_student(seed: int) -> DistillTrainer:
+        return begun(
+            pair, config(tmp_path, save_strategy="steps", save_steps=1, max_steps=1), rows, model=tiny_llama(seed),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+
+    on_student(2).train()
+    with pytest.raises(ConfigError, match="student_weights"):
+        on_student(3).train(resume_from_checkpoint=True)
+    on_student(2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"verifier": {"name": "greedy_topk", "k": 65}}, r"65 best tokens; the vocabulary has 64.*k to 64"),
+        (
+            {"verifier": None, "selector": "adaspec"},
+            r"adaspec compares with a reference.*reference=LiveTeacher",
+        ),
+    ],
+)
+def test_an_objective_that_the_models_cannot_give_is_refused_before_weights_load(
+    changed: dict[str, Any],
+    words: str,
+    pair: Path,
+    rows: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=words):
+        begun(pair, config(tmp_path, **changed), rows)
+
+
+def test_two_ranks_train_as_one_process(pair: Path, tmp_path: Path) -> None:
+    """The program of a user, started by torchrun: text, loss, checkpoints, evaluation and the saved student."""
+    run_on_two_ranks(Path(__file__).with_name("distill_program.py"), str(pair), str(tmp_path / "two"))
+    alone = distilled(pair, tmp_path / "one", accumulation=2)
+    two = json.loads((tmp_path / "two" / "measures.json").read_text("utf-8"))
+    for name in ("eval_kl", "eval_tar"):
+        assert two[name] == pytest.approx(alone[name], rel=1e-4), name
+    weights, theirs = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("one", "two"))
+    for name, weight in weights.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-4, atol=2e-5, msg=name)
+    saved = [
+        sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("one", "two")
+    ]
+    assert saved[0] == saved[1] and len(saved[0]) == 2
 
 
 @pytest.mark.parametrize(

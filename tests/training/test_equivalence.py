@@ -1,4 +1,4 @@
-"""One number, many ways to it: engines, accumulation, packing and ranks agree on loss and gradient."""
+"""One number, many ways to it: plain loop and Trainer, accumulation, packing and ranks agree on loss and gradient."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from selectkd.data.collate import collate_packed, pack
+from selectkd.loss.plan import StreamSpec
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
@@ -38,11 +39,11 @@ def step_of(
     """Loss and gradients of one optimizer step."""
     model = DistillationModel(student, LiveTeacher(teacher)).train()
     ledger = Ledger(Objective("forward_kl", verifier, beta=0.1), reduction, streams=("a", "b"))
-    for portion in ledger.begin(micro):
-        loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+    for micro_batch in ledger.begin(micro):
+        loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.now)
         loss.backward()
-        ledger.add(portion, loss, sums)
-    total = float(ledger.settle(student.parameters()))
+        ledger.add(micro_batch, loss, sums)
+    total = float(ledger.reduce(student.parameters()))
     return total, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -86,26 +87,19 @@ def test_sequence_mean_is_the_mean_over_sequences_of_means(
 
 
 def by_loop(
-    student: Any, teacher: Any, micro: Any, *, reduction: str, lines: list[Any], accumulation: int
+    student: Any, teacher: Any, micro: Any, ledger: Ledger, *, lines: list[Any], accumulation: int
 ) -> None:
-    ledger = Ledger(
-        Objective("forward_kl", GREEDY),
-        reduction,
-        BetaSchedule(1.0, 0.1, steps=4),
-        streams=("a", "b"),
-        seed=5,
-    )
-    train_loop(
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = {"params": [p for p in student.parameters() if p.ndim == 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([{"params": matrices}, vectors], lr=1e-2, weight_decay=0.1)
+    lines += train_loop(
         DistillationModel(student, LiveTeacher(teacher)),
-        Feed(micro),
+        BatchFeed(micro),
         ledger,
+        optimizer,
         steps=5,
-        learning_rate=1e-2,
-        schedule="cosine",
-        warmup_steps=2,
-        weight_decay=0.1,
+        schedule=get_scheduler("cosine", optimizer, 2, 5),
         accumulation=accumulation,
-        on_line=lines.append,
     )
 
 
@@ -114,11 +108,11 @@ def by_trainer(
     teacher: Any,
     micro: Any,
     folder: Path,
+    ledger: Ledger,
     *,
-    reduction: str = "sequence_mean",
     lines: list[Any],
-    accumulation: int = 1,
-) -> LedgerTrainer:
+    accumulation: int,
+) -> None:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=5,
@@ -137,36 +131,55 @@ def by_trainer(
     )
     trainer = LedgerTrainer(
         DistillationModel(student, LiveTeacher(teacher)),
-        Feed(micro),
-        Ledger(
-            Objective("forward_kl", GREEDY),
-            reduction,
-            BetaSchedule(1.0, 0.1, steps=4),
-            streams=("a", "b"),
-            seed=5,
-        ),
+        BatchFeed(micro),
+        ledger,
         args,
         on_line=lines.append,
     )
     trainer.train()
-    return trainer
+
+
+LOSSES = {
+    "verifier": {"objective": Objective("forward_kl", GREEDY)},
+    "selector over the step": {"objective": Objective("reverse_kl", "se_kd")},
+    "a loss of each stream": {
+        "objective": Objective("forward_kl", SPEC_K),
+        "losses": [StreamSpec(), StreamSpec(divergence="skew_kl", language_model=0.5)],
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("reduction", "accumulation"), [("sequence_mean", 1), ("token_mean", 3), ("weight_mean", 2)]
+    ("loss", "reduction", "accumulation"),
+    [
+        ("verifier", "sequence_mean", 1),
+        ("selector over the step", "token_mean", 3),
+        ("a loss of each stream", "weight_mean", 2),
+    ],
 )
 def test_the_plain_loop_equals_the_trainer(
-    reduction: str, accumulation: int, teacher_model: Any, new_student: Callable[[], Any], tmp_path: Path
+    loss: str,
+    reduction: str,
+    accumulation: int,
+    teacher_model: Any,
+    new_student: Callable[[], Any],
+    tmp_path: Path,
 ) -> None:
     micro = padded(texts(14), 3)
     ours, theirs, start = new_student(), new_student(), new_student()
     line_a: list[Any] = []
     line_b: list[Any] = []
     feed = lambda epoch: micro[epoch % 2 :] + micro[: epoch % 2]  # noqa: E731
-    by_loop(ours, teacher_model, feed, reduction=reduction, lines=line_a, accumulation=accumulation)
-    by_trainer(
-        theirs, teacher_model, feed, tmp_path, reduction=reduction, lines=line_b, accumulation=accumulation
-    )
+    settings: Any = {
+        **LOSSES[loss],
+        "reduction": reduction,
+        "streams": ("a", "b"),
+        "seed": 5,
+        "total_steps": 5,
+    }
+    one, other = (Ledger(**settings, beta=BetaSchedule(1.0, 0.1, steps=4)) for _ in range(2))
+    by_loop(ours, teacher_model, feed, one, lines=line_a, accumulation=accumulation)
+    by_trainer(theirs, teacher_model, feed, tmp_path, other, lines=line_b, accumulation=accumulation)
     for (name, a), b, first in zip(
         ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True
     ):

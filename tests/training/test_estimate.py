@@ -11,11 +11,12 @@ from unittest.mock import ANY
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainingArguments
 
 from selectkd.cli import main
 from selectkd.config import recipe_from
 from selectkd.models.head import backbone
-from selectkd.training.optimizer import optimizer_for, state_bytes
+from selectkd.training.optimizer import state_bytes, trainers_name
 from selectkd.training.preflight.estimate import Memory, _kept, activations, estimate
 from training.tiny import recipe_of, tiny_llama, write_pair
 
@@ -86,7 +87,9 @@ def test_offloaded_activations_leave_an_accelerator_and_stay_in_main_memory(fold
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizers_state_is_what_it_keeps_after_a_step(name, dtype):
     student = tiny_llama(2, dtype=dtype)
-    made = optimizer_for(student, learning_rate=1e-3, name=name)
+    args = TrainingArguments(optim=trainers_name(name), report_to="none", use_cpu=True)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+    made = kind(student.parameters(), **options)
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.step()

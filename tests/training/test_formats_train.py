@@ -42,7 +42,7 @@ def test_a_row_of_each_shape_trains(name, teacher, tmp_path):
             "data": {"sources": [{"path": str(file)}]},
             "training": {
                 "output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2, "max_length": 1024,
-                "engine": "loop", "probe_samples": 0,
+                "probe_samples": 0,
             },
         }
     )  # fmt: skip

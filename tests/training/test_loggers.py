@@ -65,13 +65,13 @@ def trained(monkeypatch: Any, student: Any, teacher_model: Any, tmp_path: Any) -
         )  # fmt: skip
         from selectkd import Objective
         from selectkd.teachers.live import LiveTeacher
-        from selectkd.training.feed import Feed
+        from selectkd.training.feed import BatchFeed
         from selectkd.training.ledger import Ledger
         from selectkd.training.step import DistillationModel
 
         trainer = LedgerTrainer(
             DistillationModel(student, LiveTeacher(teacher_model)),
-            Feed(lambda _: padded(texts(6, streams=1), 2)),
+            BatchFeed(lambda _: padded(texts(6, streams=1), 2)),
             Ledger(Objective()),
             args,
         )
@@ -141,7 +141,7 @@ def test_held_out_measures_and_the_recipe_reach_the_loggers_and_measures_stay_on
     write_pair(tmp_path, tiny_llama(1, layers=3))
     settings = {
         "output_dir": str(tmp_path / "run"), "max_steps": 4, "batch_size": 3, "max_length": 24,
-        "max_prompt_length": 12, "evaluate_every": 2, "report_to": ["tensorboard"], "engine": "trainer",
+        "max_prompt_length": 12, "evaluate_every": 2, "report_to": ["tensorboard"],
     }  # fmt: skip
     recipe = recipe_from({**recipe_of(tmp_path, data={"evaluation": 0.25}), "training": settings})
     with (tmp_path / "screen").open("w+") as screen, TrainingProgress(Console(file=screen)) as progress:

@@ -12,7 +12,7 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.preflight.doctor import doctor
 from selectkd.training.run import train
@@ -54,7 +54,7 @@ def test_a_trainer_refuses_arguments_for_deepspeed(
     with pytest.raises(ConfigError, match=r"DeepSpeed.*FSDP2.*--use_fsdp"):
         LedgerTrainer(
             DistillationModel(student, LiveTeacher(teacher_model)),
-            Feed(lambda _: []),
+            BatchFeed(lambda _: []),
             Ledger(Objective()),
             args,
         )

@@ -1,4 +1,4 @@
-"""training.optimizer and activation_offload: transformers' optimizers in both engines, activations in main memory."""
+"""training.optimizer and activation_offload: transformers' optimizers, activations in main memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.models.head import backbone
 from selectkd.models.precision import FP32, PRECISIONS
+from selectkd.objective.objective import Objective
+from selectkd.teachers import LiveTeacher
 from selectkd.training.activations import activations_offloaded
-from selectkd.training.optimizer import KINDS, arguments, optimizer_for
+from selectkd.training.arguments import training_arguments
+from selectkd.training.feed import BatchFeed
+from selectkd.training.ledger import Ledger
+from selectkd.training.optimizer import KINDS, trainers_name
 from selectkd.training.run import train
+from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, recipe_of, texts, tiny_llama, write_pair
 
 WITH_PACKAGES = [name for name, kind in KINDS.items() if kind.package is not None]
@@ -72,9 +79,8 @@ def left_by(result: Any) -> tuple[bytes, ...]:
         {"betas": [0.8, 0.95], "eps": 1e-4, "weight_decay": 0.1, "precision": "bf16"},
     ],
 )
-def test_both_engines_and_a_run_in_two_parts_leave_the_same_bytes(recipe, chosen):
-    whole = left_by(train(recipe("trainer", **chosen)))
-    assert left_by(train(recipe("loop", engine="loop", **chosen))) == whole
+def test_a_run_in_two_parts_leaves_the_same_bytes(recipe, chosen):
+    whole = left_by(train(recipe("whole", **chosen)))
     apart = recipe("apart", save_every=1, **chosen)
     with pytest.raises(Ends):
         train(apart, progress=EndsAt(3))
@@ -82,16 +88,19 @@ def test_both_engines_and_a_run_in_two_parts_leave_the_same_bytes(recipe, chosen
     assert resumed.resumed_from == 2 and left_by(resumed) == whole
 
 
-def test_the_optimizers_settings_reach_it(student):
-    made = optimizer_for(student, learning_rate=1e-3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-4)
-    decayed, rest = made.param_groups
+def test_the_optimizers_settings_reach_it(recipe, student, teacher_model):
+    training = recipe("unused", weight_decay=0.1, betas=[0.8, 0.95], eps=1e-4).training
+    args = training_arguments(training, steps=1, precision=FP32, device=torch.device("cpu"))
+    model = DistillationModel(student, LiveTeacher(teacher_model))
+    trainer = LedgerTrainer(model, BatchFeed(lambda _: []), Ledger(Objective()), args)
+    decayed, rest = trainer.create_optimizer().param_groups
     assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.8, 0.95), 1e-4, 0.1)
     assert rest["weight_decay"] == 0.0 and all(p.ndim == 1 for p in rest["params"])
 
 
 def test_adamw_is_fused_on_a_gpu_and_plain_on_a_cpu():
-    assert arguments(device="cuda:1")["optim"] == "adamw_torch_fused"
-    assert arguments(device="cpu")["optim"] == "adamw_torch"
+    assert trainers_name("adamw", "cuda:1") == "adamw_torch_fused"
+    assert trainers_name("adamw", "cpu") == "adamw_torch"
 
 
 @pytest.mark.parametrize("name", WITH_PACKAGES)

@@ -1,4 +1,4 @@
-"""training.precision: which dtypes a run computes in, the same in both engines, and what it leaves behind."""
+"""training.precision: which dtypes a run computes in, and which it leaves behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments, get_scheduler
 
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
 from selectkd.models.precision import FP32, PRECISIONS, precision_of, unmoved_share
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.evaluation import evaluate
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
@@ -52,10 +52,6 @@ def run(folders: Path, tmp_path: Path) -> Callable[..., Any]:
         return train(recipe_from(recipe_of(folders, data=data, training=settings | training, **sections)))
 
     return made
-
-
-def lines_of(result: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +96,10 @@ def dtypes_of_linears() -> Iterator[set[torch.dtype]]:
 
 def by_loop(student: Any, teacher: Any, lines: list[Any], precision: Any) -> None:
     ledger = Ledger(Objective("forward_kl", {"name": "greedy_topk", "k": 9}), streams=("a", "b"), seed=5)
-    train_loop(
-        DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: padded(texts(12), 4)), ledger, steps=5,
-        learning_rate=1e-3, accumulation=2, on_line=lines.append, precision=precision, schedule="linear",
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
+    lines += train_loop(
+        DistillationModel(student, LiveTeacher(teacher)), BatchFeed(lambda _: padded(texts(12), 4)), ledger,
+        optimizer, steps=5, schedule=get_scheduler("linear", optimizer, 0, 5), accumulation=2, precision=precision,
     )  # fmt: skip
 
 
@@ -112,7 +109,7 @@ def by_trainer(student: Any, teacher: Any, lines: list[Any], folder: Path, **giv
         optim="adamw_torch", seed=5, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **given,
     )  # fmt: skip
     trainer = LedgerTrainer(
-        DistillationModel(student, LiveTeacher(teacher)), Feed(lambda _: padded(texts(12), 4)),
+        DistillationModel(student, LiveTeacher(teacher)), BatchFeed(lambda _: padded(texts(12), 4)),
         Ledger(Objective("forward_kl", {"name": "greedy_topk", "k": 9}), streams=("a", "b"), seed=5), args,
         on_line=lines.append,
     )  # fmt: skip
@@ -160,19 +157,14 @@ def test_a_launch_in_another_precision_than_the_recipes_is_refused(run, monkeypa
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16", "bf16-pure"])
-def test_both_engines_agree_in_each_precision(run, precision):
-    one, other = (run(engine, precision=precision, engine=engine) for engine in ("trainer", "loop"))
-    assert lines_of(one) == lines_of(other)
-    for key in ("before", "after"):
-        assert getattr(one, key) == getattr(other, key)
-    weights = [load_file(each.run_dir / "student" / "model.safetensors") for each in (one, other)]
+def test_a_run_saves_its_student_in_the_dtype_of_its_precision(run, precision):
+    one = run("run", precision=precision)
+    weights = load_file(one.run_dir / "student" / "model.safetensors")
     narrow = precision.startswith("bf16")
-    for name, tensor in weights[0].items():
-        assert tensor.dtype == (torch.bfloat16 if narrow else torch.float32)
-        assert torch.equal(tensor, weights[1][name])
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16 if narrow else torch.float32}
     config = json.loads((one.run_dir / "student" / "config.json").read_text("utf-8"))
     assert config["dtype"] == ("bfloat16" if narrow else "float32")
-    assert "lm_head.weight" not in weights[0]  # tied, written once
+    assert "lm_head.weight" not in weights  # tied, written once
     manifest = json.loads((one.run_dir / "manifest.json").read_text("utf-8"))
     assert manifest["precision"] == ("fp32" if precision == "auto" else precision)
 
@@ -223,10 +215,10 @@ def test_adapters_are_fp32_on_a_bf16_base_and_bf16_where_all_is(run, precision):
     )
 
 
-def test_a_student_that_writes_its_text_in_bf16_trains_alike_in_both_engines(run):
+def test_a_student_that_writes_its_text_trains_in_bf16(run):
     policy = {"policy": {"name": "student", "probability": 1.0}, "max_new_tokens": 6}
-    one, other = (run(engine, precision="bf16", engine=engine, data=policy) for engine in ("trainer", "loop"))
-    assert lines_of(one) == lines_of(other) and one.skipped == 0
+    result = run("writes", precision="bf16", data=policy)
+    assert result.skipped == 0 and result.steps == 4
 
 
 def test_unmoved_share_counts_the_weights_a_step_cannot_change():
@@ -252,10 +244,12 @@ def test_bf16_moves_the_weights_that_fp32_moves(new_student, teacher_model):
             student.to(torch.bfloat16)
         before = {key: p.detach().clone() for key, p in student.named_parameters()}
         ledger = Ledger(Objective(), streams=("a", "b"))
-        train_loop(
-            DistillationModel(student, LiveTeacher(teacher_model)), Feed(lambda _: padded(texts(4), 4)), ledger,
-            steps=1, learning_rate=1e-5, precision=PRECISIONS[name],
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
+        steps = train_loop(
+            DistillationModel(student, LiveTeacher(teacher_model)), BatchFeed(lambda _: padded(texts(4), 4)), ledger,
+            optimizer, steps=1, precision=PRECISIONS[name],
         )  # fmt: skip
+        next(steps)
         changed = sum(int((p != before[key]).sum()) for key, p in student.named_parameters())
         moved[name] = changed / sum(p.numel() for p in student.parameters())
     assert moved["bf16"] == pytest.approx(moved["fp32"], abs=0.01)

@@ -75,12 +75,11 @@ class Heard:
         self.lines.append(line)
 
 
-@pytest.mark.parametrize("engine", ["trainer", "loop"])
 def test_a_run_leaves_its_manifest_metrics_and_a_student_that_loads(
-    engine: str, recipe: Callable[..., Any], capsys: Any
+    recipe: Callable[..., Any], capsys: Any
 ) -> None:
     heard = Heard()
-    result = train(recipe(objective=PLAIN_KD, training={"engine": engine}), progress=heard)
+    result = train(recipe(objective=PLAIN_KD), progress=heard)
     run = result.run_dir
     names = [".lock", "manifest.json", "metrics.jsonl", "run.json", "student", "timings.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == names
@@ -109,23 +108,6 @@ def test_a_run_leaves_its_manifest_metrics_and_a_student_that_loads(
     card = (run / "student" / "README.md").read_text("utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["selectkd"]["tar"]["after"] == pytest.approx(result.after.tar)
-
-
-def test_both_engines_leave_the_same_student(recipe: Callable[..., Any], tmp_path: Path) -> None:
-    found = {}
-    for engine in ("trainer", "loop"):
-        changed = {
-            "engine": engine,
-            "output_dir": str(tmp_path / engine),
-            "gradient_accumulation": 2,
-            "weight_decay": 0.1,
-        }
-        result = train(recipe(training=changed))
-        found[engine] = AutoModelForCausalLM.from_pretrained(result.run_dir / "student").state_dict()
-    for name, value in found["loop"].items():
-        torch.testing.assert_close(value, found["trainer"][name], rtol=0, atol=1e-6)
-    configurations = {(tmp_path / engine / "student" / "config.json").read_text() for engine in found}
-    assert len(configurations) == 1
 
 
 def test_a_cold_student_is_warned_of_with_the_remedy(recipe: Callable[..., Any], caplog: Any) -> None:
@@ -241,7 +223,6 @@ def test_a_card_with_hostile_names_parses_to_the_same_values() -> None:
         after={},
         steps=1,
         tokens=2,
-        version="0",
     )
     end = card.index("\n---\n\n# A student")
     front = yaml.safe_load(card[4:end])
@@ -263,7 +244,7 @@ def test_every_name_and_number_of_a_card_survives_both_versions_of_yaml() -> Non
 
     numbers = [1e-05, 1e20, 1.0, 0.1, 3, True, None, -2.5e-300]
     said = {"names": HOSTILE, "numbers": numbers, **{name: name for name in HOSTILE}}
-    rest = {"before": {"tar": 1e-07}, "after": {}, "steps": 1, "tokens": 2, "version": "0"}
+    rest = {"before": {"tar": 1e-07}, "after": {}, "steps": 1, "tokens": 2}
     card = model_card(teacher="no", student="on", data=HOSTILE, method=said, **rest)
     front = card[4 : card.index("\n---\n\n# A student")]
     for read in (yaml.safe_load(front), YAML(typ="safe", pure=True).load(front)):

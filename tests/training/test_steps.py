@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS, Counts, correction, row_scale
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.evaluation import evaluate, probe
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
@@ -40,24 +40,14 @@ class Failing(LiveTeacher):
         return output * float("nan") if self.calls in self.steps else output
 
 
-def loop(student: Any, teacher: Any, *, steps: int, lines: list[Any] | None = None, **options: Any) -> Ledger:
-    ledger = Ledger(
-        options.pop("objective", Objective("forward_kl", GREEDY)),
-        options.pop("reduction", "sequence_mean"),
-        options.pop("beta", None),
-        streams=("a", "b"),
-        bad_batches=options.pop("bad_batches", None),
-    )
-    train_loop(
-        DistillationModel(student, teacher),
-        Feed(lambda epoch: padded(texts(6), 3)),
-        ledger,
-        steps=steps,
-        learning_rate=1e-2,
-        on_line=None if lines is None else lines.append,
-        **options,
-    )
-    return ledger
+def loop(
+    student: Any, teacher: Any, *, steps: int, objective: Any = None, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """The lines of so many steps of a student."""
+    ledger = Ledger(objective or Objective("forward_kl", GREEDY), streams=("a", "b"), **settings)
+    feed = BatchFeed(lambda epoch: padded(texts(6), 3))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.0)
+    return train_loop(DistillationModel(student, teacher), feed, ledger, optimizer, steps=steps)
 
 
 def test_a_step_that_is_not_finite_leaves_every_parameter_as_it_was(
@@ -65,14 +55,10 @@ def test_a_step_that_is_not_finite_leaves_every_parameter_as_it_was(
 ) -> None:
     lines: list[Any] = []
     before: dict[int, dict[str, torch.Tensor]] = {}
-
-    def remember(step: int) -> bool:
-        before[step] = {n: p.detach().clone() for n, p in student.named_parameters()}
-        return False
-
     teacher = Failing(teacher_model, student, {2})
-    ledger = loop(student, teacher, steps=3, lines=lines, after_step=remember, bad_batches=tmp_path / "bad")
-    assert ledger.skipped == 1
+    for line in loop(student, teacher, steps=3, bad_batches=tmp_path / "bad"):
+        lines.append(line)
+        before[line["step"]] = {n: p.detach().clone() for n, p in student.named_parameters()}
     assert [line["skipped"] for line in lines] == [0, 1, 1]
     assert lines[1]["loss"] is None
     assert all(torch.equal(before[1][n], before[2][n]) for n in before[1])
@@ -83,7 +69,7 @@ def test_a_step_that_is_not_finite_leaves_every_parameter_as_it_was(
 
 def test_four_steps_in_a_row_without_finite_numbers_end_the_run(student: Any, teacher_model: Any) -> None:
     with pytest.raises(NumericsError, match="4 steps in a row") as caught:
-        loop(student, Failing(teacher_model, student, {2, 3, 4, 5}), steps=9)
+        list(loop(student, Failing(teacher_model, student, {2, 3, 4, 5}), steps=9))
     assert caught.value.exit_code == 6
     assert all(torch.isfinite(p).all() for p in student.parameters())
 
@@ -93,7 +79,7 @@ def test_a_teacher_that_is_broken_ends_the_run_before_the_student_moves(student:
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NumericsError, match="rows of the teacher"):
-        loop(student, LiveTeacher(broken), steps=2)
+        list(loop(student, LiveTeacher(broken), steps=2))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -104,26 +90,24 @@ def test_a_batch_without_a_supervised_token_costs_nothing(
     micro[0].completion.fill_(False)
     model = DistillationModel(student, LiveTeacher(teacher_model))
     ledger = Ledger(Objective("forward_kl", GREEDY), reduction, streams=("a", "b"))
-    (portion,) = ledger.begin(micro)
-    loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+    (micro_batch,) = ledger.begin(micro)
+    loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.now)
     loss.backward()
-    ledger.add(portion, loss, sums)
-    assert ledger.settle(student.parameters()) == 0.0
+    ledger.add(micro_batch, loss, sums)
+    assert ledger.reduce(student.parameters()) == 0.0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in student.parameters())
-    assert ledger.accept(0.0)
+    assert ledger.close_step(0.0)
     assert ledger.line()["tar"] is None
 
 
 def test_a_feed_without_batches_is_a_data_error() -> None:
     with pytest.raises(DataError):
-        next(Feed(lambda epoch: []).steps(1))
+        next(BatchFeed(lambda epoch: []).steps(1))
 
 
 def test_beta_comes_down_with_the_tar_that_was_seen(student: Any, teacher_model: Any) -> None:
-    lines: list[Any] = []
-    loop(
-        student, LiveTeacher(teacher_model), steps=4, lines=lines, beta=BetaSchedule(1.0, 0.0, until_tar=0.9)
-    )
+    beta = BetaSchedule(1.0, 0.0, until_tar=0.9)
+    lines = list(loop(student, LiveTeacher(teacher_model), steps=4, beta=beta))
     best = 0.0
     for line in lines:
         assert line["beta"] == pytest.approx(1.0 - min(best / 0.9, 1.0))
@@ -132,8 +116,7 @@ def test_beta_comes_down_with_the_tar_that_was_seen(student: Any, teacher_model:
 
 
 def test_a_line_holds_the_keys_that_are_promised(student: Any, teacher_model: Any) -> None:
-    lines: list[Any] = []
-    loop(student, LiveTeacher(teacher_model), steps=2, lines=lines)
+    lines = list(loop(student, LiveTeacher(teacher_model), steps=2))
     assert set(REQUIRED) <= set(lines[0])
     assert set(lines[0]["streams"]) == {"a", "b"}
     assert 0.0 <= lines[0]["bite"] <= 1.0 and 0.0 <= lines[0]["tar"] <= 1.0
@@ -142,16 +125,18 @@ def test_a_line_holds_the_keys_that_are_promised(student: Any, teacher_model: An
 def test_a_stream_logs_its_own_divergence_and_beside_it_the_true_kl(student: Any, teacher_model: Any) -> None:
     model = DistillationModel(student, LiveTeacher(teacher_model), options=LossOptions(also_kl=True))
     ledger = Ledger(Objective("reverse_kl", GREEDY), streams=("a", "b"))
-    (portion,) = ledger.begin(padded(texts(4), 4))
-    loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)
-    ledger.add(portion, loss, sums)
-    ledger.settle([])
-    assert ledger.accept(0.0)
+    (micro_batch,) = ledger.begin(padded(texts(4), 4))
+    loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, micro_batch.plan)
+    ledger.add(micro_batch, loss, sums)
+    ledger.reduce([])
+    assert ledger.close_step(0.0)
     told = ledger.line()["streams"]
     plain = DistillationModel(student, LiveTeacher(teacher_model))
-    _, of_kl = plain(portion.batch, portion.row_scale, portion.uniform, Objective("forward_kl", GREEDY))
+    _, of_kl = plain(
+        micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, Objective("forward_kl", GREEDY)
+    )
     for number, name in enumerate(("a", "b")):
-        rows = portion.seen.stream == number
+        rows = micro_batch.rows.stream == number
         assert told[name]["kl"] == pytest.approx(float(of_kl["row_divergence"][rows].mean()), rel=1e-5)
         assert told[name]["divergence"] == pytest.approx(float(sums["row_divergence"][rows].mean()), rel=1e-5)
         assert told[name]["kl"] != pytest.approx(told[name]["divergence"], rel=1e-3)
@@ -175,7 +160,7 @@ def test_learning_lowers_the_held_out_kl_of_its_own_text(student: Any, teacher_m
     teacher, text = LiveTeacher(teacher_model), padded(texts(6), 3)
     objective = Objective("reverse_kl", "always", beta=1.0)
     before = evaluate(student, teacher, text, objective, streams=("a", "b"))
-    loop(student, teacher, steps=12, objective=objective)
+    list(loop(student, teacher, steps=12, objective=objective))
     after = evaluate(student, teacher, text, objective, streams=("a", "b"))
     assert after.kl < before.kl
     assert before.tar == 1.0 and before.tokens == after.tokens and set(after.streams) == {"a", "b"}
@@ -229,15 +214,15 @@ def test_weight_mean_of_nothing_accepted_leaves_what_stands_beside_it_alone() ->
 
 
 def test_finishing_a_gradient_waits_for_no_device() -> None:
-    """On the meta device every read of a number raises: sums and norm are read once, by ``accept``."""
+    """On the meta device every read of a number raises: sums and norm are read once, by ``close_step``."""
     parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
     parameter.grad = torch.ones(3, device="meta")
     ledger = Ledger(Objective("forward_kl", GREEDY), "weight_mean", device="meta")
-    loss = ledger.settle([parameter])
+    loss = ledger.reduce([parameter])
     norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
     assert loss.device.type == norm.device.type == "meta"
     with pytest.raises((NotImplementedError, RuntimeError)):
-        ledger.accept(norm)
+        ledger.close_step(norm)
 
 
 def test_row_scales_of_a_step_sum_to_the_number_of_ranks() -> None:

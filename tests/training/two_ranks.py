@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from selectkd.models.sharded import CAN_SHARD, Spread, shard, whole
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts
@@ -45,14 +45,14 @@ def one_step(rank: int, folder: Path, reduction: str, kind: str) -> None:
     ledger = Ledger(
         Objective("forward_kl", {"name": "spec_k", "k": 2}, beta=0.1), reduction, streams=("a", "b")
     )
-    micro = next(Feed(lambda epoch: padded(texts(7), 2)).steps(2))
-    for portion in ledger.begin(micro):
-        with contextlib.nullcontext() if portion.last else model.no_sync():
-            loss, sums = model(portion.batch, portion.row_scale, portion.uniform, ledger.now)
+    micro = next(BatchFeed(lambda epoch: padded(texts(7), 2)).steps(2))
+    for micro_batch in ledger.begin(micro):
+        with contextlib.nullcontext() if micro_batch.last else model.no_sync():
+            loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, ledger.now)
             loss.backward()
-        ledger.add(portion, loss, sums)
+        ledger.add(micro_batch, loss, sums)
     own.finish_gradient()
-    total = ledger.settle(student.parameters())
+    total = ledger.reduce(student.parameters())
     gradients = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     save_file({**gradients, "loss": total.float()}, folder / f"{reduction}-{kind}-{rank}.safetensors")
 

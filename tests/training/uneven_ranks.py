@@ -23,22 +23,20 @@ from selectkd.loss.plan import StreamSpec
 from selectkd.models.sharded import CAN_SHARD, Spread, shard, whole
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import train_loop
 from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts, tiny_llama
 
 STEPS, RATE, MARK = 4, 1e-2, 63
 CASES = (
-    ("weightless", "loop"),
-    ("weightless_last", "loop"),
-    ("one_expert", "loop"),
-    ("weightless", "trainer"),
+    ("weightless", "ddp"),
+    ("weightless_last", "ddp"),
+    ("one_expert", "ddp"),
     *([("weightless", "fsdp")] if CAN_SHARD else []),
 )
-"""What the batches of a rank do not reach, and the engine."""
+"""What the batches of a rank do not reach, and how the student is spread over the ranks."""
 
 
 class SometimesUsed(nn.Module):
@@ -77,33 +75,27 @@ def micro_of(case: str) -> Callable[[int], list[Any]]:
     return lambda epoch: padded(examples, 1)
 
 
-def trained(case: str, engine: str, *, accumulation: int, folder: Path) -> dict[str, torch.Tensor]:
+def trained(case: str, spread: str, *, accumulation: int, folder: Path) -> dict[str, torch.Tensor]:
     student, teacher = student_of(case), LiveTeacher(tiny_llama(1))
     objective, micro = Objective("forward_kl", {"name": "greedy_topk", "k": 9}, beta=0.5), micro_of(case)
     losses: Any = {"streams": ("a", "b"), "losses": [StreamSpec(), StreamSpec(weight=(0.0, 0.0, 1.0))]}
-    if engine == "fsdp" and dist.is_initialized():
+    if spread == "fsdp" and dist.is_initialized():
         student = shard(student, Spread(2))
-    if engine != "trainer":
-        train_loop(
-            DistillationModel(student, teacher), Feed(micro), Ledger(objective, **losses), steps=STEPS,
-            learning_rate=RATE, schedule="constant", weight_decay=0.1, accumulation=accumulation,
-        )  # fmt: skip
-    else:
-        args = TrainingArguments(
-            str(folder / "trainer"), max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="constant",
-            weight_decay=0.1, gradient_accumulation_steps=accumulation, optim="adamw_torch", use_cpu=True,
-            save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
-        model = DistillationModel(student, teacher)
-        LedgerTrainer(model, Feed(micro), Ledger(objective, **losses), args).train()
+    args = TrainingArguments(
+        str(folder / "trainer"), max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="constant",
+        weight_decay=0.1, gradient_accumulation_steps=accumulation, optim="adamw_torch", use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    model = DistillationModel(student, teacher)
+    LedgerTrainer(model, BatchFeed(micro), Ledger(objective, **losses), args).train()
     return {name: whole(p).clone() for name, p in student.named_parameters()}
 
 
 def main(folder: Path) -> None:
-    for case, engine in CASES:
-        found = trained(case, engine, accumulation=2, folder=folder)
+    for case, spread in CASES:
+        found = trained(case, spread, accumulation=2, folder=folder)
         if dist.get_rank() == 0:
-            save_file(found, folder / f"{case}-{engine}.safetensors")
+            save_file(found, folder / f"{case}-{spread}.safetensors")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from selectkd.data.collate import collate_packed, pack
 from selectkd.loss.extras import EXTRAS
@@ -32,9 +33,8 @@ from selectkd.objective.selectors import SELECTORS
 from selectkd.objective.verifiers import VERIFIERS
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import wrapped_for
 from selectkd.training.step import DistillationModel
 from training.plain_step import Stream
 from training.tiny import padded, texts, tiny_llama
@@ -215,17 +215,19 @@ def step_of(case: Case, micro: Sequence[Any], student: nn.Module, model: nn.Modu
     student.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def ask(portion: Any, first: Any) -> Any:
-        return model(portion.batch, portion.row_scale, portion.uniform, first)
+    def ask(micro_batch: Any, first: Any) -> Any:
+        return model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, first)
 
-    for portion in book.begin(micro, ask):
-        apart = hasattr(model, "no_sync") and not portion.last
+    for micro_batch in book.begin(micro, ask):
+        apart = hasattr(model, "no_sync") and not micro_batch.last
         with model.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
-            loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)
+            loss, sums = model(
+                micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, micro_batch.plan
+            )
             loss.backward()
-        book.add(portion, loss, sums)
-    book.settle(student.parameters())
-    assert book.accept(1.0)
+        book.add(micro_batch, loss, sums)
+    book.reduce(student.parameters())
+    assert book.close_step(1.0)
     line = book.line()
     of_source = {f"kl of {name}": rates["kl"] for name, rates in line["streams"].items()}
     return vector(line["loss"], {**line, **of_source}, student)
@@ -246,9 +248,9 @@ def main(rank: int, folder: Path) -> None:
         if case.ranks == 2:
             student, own = loss_of(case)
             if case.models not in wrapped:
-                wrapped[case.models] = wrapped_for(own, "cpu")
+                wrapped[case.models] = DistributedDataParallel(own, find_unused_parameters=True)
             batches = case.batches()
-            micro = next(Feed(lambda epoch, batches=batches: batches).steps(len(batches) // 2))
+            micro = next(BatchFeed(lambda epoch, batches=batches: batches).steps(len(batches) // 2))
             found[case.name] = step_of(case, micro, student, wrapped[case.models])
     del wrapped
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group

@@ -198,7 +198,7 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
     from selectkd.teachers.cache import CacheOptions
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.open import plan_teacher
-    from selectkd.training.assembly import prepare
+    from selectkd.training.checks import prepare
 
     spec: Any = recipe.teacher
     if (spec.model is None) == (spec.server is None):

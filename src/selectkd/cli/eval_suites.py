@@ -109,9 +109,8 @@ def own(names: list[str], options: EvalOptions, here: Here) -> Results:
 
     loaders = [(name, partial(here.student, name, options.dtype)) for name in names]
     return own_text(
-        names[0], loaders, limit=options.limit, batch_size=here.batch_size, device=here.device,
-        on_progress=show_progress,
-    )  # fmt: skip
+        names[0], loaders, limit=options.limit, batch_size=here.batch_size, on_progress=show_progress
+    )
 
 
 def problems(names: list[str], options: EvalOptions, here: Here) -> Results:

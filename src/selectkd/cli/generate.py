@@ -71,17 +71,17 @@ def generate(
 
     from selectkd.models.devices import use_device
     from selectkd.rollouts.completion_server import CompletionServer
-    from selectkd.training.write_texts import wish_of, write
+    from selectkd.training.write_texts import job_of, write
 
     without_other_bars()
     on = use_device(device)
     there = None
     if server is not None and server_model is not None:
         there = CompletionServer(server, server_model, api_key, wait)
-    wish = wish_of(checked, by, copies=copies, server=there)
+    job = job_of(checked, by, copies=copies, server=there)
     started = time.perf_counter()
     count = lambda written, wanted: show_progress(f"{written} of {wanted} texts")  # noqa: E731
-    done = write(checked, out, wish, device=on, on_texts=count)
+    done = write(checked, out, job, device=on, on_texts=count)
     seconds = time.perf_counter() - started
     say(
         f"{out}: {done.written} texts written ({done.tokens} tokens, {done.tokens / seconds:.0f} a second), "

@@ -62,7 +62,6 @@ def panel(
         beta=assembly.beta.end,
         seed=checked.training.seed,
         chunk=checked.training.chunk,
-        device=on,
     )
     write_answer(json_file, seen)
     _table(seen)

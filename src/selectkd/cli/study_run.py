@@ -64,9 +64,9 @@ def run(
         return
 
     def show(row: dict[str, Any]) -> None:
-        told = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
+        summary = row.get("error") or f"KL {row['held_out_kl']:.4f}  TAR {row['tar']:.3f}"
         rate = "" if row["learning_rate"] is None else f" at {row['learning_rate']:g}"
-        show_progress(f"{row['arm']} seed {row['seed']}{rate}: {told}")
+        show_progress(f"{row['arm']} seed {row['seed']}{rate}: {summary}")
 
     run_study(study, path, runs / file.stem, workers=workers, device=device, on_row=show)
     say(f"{path} holds the rows; `selectkd study results {file}` prints the tables")

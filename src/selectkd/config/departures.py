@@ -33,7 +33,9 @@ def departure_warnings(recipe: Any) -> list[str]:
     found = departures(recipe)
     if not found:
         return []
-    each = [f"{key} is {_short(value)}, not {_short(published)}" for key, (published, value) in found.items()]
+    each = [
+        f"{key} is {as_call(value)}, not {as_call(published)}" for key, (published, value) in found.items()
+    ]
     return [
         f"the recipe is not {recipe.method['name']} as published: {'; '.join(each)}. "
         "Leave those keys out to have the method's values."
@@ -54,8 +56,12 @@ def _compare(published: Any, value: Any, at: str, found: dict[str, tuple[Any, An
         found[at] = (published, ABSENT if value is None else value)
 
 
-def _short(value: Any) -> str:
-    """A component as a call, generalized_jsd(beta=0.5); anything else as it is."""
+def as_call(value: Any) -> str:
+    """A component as a call; anything else as it is.
+
+    >>> as_call({"name": "generalized_jsd", "beta": 0.5})
+    'generalized_jsd(beta=0.5)'
+    """
     if isinstance(value, Mapping) and "name" in value:
         rest = ", ".join(f"{key}={each}" for key, each in value.items() if key != "name")
         return f"{value['name']}({rest})" if rest else str(value["name"])

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from selectkd.config.words import VALUES, instead
-from selectkd.errors import ConfigError
+from selectkd.errors import ConfigError, abridged
 from selectkd.objective.registry import did_you_mean
 
 TAGS = {"source", "share", "constant", "change"}
@@ -103,7 +103,7 @@ def _message(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> s
         )
     if kind == "missing":
         return "is missing"
-    shown = f"= {_short(value)} "
+    shown = f"= {_shown(value)} "
     if kind == "literal_error":
         expected = str(limits["expected"])
         known = expected.replace("'", "").replace(" or ", ", ").split(", ")
@@ -150,7 +150,7 @@ def _mapping(value: Any, known: set[str]) -> str:
         ("sources", "{{sources: [{{path: {}}}]}}"),
     ):
         if isinstance(value, str) and key in known:
-            return f": {form.format(_short(value))}"
+            return f": {form.format(_shown(value))}"
     return ""
 
 
@@ -181,8 +181,7 @@ def _keys(place: Any) -> dict[str, Any]:
     return dict.fromkeys(typing.get_args(names), value) if typing.get_origin(names) is typing.Literal else {}
 
 
-def _short(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return abridged(repr(value))

@@ -116,8 +116,6 @@ class Training(Section):
     probe_samples: Annotated[int, Field(ge=0), Whole] = 16
     """Samples of a fixed batch on which acceptance is followed during the run; 0 follows none. The default is a
     choice of ours."""
-    engine: Literal["trainer", "loop"] = "trainer"
-    """`trainer` is the Trainer of transformers; `loop` is a plain loop with the same results."""
     sharding: Sharding | None = None
     """Spreads the student over the ranks (FSDP2): a mapping, {} for its defaults. Left out: each rank has a whole
     student."""
@@ -154,8 +152,4 @@ class Training(Section):
             )
         if self.early_stopping is not None and self.evaluate_every is None:
             raise refuse("early_stopping needs evaluations; set evaluate_every to a number of steps")
-        if self.report_to and self.engine == "loop":
-            raise refuse(
-                f"report_to = {self.report_to} needs engine: trainer; the plain loop writes metrics.jsonl alone"
-            )
         return self

@@ -116,6 +116,11 @@ WORDS: Mapping[str, tuple[str, str]] = {
 }  # fmt: skip
 """{word: (our key, a sentence where it means something else there)}."""
 
+REMOVED: Mapping[str, str] = {
+    "engine": " Leave it out: every run trains by the Trainer of transformers.",
+}
+"""{key of an earlier version: what to do without it}."""
+
 VALUES: Mapping[str, str] = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
     "bfloat16": "bf16", "float16": "bf16", "fp16": "bf16", "half": "bf16", "mixed": "bf16", "float32": "fp32",
@@ -127,6 +132,7 @@ VALUES: Mapping[str, str] = {
 
 def instead(path: Sequence[str | int]) -> str:
     """' Write KEY.' with what is different there, for a key that is none; '' where no other trainer has the word.
+    A key of an earlier version is named with what stands in its place.
 
     >>> instead(["training", "warmup_steps"])
     ' Write training.warmup_ratio. It is a share of the steps: warm-up steps divided by all steps.'
@@ -134,6 +140,8 @@ def instead(path: Sequence[str | int]) -> str:
     ' It belongs at training.learning_rate.'
     """
     word = str(path[-1]).replace("-", "_").lower()
+    if word in REMOVED:
+        return REMOVED[word]
     if word in WORDS:
         key, note = WORDS[word]
         return f" Write {key}." + (f" {note}" if note else "")

@@ -15,7 +15,7 @@ from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
 from selectkd.data.supervised import supervised
 from selectkd.evals.runs import read_manifest
-from selectkd.training.assembly import Plan, prepare
+from selectkd.training.checks import Plan, prepare
 from selectkd.training.run_folder import date_of
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from selectkd.data.alignment import tokenizer_fingerprint
@@ -34,7 +33,6 @@ def own_text(
     *,
     limit: int | None = None,
     batch_size: int = 8,
-    device: torch.device | str = "cpu",
     on_progress: Callable[[str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, comparisons) of students on the text the run held out, beside the run's teacher: the contract of ``eval``.
@@ -65,7 +63,7 @@ def own_text(
         teacher = plan.teacher.open(plan.tokenizer, student=loaded.model, reference=None)
         if on_progress is not None:
             on_progress(f"{name}: {len(examples)} held-out texts of {run}")
-        seen[name] = each_sequence(loaded.model, teacher, batches, device=device)
+        seen[name] = each_sequence(loaded.model, teacher, batches)
         settings[name] = {"data": f"held out by {run}", "verifier": "greedy_topk, k 5", **described(loaded)}
     rows = [row for name, each in seen.items() for row in _rows(name, each, settings[name])]
     of_teacher = next(iter(seen.values()))
@@ -82,13 +80,12 @@ def each_sequence(
     *,
     seed: int = 0,
     streams: Sequence[str] = ("data",),
-    device: torch.device | str | None = None,
     precision: Precision = FP32,
 ) -> list[Evaluation]:
     """``evaluate`` of every sequence of the batches alone, in order; one without trained tokens is left out."""
     found = [
         evaluate(
-            student, teacher, [collate([example], pad_id=0)], ONE_VERIFIER, seed=seed, streams=streams, device=device,
+            student, teacher, [collate([example], pad_id=0)], ONE_VERIFIER, seed=seed, streams=streams,
             precision=precision,
         )
         for batch in batches

@@ -13,7 +13,7 @@ from selectkd.data.render import TextRules, pad_id_of
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import bootstrap_ratio, paired_bootstrap
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.training.heldout.evaluation import negative_log_likelihood
@@ -27,11 +27,11 @@ def surprises(loaded: Loaded, path: Path, *, limit: int | None, max_length: int)
     found = []
     for example in source.examples:
         batch = collate([example], pad_id=pad_id_of(loaded.tokenizer)).to(head.weight.device)
-        seen = supervised(batch)
-        if not len(seen):
+        rows = supervised(batch)
+        if not len(rows):
             continue
-        hidden = last_hidden(loaded.model, batch)[0]  # [t, d]
-        found.append((negative_log_likelihood(hidden[seen.position], head, seen.labels), len(seen)))
+        hidden = hidden_rows(loaded.model, batch, rows.position)  # [n, d]
+        found.append((negative_log_likelihood(hidden, head, rows.labels), len(rows)))
     return found
 
 

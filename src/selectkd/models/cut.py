@@ -21,6 +21,7 @@ from selectkd.data.collate import Batch
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
+from selectkd.models.forward import evaluating
 from selectkd.models.head import decoder_of, head_of, unwrapped
 from selectkd.models.layers import check_cut, cut_config, layers_of
 
@@ -199,11 +200,9 @@ def measured_layers(
     more slowly.
     """
     started = time.perf_counter()
-    was_training = teacher.training
     if next(teacher.parameters()).device.type == "cpu" and teacher.dtype != torch.float32:
         teacher = copy.deepcopy(teacher).float()
-    teacher.eval()
-    with torch.no_grad():
+    with evaluating(teacher), torch.no_grad():
         pieces = [_Piece(teacher, inputs, rows) for inputs, rows in _split(teacher, batches)]
         rows = sum(len(piece.rows) for piece in pieces)
         if rows == 0:
@@ -222,7 +221,6 @@ def measured_layers(
             history.append(sum_kl / rows)
             if on_progress is not None:
                 on_progress(cheapest, tuple(kept), history[-1])
-    teacher.train(was_training)
     return CutReport("measured", kept, removed, history, rows, time.perf_counter() - started)
 
 

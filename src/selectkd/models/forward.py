@@ -51,6 +51,23 @@ def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
     return _packed_hidden(model, batch, by_sample)
 
 
+def hidden_rows(model: nn.Module, batch: Batch, position: Tensor) -> Tensor:
+    """The last hidden states [n, d] of a batch at ``position`` [n], flat indices into its b * t places."""
+    hidden = last_hidden(model, batch)  # [b, t, d]
+    return hidden.reshape(-1, hidden.shape[-1])[position]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode while the context lasts: dropout off, and gradient checkpointing with it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _packed_hidden(model: nn.Module, batch: Batch, by_sample: bool) -> Tensor:
     inputs, read, plain = batch.model_inputs(), backbone(model), unwrapped(model)
     if by_sample:
@@ -74,12 +91,8 @@ def _try(model: nn.Module) -> None:
     samples = [Example([(start + i) % width for i in range(n)], [True] * n) for start, n in PROBES]
     rows = [samples, *([one] for one in samples)]
     batches = [collate_packed([row], pad_to_multiple_of=1).to(device) for row in rows]
-    was_training = plain.training
-    plain.eval()
-    try:
+    with evaluating(plain):
         together, *alone = (_packed_hidden(model, one, kind == BY_SAMPLE)[0] for one in batches)
-    finally:
-        plain.train(was_training)
     apart = torch.cat(alone)  # [t, d]
     if not bool((together - apart).abs().max() <= PROBE_ERROR * apart.abs().max()):
         raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from selectkd.data.collate import sent
 from selectkd.errors import ConfigError
 from selectkd.models.devices import out_of_memory
+from selectkd.models.forward import evaluating
 from selectkd.models.head import head_of, unwrapped
 from selectkd.objective.uniforms import uniforms
 from selectkd.rollouts.batch_memory import BatchMemory, Request
@@ -182,14 +183,3 @@ def _batch(
             for one in decoders:
                 one.keep(index)
     return [Completion(*one) for one in zip(written, replaced, ended, strict=True)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """The model in evaluation mode for a while; dropout off, and checkpointing with it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

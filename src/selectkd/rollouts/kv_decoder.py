@@ -81,7 +81,7 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
     alone = [RecomputingDecoder(model, [text], **given) for text in texts]
     try:
         read = kind(model, texts, **given)
-        same = _same(read, alone, dtype)
+        same = agree(read.logits, torch.cat([one.logits for one in alone]), dtype)
         for leaves in (False, True):
             if leaves:
                 read.keep(torch.tensor([1]))
@@ -90,7 +90,7 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
             read.append(token)
             for one in alone:
                 one.append(token[:1])
-            same = same and _same(read, alone, dtype)
+            same = same and agree(read.logits, torch.cat([one.logits for one in alone]), dtype)
     except torch.OutOfMemoryError:
         raise
     except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
@@ -98,11 +98,11 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
     return same
 
 
-def _same(read: KVDecoder, alone: Sequence[KVDecoder], dtype: torch.dtype) -> bool:
-    wanted = torch.cat([one.logits for one in alone])
-    if read.logits.shape != wanted.shape:
+def agree(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits that were computed in ``dtype`` are ``wanted`` in half of their digits."""
+    if logits.shape != wanted.shape:
         return False
-    off = (read.logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+    off = (logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
     return bool(off <= torch.finfo(dtype).eps ** 0.5)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selectkd.errors import ConfigError
 from selectkd.loss.teacher_rows import LiveRows
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.models.lora import adapters_off, check_base
@@ -38,12 +38,10 @@ class AdaptersOffTeacher:
 
         Asked ``inside`` the student where that is sharded, as its loss and measures are.
         """
-        head = head_of(self.student)
         with adapters_off(self.student), torch.autocast(position.device.type, enabled=False):
-            hidden = last_hidden(self.student, batch)  # [b, t, d]
-        rows = hidden.reshape(-1, hidden.shape[-1])[position]  # [n, d]
+            rows = hidden_rows(self.student, batch, position)
         reference = None if self.reference is None else self.reference(batch, position)
-        return LiveRows(rows, head, reference=reference)
+        return LiveRows(rows, head_of(self.student), reference=reference)
 
 
 @dataclass

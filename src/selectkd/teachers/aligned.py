@@ -23,12 +23,13 @@ from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.models.forward import last_hidden
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
-from selectkd.models.sharded import inside, whole_head
+from selectkd.models.sharded import inside
 from selectkd.objective.divergences import is_unpaired
 from selectkd.objective.objective import Objective
 from selectkd.objective.registry import name_of
+from selectkd.teachers.live import HeldModel
 from selectkd.teachers.model import ModelPlan
-from selectkd.teachers.placement import Placement, place_on
+from selectkd.teachers.placement import Placement
 from selectkd.teachers.protocol import Payload, Teacher
 
 Pairing = Literal["spans", "index"]
@@ -42,10 +43,9 @@ class Place(NamedTuple):
     rows: list[int]
 
 
-class AlignedTeacher:
+class AlignedTeacher(HeldModel):
     """The rows of a model of another tokenizer, beside the student's spans of text; no gradient.
 
-    The model is frozen and put into eval mode, and is no ``nn.Module`` of a trained module, as a LiveTeacher is.
     matched_weight, unverified_weight: as AlignedRows has them. placement: as of ``place_on``. pairing: ``index`` puts
     its i-th completion token beside the student's i-th for divergences that need nothing in common; the others see
     spans all the same.
@@ -62,19 +62,14 @@ class AlignedTeacher:
         matched_weight: float | None = None,
         unverified_weight: float | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.head = head_of(model)
-        self.placement: Placement = placement
-        self.on = self.head.weight.device if placement == "device" else None
+        super().__init__(model, placement=placement)
         self.crossing, self.pairing = crossing, pairing
         self.matched_weight, self.unverified_weight = matched_weight, unverified_weight
         self.vocabularies = vocabularies(crossing, student_width, self.head.width)
 
     def place(self, device: torch.device) -> None:
         """Puts the model where its rows are wanted; nothing to do where it is there."""
-        if self.on != device:
-            place_on(self.model, device, self.placement)
-            self.head, self.on = whole_head(head_of(self.model)), device
+        super().place(device)
         self.vocabularies = self.vocabularies.to(device)
 
     @torch.no_grad()

@@ -35,6 +35,12 @@ class ModelPlan:
     k: int | None = None
     _loaded: Loaded | None = field(default=None, repr=False)
 
+    @classmethod
+    def holding(cls, model: nn.Module, tokenizer: Any) -> ModelPlan:
+        """The plan of a model in memory, whose tokenizer is ``tokenizer``."""
+        source = "in memory"
+        return cls(source, _loaded=Loaded(model, tokenizer, source, None))
+
     @property
     def source(self) -> str:
         return self.model

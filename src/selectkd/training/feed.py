@@ -11,7 +11,7 @@ from selectkd.errors import DataError
 from selectkd.training.counts import rank, ranks
 
 
-class Feed:
+class BatchFeed:
     """Micro-batches for this rank: of the stream epoch 0, epoch 1, ... every ranks-th one, from the rank's
     own on.
 
@@ -42,7 +42,7 @@ class Feed:
         numbers = count()
         while True:
             some = False
-            for batch in self._told(islice(self.micro_batches(self.epoch), self.taken, None), numbers):
+            for batch in self._announced(islice(self.micro_batches(self.epoch), self.taken, None), numbers):
                 some = True
                 self.taken += 1
                 yield batch
@@ -52,7 +52,7 @@ class Feed:
                 )
             self.epoch, self.taken = self.epoch + 1, 0
 
-    def _told(self, batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[Any]:
+    def _announced(self, batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[Any]:
         """The batches, ``ranks`` of them late; ``ahead`` has heard of those of this rank by then."""
         if self.ahead is None:
             yield from batches

@@ -1,8 +1,9 @@
 """What the loss of an optimizer step must know of all its rows before the first gradient, over micro-batches and ranks.
 
-Who ranks rows (selectors, some verifiers, ATKD) ranks those of the whole step; a language-modelling loss beside a
-``weight_mean`` needs the step's sum of weights. Both take a forward pass of the student more; the teacher's rows are
-kept for the loss. A step of one micro-batch on one rank ranks within its own forward pass. n rows of a micro-batch.
+A component that ranks rows (selectors, some verifiers, ATKD) ranks those of the whole step; a language-modelling loss
+beside a ``weight_mean`` needs the step's sum of weights. Both take one more forward pass of the student; the teacher's
+rows are kept for the loss. A step of one micro-batch on one rank ranks within its own forward pass. n rows of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -26,44 +27,51 @@ OF_RANK = 1 << 40
 
 
 @dataclass(frozen=True)
-class Portion:
-    """One micro-batch and what it counts: row_scale [n], uniform [n, r], and the plan of its loss."""
+class MicroBatch:
+    """One micro-batch with its supervised rows, their row_scale [n] and uniform [n, r], and the plan of its loss.
+
+    last: whether it is the last one of its optimizer step.
+    """
 
     batch: Any
-    seen: Any
+    rows: Any
     row_scale: Tensor
     uniform: Tensor
     last: bool
     plan: LossPlan | None = None
 
 
-Ask = Callable[[Portion, FirstPass], list[Tensor]]
-"""A forward pass over a micro-batch, without a gradient, for what a first pass wants to know."""
+RunFirstPass = Callable[[MicroBatch, FirstPass], list[Tensor]]
+"""A forward pass of the model over a micro-batch, without a gradient: the scores or weights of its rows."""
 
 
 def planned(
-    plan: LossPlan, portions: Sequence[Portion], ask: Ask | None, *, counts: Counts, reduction: str
+    plan: LossPlan,
+    micro_batches: Sequence[MicroBatch],
+    first_pass: RunFirstPass | None,
+    *,
+    counts: Counts,
+    reduction: str,
 ) -> list[LossPlan]:
-    """The plan of each micro-batch, with what it must know of the step; a collective call where it asks the model."""
+    """The plan of each micro-batch, with what it must know of the whole step.
+
+    A collective call where it runs the model.
+    """
     contests = plan.contests
     weighs = reduction == "weight_mean" and plan.models_language
     if not contests and not weighs:
-        return [plan for _ in portions]
-    alone = len(portions) == 1 and counts.ranks == 1
-    plans = [replace(plan, order=_order(*_keys([portion])[:2])) for portion in portions]
+        return [plan for _ in micro_batches]
+    alone = len(micro_batches) == 1 and counts.ranks == 1
+    plans = [replace(plan, order=_order(*_keys([micro])[:2])) for micro in micro_batches]
     ranks_step = not alone and any(contest.over_step for contest in contests)
-    if (ranks_step or weighs) and ask is None:
-        raise ConfigError(
-            "the loss of this step must know of all its rows first: pass Ledger.begin a way to ask the model (ask=...)."
-        )
     if ranks_step:
-        firsts, scores = _asked(portions, [FirstPass(plan) for _ in portions], ask)  # type: ignore[arg-type]
-        kept = _ranked(contests, scores, portions)
+        firsts, scores = _run_all(micro_batches, [FirstPass(plan) for _ in micro_batches], first_pass)
+        kept = _ranked(contests, scores, micro_batches)
         plans = [
             replace(plan, kept=one, teacher=first.teacher) for one, first in zip(kept, firsts, strict=True)
         ]
     if weighs:
-        firsts, weights = _asked(portions, [FirstPass(one, weighs=True) for one in plans], ask)  # type: ignore[arg-type]
+        firsts, weights = _run_all(micro_batches, [FirstPass(one, weighs=True) for one in plans], first_pass)
         total = summed(torch.stack([one[0][0].double() for one in weights]).sum())
         beside = torch.where(total != 0, total / max(counts.tokens, 1), torch.ones_like(total))
         plans = [
@@ -73,25 +81,33 @@ def planned(
     return plans
 
 
-def _asked(
-    portions: Sequence[Portion], firsts: list[FirstPass], ask: Ask
+def _run_all(
+    micro_batches: Sequence[MicroBatch], firsts: list[FirstPass], first_pass: RunFirstPass | None
 ) -> tuple[list[FirstPass], list[list[Tensor]]]:
-    """What the model says to each; random numbers are put back, so that dropout is the loss's own."""
-    device = portions[0].row_scale.device
+    """The first pass over each micro-batch; random numbers are put back, so that dropout is the loss's own.
+
+    ConfigError without ``first_pass``.
+    """
+    if first_pass is None:
+        raise ConfigError(
+            "the loss of this step must know of all its rows first: pass Ledger.begin first_pass=..., a forward pass "
+            "of the model."
+        )
+    device = micro_batches[0].row_scale.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return firsts, [ask(portion, first) for portion, first in zip(portions, firsts, strict=True)]
+        return firsts, [first_pass(micro, first) for micro, first in zip(micro_batches, firsts, strict=True)]
 
 
-def _keys(portions: Sequence[Portion]) -> tuple[Tensor, Tensor, Tensor]:
+def _keys(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor, Tensor]:
     """(key of its text, number of its sequence, stream) of every row of this rank."""
-    sizes = [portion.batch.stream.shape[0] for portion in portions]
+    sizes = [micro.batch.stream.shape[0] for micro in micro_batches]
     starts = [0, *accumulate(sizes)]
-    keys = [sample_keys(portion.batch)[portion.seen.sequence] for portion in portions]
+    keys = [sample_keys(micro.batch)[micro.rows.sequence] for micro in micro_batches]
     numbers = [
-        portion.seen.sequence + (start + OF_RANK * rank())
-        for portion, start in zip(portions, starts, strict=False)
+        micro.rows.sequence + (start + OF_RANK * rank())
+        for micro, start in zip(micro_batches, starts, strict=False)
     ]
-    return torch.cat(keys), torch.cat(numbers), torch.cat([portion.seen.stream for portion in portions])
+    return torch.cat(keys), torch.cat(numbers), torch.cat([micro.rows.stream for micro in micro_batches])
 
 
 def _order(key: Tensor, number: Tensor) -> Tensor:
@@ -101,15 +117,15 @@ def _order(key: Tensor, number: Tensor) -> Tensor:
 
 
 def _ranked(
-    contests: Sequence[Contest], scores: list[list[Tensor]], portions: Sequence[Portion]
+    contests: Sequence[Contest], scores: list[list[Tensor]], micro_batches: Sequence[MicroBatch]
 ) -> list[Kept]:
     """What each contest keeps of the rows of each of this rank's micro-batches."""
-    of_rank = torch.stack(_keys(portions), -1)  # [n of this rank, 3]
+    of_rank = torch.stack(_keys(micro_batches), -1)  # [n of this rank, 3]
     rows, start = gathered_rows(of_rank)
     key, number, stream = rows.unbind(-1)
     every = [gathered_rows(_joined([of[i] for of in scores]))[0] for i in range(len(contests))]
     kept = decided(contests, every, stream=stream, sequence=number, order=_order(key, number))
-    cuts = [0, *accumulate(len(portion.seen) for portion in portions)]
+    cuts = [0, *accumulate(len(micro.rows) for micro in micro_batches)]
     return [{name: values[start + a : start + b] for name, values in kept.items()} for a, b in pairwise(cuts)]
 
 

@@ -1,4 +1,4 @@
-"""The book of a run: counts, beta, sums and the guard of every optimizer step, the same for every engine."""
+"""The ledger of a run: counts, beta, sums and the guard of every optimizer step."""
 
 from __future__ import annotations
 
@@ -28,19 +28,13 @@ from selectkd.training.counts import (
     count,
     rank,
     row_scale,
-    sequence_means,
     summed,
 )
-from selectkd.training.first_pass import Ask, Portion, planned
+from selectkd.training.first_pass import MicroBatch, RunFirstPass, planned
 from selectkd.training.spikes import Spikes
+from selectkd.training.sums import FIELDS, LOSS, WEIGHT, named, rates, step_sums, stream_rates, zeros
 from selectkd.training.uniforms_of_text import draws
 
-FIELDS = (
-    "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
-    "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
-)  # fmt: skip
-LOSS, WEIGHT = FIELDS.index("loss"), FIELDS.index("weight")
-STREAM_FIELDS = ("tar", "sequences", "divergence", "kl", "n")
 BAD_IN_A_ROW = 3
 BAD_SHARE = 0.01
 TEACHER_BAD_SHARE = 0.3
@@ -52,10 +46,10 @@ is not finite.
 
 @dataclass
 class Ledger:
-    """Keeps the numbers of a run, step by step: ``begin``, ``add`` for each micro-batch, ``settle``,
-    ``accept``.
+    """Keeps the numbers of a run, step by step: ``begin``, ``add`` for each micro-batch, ``reduce``,
+    ``close_step``.
 
-    Every rank keeps the same book, since sums are reduced over ranks in ``settle``; beta and the guard then
+    Every rank keeps the same ledger, since sums are reduced over ranks in ``reduce``; beta and the guard then
     agree. bad_batches: a folder for the token ids of steps that were left out. taid: a schedule for the t of
     ``taid``. losses: one for each stream, where streams differ. extras: what changes the terms of the loss. write:
     (batch, step) -> the batch with its text written, before anything is counted.
@@ -93,9 +87,9 @@ class Ledger:
         )
         self._in_a_row = 0
         self.spikes = Spikes()
-        self._portions: list[Portion] = []
+        self._micro_batches: list[MicroBatch] = []
         self._counts = Counts(0, 0)
-        self._sums = self._zeros()
+        self._sums = zeros(len(self.streams), self.device)
         self._window: list[Tensor] = []  # in main memory: a log line waits for nothing
         self._since = time.perf_counter()
         self.now = self.objective
@@ -138,15 +132,14 @@ class Ledger:
                 self.taid, **{key: state["taid"][key] for key in ("t", "mean_fall", "last_loss")}
             )
 
-    def begin(self, micro: Sequence[Any], ask: Ask | None = None) -> list[Portion]:
+    def begin(self, batches: Sequence[Any], first_pass: RunFirstPass | None = None) -> list[MicroBatch]:
         """The micro-batches of one optimizer step, counted over all ranks and scaled; sets the objective of
-        the step. ask: a first pass of the model over a micro-batch, for what must be known of the whole step.
+        the step. first_pass: a first pass of the model over a micro-batch, for what must be known of the whole step.
         """
         if self.write is not None:
-            micro = [self.write(batch, self.step) for batch in micro]
-        self._counts = count([supervised(batch) for batch in micro])  # counted where the batches are made
-        micro = [batch.to(self.device) for batch in micro]
-        seen = [supervised(batch) for batch in micro]
+            batches = [self.write(batch, self.step) for batch in batches]
+        self._counts = count([supervised(batch) for batch in batches])  # counted where the batches are made
+        batches = [batch.to(self.device) for batch in batches]
         assert self.beta is not None  # __post_init__ saw to it
         self.now = replace(self.objective, beta=self.beta.value(self.step, self.tar))
         if self.taid is not None:
@@ -156,33 +149,34 @@ class Ledger:
         total = self.total_steps or self.step + 1
         streams = [spec.at(self.now, self.step, total) for spec in self.losses]
         self.plan = LossPlan(tuple(streams) or (StreamLoss(self.now),), self.extras, self.step)
-        r = self.plan.uniforms_per_token
-        self._sums = self._zeros()
-        self._portions = [
-            Portion(
-                batch,
-                rows,
-                row_scale(rows, self._counts, self.reduction),
-                draws(batch, rows, r, seed=self.seed, step=self.step),
-                last=index == len(micro) - 1,
-            )
-            for index, (batch, rows) in enumerate(zip(micro, seen, strict=True))
+        self._sums = zeros(len(self.streams), self.device)
+        last = len(batches) - 1
+        self._micro_batches = [
+            self._counted(batch, last=index == last) for index, batch in enumerate(batches)
         ]
-        plans = planned(self.plan, self._portions, ask, counts=self._counts, reduction=self.reduction)
-        self._portions = [
-            replace(portion, plan=plan) for portion, plan in zip(self._portions, plans, strict=True)
+        plans = planned(
+            self.plan, self._micro_batches, first_pass, counts=self._counts, reduction=self.reduction
+        )
+        self._micro_batches = [
+            replace(micro, plan=plan) for micro, plan in zip(self._micro_batches, plans, strict=True)
         ]
-        return self._portions
+        return self._micro_batches
+
+    def _counted(self, batch: Any, *, last: bool) -> MicroBatch:
+        rows = supervised(batch)
+        scale = row_scale(rows, self._counts, self.reduction)
+        uniform = draws(batch, rows, self.plan.uniforms_per_token, seed=self.seed, step=self.step)
+        return MicroBatch(batch, rows, scale, uniform, last=last)
 
     @torch.no_grad()
-    def add(self, portion: Portion, loss: Tensor, sums: dict[str, Tensor]) -> None:
+    def add(self, micro: MicroBatch, loss: Tensor, sums: dict[str, Tensor]) -> None:
         """Books the loss and sums of one micro-batch."""
-        self._sums += step_sums(portion, loss, sums, streams=len(self.streams))
+        self._sums += step_sums(micro, loss, sums, streams=len(self.streams))
 
     @torch.no_grad()
-    def settle(self, parameters: Iterable[Tensor]) -> Tensor:
+    def reduce(self, parameters: Iterable[Tensor]) -> Tensor:
         """Reduces the step's sums over ranks, finishes the gradient (see ``correction``) and returns the step's loss, a
-        number on the device: nothing is read before ``accept``.
+        number on the device: nothing is read before ``close_step``.
         """
         total = summed(self._sums)
         loss = total[LOSS] / self._counts.ranks
@@ -196,7 +190,7 @@ class Ledger:
         self._sums = total
         return loss
 
-    def accept(self, grad_norm: float | Tensor) -> bool:
+    def close_step(self, grad_norm: float | Tensor) -> bool:
         """Closes the step; False where its loss or gradient norm is not finite, and the optimizer must not
         step. The one place of a step where the host waits for the device: sums and norm are read together.
 
@@ -250,7 +244,7 @@ class Ledger:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._since = time.perf_counter()
         steps = len(self._window)
-        total = torch.stack(self._window).sum(0) if steps else self._zeros().cpu()
+        total = torch.stack(self._window).sum(0) if steps else zeros(len(self.streams))
         self._window = []
         sums = named(total)
         line: dict[str, Any] = {"step": self.step, "loss": sums["loss"] / steps if steps else None}
@@ -267,14 +261,10 @@ class Ledger:
         line["streams"] = stream_rates(total, self.streams)
         return line
 
-    def _zeros(self) -> Tensor:
-        size = len(FIELDS) + len(self.streams) * len(STREAM_FIELDS)
-        return torch.zeros(size, dtype=torch.float64, device=self.device)
-
     def _keep_batches(self) -> str:
         if self.bad_batches is None:
             return ""
-        ids = [portion.batch.input_ids.tolist() for portion in self._portions]
+        ids = [micro.batch.input_ids.tolist() for micro in self._micro_batches]
         path = self.bad_batches / f"step-{self.step:06d}-rank-{rank()}.json"
         kept = {"step": self.step, "loss": repr(self.last["loss"]), "input_ids": ids}
         try:
@@ -283,58 +273,3 @@ class Ledger:
             raise disk_error(error, self.bad_batches) from error
         write_plain(path, json.dumps(kept).encode())
         return f" Their token ids are in {self.bad_batches}."
-
-
-def step_sums(portion: Portion, loss: Tensor, sums: dict[str, Tensor], *, streams: int) -> Tensor:
-    """The sums of one micro-batch as one vector: FIELDS, then STREAM_FIELDS for each stream, fp64."""
-    seen = portion.seen
-    shares = sequence_means(sums["row_acceptance"], seen)  # [s]
-    of_sequence = portion.batch.stream[seen.there]  # [s]
-    values = {
-        **sums,
-        "loss": loss.detach(),
-        "sequences": torch.full((), float(seen.sequences), device=loss.device),
-        "tar": shares.sum(),
-    }
-    head = torch.stack([values[name].to(device=loss.device, dtype=torch.float64) for name in FIELDS])
-    per_stream = torch.zeros(streams, len(STREAM_FIELDS), dtype=torch.float64, device=loss.device)
-    for column, index, value in (
-        (0, of_sequence, shares),
-        (1, of_sequence, torch.ones_like(shares)),
-        (2, seen.stream, sums["row_divergence"]),
-        (3, seen.stream, sums["row_kl"]),
-        (4, seen.stream, torch.ones_like(sums["row_divergence"])),
-    ):
-        per_stream[:, column].index_add_(0, index, value.double())
-    return torch.cat([head, per_stream.reshape(-1)])
-
-
-def named(total: Tensor) -> dict[str, float]:
-    """FIELDS of a vector of sums, as floats."""
-    return dict(zip(FIELDS, total[: len(FIELDS)].tolist(), strict=True))
-
-
-def rates(sums: dict[str, float]) -> dict[str, float | None]:
-    """kl, divergence, tar, acceptance, bite, overlap and unverified from sums; None where nothing divides."""
-    n, sequences = sums["n"], sums["sequences"]
-    return {
-        "kl": sums["kl"] / n if n else None,
-        "divergence": sums["divergence"] / n if n else None,
-        "tar": sums["tar"] / sequences if sequences else None,
-        "bite": 1.0 - sums["weighted_divergence"] / sums["divergence"] if sums["divergence"] else 0.0,
-        "acceptance": sums["accepted"] / n if n else None,
-        "overlap": sums["overlap"] / n if n else None,
-        "unverified": sums["unverified"] / n if n else None,
-        "weight": sums["weight"] / n if n else None,
-    }
-
-
-def stream_rates(total: Tensor, streams: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """tar, divergence (of the run's objective) and kl (KL(p || q) at temperature 1), both a token, of each stream that
-    had rows."""
-    rows = total[len(FIELDS) :].reshape(len(streams), len(STREAM_FIELDS)).tolist()
-    return {
-        name: {"tar": tar / sequences if sequences else None, "kl": kl / n, "divergence": divergence / n}
-        for name, (tar, sequences, divergence, kl, n) in zip(streams, rows, strict=True)
-        if n
-    }

@@ -47,9 +47,9 @@ class Loggers(TrainerCallback):
 
 def _with_settings(args: Any, settings: Mapping[str, Any]) -> Any:
     """The arguments of a Trainer, whose ``to_dict``, which every logger notes, has the settings too."""
-    told = copy.copy(args)
-    told.to_dict = lambda: {**args.to_dict(), **settings}
-    return told
+    named = copy.copy(args)
+    named.to_dict = lambda: {**args.to_dict(), **settings}
+    return named
 
 
 def _hears(event: str) -> Any:
@@ -70,7 +70,7 @@ class _Logger:
         self.name, self.wait = name, wait
         (self.kind,) = get_reporting_integration_callbacks([name])
         self.error: Exception | None = None
-        self._told = False
+        self._warned = False
         self._calls: queue.Queue[tuple[str, Any, Any, threading.Event]] = queue.Queue(MOST_BEHIND)
         self._last = threading.Event()
         self._last.set()
@@ -90,11 +90,11 @@ class _Logger:
             self._tell(f"failed, and hears no more: {kind}: {str(self.error)[:200]}")
 
     def _tell(self, what: str) -> None:
-        if not self._told:
+        if not self._warned:
             _LOG.warning(
                 f"training.report_to: {self.name} {what}. Training goes on, and metrics.jsonl holds all."
             )
-        self._told = True
+        self._warned = True
 
     def _work(self) -> None:
         callback = None
@@ -103,6 +103,6 @@ class _Logger:
             try:
                 callback = self.kind() if callback is None else callback
                 methodcaller(event, *given, **named)(callback)
-            except Exception as error:  # other people's code; it is told, and must not end the run
+            except Exception as error:  # other people's code; it is logged, and must not end the run
                 self.error = error
             done.set()

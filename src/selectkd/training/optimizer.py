@@ -1,15 +1,12 @@
-"""The optimizers a recipe may name: transformers' own, the same for both engines."""
+"""The optimizers a recipe may name: transformers' own, by short names."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from selectkd.errors import ConfigError
 
@@ -70,68 +67,16 @@ def check_optimizer(name: str) -> None:
         )
 
 
-def arguments(
-    name: str = "adamw",
-    *,
-    learning_rate: float = 5e-5,
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """What TrainingArguments gets of an optimizer; AdamW is fused where the device has it."""
-    chosen = KINDS[name].name
-    if chosen == "adamw_torch" and torch.device(device).type in FUSED_ON:
-        chosen = "adamw_torch_fused"
-    first, second = betas or (0.9, 0.999)
-    return {
-        "optim": chosen,
-        "learning_rate": learning_rate,
-        "adam_beta1": first,
-        "adam_beta2": second,
-        "adam_epsilon": 1e-8 if eps is None else eps,
-    }
+def trainers_name(name: str, device: torch.device | str = "cpu") -> str:
+    """The Trainer's name of an optimizer; AdamW is fused where the device has it.
+
+    >>> trainers_name("adamw"), trainers_name("adamw", "cuda")
+    ('adamw_torch', 'adamw_torch_fused')
+    """
+    fused = name == "adamw" and torch.device(device).type in FUSED_ON
+    return "adamw_torch_fused" if fused else KINDS[name].name
 
 
 def decaying(model: nn.Module) -> list[str]:
     """Names of the parameters that weight decay is for: matrices, not the vectors of norms and biases."""
     return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-
-def optimizer_for(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    name: str = "adamw",
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
-) -> torch.optim.Optimizer:
-    """The optimizer the Trainer makes of ``arguments``, over the trainable parameters; weight decay on matrices alone.
-
-    ConfigError where its package is missing.
-    """
-    check_optimizer(name)
-    chosen = set(decaying(model))
-    trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for key, p in trained if key in chosen], "weight_decay": weight_decay},
-        {"params": [p for key, p in trained if key not in chosen], "weight_decay": 0.0},
-    ]
-    device = trained[0][1].device if trained else "cpu"
-    given = arguments(name, learning_rate=learning_rate, betas=betas, eps=eps, device=device)
-    of: Any = Trainer.get_optimizer_cls_and_kwargs
-    made, options = of(SimpleNamespace(optim_args=None, **given), model)
-    optimizer = made(groups, **options)
-    if options.get("optim_bits") == 8:
-        _embeddings_in_fp32(model)
-    return optimizer
-
-
-def _embeddings_in_fp32(model: nn.Module) -> None:
-    """bitsandbytes' advice, which the Trainer follows: 32-bit moments for embeddings."""
-    import bitsandbytes  # type: ignore[import-not-found]
-
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -34,7 +34,7 @@ class Reading:
     heldout: list[Any]  # examples
 
     @property
-    def told(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """A line for each source that lost something on the way."""
         return [line for source in self.sources if (line := lost(source)) is not None]
 
@@ -50,7 +50,7 @@ def read_text(
     """The text of ``recipe`` in tokens of its student. Reads no weights.
 
     date: what templates are given where neither the recipe nor its cache says one; default now. route: the teacher of a
-    record, where several are told apart by it. limit: records of a source at most. Raises DataError, ConfigError.
+    record, where several are distinguished by it. limit: records of a source at most. Raises DataError, ConfigError.
     """
     template, ends = template_of(recipe, tokenizer, date=date), ends_of(recipe, tokenizer)
     text = partial(
@@ -124,7 +124,7 @@ def _cached(recipe: Any) -> dict[str, Any]:
             try:
                 if path.is_file():
                     return read_index(path)
-            except CacheError:  # told where the cache is opened; a repair reads the other file
+            except CacheError:  # reported where the cache is opened; a repair reads the other file
                 continue
     return {}
 

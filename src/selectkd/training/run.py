@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import distributed as dist
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from selectkd.errors import ResourceError, TeacherError
@@ -21,16 +21,16 @@ from selectkd.models.save import save_student
 from selectkd.models.sharded import is_sharded
 from selectkd.objective.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
-from selectkd.training.assembly import Assembly, assemble, prepare
+from selectkd.training.arguments import training_arguments
+from selectkd.training.assembly import Assembly, assemble
 from selectkd.training.checkpoint import Checkpoints, Stateful, read_part
-from selectkd.training.checkpoint.parts import Named, Weights
+from selectkd.training.checkpoint.parts import Weights
+from selectkd.training.checks import prepare
 from selectkd.training.counts import rank, total
-from selectkd.training.feed import Feed
+from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.watch import Watch
 from selectkd.training.ledger import Ledger
 from selectkd.training.loggers import Loggers
-from selectkd.training.loop import SCHEDULES, train_loop
-from selectkd.training.optimizer import arguments
 from selectkd.training.record.manifest import write_manifest
 from selectkd.training.record.metrics import MetricsLog
 from selectkd.training.record.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
@@ -38,16 +38,19 @@ from selectkd.training.run_folder import CHECKPOINTS, FINISHED, Claim, claimed, 
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
-from selectkd.training.trainer import LedgerTrainer, on_device
+from selectkd.training.trainer import LedgerTrainer
 
 COLD_TAR = 0.2
 """Below this TAR at step 0 the gate leaves a student almost no signal (measured, see docs/log.md)."""
+
+LOGGED = ("kl", "perplexity", "tar", "bite", "overlap")
+"""Held-out measures that the loggers of report_to receive."""
 
 _LOG = logging.getLogger("selectkd")
 
 
 class Progress(Protocol):
-    """Who wants to hear of a run while it goes on; see ``training.progress.TrainingProgress``."""
+    """A listener to a run while it goes on, such as ``training.record.progress.TrainingProgress``."""
 
     def stage(self, name: str, total: int | None = None) -> None: ...
 
@@ -86,104 +89,186 @@ def train(
                 return finished
             precision = precision_of(recipe.training.precision, device)
             with precision.products(device), claim.threads(allow_change):
-                return _train(recipe, claim, stop, progress, on_assembled, allow_change, started, device)
+                run = _Run(recipe, claim, progress, allow_change, device, stop)
+                if on_assembled is not None:
+                    on_assembled(run.assembly)
+                return run.finish(run.train(), started)
 
 
-def _train(
-    recipe: Any,
-    claim: Claim,
-    stop: StopRequests,
-    progress: Progress | None,
-    on_assembled: Callable[[Assembly], None] | None,
-    allow_change: Sequence[str],
-    started: float,
-    device: torch.device,
-) -> RunResult:
-    training, run_dir = recipe.training, claim.folder
-    set_seed(training.seed)
-    said = None if claim.opened is None else read_part(claim.opened.path, "origin")
-    if progress is not None:
-        progress.stage("reading tokenizers and text")
-    plan = prepare(recipe, device=device, date=claim.run.get("date") or _one_date())
-    same_servers(plan.teacher, claim.run.get("teacher_weights"), allow_change)
-    made = assemble(
-        recipe,
-        device=device,
-        stage=None if progress is None else progress.stage,
-        kept=None if said is None else said["kept"],
-        plan=plan,
-    )
-    claim.settle(identity(recipe, facts(made)), allow_change)
-    if isinstance(
-        made.teacher, HasWeights
-    ):  # now that its weights have been looked at: it may write the first text
-        made.teacher.place(device)
-    origin = Origin(made.kept, cut_of(made), list(made.told))
-    log = MetricsLog(run_dir / "metrics.jsonl", *(() if progress is None else (progress.line,)))
-    feed = Feed(made.micro_batches, made.teacher.ahead if isinstance(made.teacher, ReadsAhead) else None)
-    steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
-    if on_assembled is not None:
-        on_assembled(made)
+class _Run:
+    """One run, from the parts that its recipe names to the folder that it leaves."""
 
-    checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, keep=training.keep, every=training.save_every, recipe=claim.hash,
-        opened=claim.opened, stop=stop,
-    )  # fmt: skip
-    watch = Watch(recipe, made, log, device)
-    checkpoints.register("metrics", log, heavy=True)
-    checkpoints.register("watch", watch)
-    if made.writer is not None:
-        checkpoints.register("writer", made.writer, own=True)
-    for number, extra in enumerate(made.extras):
-        if isinstance(extra, Stateful):
-            checkpoints.register(f"term-{number}", extra, own=True)
-    checkpoints.register("origin", Named(origin, "kept", "cut", "told"))
-    if claim.opened is None:
-        log.load_state_dict({})  # what a run left that was killed before its first checkpoint
-        if progress is not None:
-            progress.stage("measuring the student before")
-        watch.look(0)
-        if watch.tar < COLD_TAR and made.beta.start == made.beta.end < 1:
-            origin.told.append(cold(watch.tar))
-    for message in [*claim.told, *origin.told]:
-        _LOG.warning(message)
+    def __init__(
+        self,
+        recipe: Any,
+        claim: Claim,
+        progress: Progress | None,
+        allow_change: Sequence[str],
+        device: torch.device,
+        stop: StopRequests,
+    ) -> None:
+        self.recipe, self.claim, self.device, self.stop = recipe, claim, device, stop
+        self.stage = _silent if progress is None else progress.stage
+        training, folder = recipe.training, claim.folder
+        set_seed(training.seed)
+        self.assembly = assembly = self._assembled(allow_change)
+        self.origin = Origin(assembly.kept, cut_of(assembly), list(assembly.warnings))
+        self.log = MetricsLog(folder / "metrics.jsonl", *(() if progress is None else (progress.line,)))
+        self.feed = feed_of(assembly)
+        self.steps = steps_of(training, self.feed)
+        self.checkpoints = Checkpoints(
+            folder / CHECKPOINTS, keep=training.keep, every=training.save_every, recipe=claim.hash,
+            opened=claim.opened, stop=stop,
+        )  # fmt: skip
+        self.watch = Watch(recipe, assembly, self.log, device)
 
-    if progress is not None:
-        progress.stage("training", steps)
-    stop.at_once = False
-    try:
-        ledger = _run(recipe, made, feed, steps, log, watch, checkpoints, device)
-    except (TeacherError, ResourceError):
-        path = checkpoints.rescue()
-        if path is not None:
-            _LOG.warning(
-                f"the state of step {checkpoints.step} is in {path}; the same command goes on from there."
+    def _assembled(self, allow_change: Sequence[str]) -> Assembly:
+        """The parts of the run, compared with those it began with; the teacher is where it will work."""
+        recipe, claim = self.recipe, self.claim
+        origin = None if claim.opened is None else read_part(claim.opened.path, "origin")
+        self.stage("reading tokenizers and text")
+        plan = prepare(recipe, device=self.device, date=claim.run.get("date") or _one_date())
+        same_servers(plan.teacher, claim.run.get("teacher_weights"), allow_change)
+        assembly = assemble(
+            recipe,
+            device=self.device,
+            stage=self.stage,
+            kept=None if origin is None else origin["kept"],
+            plan=plan,
+        )
+        claim.settle(identity(recipe, facts(assembly)), allow_change)
+        if isinstance(assembly.teacher, HasWeights):
+            assembly.teacher.place(self.device)  # after its checksum, and before it writes the first text
+        return assembly
+
+    def train(self) -> Ledger:
+        """Measures the student, trains it, and returns the ledger of the run as it ended."""
+        self._register()
+        if self.claim.opened is None:
+            self._measure_before()
+        for message in [*self.claim.warnings, *self.origin.warnings]:
+            _LOG.warning(message)
+        self.stage("training", self.steps)
+        self.stop.at_once = False
+        try:
+            return self._trained()
+        except (TeacherError, ResourceError):
+            path = self.checkpoints.rescue()
+            if path is not None:
+                _LOG.warning(
+                    f"the state of step {self.checkpoints.step} is in {path}; the same command goes on from there."
+                )
+            raise
+
+    def _register(self) -> None:
+        """Adds the parts beside the Trainer to the checkpoints."""
+        self.checkpoints.register("metrics", self.log, heavy=True)
+        self.checkpoints.register("watch", self.watch)
+        if self.assembly.writer is not None:
+            self.checkpoints.register("writer", self.assembly.writer, own=True)
+        for number, extra in enumerate(self.assembly.extras):
+            if isinstance(extra, Stateful):
+                self.checkpoints.register(f"term-{number}", extra, own=True)
+        self.checkpoints.register("origin", self.origin)
+
+    def _measure_before(self) -> None:
+        self.log.load_state_dict({})  # a run that was killed before its first checkpoint left lines
+        self.stage("measuring the student before")
+        self.watch.measure(0)
+        beta = self.assembly.beta
+        if self.watch.tar < COLD_TAR and beta.start == beta.end < 1:
+            self.origin.warnings.append(cold(self.watch.tar))
+
+    def _trained(self) -> Ledger:
+        training, assembly, watch = self.recipe.training, self.assembly, self.watch
+        if watch.stopped or self.checkpoints.step >= self.steps:  # the run broke off after its last step
+            ledger = Ledger(
+                assembly.objective, self.recipe.objective.reduction, assembly.beta,
+                streams=assembly.streams, device=self.device,
+            )  # fmt: skip
+            self.checkpoints.register("ledger", ledger)
+            self.checkpoints.register("student", Weights(assembly.student), heavy=True)
+            return ledger
+        if assembly.writer is not None:
+            assembly.writer.steps = self.steps
+        ledger = Ledger(
+            assembly.objective, self.recipe.objective.reduction, assembly.beta, seed=training.seed,
+            streams=assembly.streams, total_steps=self.steps, device=self.device,
+            bad_batches=self.claim.folder / "bad_batches", losses=assembly.losses, extras=assembly.extras,
+            taid=TaidSchedule(steps=self.steps) if assembly.taid_follows else None, write=assembly.writer,
+        )  # fmt: skip
+        model = DistillationModel(
+            assembly.student, assembly.teacher, options=assembly.options, offload=training.activation_offload
+        )
+        trainer = LedgerTrainer(
+            model, self.feed, ledger,
+            training_arguments(training, steps=self.steps, precision=assembly.precision, device=self.device),
+            on_line=self._write_line, after_step=lambda step: self._after_step(trainer, step),
+            checkpoints=self.checkpoints, processing_class=assembly.tokenizer,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        if training.report_to and rank() == 0:
+            settings = {f"recipe.{key}": value for key, value in identity(self.recipe).items()}
+            trainer.add_callback(Loggers(training.report_to, settings))
+        trainer.train()
+        return ledger
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        writer = self.assembly.writer
+        self.log.write(line if writer is None else line | writer.log_fields())
+
+    def _after_step(self, trainer: LedgerTrainer, step: int) -> bool:
+        """Measures the student where it is time, also for the loggers of report_to; whether to stop."""
+        stop = self.watch(step)
+        if self.watch.latest is not None and self.watch.latest_step == step:
+            measures = self.watch.latest.as_dict()
+            trainer.log({f"eval_{name}": measures[name] for name in LOGGED})
+        return stop
+
+    def finish(self, ledger: Ledger, started: float) -> RunResult:
+        """Measures the student and writes it and the manifest into the run folder."""
+        self.stage("measuring the student after")
+        recipe, assembly, watch, folder = self.recipe, self.assembly, self.watch, self.claim.folder
+        after = watch.finish(ledger.step)
+        result = RunResult(
+            run_dir=folder,
+            before=watch.before,
+            after=after,
+            kept=self.origin.kept,
+            steps=ledger.step,
+            best_step=watch.best_step,
+            stopped_early=ledger.step < self.steps,
+            skipped=ledger.skipped,
+            seconds=time.perf_counter() - started,
+            warnings=list(self.origin.warnings),
+            resumed_from=None if self.claim.opened is None else self.claim.opened.step,
+        )
+        if rank() == 0 or is_sharded(assembly.student):
+            card = card_of(recipe, assembly, watch.before, after, ledger)
+            save_student(
+                assembly.student, assembly.tokenizer, folder / "student", card, dtype=assembly.precision.saved
             )
-        raise
-    if progress is not None:
-        progress.stage("measuring the student after")
-    after = watch.finish(ledger.step)
-    result = RunResult(
-        run_dir=run_dir,
-        before=watch.before,
-        after=after,
-        kept=origin.kept,
-        steps=ledger.step,
-        best_step=watch.best_step,
-        stopped_early=ledger.step < steps,
-        skipped=ledger.skipped,
-        seconds=time.perf_counter() - started,
-        warnings=list(origin.told),
-        resumed_from=None if claim.opened is None else claim.opened.step,
-    )
-    if rank() == 0 or is_sharded(made.student):
-        card = card_of(recipe, made, watch.before, after, ledger)
-        save_student(made.student, made.tokenizer, run_dir / "student", card, dtype=made.precision.saved)
-    if rank() == 0:
-        write_manifest(run_dir / FINISHED, manifest_of(recipe, made, result, ledger, device, origin))
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-    return result
+        if rank() == 0:
+            manifest = manifest_of(recipe, assembly, result, ledger, self.device, self.origin)
+            write_manifest(folder / FINISHED, manifest)
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        return result
+
+
+def feed_of(assembly: Assembly) -> BatchFeed:
+    """The micro-batches of a recipe's text; a teacher that reads ahead gets each of them one earlier."""
+    ahead = assembly.teacher.ahead if isinstance(assembly.teacher, ReadsAhead) else None
+    return BatchFeed(assembly.micro_batches, ahead)
+
+
+def steps_of(training: Any, feed: BatchFeed) -> int:
+    """The optimizer steps of a recipe's run."""
+    return training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
+
+
+def _silent(name: str, total: int | None = None) -> None:
+    """Shows nobody what stage a run is at."""
 
 
 def _one_date() -> str:
@@ -193,110 +278,9 @@ def _one_date() -> str:
 
 
 def cold(tar: float) -> str:
-    """What to tell someone whose student agrees with the teacher almost nowhere."""
+    """The warning about a student that agrees with the teacher almost nowhere."""
     return (
         f"TAR is {tar:.3f} at step 0, below {COLD_TAR}: the teacher accepts almost nothing, so the gate "
         "leaves almost no signal. Set objective.beta to {start: 1.0, end: 0.01, until_tar: 0.5}, or start "
         "from a warmer student (more layers, or layers chosen as measured)."
     )
-
-
-def _run(
-    recipe: Any,
-    made: Assembly,
-    feed: Feed,
-    steps: int,
-    log: MetricsLog,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    device: torch.device,
-) -> Ledger:
-    training, reduction = recipe.training, recipe.objective.reduction
-    if watch.stopped or checkpoints.step >= steps:  # the run broke off after its last step
-        ledger = Ledger(made.objective, reduction, made.beta, streams=made.streams, device=device)
-        checkpoints.register("ledger", ledger)
-        checkpoints.register("student", Weights(made.student), heavy=True)
-        return ledger
-    warmup = round(training.warmup_ratio * steps)
-    if made.writer is not None:
-        made.writer.steps = steps
-    ledger = Ledger(
-        made.objective, reduction, made.beta, seed=training.seed, streams=made.streams, total_steps=steps,
-        bad_batches=Path(training.output_dir) / "bad_batches", device=device,
-        taid=TaidSchedule(steps=steps) if made.taid_follows else None, losses=made.losses, extras=made.extras,
-        write=made.writer,
-    )  # fmt: skip
-    model = DistillationModel(
-        made.student, made.teacher, options=made.options, offload=training.activation_offload
-    )
-
-    def on_line(line: dict[str, Any]) -> None:
-        log.write(line if made.writer is None else line | made.writer.log_fields())
-
-    if training.engine == "loop":
-        train_loop(
-            model,
-            feed,
-            ledger,
-            steps=steps,
-            schedule=training.schedule,
-            warmup_steps=warmup,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            optimizer=training.optimizer,
-            betas=training.betas,
-            eps=training.eps,
-            precision=made.precision,
-            max_grad_norm=training.max_grad_norm,
-            accumulation=training.gradient_accumulation,
-            log_every=training.log_every,
-            on_line=on_line if rank() == 0 else None,
-            after_step=watch,
-            checkpoints=checkpoints,
-        )
-        return ledger
-    args = TrainingArguments(
-        output_dir=str(training.output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        **arguments(
-            training.optimizer,
-            learning_rate=training.learning_rate,
-            betas=training.betas,
-            eps=training.eps,
-            device=device,
-        ),
-        lr_scheduler_type=SCHEDULES[training.schedule],
-        warmup_steps=warmup,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        logging_steps=training.log_every,
-        bf16=made.precision.autocasts,
-        seed=training.seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    on_device(args, device)
-
-    def looked(step: int) -> bool:
-        stop = watch(step)
-        if watch.latest is not None and watch.latest_step == step:  # for the loggers of report_to
-            seen = watch.latest.as_dict()
-            trainer.log(
-                {f"eval_{name}": seen[name] for name in ("kl", "perplexity", "tar", "bite", "overlap")}
-            )
-        return stop
-
-    trainer = LedgerTrainer(
-        model, feed, ledger, args,
-        on_line=on_line, after_step=looked, checkpoints=checkpoints, processing_class=made.tokenizer,
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    if training.report_to and rank() == 0:
-        settings = {f"recipe.{key}": value for key, value in identity(recipe).items()}
-        trainer.add_callback(Loggers(training.report_to, settings))
-    trainer.train()
-    return ledger

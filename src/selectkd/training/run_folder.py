@@ -23,13 +23,12 @@ import xxhash
 
 from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
-from selectkd.errors import ConfigError, IntegrityError
+from selectkd.errors import ConfigError, IntegrityError, abridged
 from selectkd.objective.registry import did_you_mean
 from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
-from selectkd.teachers.remote.own_plan import OwnPlan
-from selectkd.teachers.remote.plan import RemotePlan
+from selectkd.teachers.remote.plan import ServerPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
 from selectkd.training.counts import rank, ranks, total
@@ -60,7 +59,7 @@ FACTS = (
 )
 """What a run is made of beside its recipe; known once its parts are loaded."""
 
-MOST_TOLD = 3
+MOST_SHOWN = 3
 _ABSENT = object()
 
 
@@ -95,7 +94,7 @@ def check_output_dir(folder: Path) -> bool:
 @dataclass
 class Claim:
     """A run folder held for this process. fresh: nothing was in it. opened: the checkpoint to go on from; by_name where
-    the user named it. run: what run.json says. told: what to tell, such as checkpoints that were damaged.
+    the user named it. run: what run.json says. warnings: such as checkpoints that were damaged.
     """
 
     folder: Path
@@ -103,12 +102,12 @@ class Claim:
     run: dict[str, Any]
     opened: Found | None = None
     opened_by_name: bool = False
-    told: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def hash(self) -> str:
-        """The xxh3-128 of what the run is made of."""
-        return xxhash.xxh3_128(json_bytes(self.run)).hexdigest()
+        """As of ``hash_of``."""
+        return hash_of(self.run)
 
     @contextmanager
     def threads(self, allowed: Sequence[str]) -> Iterator[None]:
@@ -170,7 +169,7 @@ def _claim(folder: Path, recipe: Any, resume: str, allowed: Sequence[str], held:
         held.enter_context(locked(folder))
     claim = Claim(folder, not ours, stored)
     if resume in ("auto", "never"):
-        claim.opened, claim.told = find(folder / CHECKPOINTS)
+        claim.opened, claim.warnings = find(folder / CHECKPOINTS)
     else:
         claim.opened, claim.opened_by_name = _named(Path(resume), folder / CHECKPOINTS), True
     return claim
@@ -198,23 +197,23 @@ def _named(path: Path, own: Path) -> Found:
     return found
 
 
-def facts(made: Any) -> dict[str, Any]:
+def facts(assembly: Any) -> dict[str, Any]:
     """What a recipe does not show of a run: its text, tokenizer, weights and ranks (FACTS), by fingerprint."""
     heldout = xxhash.xxh3_128()
-    for batch in made.heldout:
+    for batch in assembly.heldout:
         heldout.update(batch.input_ids.cpu().numpy().tobytes())
     found = {
-        "text": data_fingerprint(example for source in made.sources for example in source.examples),
+        "text": data_fingerprint(example for source in assembly.sources for example in source.examples),
         "heldout_text": heldout.hexdigest(),
-        "tokenizer": tokenizer_fingerprint(made.tokenizer),
-        "teacher_weights": _weights(made.teacher_plan),
-        "student_weights": made.student_revision or made.kept or weights_checksum(made.student),
+        "tokenizer": tokenizer_fingerprint(assembly.tokenizer),
+        "teacher_weights": _weights(assembly.teacher_plan),
+        "student_weights": assembly.student_revision or assembly.kept or weights_checksum(assembly.student),
         "ranks": ranks(),
-        "precision": made.precision.name,
+        "precision": assembly.precision.name,
         "threads": torch.get_num_threads(),
     }
-    if made.text is not None and made.text.template.dated:
-        found["date"] = made.text.template.moment
+    if assembly.text is not None and assembly.text.template.dated:
+        found["date"] = assembly.text.template.moment
     assert set(found) <= set(FACTS)
     return found
 
@@ -228,11 +227,11 @@ def _weights(plan: Any) -> Any:
     """The commit, checksum or fingerprint a teacher's weights are known by; None where its plan knows none."""
     if isinstance(plan, SeveralPlan):
         return [_weights(each) for each in plan.plans]
-    if isinstance(plan, RemotePlan | OwnPlan):
+    if isinstance(plan, ServerPlan):
         return None if plan.fingerprint is None else plan.fingerprint.noted()
     if isinstance(plan, CachePlan):
-        said = plan.index["teacher"]
-        return {key: said.get(key) for key in ("revision", "weights", "fingerprint")}
+        teacher = plan.index["teacher"]
+        return {key: teacher.get(key) for key in ("revision", "weights", "fingerprint")}
     if plan.revision is None and isinstance(plan, ModelPlan):
         return weights_checksum(plan.loaded().model)
     return plan.revision
@@ -247,7 +246,7 @@ def same_servers(plan: Any, noted: Any, allowed: Sequence[str] = ()) -> None:
     if isinstance(plan, SeveralPlan) and isinstance(noted, list) and len(noted) == len(plan.plans):
         for each, one in zip(plan.plans, noted, strict=True):
             same_servers(each, one)
-    elif isinstance(plan, RemotePlan | OwnPlan):
+    elif isinstance(plan, ServerPlan):
         plan.went_on(noted)
 
 
@@ -285,10 +284,15 @@ def identity(recipe: Any, facts: Mapping[str, Any] | None = None) -> dict[str, A
 def same_recipe(folder: Path, recipe: Any, allowed: Sequence[str] = ()) -> dict[str, Any]:
     """What run.json says; ConfigError where its recipe is another one."""
     stored = at_defaults(read_run(folder), recipe)
-    said = {key: value for key, value in stored.items() if key not in FACTS}
+    same = {key: value for key, value in stored.items() if key not in FACTS}
     names = [name for name in allowed if name not in FACTS]
-    check_same(said, identity(recipe), names, where=f"training.output_dir = {folder}")
+    check_same(same, identity(recipe), names, where=f"training.output_dir = {folder}")
     return stored
+
+
+def hash_of(run: Mapping[str, Any]) -> str:
+    """The xxh3-128 of what a run is made of, which its checkpoints name."""
+    return xxhash.xxh3_128(json_bytes(dict(run))).hexdigest()
 
 
 def at_defaults(stored: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
@@ -315,16 +319,24 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def check_same(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], allowed: Sequence[str], *, where: str
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    allowed: Sequence[str],
+    *,
+    where: str,
+    remedy: str = "Name a new training.output_dir, or allow it: --allow-change {key}",
 ) -> None:
     """ConfigError with a line for each key of a run that differs and is not allowed to by name.
 
-    A name allows its key and all below it: ``objective`` allows ``objective.beta``.
+    A name allows its key and all below it: ``objective`` allows ``objective.beta``. remedy: the last line of the
+    message, {key} being the first key that differs.
     """
     keys = sorted({*stored, *wanted})
     for name in allowed:
         if not any(_below(key, name) for key in keys):
-            raise ConfigError(f"--allow-change {name}: no such key.{did_you_mean(name, keys)}")
+            raise ConfigError(
+                f"a change of {name} is allowed, and there is no such key.{did_you_mean(name, keys)}"
+            )
     differ = [
         key
         for key in keys
@@ -334,16 +346,12 @@ def check_same(
     if not differ:
         return
     lines = [
-        f"  {key}: {_short(stored.get(key, _ABSENT))} in the run, {_short(wanted.get(key, _ABSENT))} now"
-        for key in differ[:MOST_TOLD]
+        f"  {key}: {_shown(stored.get(key, _ABSENT))} in the run, {_shown(wanted.get(key, _ABSENT))} now"
+        for key in differ[:MOST_SHOWN]
     ]
-    if len(differ) > MOST_TOLD:
-        lines[-1] = f"  and {len(differ) - MOST_TOLD + 1} more: {', '.join(differ[MOST_TOLD - 1 :])}"
-    raise ConfigError(
-        f"{where} is another run:\n"
-        + "\n".join(lines)
-        + f"\nName a new training.output_dir, or allow it: --allow-change {differ[0]}"
-    )
+    if len(differ) > MOST_SHOWN:
+        lines[-1] = f"  and {len(differ) - MOST_SHOWN + 1} more: {', '.join(differ[MOST_SHOWN - 1 :])}"
+    raise ConfigError(f"{where} is another run:\n" + "\n".join([*lines, remedy.replace("{key}", differ[0])]))
 
 
 def _below(key: str, name: str) -> bool:
@@ -366,8 +374,5 @@ def flat(value: Any, under: str = "") -> dict[str, Any]:
     return {} if under in FREE else {under: value}
 
 
-def _short(value: Any) -> str:
-    if value is _ABSENT:
-        return "nothing"
-    told = json.dumps(value, ensure_ascii=True)
-    return told if len(told) <= 60 else told[:57] + "..."
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else abridged(json.dumps(value, ensure_ascii=True))

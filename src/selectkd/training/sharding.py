@@ -33,7 +33,7 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
 
     Reads configurations, no weights.
     """
-    training, told = recipe.training, []
+    training, parts = recipe.training, []
     wanted: list[tuple[str, Any, Any]] = []
     if training.sharding is not None:
         student = recipe.student
@@ -56,8 +56,8 @@ def check_sharding(recipe: Any, device: torch.device) -> str | None:
         spread = Spread.of(training.sharding, key)
         if model is not None and model != PACKAGED and Path(model).suffix.lower() != ".gguf":
             parts_of(spread, load_shape(model, revision=revision))
-        told.append(f"{key}: over {spread.fsdp} ranks, {spread.replicate} times")
-    return "; ".join(told) or None
+        parts.append(f"{key}: over {spread.fsdp} ranks, {spread.replicate} times")
+    return "; ".join(parts) or None
 
 
 def _cut_from(recipe: Any) -> tuple[Any, Any]:
@@ -81,7 +81,7 @@ def as_launched(recipe: Any) -> Iterator[Any]:
     if os.environ.get(_ENVIRONMENT, "false").lower() != "true":
         yield recipe
         return
-    for name, wrong, told in (
+    for name, wrong, remedy in (
         ("FSDP_VERSION", lambda value: value != "2", "FSDP 1 is not supported. Start with --fsdp_version 2"),
         ("FSDP_OFFLOAD_PARAMS", _true, "weights in main memory are not. Leave --fsdp_offload_params out"),
         ("FSDP_ACTIVATION_CHECKPOINTING", _true, "the recipe says it: training.gradient_checkpointing: true"),
@@ -93,7 +93,7 @@ def as_launched(recipe: Any) -> Iterator[Any]:
     ):
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else "false")
         if wrong(value):
-            raise ConfigError(f"the run was started by accelerate with {name} = {value}: {told}.")
+            raise ConfigError(f"the run was started by accelerate with {name} = {value}: {remedy}.")
     if recipe.training.sharding is None:
         training = recipe.training.model_copy(update={"sharding": Sharding()})
         recipe = recipe.model_copy(update={"training": training})

@@ -22,7 +22,7 @@ from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, FirstPass, LossPlan
 from selectkd.loss.terms import Forward, weighted_sum
 from selectkd.models.devices import out_of_memory
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of, unwrapped
 from selectkd.models.sharded import at_work, average_gradients, head_whole, held_by, inside, is_sharded
 from selectkd.objective.objective import Objective
@@ -127,8 +127,7 @@ class DistillationModel(nn.Module):
         head = head_of(self.student)
         offload = self.offload and batch.input_ids.device.type != "cpu"
         with activations_offloaded(self.student) if offload else contextlib.nullcontext():
-            hidden = last_hidden(self.student, batch)  # [b, t, d]
-        rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
+            rows = hidden_rows(self.student, batch, seen.position)  # [n, d]
         teacher = self.teacher(batch, seen.position) if plan.teacher is None else plan.teacher
         here = Forward(
             rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.options,

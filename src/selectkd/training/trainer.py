@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,18 +11,20 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from selectkd.errors import ConfigError
 from selectkd.loss.plan import FirstPass
-from selectkd.models.devices import use_device
 from selectkd.models.sharded import is_sharded, plain_copy, whole
+from selectkd.training.arguments import check_arguments
 from selectkd.training.checkpoint import Checkpoints
+from selectkd.training.checkpoint.parts import Named, OptimizerState, Weights
 from selectkd.training.counts import rank, ranks
-from selectkd.training.feed import Feed
-from selectkd.training.first_pass import Portion
+from selectkd.training.feed import BatchFeed
+from selectkd.training.first_pass import MicroBatch
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import AfterStep, OnLine, register_engine
 from selectkd.training.optimizer import decaying
 from selectkd.training.step import DistillationModel
+
+OnLine = Callable[[dict[str, Any]], None]
+AfterStep = Callable[[int], bool]
 
 
 class LedgerTrainer(Trainer):
@@ -46,7 +48,7 @@ class LedgerTrainer(Trainer):
     def __init__(
         self,
         model: DistillationModel,
-        feed: Feed,
+        feed: BatchFeed,
         ledger: Ledger,
         args: TrainingArguments,
         *,
@@ -75,7 +77,7 @@ class LedgerTrainer(Trainer):
         self.on_line, self.after_step, self.checkpoints = on_line, after_step, checkpoints
         if checkpoints is not None:
             checkpoints.register("ledger", ledger)
-        self._rate, self._asked_at, self._begun = 0.0, 0, False
+        self._rate, self._ended, self._begun = 0.0, 0, False
         self.add_callback(_Steps(self))
 
     @property
@@ -94,15 +96,15 @@ class LedgerTrainer(Trainer):
         if self.checkpoints is not None and not self._begun:
             self.checkpoints.begin()
         self._begun = True
-        return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)], self._ask), None
+        return self.ledger.begin([next(epoch_iterator) for _ in range(num_batches)], self._first_pass), None
 
     @torch.no_grad()
-    def _ask(self, portion: Portion, first: FirstPass) -> list[Tensor]:
+    def _first_pass(self, micro: MicroBatch, first: FirstPass) -> list[Tensor]:
         """A first pass over a micro-batch, by the wrapped model as its loss will be."""
         model: Any = self.model_wrapped
         model.train()
         with self.compute_loss_context_manager():
-            return model(portion.batch, portion.row_scale, portion.uniform, first)
+            return model(micro.batch, micro.row_scale, micro.uniform, first)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs
@@ -112,25 +114,29 @@ class LedgerTrainer(Trainer):
         return 0
 
     def compute_loss(
-        self, model: nn.Module, inputs: Portion, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The distillation loss of one micro-batch, computed inside the wrapped forward."""
         loss, sums = model(inputs.batch, inputs.row_scale, inputs.uniform, inputs.plan)
         self.ledger.add(inputs, loss, sums)
         return (loss, sums) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Portion, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the last one the gradient is finished."""
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         if inputs.last:
             self.distillation.finish_gradient()
-            self.ledger.settle(model.parameters())
+            self.ledger.reduce(model.parameters())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = whole(norm) if isinstance(norm, Tensor) else norm
-        if not self.ledger.accept(norm):  # type: ignore[arg-type]
+        if not self.ledger.close_step(norm):  # type: ignore[arg-type]
             # AdamW leaves a parameter without a gradient, and its state, alone
             model.zero_grad(set_to_none=True)
         return norm
@@ -157,8 +163,8 @@ class LedgerTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
         super()._maybe_log_save_evaluate(*given, **named)
         step = self.state.global_step
-        if step != self._asked_at:
-            self._asked_at = step
+        if step != self._ended:
+            self._ended = step
             if self.after_step is not None and self.after_step(step):
                 self.control.should_training_stop = True
             self.student.train()
@@ -168,9 +174,9 @@ class LedgerTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student as a plain Hugging Face folder, put together first where it lies in parts over the ranks."""
         if is_sharded(self.student):
-            made = plain_copy(self.student)
-            if made is not None:
-                self._write(made, output_dir)
+            plain = plain_copy(self.student)
+            if plain is not None:
+                self._write(plain, output_dir)
             self.accelerator.wait_for_everyone()
             return
         super().save_model(output_dir, _internal_call)
@@ -189,36 +195,6 @@ class LedgerTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
 
-def check_arguments(args: TrainingArguments) -> None:
-    """ConfigError for arguments that would change the loss behind our back, and for DeepSpeed."""
-    if args.label_smoothing_factor != 0:
-        raise ConfigError(
-            f"label_smoothing_factor = {args.label_smoothing_factor}: the loss has no smoothing. Set it to 0."
-        )
-    if args.mixed_precision not in ("no", "bf16"):
-        raise ConfigError(
-            f"mixed precision {args.mixed_precision}: a row's gradient of the loss is below fp16's range, where "
-            "loss scaling does not reach it. Use bf16=True, or float32 with tf32=True."
-        )
-    if args.deepspeed or args.deepspeed_plugin is not None:
-        raise ConfigError(
-            "the arguments ask for DeepSpeed, which takes the optimizer step before a bad one can be left out. "
-            "Leave deepspeed and --use_deepspeed out; FSDP2 shards the student: "
-            "`accelerate launch --use_fsdp --fsdp_version 2`."
-        )
-
-
-def on_device(args: TrainingArguments, device: torch.device) -> None:
-    """Has the Trainer train on ``device``: alone in its process it would take the first GPU, whichever is current."""
-    if args.world_size == 1 and args.device != device:
-        state: Any = args.distributed_state
-        state.device = device
-        args.__dict__["_setup_devices"] = (
-            device  # a cached property, so this is the answer it gives from now on
-        )
-        use_device(device)
-
-
 class _Steps(TrainerCallback):
     """Takes up a saved run where training begins; notes the learning rate a step is taken with."""
 
@@ -228,14 +204,14 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         if trainer.checkpoints is not None:
-            register_engine(
+            register_training(
                 trainer.checkpoints,
                 trainer.distillation,
                 trainer.feed,
                 trainer.optimizer,
                 trainer.lr_scheduler,
             )
-            state.global_step = trainer._asked_at = trainer.ledger.step
+            state.global_step = trainer._ended = trainer.ledger.step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         optimizer: Any = self.trainer.optimizer
@@ -244,3 +220,14 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= args.max_steps:
             control.should_log = True
+
+
+def register_training(
+    checkpoints: Checkpoints, model: DistillationModel, feed: BatchFeed, optimizer: Any, scheduler: Any
+) -> None:
+    """Adds the parts of a run that train to its checkpoints; where the run goes on, all have their state afterwards."""
+    checkpoints.register("student", Weights(model.student), heavy=True)
+    checkpoints.register("optimizer", OptimizerState(optimizer), heavy=True)
+    checkpoints.register("scheduler", scheduler, heavy=True)
+    checkpoints.register("feed", feed)
+    checkpoints.register("loss", Named(model, "chunk"))

@@ -19,15 +19,16 @@ from selectkd.rollouts.generate import Completion, Request, ends_of, generate, p
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
 from selectkd.rollouts.store import TextStore
-from selectkd.training.assembly import assemble, prepare
+from selectkd.training.assembly import assemble
+from selectkd.training.checks import prepare
 
 BATCH = 64
 """Prompts between two writes to the file: what a kill can cost."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be written. by: teacher, student or both; copies: texts of each prompt; server: writes in the
+class WritingJob:
+    """The texts to write. by: teacher, student or both; copies: texts of each prompt; server: writes in the
     teacher's place.
     """
 
@@ -49,7 +50,9 @@ class WrittenFile:
     tokens: int
 
 
-def wish_of(recipe: Any, by: str | None, *, copies: int = 1, server: CompletionServer | None = None) -> Wish:
+def job_of(
+    recipe: Any, by: str | None, *, copies: int = 1, server: CompletionServer | None = None
+) -> WritingJob:
     """What the recipe's policy asks for: its writer and its sampling, or ``by`` instead of its writer."""
     policy = recipe.data.policy
     writers = {"student": ("student",), "adaptive": ("student",), "pairs": ("teacher", "student")}
@@ -63,11 +66,11 @@ def wish_of(recipe: Any, by: str | None, *, copies: int = 1, server: CompletionS
     asked = dict(policy)
     sampling = Sampling(asked.get("temperature", 1.0), asked.get("top_p", 1.0), asked.get("top_k"))
     most = asked.get("max_new_tokens") or recipe.data.max_new_tokens
-    return Wish(chosen, sampling, copies, most, server)
+    return WritingJob(chosen, sampling, copies, most, server)
 
 
 def write(
-    recipe: Any, file: Path, wish: Wish, *, device: torch.device | str = "cpu",
+    recipe: Any, file: Path, job: WritingJob, *, device: torch.device | str = "cpu",
     on_texts: Callable[[int, int], None] | None = None,
 ) -> WrittenFile:  # fmt: skip
     """Writes the texts that ``file`` does not hold yet; the prompts are those of the recipe's training text.
@@ -88,25 +91,25 @@ def write(
     fits = [turn for turn in turns.values() if turn.prompt and len(turn.prompt) < room]
     if not fits:
         raise DataError("no prompt leaves room for an answer. Raise training.max_length.")
-    writers = _writers(recipe, plan, wish, device)
-    for name in wish.by:
-        store.check(_said(name, writers[name], wish, seed))
+    writers = _writers(recipe, plan, job, device)
+    for name in job.by:
+        store.check(_origin_of(name, writers[name], job, seed))
     asked = [
-        (name, Request(turn.prompt, min(wish.max_new_tokens or room, room - len(turn.prompt)), copy))
-        for name in wish.by
+        (name, Request(turn.prompt, min(job.max_new_tokens or room, room - len(turn.prompt)), copy))
+        for name in job.by
         for turn in fits
-        for copy in range(wish.copies)
+        for copy in range(job.copies)
     ]
     missing = [(name, one) for name, one in asked if not store.holds(name, one.prompt, one.copy)]
     written = tokens = 0
-    for name in wish.by:
-        mine = [request for other, request in missing if other == name]
-        for start in range(0, len(mine), BATCH):
-            part = mine[start : start + BATCH]
-            texts = writers[name].write(part, wish, plan.tokenizer, seed)
-            said = _said(name, writers[name], wish, seed)
+    for name in job.by:
+        requests = [request for other, request in missing if other == name]
+        for start in range(0, len(requests), BATCH):
+            part = requests[start : start + BATCH]
+            texts = writers[name].write(part, job, plan.tokenizer, seed)
+            origin = _origin_of(name, writers[name], job, seed)
             store.add(
-                _record(request, text, said, plan.tokenizer)
+                _record(request, text, origin, plan.tokenizer)
                 for request, text in zip(part, texts, strict=True)
                 if text.ids
             )
@@ -131,25 +134,27 @@ class _Writer:
     source: str
     revision: str | None
 
-    def write(self, requests: Sequence[Request], wish: Wish, tokenizer: Any, seed: int) -> list[Completion]:
+    def write(
+        self, requests: Sequence[Request], job: WritingJob, tokenizer: Any, seed: int
+    ) -> list[Completion]:
         if isinstance(self.model, CompletionServer):
             end = min(ends_of(tokenizer), default=None)
-            return self.model.complete(requests, wish.sampling, tokenizer=tokenizer, end=end, seed=seed)
+            return self.model.complete(requests, job.sampling, tokenizer=tokenizer, end=end, seed=seed)
         return generate(
             [self.model],
             requests,
-            Draw(wish.sampling),
+            Draw(job.sampling),
             ends=ends_of(tokenizer, self.model),
             width=len(tokenizer),
             seed=seed,
         )
 
 
-def _writers(recipe: Any, plan: Any, wish: Wish, device: torch.device | str) -> dict[str, _Writer]:
+def _writers(recipe: Any, plan: Any, job: WritingJob, device: torch.device | str) -> dict[str, _Writer]:
     found: dict[str, _Writer] = {}
-    if "teacher" in wish.by and wish.server is not None:
-        found["teacher"] = _Writer(wish.server, f"{wish.server.model} at {wish.server.url}", None)
-    elif "teacher" in wish.by:
+    if "teacher" in job.by and job.server is not None:
+        found["teacher"] = _Writer(job.server, f"{job.server.model} at {job.server.url}", None)
+    elif "teacher" in job.by:
         if plan.teacher.model is None or plan.teacher.payload != "live":
             raise ConfigError(
                 f"{plan.teacher.source} is no model in memory that could write. Use teacher: {{model: ...}}, or "
@@ -157,16 +162,16 @@ def _writers(recipe: Any, plan: Any, wish: Wish, device: torch.device | str) -> 
             )
         loaded = plan.teacher.loaded().on(device)
         found["teacher"] = _Writer(loaded.model, plan.teacher.source, loaded.revision)
-    if "student" in wish.by:
+    if "student" in job.by:
         with tempfile.TemporaryDirectory() as empty:  # nothing is left in a run folder
             training = recipe.training.model_copy(update={"output_dir": empty})
-            made = assemble(recipe.model_copy(update={"training": training}), device=device)
-        found["student"] = _Writer(made.student, made.student_source, made.student_revision)
+            assembly = assemble(recipe.model_copy(update={"training": training}), device=device)
+        found["student"] = _Writer(assembly.student, assembly.student_source, assembly.student_revision)
     return found
 
 
-def _said(name: str, writer: _Writer, wish: Wish, seed: int) -> dict[str, Any]:
-    sampling = {**asdict(wish.sampling), "max_new_tokens": wish.max_new_tokens}
+def _origin_of(name: str, writer: _Writer, job: WritingJob, seed: int) -> dict[str, Any]:
+    sampling = {**asdict(job.sampling), "max_new_tokens": job.max_new_tokens}
     return {
         "written_by": name,
         "model": writer.source,
@@ -176,13 +181,13 @@ def _said(name: str, writer: _Writer, wish: Wish, seed: int) -> dict[str, Any]:
     }
 
 
-def _record(request: Request, text: Completion, said: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _record(request: Request, text: Completion, origin: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     prompt = list(request.prompt)
     shown = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(text.ids)}
     return {
         "input_ids": [*prompt, *text.ids],
         "completion_mask": [0] * len(prompt) + [1] * len(text.ids),
-        **said,
+        **origin,
         "copy": request.copy,
         "ended": text.ended,
         "shown": shown,

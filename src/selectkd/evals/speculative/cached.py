@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from selectkd.errors import ConfigError
 from selectkd.models.shape import UPSTREAM_ERRORS
+from selectkd.rollouts.kv_decoder import agree
 
 TRIED = 6
 """Tokens that a model's cache is tried on, three of which are forgotten."""
@@ -52,11 +53,7 @@ class CachedModel:
             raise
         except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
             return False
-        if again.shape != whole[-3:].shape:
-            return False
-        # half of the digits: a model that does not forget is off by far more
-        off = (again - whole[-3:]).abs().max() / whole.abs().max()
-        return bool(off <= torch.finfo(head.dtype).eps ** 0.5)
+        return agree(again, whole[-3:], head.dtype)
 
     @property
     def width(self) -> int:

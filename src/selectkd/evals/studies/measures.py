@@ -19,8 +19,8 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.evals.heldout import divergence_loss
 from selectkd.evals.landscape import sharpness, top_eigenvalue
-from selectkd.evals.speculative.measure import speculation
-from selectkd.models.forward import last_hidden
+from selectkd.evals.speculative.measure import speculation, timed_alone
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.rollouts.generate import Request, ends_of, generate
 from selectkd.rollouts.rules import Draw
@@ -36,21 +36,21 @@ LANDSCAPE_TEXTS = 16
 BINS = 10
 
 
-def completions(made: Any, recipe: Any) -> Numbers:
+def completions(assembly: Any, recipe: Any) -> Numbers:
     """Greedy completions of the held-out prompts. exact_match: the share that equals the text's, blanks at both ends
     aside, the accuracy where that is the one right answer. parse_rate: the share that is Python, prompt and completion
     together.
     """
-    turns = [turn for batch in made.heldout for turn in last_turns(batch)]
-    ends = ends_of(made.tokenizer, made.student)
+    turns = [turn for batch in assembly.heldout for turn in last_turns(batch)]
+    ends = ends_of(assembly.tokenizer, assembly.student)
     written = generate(
-        [made.student],
+        [assembly.student],
         [Request(tuple(turn.prompt), len(turn.completion) + ROOM) for turn in turns],
-        Draw(Sampling(0.0, 1.0)), ends=ends, width=len(made.tokenizer), pad_id=pad_id_of(made.tokenizer),
+        Draw(Sampling(0.0, 1.0)), ends=ends, width=len(assembly.tokenizer),
     )  # fmt: skip
 
     def text(ids: Any) -> str:
-        return made.tokenizer.decode([one for one in ids if one not in ends], skip_special_tokens=True)
+        return assembly.tokenizer.decode([one for one in ids if one not in ends], skip_special_tokens=True)
 
     pairs = [(turn, text(one.ids)) for turn, one in zip(turns, written, strict=True)]
     right = [answer.strip() == text(turn.completion).strip() for turn, answer in pairs]
@@ -67,17 +67,16 @@ def _parses(source: str) -> bool:
 
 
 @torch.no_grad()
-def calibration(made: Any, recipe: Any) -> Numbers:
+def calibration(assembly: Any, recipe: Any) -> Numbers:
     """calibration_error: the mean gap, over BINS bins of confidence weighted by their tokens, between the student's
     probability of its best token and how often that is the text's.
 
     Source: Guo et al., On calibration of modern neural networks (arXiv 1706.04599), equation 3.
     """
     sure, right = [], []
-    for batch in made.heldout:
-        seen, head = supervised(batch), head_of(made.student)
-        hidden = last_hidden(made.student, batch)
-        logits = head.logits(hidden.reshape(-1, hidden.shape[-1])[seen.position])  # [n, v]
+    for batch in assembly.heldout:
+        seen, head = supervised(batch), head_of(assembly.student)
+        logits = head.logits(hidden_rows(assembly.student, batch, seen.position))  # [n, v]
         best = torch.softmax(logits.float(), -1).max(-1)
         sure.append(best.values.cpu())
         right.append((best.indices == seen.labels).float().cpu())
@@ -87,16 +86,16 @@ def calibration(made: Any, recipe: Any) -> Numbers:
     return {"calibration_error": sum(gaps) / len(confidence)}
 
 
-def draft(made: Any, recipe: Any) -> Numbers:
+def draft(assembly: Any, recipe: Any) -> Numbers:
     """The student as the draft of its teacher on held-out prompts, greedy: draft_acceptance, the measured draft_speedup
     over the teacher alone, and draft_exact, 1 where the texts are the teacher's own.
     """
-    target = _teacher_model(made, "draft")
-    turns = [turn for batch in made.heldout for turn in last_turns(batch)][:DRAFTED]
-    found = speculation(
-        target, made.student, [torch.tensor(turn.prompt) for turn in turns], draft_length=DRAFT_LENGTH,
-        max_new_tokens=DRAFT_TOKENS, eos=ends_of(made.tokenizer, target),
-    )  # fmt: skip
+    target = _teacher_model(assembly, "draft")
+    turns = [turn for batch in assembly.heldout for turn in last_turns(batch)][:DRAFTED]
+    prompts = [torch.tensor(turn.prompt) for turn in turns]
+    ends = ends_of(assembly.tokenizer, target)
+    alone = timed_alone(target, prompts, max_new_tokens=DRAFT_TOKENS, eos=ends)
+    found = speculation(target, assembly.student, prompts, draft_length=DRAFT_LENGTH, alone=alone)
     return {
         "draft_acceptance": found.acceptance.value,
         "draft_speedup": found.speedup_measured,
@@ -104,21 +103,21 @@ def draft(made: Any, recipe: Any) -> Numbers:
     }
 
 
-def sharp(made: Any, recipe: Any) -> Numbers:
+def sharp(assembly: Any, recipe: Any) -> Numbers:
     """top_eigenvalue of the Hessian of held-out KL, and sharpness, its mean rise under random kicks of a tenth of each
     row's norm."""
-    target = _teacher_model(made, "sharpness")
-    examples = [one for batch in made.heldout for one in examples_of(batch)][:LANDSCAPE_TEXTS]
-    made.student.eval()
-    loss = divergence_loss(made.student, target, collate(examples, pad_id=pad_id_of(made.tokenizer)))
-    weights = list(made.student.parameters())
+    target = _teacher_model(assembly, "sharpness")
+    examples = [one for batch in assembly.heldout for one in examples_of(batch)][:LANDSCAPE_TEXTS]
+    assembly.student.eval()
+    loss = divergence_loss(assembly.student, target, collate(examples, pad_id=pad_id_of(assembly.tokenizer)))
+    weights = list(assembly.student.parameters())
     return {"top_eigenvalue": top_eigenvalue(weights, loss), "sharpness": sharpness(weights, loss).value}
 
 
-def _teacher_model(made: Any, measure: str) -> Any:
-    if not isinstance(made.teacher, LiveTeacher):
+def _teacher_model(assembly: Any, measure: str) -> Any:
+    if not isinstance(assembly.teacher, LiveTeacher):
         raise ConfigError(f"measures: {measure} needs a teacher in memory; set teacher to {{model: ...}}.")
-    return made.teacher.model
+    return assembly.teacher.model
 
 
 MEASURES: Mapping[str, Callable[[Any, Any], Numbers]] = MappingProxyType(

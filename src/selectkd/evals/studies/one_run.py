@@ -167,7 +167,7 @@ def held_out(assembly: Any, seed: int) -> dict[str, Any]:
         raise ConfigError("a comparison needs held-out text; set data.evaluation to {path: ...} or a share.")
     each = each_sequence(
         assembly.student, assembly.teacher, assembly.heldout, seed=seed, streams=assembly.streams,
-        device=next(assembly.student.parameters()).device, precision=assembly.precision,
+        precision=assembly.precision,
     )  # fmt: skip
     tokens = sum(one.tokens for one in each)
 

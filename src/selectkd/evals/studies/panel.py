@@ -13,7 +13,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import DataError
 from selectkd.loss.options import LossOptions
 from selectkd.loss.terms import Forward
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import evaluating, hidden_rows
 from selectkd.models.head import head_of
 from selectkd.objective.divergences import forward_kl
 from selectkd.objective.pair import TokenPair, entropy
@@ -88,7 +88,6 @@ def panel(
     beta: float = 0.01,
     seed: int = 0,
     chunk: int | None = None,
-    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """What every gate would do with the same rows: {n, beta, gates: {name: {...}}, jaccard: {name: {name: x}}}.
 
@@ -99,14 +98,13 @@ def panel(
     training. The student keeps its mode. Raises DataError where no row is trained.
     """
     member = _Panel(members)
-    was_training = student.training
-    student.eval()
     accepted: dict[str, list[Tensor]] = {name: [] for name in members}
     own: list[Tensor] = []
     places: list[Tensor] = []
-    try:
+    device = head_of(student).weight.device
+    with evaluating(student):
         for batch in batches:
-            batch = batch if device is None else batch.to(device)
+            batch = batch.to(device)
             seen = supervised(batch)
             if not seen.position.shape[0]:
                 continue
@@ -115,8 +113,6 @@ def panel(
             places.append(seen.offset.cpu())
             for name, acceptance in _kept(member, scores, seen.sequence):
                 accepted[name].append(acceptance.double().cpu())
-    finally:
-        student.train(was_training)
     if not own:
         raise DataError("no token of the text is trained, so there is nothing to compare.")
     kl, gradient, surprise = torch.cat(own).T.contiguous()
@@ -155,13 +151,18 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 def _scores(
     student: nn.Module, teacher: Teacher, batch: Any, seen: Any, member: _Panel, seed: int, chunk: int | None
 ) -> Tensor:
-    head = head_of(student)
-    hidden = last_hidden(student, batch)  # [b, t, d]
-    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
+    hidden = hidden_rows(student, batch, seen.position)  # [n, d]
     rows = teacher(batch, seen.position)
     uniform = draws(batch, seen, member.traits.uniforms_per_token, seed=seed, step=0)
     here = Forward(
-        hidden, head, rows, seen.labels, seen.sequence, seen.stream, uniform, LossOptions(chunk=chunk)
+        hidden,
+        head_of(student),
+        rows,
+        seen.labels,
+        seen.sequence,
+        seen.stream,
+        uniform,
+        LossOptions(chunk=chunk),
     )
     return here.scores(member)
 

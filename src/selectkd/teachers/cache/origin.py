@@ -14,7 +14,7 @@ from selectkd.data.collate import collate
 from selectkd.data.render import Example
 from selectkd.data.supervised import supervised
 from selectkd.loss.head import Head
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded
 from selectkd.models.sharded import whole
@@ -92,9 +92,7 @@ def hidden_of(model: nn.Module, records: Sequence[Record]) -> list[torch.Tensor]
         chosen = {place + 1 for place in record.places}
         examples.append(Example(record.ids, [i in chosen for i in range(len(record.ids))]))
     batch = collate(examples, pad_id=0).to(head_of(model).weight.device)
-    seen = supervised(batch)
-    hidden = last_hidden(model, batch)
-    rows = hidden.reshape(-1, hidden.shape[-1])[seen.position]
+    rows = hidden_rows(model, batch, supervised(batch).position)
     return list(rows.split([len(record.places) for record in records]))
 
 
@@ -106,10 +104,17 @@ def head_bytes(head: Head) -> bytes:
     return save(tensors)
 
 
-def weights_checksum(model: nn.Module) -> str:
-    """The xxh3-128 of every weight and buffer, in order of their names; a collective call for a sharded model."""
+def weights_checksum(model: nn.Module, *, frozen: bool = False) -> str:
+    """The xxh3-128 of every weight and buffer, in order of their names; a collective call for a sharded model.
+
+    frozen: without the weights that train.
+    """
     digest = xxhash.xxh3_128()
+    parameters = model.named_parameters(remove_duplicate=False) if frozen else ()
+    trained = {name for name, parameter in parameters if parameter.requires_grad}
     for name, tensor in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
         digest.update(name.encode())
         here: Any = whole(tensor).cpu()
         digest.update(here.contiguous().reshape(-1).view(torch.uint8).numpy())

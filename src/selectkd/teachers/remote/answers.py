@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selectkd.errors import abridged
 from selectkd.teachers.sound import ROUNDING, unsound
 
 CLAMPED = -9999.0
@@ -83,7 +84,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 def of_length(value: Any, count: int, what: str) -> list[Any]:
     """``value``, if it is a list of ``count`` entries."""
     if not isinstance(value, list):
-        raise WrongAnswer(f"{what} is {_short(value)}, not a list")
+        raise WrongAnswer(f"{what} is {abridged(repr(value), 40)}, not a list")
     if len(value) != count:
         raise WrongAnswer(f"{what} has {len(value)} positions, and {count} tokens were sent")
     return value
@@ -92,21 +93,21 @@ def of_length(value: Any, count: int, what: str) -> list[Any]:
 def is_object(value: Any, what: str) -> dict[str, Any]:
     """``value``, if it is an object."""
     if not isinstance(value, dict):
-        raise WrongAnswer(f"{what} is {_short(value)}, not an object")
+        raise WrongAnswer(f"{what} is {abridged(repr(value), 40)}, not an object")
     return value
 
 
 def number(value: Any, what: str) -> float:
     """``value``, if it is a number: no boolean, string or null."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise WrongAnswer(f"{what} is {_short(value)}, not a number")
+        raise WrongAnswer(f"{what} is {abridged(repr(value), 40)}, not a number")
     return float(value) if abs(value) < 1e300 else math.inf
 
 
 def token_id(value: Any, what: str) -> int:
     """``value``, if it is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise WrongAnswer(f"{what} is {_short(value)}, not a token id")
+        raise WrongAnswer(f"{what} is {abridged(repr(value), 40)}, not a token id")
     return value
 
 
@@ -116,7 +117,7 @@ def written_id(text: Any, prefix: str, what: str) -> int:
     if not (digits.isascii() and digits.isdigit() and len(digits) < 10) or (
         digits[0] == "0" and digits != "0"
     ):
-        raise WrongAnswer(f"{what} is named {_short(text)}, which is no token id")
+        raise WrongAnswer(f"{what} is named {abridged(repr(text), 40)}, which is no token id")
     return int(digits)
 
 
@@ -168,7 +169,7 @@ def of_ranks(rows: dict[int, float], ranks: dict[int, Any], where: str) -> None:
         return
     if sorted(rank for rank in listed if isinstance(rank, int)) != list(range(1, len(rows) + 1)):
         raise WrongAnswer(
-            f"{where} has the ranks {_short(listed)}, not 1 to {len(rows)}: one of the best is missing"
+            f"{where} has the ranks {abridged(repr(listed), 40)}, not 1 to {len(rows)}: one of the best is missing"
         )
     by_rank = sorted(rows, key=lambda token: ranks[token])
     for one, other in pairwise(by_rank):
@@ -236,10 +237,5 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {_short(twice)} twice in one object")
+        raise ValueError(f"the key {abridged(repr(twice), 40)} twice in one object")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,4 +1,4 @@
-"""When to save, what is in it, and how a run takes up again: the one place both engines go through."""
+"""When a run saves, which parts a checkpoint holds, and how the run goes on from it."""
 
 from __future__ import annotations
 

@@ -172,17 +172,17 @@ def check(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise IntegrityError(f"the checkpoint {path} has no {MANIFEST}.")
-    said = unsealed(manifest.read_bytes())
-    if said is None:
+    content = unsealed(manifest.read_bytes())
+    if content is None:
         raise IntegrityError(f"the checkpoint {path} is damaged: {MANIFEST} does not match its own checksum.")
-    if said["format"] != FORMAT:
+    if content["format"] != FORMAT:
         raise OtherFormatError(
-            f"the checkpoint {path} has format {said['format']}, this version of selectkd reads {FORMAT}. "
+            f"the checkpoint {path} has format {content['format']}, this version of selectkd reads {FORMAT}. "
             "Go on with the version that wrote it."
         )
-    files = said["files"]
-    if NAME.fullmatch(path.name) and path.name != name_of(said["step"]):
-        raise IntegrityError(f"the checkpoint {path} is damaged: it is a copy of step {said['step']}.")
+    files = content["files"]
+    if NAME.fullmatch(path.name) and path.name != name_of(content["step"]):
+        raise IntegrityError(f"the checkpoint {path} is damaged: it is a copy of step {content['step']}.")
     hidden = {
         file.name for file in path.iterdir() if file.name.startswith(".")
     }  # a file manager's own, never read
@@ -199,7 +199,7 @@ def check(path: Path) -> dict[str, Any]:
             )
         if checksum(path / name) != files[name]["xxh3_128"]:
             raise IntegrityError(f"the checkpoint {path} is damaged: {name} does not match its checksum.")
-    return said
+    return content
 
 
 def newest(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
@@ -233,11 +233,11 @@ def find(folder: Path) -> tuple[Found | None, list[str]]:
         if LEFT.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
     found, damaged = newest(folder)
-    told = [
+    warnings = [
         f"{error} It was moved to {set_aside(path, INVALID)}; the one before it is used."
         for path, error in damaged
     ]
-    return found, told
+    return found, warnings
 
 
 def set_aside(path: Path, where: str) -> Path:

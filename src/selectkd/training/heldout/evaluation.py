@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from selectkd.loss.distillation import distillation_loss
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.loss.token_log_probs import token_log_probs
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import evaluating, hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import inside
 from selectkd.objective.objective import Objective
 from selectkd.teachers.protocol import Teacher
-from selectkd.training.first_pass import Portion
-from selectkd.training.ledger import FIELDS, STREAM_FIELDS, named, rates, step_sums, stream_rates
+from selectkd.training.first_pass import MicroBatch
+from selectkd.training.sums import FIELDS, named, rates, step_sums, stream_rates, zeros
 from selectkd.training.uniforms_of_text import draws
 
 
@@ -64,69 +63,90 @@ def evaluate(
     seed: int = 0,
     streams: Sequence[str] = ("data",),
     chunk: int | None = None,
-    device: torch.device | str | None = None,
     precision: Precision = FP32,
 ) -> Evaluation:
-    """Measures ``student`` on ``batches``; its mode is put back afterwards. The same text gives the same
-    numbers.
+    """Measures ``student`` on ``batches``, on its own device; its mode is put back afterwards.
+
+    The same text gives the same numbers.
     """
     # every row is measured, at its own weight: to thin them out is for training alone
     measured = replace(objective, divergence="forward_kl", thin_rejected=False)
-    was_training = student.training
-    student.eval()
-    total = torch.zeros(len(FIELDS) + len(streams) * len(STREAM_FIELDS), dtype=torch.float64)
+    total = zeros(len(streams))
     surprise = torch.zeros(2, dtype=torch.float64)  # of student and teacher
-    try:
+    device = head_of(student).weight.device
+    with evaluating(student):
         for batch in batches:
-            batch = batch if device is None else batch.to(device)
-            seen = supervised(batch)
-            if not seen.position.shape[0]:
+            batch = batch.to(device)
+            rows = supervised(batch)
+            if not len(rows):
                 continue
-            uniform = draws(batch, seen, measured.uniforms_per_token, seed=seed, step=0)
-            look = partial(_measured, student, teacher, batch, seen, measured, uniform, chunk, precision)
-            loss, sums, own = inside(student, look)
-            sums["kl"], sums["row_kl"] = sums["divergence"], sums["row_divergence"]
-            portion = Portion(batch, seen, torch.empty(0), uniform, last=True)
-            total += step_sums(portion, loss, sums, streams=len(streams)).cpu()
-            surprise += torch.tensor(own, dtype=torch.float64)
-    finally:
-        student.train(was_training)
+            one = _measured(student, teacher, batch, measured, seed=seed, chunk=chunk, precision=precision)
+            sums = {**one.sums, "kl": one.sums["divergence"], "row_kl": one.sums["row_divergence"]}
+            micro = MicroBatch(batch, rows, torch.empty(0), torch.empty(0), last=True)
+            total += step_sums(micro, one.loss, sums, streams=len(streams)).cpu()
+            surprise += torch.tensor(one.surprise, dtype=torch.float64)
     sums, n = named(total), float(total[FIELDS.index("n")])
-    told = {name: math.nan if value is None else value for name, value in rates(sums).items()}
+    measures = {name: math.nan if value is None else value for name, value in rates(sums).items()}
     mean = [float(value) / n if n else math.nan for value in surprise]
     return Evaluation(
-        kl=told["kl"],
+        kl=measures["kl"],
         perplexity=_exp(mean[0]),
         teacher_perplexity=None if math.isnan(mean[1]) else _exp(mean[1]),
-        tar=told["tar"],
-        acceptance=told["acceptance"],
-        bite=told["bite"],
-        overlap=told["overlap"],
+        tar=measures["tar"],
+        acceptance=measures["acceptance"],
+        bite=measures["bite"],
+        overlap=measures["overlap"],
         tokens=int(n),
         sequences=int(sums["sequences"]),
         streams=stream_rates(total, streams),
-        unverified=told["unverified"],
+        unverified=measures["unverified"],
     )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The loss and sums of a batch; surprise: -log of its own tokens' probability, summed, by student and teacher.
+
+    The teacher's is nan where its rows do not say.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    surprise: tuple[float, float]
+
+
 def _measured(
-    student: nn.Module, teacher: Teacher, batch: Any, seen: Any, measured: Objective, uniform: Tensor,
-    chunk: int | None, precision: Precision,
-) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:  # fmt: skip
-    """(loss, sums, the surprise of student and teacher, NaN where the teacher's is not known) of a batch."""
-    head = head_of(student)
-    with precision.autocast(batch.input_ids.device):
-        hidden = last_hidden(student, batch)  # [b, t, d]
-    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]  # [n, d]
-    rows = teacher(batch, seen.position)
-    with precision.autocast(hidden.device):
-        loss, sums = distillation_loss(
-            hidden, head, rows, measured, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
-        )
-        own = negative_log_likelihood(hidden, head, seen.labels, chunk=chunk)
-    known = isinstance(rows, LiveRows)
-    theirs = negative_log_likelihood(rows.hidden, rows.head, seen.labels, chunk=chunk) if known else math.nan
-    return loss, sums, (own, theirs)
+    student: nn.Module,
+    teacher: Teacher,
+    batch: Any,
+    objective: Objective,
+    *,
+    seed: int,
+    chunk: int | None,
+    precision: Precision,
+    surprise: bool = True,
+) -> _Measured:
+    rows = supervised(batch)
+    uniform = draws(batch, rows, objective.uniforms_per_token, seed=seed, step=0)
+
+    def measure() -> _Measured:
+        head = head_of(student)
+        with precision.autocast(batch.input_ids.device):
+            hidden = hidden_rows(student, batch, rows.position)  # [n, d]
+        of_teacher = teacher(batch, rows.position)
+        own = theirs = math.nan
+        with precision.autocast(hidden.device):
+            loss, sums = distillation_loss(
+                hidden, head, of_teacher, objective, uniform, chunk=chunk, labels=rows.labels,
+                sequence=rows.sequence,
+            )  # fmt: skip
+            if surprise:
+                own = negative_log_likelihood(hidden, head, rows.labels, chunk=chunk)
+        if surprise and isinstance(of_teacher, LiveRows):
+            theirs = negative_log_likelihood(of_teacher.hidden, of_teacher.head, rows.labels, chunk=chunk)
+        return _Measured(loss, sums, (own, theirs))
+
+    return inside(student, measure)
 
 
 @torch.no_grad()
@@ -147,31 +167,11 @@ def probe(
     precision: Precision = FP32,
 ) -> Tensor:
     """The acceptance of each row of one fixed batch, [n], from the same uniform numbers every time."""
-    seen = supervised(batch)
-    was_training = student.training
-    student.eval()
-    try:
-        uniform = draws(batch, seen, objective.uniforms_per_token, seed=seed, step=0)
-        look = partial(_verdicts, student, teacher, batch, seen, objective, uniform, chunk, precision)
-        return inside(student, look)
-    finally:
-        student.train(was_training)
-
-
-def _verdicts(
-    student: nn.Module, teacher: Teacher, batch: Any, seen: Any, objective: Objective, uniform: Tensor,
-    chunk: int | None, precision: Precision,
-) -> Tensor:  # fmt: skip
-    head = head_of(student)
-    with precision.autocast(batch.input_ids.device):
-        hidden = last_hidden(student, batch)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[seen.position]
-    rows = teacher(batch, seen.position)
-    with precision.autocast(hidden.device):
-        sums = distillation_loss(
-            hidden, head, rows, objective, uniform, chunk=chunk, labels=seen.labels, sequence=seen.sequence
-        )[1]
-    return sums["row_acceptance"]
+    with evaluating(student):
+        one = _measured(
+            student, teacher, batch, objective, seed=seed, chunk=chunk, precision=precision, surprise=False
+        )
+    return one.sums["row_acceptance"]
 
 
 def _exp(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What a run sees of its student as it goes on: held-out measures, the probe, the best student, when to stop."""
+"""A run's student as it goes on: held-out measures, the probe, the best student, when to stop."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _EVALUATIONS = ("latest", "best_seen", "before")
 
 
 class Watch:
-    """Looks at held-out text and the probe as a run goes on; keeps the best student; says when to stop."""
+    """Measures held-out text and the probe as a run goes on, keeps the best student and says when to stop."""
 
-    def __init__(self, recipe: Any, made: Assembly, log: MetricsLog, device: torch.device) -> None:
-        self.recipe, self.made, self.log, self.device = recipe, made, log, device
+    def __init__(self, recipe: Any, assembly: Assembly, log: MetricsLog, device: torch.device) -> None:
+        self.recipe, self.assembly, self.log, self.device = recipe, assembly, log, device
         self.every = recipe.training.evaluate_every
         stopping = recipe.training.early_stopping
         self.patience = None if stopping is None else stopping.patience
@@ -47,13 +47,13 @@ class Watch:
         return self.patience is not None and self.worse >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far, the best student included."""
+        """The measures so far, the best student included."""
         state: dict[str, Any] = {name: vars(self)[name] for name in _PLAIN}
         state["breakdown"] = None if self.breakdown is None else asdict(self.breakdown)
-        return state | {name: told(vars(self)[name]) for name in _EVALUATIONS}
+        return state | {name: _as_dict(vars(self)[name]) for name in _EVALUATIONS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Looks are compared with the saved ones from here on."""
+        """From here on measures are compared with the saved ones."""
         for name in _PLAIN:
             setattr(self, name, state[name])
         for name in _EVALUATIONS:
@@ -63,21 +63,21 @@ class Watch:
         if state["breakdown"] is not None:
             self.breakdown = Breakdown(**{key: t.to(self.device) for key, t in state["breakdown"].items()})
 
-    def look(self, step: int) -> Evaluation | None:
+    def measure(self, step: int) -> Evaluation | None:
         """Measures the student and writes a line; remembers the student where it is the best so far."""
-        made, training = self.made, self.recipe.training
+        assembly, training = self.assembly, self.recipe.training
         line: dict[str, Any] = {"step": step}
-        if made.heldout:
+        if assembly.heldout:
             self.latest = evaluate(
-                made.student, made.teacher, made.heldout, replace(made.objective, beta=made.beta.end),
-                seed=training.seed, streams=made.streams, chunk=training.chunk, device=self.device,
-                precision=made.precision,
+                assembly.student, assembly.teacher, assembly.heldout,
+                replace(assembly.objective, beta=assembly.beta.end), seed=training.seed, streams=assembly.streams,
+                chunk=training.chunk, precision=assembly.precision,
             )  # fmt: skip
             self.latest_step = step
             line["evaluation"] = self.latest.as_dict()
-            if made.writer is not None:
-                made.writer.evaluated(math.log(self.latest.perplexity))
-        if made.probe is not None:
+            if assembly.writer is not None:
+                assembly.writer.evaluated(math.log(self.latest.perplexity))
+        if assembly.probe is not None:
             line |= self._probed()
         if self.latest is not None:
             self.tar = self.latest.tar
@@ -91,15 +91,19 @@ class Watch:
         return self.latest
 
     def _probed(self) -> dict[str, Any]:
-        made, training, line = self.made, self.recipe.training, {}
+        assembly, training, line = self.assembly, self.recipe.training, {}
         verdicts = probe(
-            made.student, made.teacher, made.probe, made.objective, seed=training.seed, chunk=training.chunk,
-            precision=made.precision,
+            assembly.student, assembly.teacher, assembly.probe, assembly.objective, seed=training.seed,
+            chunk=training.chunk, precision=assembly.precision,
         )  # fmt: skip
-        line["probe_tar"] = tar_of(verdicts, made.probe)
+        line["probe_tar"] = tar_of(verdicts, assembly.probe)
         if self.breakdown is None:
             self.breakdown = breakdown(
-                made.student, made.teacher, made.probe, chunk=training.chunk, precision=made.precision
+                assembly.student,
+                assembly.teacher,
+                assembly.probe,
+                chunk=training.chunk,
+                precision=assembly.precision,
             )
         line |= self.breakdown.acceptance(verdicts)
         if self.verdicts is not None:
@@ -108,11 +112,11 @@ class Watch:
         self.verdicts, self.tar = verdicts, line["probe_tar"]
         return line
 
-    def _compare(self, step: int, seen: Evaluation) -> None:
-        if self.best_seen is None or seen.kl < self.best_seen.kl:
-            self.best_seen, self.best_step, self.worse = seen, step, 0
+    def _compare(self, step: int, evaluation: Evaluation) -> None:
+        if self.best_seen is None or evaluation.kl < self.best_seen.kl:
+            self.best_seen, self.best_step, self.worse = evaluation, step, 0
             if self.patience is not None:
-                trained = {n: p for n, p in self.made.student.named_parameters() if p.requires_grad}
+                trained = {n: p for n, p in self.assembly.student.named_parameters() if p.requires_grad}
                 self.best = {name: whole(p).clone() for name, p in trained.items()}
         else:
             self.worse += 1
@@ -120,7 +124,7 @@ class Watch:
     def __call__(self, step: int) -> bool:
         """After each step: whether to stop."""
         if self.every and step % self.every == 0:
-            self.look(step)
+            self.measure(step)
             return self.stopped
         return False
 
@@ -128,20 +132,19 @@ class Watch:
     def finish(self, step: int) -> Evaluation | None:
         """The last measure; with early stopping, of the best student, which is put back."""
         if self.looked_at != step:
-            self.look(step)
+            self.measure(step)
         if not self.best:
             self.best_step = step
             return self.latest
         if self.worse:
-            for name, parameter in self.made.student.named_parameters():
+            for name, parameter in self.assembly.student.named_parameters():
                 if name in self.best:
                     parameter.copy_(like(self.best[name], parameter))
         return self.best_seen
 
 
-def told(seen: Evaluation | None) -> dict[str, Any] | None:
-    """An evaluation as plain data."""
-    return None if seen is None else seen.as_dict()
+def _as_dict(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    return None if evaluation is None else evaluation.as_dict()
 
 
 def tar_of(verdicts: Tensor, batch: Any) -> float:

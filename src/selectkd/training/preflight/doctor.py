@@ -6,6 +6,7 @@ n supervised rows of the probe batch.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_callback import PrinterCallback
 
-from selectkd.config.departures import departure_warnings
+from selectkd.config.departures import as_call, departure_warnings
 from selectkd.data import inspect
 from selectkd.data.render import Example, eos_ids_of
 from selectkd.data.supervised import supervised
@@ -24,23 +26,23 @@ from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.devices import free_memory, training_device, wait_for
-from selectkd.models.forward import last_hidden
+from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.load import check_local
 from selectkd.models.sharded import inside
 from selectkd.teachers import exactness
 from selectkd.teachers.cache.origin import weights_checksum
-from selectkd.training.assembly import Assembly, Plan, assemble, prepare
+from selectkd.training.arguments import training_arguments
+from selectkd.training.assembly import Assembly, assemble
 from selectkd.training.checkpoint.folder import newest
+from selectkd.training.checks import Plan, prepare
 from selectkd.training.counts import ranks, total
-from selectkd.training.feed import Feed
 from selectkd.training.heldout.evaluation import negative_log_likelihood, probe
 from selectkd.training.heldout.watch import tar_of
 from selectkd.training.ledger import Ledger
-from selectkd.training.loop import train_loop
 from selectkd.training.preflight.estimate import Memory, estimate
 from selectkd.training.record.metrics import check_loggers
-from selectkd.training.run import COLD_TAR, cold
+from selectkd.training.run import COLD_TAR, cold, feed_of, steps_of
 from selectkd.training.run_folder import (
     CHECKPOINTS,
     RUN,
@@ -52,9 +54,10 @@ from selectkd.training.run_folder import (
 )
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
+from selectkd.training.trainer import LedgerTrainer
 
 KS = (1, 5, 20)
-"""The k of greedy_topk that TAR at step 0 is told for: strict, the paper's, lenient."""
+"""The k of greedy_topk that TAR at step 0 is reported for: strict, the paper's, lenient."""
 
 BINS = 10
 SHOWN = 2
@@ -123,21 +126,25 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
 
 def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
     """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
-    made: Assembly | None = None
+    assembly: Assembly | None = None
     try:
-        made = assemble(recipe, device=device, date=date_of(Path(recipe.training.output_dir)))
+        assembly = assemble(recipe, device=device, date=date_of(Path(recipe.training.output_dir)))
     except SelectKDError as error:
         yield Finding("models", False, str(error), error.exit_code)
-    if made is None:
+    if assembly is None:
         return
-    named = f"teacher {made.teacher_plan.source}, student {made.student_source}"
-    yield Finding("models", True, ". ".join([named, *(made.cut.searched if made.cut else []), *made.told]))
-    yield tried("teacher", lambda: _teacher(made))
-    yield tried("tar", lambda: _tar(made, recipe))
-    yield tried("calibration", lambda: _calibration(made))
-    yield tried("step", lambda: _step(made, recipe, device))
+    named = f"teacher {assembly.teacher_plan.source}, student {assembly.student_source}"
+    yield Finding(
+        "models",
+        True,
+        ". ".join([named, *(assembly.cut.searched if assembly.cut else []), *assembly.warnings]),
+    )
+    yield tried("teacher", lambda: _teacher(assembly))
+    yield tried("tar", lambda: _tar(assembly, recipe))
+    yield tried("calibration", lambda: _calibration(assembly))
+    yield tried("step", lambda: _step(assembly, recipe, device))
     if ranks() > 1:
-        yield tried("ranks", lambda: _ranks(made))
+        yield tried("ranks", lambda: _ranks(assembly))
 
 
 def tried(check: str, look: Callable[[], str]) -> Finding:
@@ -156,7 +163,7 @@ def _folder(recipe: Any) -> str:
     found, damaged = newest(folder / CHECKPOINTS)
     begun = "the beginning" if found is None else found.path.name
     return f"{folder} holds this run; it would go on from {begun}" + "".join(
-        f". {told}" for _, told in damaged
+        f". {problem}" for _, problem in damaged
     )
 
 
@@ -164,8 +171,8 @@ def _weights(recipe: Any) -> str:
     """Local model folders hold the models that they describe, by their headers, and nothing that would run."""
     here = [name for name in recipe.models if Path(name).expanduser().is_dir()]
     check_local(*here)
-    told = "no pickles, no code, the tensors that config.json describes"
-    return f"{', '.join(here)}: {told}" if here else "no local model folder is named"
+    text = "no pickles, no code, the tensors that config.json describes"
+    return f"{', '.join(here)}: {text}" if here else "no local model folder is named"
 
 
 def _loggers(recipe: Any) -> str:
@@ -181,20 +188,14 @@ def _tokenizer(plan: Plan) -> str:
 def _objective(plan: Plan, recipe: Any) -> str:
     spec = recipe.objective
     of = plan.teacher.payload + ("" if plan.teacher.k is None else f" {plan.teacher.k}")
-    told = f"{_said(spec.divergence)} under {_said(spec.gate)}, beta {plan.objective.beta:g}, from a {of} teacher"
+    text = f"{as_call(spec.divergence)} under {as_call(spec.gate)}, beta {plan.objective.beta:g}, from a {of} teacher"
     parts = exactness.of(plan.objective, plan.teacher.payload, k=plan.teacher.k)
     bounds = [
         f"the {part} is a {one.verdict}: {one.reason}"
         for part, one in parts.items()
         if "bound" in one.verdict
     ]
-    return ". ".join([told, *bounds, *departure_warnings(recipe)])
-
-
-def _said(component: dict[str, Any]) -> str:
-    """A component as a call: greedy_topk(k=5)."""
-    rest = ", ".join(f"{key}={value}" for key, value in component.items() if key != "name")
-    return f"{component['name']}({rest})" if rest else component["name"]
+    return ". ".join([text, *bounds, *departure_warnings(recipe)])
 
 
 def _text(plan: Plan) -> str:
@@ -202,11 +203,11 @@ def _text(plan: Plan) -> str:
     found = inspect.check(examples, held_out=plan.heldout)
     ends = ends_in(plan)
     whole = sum(closed(example, ends) for example in examples)
-    told = (
+    text = (
         f"{found.examples:,} samples, {found.trained_tokens:,} of {found.tokens:,} tokens trained, "
         f"{found.shortest} to {found.longest} tokens; {whole:,} end with a trained end of sequence"
     )
-    return " ".join([f"{told}; {len(plan.heldout):,} held out.", *plan.text.told, *found.warnings])
+    return " ".join([f"{text}; {len(plan.heldout):,} held out.", *plan.text.warnings, *found.warnings])
 
 
 def ends_in(plan: Plan) -> frozenset[int]:
@@ -235,15 +236,15 @@ def _memory(recipe: Any, found: list[Memory], device: torch.device) -> str:
     memory = estimate(recipe, device=device)
     found.append(memory)
     need, free = memory.total, free_memory(device)
-    told = ", ".join(
+    text = ", ".join(
         f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in memory.as_dict().items() if size
     )
     if free is not None and need - memory.process > free:
         raise ResourceError(
-            f"a process needs about {need / 2**30:.2f} GiB ({told}), and {free / 2**30:.2f} GiB are free. "
+            f"a process needs about {need / 2**30:.2f} GiB ({text}), and {free / 2**30:.2f} GiB are free. "
             "Use a smaller training.batch_size or max_length, training.lora, or gradient_checkpointing: true."
         )
-    return f"GiB: {told}" + ("" if free is None else f"; {free / 2**30:.2f} free")
+    return f"GiB: {text}" + ("" if free is None else f"; {free / 2**30:.2f} free")
 
 
 def _disk(recipe: Any, memory: Memory) -> str:
@@ -254,18 +255,20 @@ def _disk(recipe: Any, memory: Memory) -> str:
     while not above.exists():
         above = above.parent
     free = shutil.disk_usage(above).free
-    told = f"{copies} checkpoints of {memory.saved:,} bytes and the student: {need:,} bytes, {free:,} free"
+    text = f"{copies} checkpoints of {memory.saved:,} bytes and the student: {need:,} bytes, {free:,} free"
     if need > free:
         raise ResourceError(
-            f"{told}. Free some space, name another training.output_dir, or lower training.keep."
+            f"{text}. Free some space, name another training.output_dir, or lower training.keep."
         )
-    return told
+    return text
 
 
-def _teacher(made: Assembly) -> str:
+def _teacher(assembly: Assembly) -> str:
     started = time.perf_counter()
-    rows = inside(made.student, lambda: made.teacher(made.probe, supervised(made.probe).position))
-    wait_for(made.probe.input_ids.device)
+    rows = inside(
+        assembly.student, lambda: assembly.teacher(assembly.probe, supervised(assembly.probe).position)
+    )
+    wait_for(assembly.probe.input_ids.device)
     seconds = time.perf_counter() - started
     if isinstance(rows, LiveRows):
         bad = int((~torch.isfinite(rows.hidden)).any(-1).sum())
@@ -274,52 +277,51 @@ def _teacher(made: Assembly) -> str:
                 f"{bad} of {rows.hidden.shape[0]} rows of the teacher are not finite. Load it in float32 or bfloat16, "
                 "or check its weights."
             )
-    n = supervised(made.probe).position.shape[0]
-    return f"{n} rows of {made.probe.stream.shape[0]} samples in {seconds:.2f} s"
+    n = supervised(assembly.probe).position.shape[0]
+    return f"{n} rows of {assembly.probe.stream.shape[0]} samples in {seconds:.2f} s"
 
 
-def _tar(made: Assembly, recipe: Any) -> str:
-    width = min(head_of(made.student).width, made.teacher_plan.k or head_of(made.student).width)
+def _tar(assembly: Assembly, recipe: Any) -> str:
+    width = min(head_of(assembly.student).width, assembly.teacher_plan.k or head_of(assembly.student).width)
     found = []
     for k in KS:
         if k <= width:
-            objective = replace(made.objective, verifier={"name": "greedy_topk", "k": k})
+            objective = replace(assembly.objective, verifier={"name": "greedy_topk", "k": k})
             verdicts = probe(
-                made.student,
-                made.teacher,
-                made.probe,
+                assembly.student,
+                assembly.teacher,
+                assembly.probe,
                 objective,
                 seed=recipe.training.seed,
-                precision=made.precision,
+                precision=assembly.precision,
             )
-            found.append(f"k = {k}: {tar_of(verdicts, made.probe):.3f}")
+            found.append(f"k = {k}: {tar_of(verdicts, assembly.probe):.3f}")
     own = tar_of(
         probe(
-            made.student, made.teacher, made.probe, made.objective, seed=recipe.training.seed,
-            precision=made.precision,
+            assembly.student, assembly.teacher, assembly.probe, assembly.objective, seed=recipe.training.seed,
+            precision=assembly.precision,
         ),
-        made.probe,
+        assembly.probe,
     )  # fmt: skip
-    told = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
-    return told + (f" {cold(own)}" if own < COLD_TAR and made.beta.start == made.beta.end < 1 else "")
+    text = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
+    return text + (f" {cold(own)}" if own < COLD_TAR and assembly.beta.start == assembly.beta.end < 1 else "")
 
 
 @torch.no_grad()
-def _calibration(made: Assembly) -> str:
+def _calibration(assembly: Assembly) -> str:
     """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
-    seen = supervised(made.probe)
-    made.student.eval()
+    seen = supervised(assembly.probe)
+    assembly.student.eval()
 
-    def look() -> list[str]:
-        head = head_of(made.student)
-        with made.precision.autocast(made.probe.input_ids.device):
-            hidden = last_hidden(made.student, made.probe)
-        rows = made.teacher(made.probe, seen.position)
-        own = _calibrated(hidden.reshape(-1, hidden.shape[-1])[seen.position], head, seen.labels)
+    def calibrations() -> list[str]:
+        with assembly.precision.autocast(assembly.probe.input_ids.device):
+            hidden = hidden_rows(assembly.student, assembly.probe, seen.position)
+        rows = assembly.teacher(assembly.probe, seen.position)
+        own = _calibrated(hidden, head_of(assembly.student), seen.labels)
         theirs = _calibrated(rows.hidden, rows.head, seen.labels) if isinstance(rows, LiveRows) else None
         return [f"student {own}"] if theirs is None else [f"teacher {theirs}", f"student {own}"]
 
-    return "; ".join(inside(made.student, look))
+    return "; ".join(inside(assembly.student, calibrations))
 
 
 def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
@@ -337,24 +339,25 @@ def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
     return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
 
 
-def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
+def _step(assembly: Assembly, recipe: Any, device: torch.device) -> str:
     """An optimizer step of one micro-batch on the device of the run, and how long the run would take by it.
 
     On an accelerator the second step is timed: the first compiles kernels.
     """
     training = recipe.training
     ledger = Ledger(
-        made.objective,
+        assembly.objective,
         recipe.objective.reduction,
-        made.beta,
+        assembly.beta,
         seed=training.seed,
-        streams=made.streams,
+        streams=assembly.streams,
         device=device,
     )
     model = DistillationModel(
-        made.student, made.teacher, options=replace(made.options, compiled=False), offload=training.activation_offload
+        assembly.student, assembly.teacher, options=replace(assembly.options, compiled=False),
+        offload=training.activation_offload,
     )  # fmt: skip
-    feed, heard = Feed(made.micro_batches), []
+    feed, lines = feed_of(assembly), []
     clock = [time.perf_counter()]
 
     def read_clock(_: int) -> bool:
@@ -362,30 +365,31 @@ def _step(made: Assembly, recipe: Any, device: torch.device) -> str:
         clock.append(time.perf_counter())
         return False
 
-    train_loop(
-        model, feed, ledger, steps=1 if device.type == "cpu" else 2, after_step=read_clock,
-        learning_rate=training.learning_rate, weight_decay=training.weight_decay,
-        optimizer=training.optimizer, betas=training.betas, eps=training.eps, precision=made.precision,
-        max_grad_norm=training.max_grad_norm, on_line=heard.append,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as empty:  # the Trainer makes its folder, and a run's stays as it is
+        one = training.model_copy(update={"output_dir": empty, "gradient_accumulation": 1, "log_every": 1})
+        steps = 1 if device.type == "cpu" else 2
+        args = training_arguments(one, steps=steps, precision=assembly.precision, device=device)
+        trainer = LedgerTrainer(model, feed, ledger, args, on_line=lines.append, after_step=read_clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     seconds = clock[-1] - clock[-2]
     if ledger.skipped:
         raise NumericsError(
-            f"the first step's loss ({heard[0]['loss']}) or gradient norm ({heard[0]['grad_norm']}) is not finite. "
+            f"the first step's loss ({ledger.last['loss']}) or gradient norm ({ledger.grad_norm}) is not finite. "
             "Train in float32, or check the models."
         )
-    steps = training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
+    steps = steps_of(training, feed)
     whole = seconds * steps * training.gradient_accumulation
-    line = heard[0]
+    line = lines[0]
     return (
         f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}; {seconds:.2f} s a micro-batch on {device}, "
         f"about {whole / 3600:.2f} h for {steps:,} steps"
     )
 
 
-def _ranks(made: Assembly) -> str:
+def _ranks(assembly: Assembly) -> str:
     """After one step with averaged gradients every rank has the same weights, if the gradients were equal."""
-    own = int(weights_checksum(made.student)[:12], 16)
+    own = int(weights_checksum(assembly.student)[:12], 16)
     if total([own])[0] != own * ranks():
         raise NumericsError("after one step the ranks' weights differ: their gradients were not averaged.")
     return f"{ranks()} ranks have the same weights after one step"

@@ -111,11 +111,8 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
         size = max(head_of(model).weight.dtype.itemsize for model in forward)
         loss += (c * v + b * t * widest * 3) * size  # its logits, and one layer of its forward pass
     elif isinstance(recipe.teacher, CacheTeacher):
-        index = read_index(Path(recipe.teacher.cache).expanduser() / "index.json")
-        taught = (
-            index["head"]["vocabulary"] * index["head"]["width"] * FP32 if index["payload"] == "hidden" else 0
-        )
-        loss += c * v * FP32 if index["payload"] == "hidden" else 0
+        taught = _cached_head(recipe.teacher)
+        loss += c * v * FP32 if taught else 0
     moments = sum(state_bytes(training.optimizer, p) for p in trained)
     memory = Memory(
         process=resident() if kind == "cpu" else 0,  # a device's own share is not among what it has free
@@ -264,6 +261,12 @@ def _teacher_shapes(recipe: Any, dtype: str) -> list[tuple[Any, str]]:
         for spec in recipe.teachers
         if isinstance(spec, ModelTeacher)
     ]
+
+
+def _cached_head(teacher: CacheTeacher) -> int:
+    """Bytes of the head beside a cache of hidden states; 0 of other caches."""
+    index = read_index(Path(teacher.cache).expanduser() / "index.json")
+    return index["head"]["vocabulary"] * index["head"]["width"] * FP32 if index["payload"] == "hidden" else 0
 
 
 def _held(model: Any, placement: str, device: torch.device | str) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
+from selectkd import __version__
+
 WORD = re.compile(r"[A-Za-z][A-Za-z_/-]*", re.ASCII)
 NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 """Words that some version of YAML reads as something else than text."""
@@ -33,7 +35,6 @@ def model_card(
     after: Mapping[str, Any],
     steps: int,
     tokens: int,
-    version: str,
 ) -> str:
     """The README.md of a student: YAML front matter, method, data, teacher, and held-out numbers before and
     after.
@@ -50,13 +51,6 @@ def model_card(
             "tar": {"before": before.get("tar"), "after": after.get("tar")},
         },
     }
-    rows = [
-        f"| {label} | {_number(before.get(name))} | {_number(after.get(name))} |"
-        for name, label in _MEASURES
-        if name in before or name in after
-    ]
-    if after.get("teacher_perplexity") is not None:
-        rows.append(f"| perplexity of the teacher | {_number(after['teacher_perplexity'])} | the same |")
     lines = [
         "---",
         _yaml(front).rstrip(),
@@ -66,7 +60,7 @@ def model_card(
         "",
         f"Teacher: {plain(teacher)}. Student it started from: {plain(student)}.",
         f"Data: {', '.join(plain(name) for name in data)}.",
-        f"Trained for {steps} steps on {tokens} supervised tokens with selectkd {plain(version)}.",
+        f"Trained for {steps} steps on {tokens} supervised tokens with selectkd {__version__}.",
         "",
         "## Method",
         "",
@@ -79,12 +73,24 @@ def model_card(
         "",
         "| | before | after |",
         "|---|---|---|",
-        *rows,
+        *_rows(before, after),
         "",
         "TAR depends on the verifier and its k; compare it only at the same ones.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The rows of the table of held-out measures."""
+    rows = [
+        f"| {label} | {_number(before.get(name))} | {_number(after.get(name))} |"
+        for name, label in _MEASURES
+        if name in before or name in after
+    ]
+    if after.get("teacher_perplexity") is not None:
+        rows.append(f"| perplexity of the teacher | {_number(after['teacher_perplexity'])} | the same |")
+    return rows
 
 
 def plain(text: str) -> str:

@@ -25,12 +25,12 @@ class TrainingProgress:
             TextColumn("[progress.description]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("starting", total=None, told="")
+        self.task = self.bar.add_task("starting", total=None, numbers="")
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -43,7 +43,7 @@ class TrainingProgress:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Says what is going on, and how many steps it has."""
-        self.bar.update(self.task, description=name, total=total, told="")
+        self.bar.update(self.task, description=name, total=total, numbers="")
         self.total = total
         if self.plain is not None:
             self.plain.out(name)
@@ -51,19 +51,19 @@ class TrainingProgress:
     def line(self, line: dict[str, Any]) -> None:
         """Shows a line of metrics.jsonl; what held-out text says stays on the screen."""
         if line.get("evaluation"):
-            seen = line["evaluation"]
-            numbers = "  ".join(f"{name} {_short(seen[name])}" for name in ("kl", "perplexity", "tar"))
+            measures = line["evaluation"]
+            numbers = "  ".join(f"{name} {_number(measures[name])}" for name in ("kl", "perplexity", "tar"))
             self.bar.console.out(f"held-out text after step {line['step']}: {numbers}")
         if "loss" in line:
-            told = (
-                f"loss {_short(line['loss'])}  TAR {_short(line['tar'])}  "
+            numbers = (
+                f"loss {_number(line['loss'])}  TAR {_number(line['tar'])}  "
                 f"{line['tokens_per_second']:.0f} tokens/s"
                 + (f"  skipped {line['skipped']}" if line["skipped"] else "")
             )
-            self.bar.update(self.task, completed=line["step"], told=told)
+            self.bar.update(self.task, completed=line["step"], numbers=numbers)
             if self.plain is not None and (line["step"] % EVERY == 0 or line["step"] == self.total):
-                self.plain.out(f"step {line['step']}/{self.total or '?'}  {told}")
+                self.plain.out(f"step {line['step']}/{self.total or '?'}  {numbers}")
 
 
-def _short(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from selectkd import __version__
 from selectkd.config.departures import departures
 from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.errors import IntegrityError
@@ -44,15 +43,25 @@ class RunResult:
 
 @dataclass
 class Origin:
-    """Where a run's student came from, and what was told at the start: not to be found again where a run goes on."""
+    """Where a run's student came from, and the warnings at its start: a part of its checkpoints."""
 
     kept: list[int] | None
     cut: dict[str, Any] | None
-    told: list[str]
+    warnings: list[str]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept, "cut": self.cut, "told": self.warnings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.cut, self.warnings = state["kept"], state["cut"], state["told"]
 
 
-def cut_of(made: Assembly) -> dict[str, Any] | None:
-    return None if made.cut is None else {"kept": made.kept, "choose": made.cut.choose, "kl": made.cut.kl}
+def cut_of(assembly: Assembly) -> dict[str, Any] | None:
+    return (
+        None
+        if assembly.cut is None
+        else {"kept": assembly.kept, "choose": assembly.cut.choose, "kl": assembly.cut.kl}
+    )
 
 
 def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
@@ -72,22 +81,24 @@ def finished_run(folder: Path, recipe: Any, claim: Claim) -> RunResult | None:
         ) from None
 
 
-def _read(folder: Path, said: dict[str, Any], recipe: Any) -> RunResult | None:
-    if at_defaults(flat(said["config"]), recipe) != identity(recipe):
+def _read(folder: Path, content: dict[str, Any], recipe: Any) -> RunResult | None:
+    if at_defaults(flat(content["config"]), recipe) != identity(recipe):
         (folder / FINISHED).unlink()  # the run goes on, so this says nothing any more
         return None
-    looks = {name: None if said[name] is None else Evaluation(**said[name]) for name in ("before", "after")}
-    cut = said["student"]["cut"]
+    measures = {
+        name: None if content[name] is None else Evaluation(**content[name]) for name in ("before", "after")
+    }
+    cut = content["student"]["cut"]
     return RunResult(
         run_dir=folder,
-        before=looks["before"],
-        after=looks["after"],
+        before=measures["before"],
+        after=measures["after"],
         kept=None if cut is None else cut["kept"],
         **{
-            name: said[name]
+            name: content[name]
             for name in ("steps", "best_step", "stopped_early", "skipped", "seconds", "warnings")
         },
-        resumed_from=said["steps"],
+        resumed_from=content["steps"],
     )
 
 
@@ -96,7 +107,7 @@ def _plain(spec: Any) -> Any:
 
 
 def card_of(
-    recipe: Any, made: Assembly, before: Evaluation | None, after: Evaluation | None, ledger: Ledger
+    recipe: Any, assembly: Assembly, before: Evaluation | None, after: Evaluation | None, ledger: Ledger
 ) -> str:
     objective = _plain(recipe.objective)
     method = {key: value for key, value in objective.items() if value not in (None, [], ())}
@@ -107,20 +118,19 @@ def card_of(
         overridden = {key: own for key, (_, own) in departures(recipe).items()}
         method = {"method": recipe.method, "overridden": overridden, **method}
     return model_card(
-        teacher=made.teacher_plan.source,
-        student=made.student_source,
-        data=made.streams,
+        teacher=assembly.teacher_plan.source,
+        student=assembly.student_source,
+        data=assembly.streams,
         method=method,
         before={} if before is None else before.as_dict(),
         after={} if after is None else after.as_dict(),
         steps=ledger.step,
         tokens=ledger.tokens,
-        version=__version__,
     )
 
 
 def manifest_of(
-    recipe: Any, made: Assembly, result: RunResult, ledger: Ledger, device: torch.device, origin: Origin
+    recipe: Any, assembly: Assembly, result: RunResult, ledger: Ledger, device: torch.device, origin: Origin
 ) -> dict[str, Any]:
     return {
         "config": recipe.model_dump(mode="json"),
@@ -129,21 +139,27 @@ def manifest_of(
         },
         "versions": versions(),
         "device": device_name(device),
-        "precision": made.precision.name,
+        "precision": assembly.precision.name,
         "ranks": ranks(),
         "seed": recipe.training.seed,
-        "teacher": {"source": made.teacher_plan.source, "revision": made.teacher_plan.revision},
-        "student": {"source": made.student_source, "revision": made.student_revision, "cut": origin.cut},
+        "teacher": {"source": assembly.teacher_plan.source, "revision": assembly.teacher_plan.revision},
+        "student": {
+            "source": assembly.student_source,
+            "revision": assembly.student_revision,
+            "cut": origin.cut,
+        },
         "data": {
             "fingerprint": data_fingerprint(
-                example for source in made.sources for example in source.examples
+                example for source in assembly.sources for example in source.examples
             ),
-            "samples": sum(len(source.examples) for source in made.sources),
-            "sources": [{"name": s.name, "told": s.summary, "counts": dict(s.counts)} for s in made.sources],
-            "heldout_samples": sum(int(batch.stream.shape[0]) for batch in made.heldout),
-            "streams": list(made.streams),
+            "samples": sum(len(source.examples) for source in assembly.sources),
+            "sources": [
+                {"name": s.name, "told": s.summary, "counts": dict(s.counts)} for s in assembly.sources
+            ],
+            "heldout_samples": sum(int(batch.stream.shape[0]) for batch in assembly.heldout),
+            "streams": list(assembly.streams),
         },
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(made.tokenizer)},
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(assembly.tokenizer)},
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
