@@ -102,7 +102,9 @@ def results(
             check_figure(figure)
             draw_study(study, found, figure)
         shown = None if figure is None or markdown is None else _beside(figure, markdown)
-        parts.append(section(file.stem, study, found, command=f"selectkd study run {file}", figure=shown))
+        plugins = "".join(f" --allow-plugin {one}" for one in allow_plugin or ())
+        command = f"selectkd study run {file}{plugins}"
+        parts.append(section(file.stem, study, found, command=command, figure=shown))
     text = HEAD + "\n".join(parts)
     if markdown is None:
         say(text)
