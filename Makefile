@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint lab studies bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test lint lab studies results bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ studies: $(STAMP)
 	for study in studies/*.yaml; do \
 		OMP_NUM_THREADS=1 $(BIN)/selectkd study run $$study --workers 2 --allow-plugin lab_noise || exit 1; \
 	done
+
+# docs/results.md and its figures, from the rows alone.
+results: $(STAMP)
+	$(BIN)/selectkd study results studies/*.yaml --allow-plugin lab_noise --markdown docs/results.md --figures docs/figures
 
 # The packages that the loss is measured against, away from the development environment. Four go in without their
 # requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.

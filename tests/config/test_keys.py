@@ -8,6 +8,7 @@ from pathlib import Path
 
 from selectkd.cli import main
 from selectkd.config import Recipe
+from selectkd.config.study import Claim, Study
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 SCHEMA = Recipe.model_json_schema()
@@ -16,7 +17,8 @@ LIMITS = {"ge", "gt", "le", "lt"}
 
 
 def described() -> Iterator[tuple[str, str]]:
-    for name, section in [("Recipe", SCHEMA), *SCHEMA["$defs"].items()]:
+    study, claim = Study.model_json_schema(), Claim.model_json_schema()
+    for name, section in [("Recipe", SCHEMA), *SCHEMA["$defs"].items(), ("Study", study), ("Claim", claim)]:
         yield name, section.get("description", "")
         for key, node in section["properties"].items():
             yield f"{name}.{key}", node.get("description", "")

@@ -7,15 +7,25 @@ from typing import Any
 
 from selectkd.config.keys import sections
 from selectkd.config.schema import Recipe
+from selectkd.config.study import Claim, Study
 
 INTRODUCTION = """\
 # Every key of a recipe
 
 Written by `selectkd schema --markdown` from the descriptions in `src/selectkd/config`; a test holds the two equal.
-A recipe is a YAML file of these sections. A key outside it is written with dots: `selectkd train recipe.yaml
-training.learning_rate=1e-4`, where `N` in a path is a number from 0 and `NAME` a name of yours.
+A recipe is a YAML file of these sections; the keys of a study are at the end. A key outside it is written with dots:
+`selectkd train recipe.yaml training.learning_rate=1e-4`, where `N` in a path is a number from 0 and `NAME` a name of
+yours.
 A default of SelecTKD's is from the paper (arXiv 2510.24021), which takes its training recipe from DistiLLM-2
 (arXiv 2503.07067).
+"""
+
+STUDY = """\
+# Every key of a study
+
+A study is a YAML file for `selectkd study run`: one recipe, several arms that differ from it, seeds, and a statement
+that its author wrote before the first run. The folder `studies` has examples. `selectkd study results` writes tables
+and verdicts from the rows.
 """
 
 LIMITS = {
@@ -28,7 +38,8 @@ TYPES = {"boolean": "`true` or `false`", "string": "text", "object": "mapping"}
 
 
 def page() -> str:
-    """docs/recipe.md: a table of keys for each section, in the order in which the schema comes to them."""
+    """docs/recipe.md: a table of keys for each section, in the order in which the schema comes to them; then those of a
+    study."""
     schema = Recipe.model_json_schema()
     paths = sections(schema)
     parts = [INTRODUCTION, _table(schema)]
@@ -36,6 +47,8 @@ def page() -> str:
         section = schema["$defs"][name]
         shared = any(set(found) & set(others) for other, others in paths.items() if other != name)
         parts += [_heading(section, found, shared), section["description"] + "\n", _table(section)]
+    study, claim = Study.model_json_schema(), Claim.model_json_schema()
+    parts += [STUDY, _table(study), "## `claims[N]`\n", claim["description"] + "\n", _table(claim)]
     return "\n".join(parts).strip()
 
 
