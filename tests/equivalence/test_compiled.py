@@ -12,6 +12,7 @@ import torch
 from numerics.test_oracle import STATED
 from selectkd import LiveRows, Objective
 from selectkd.errors import ConfigError
+from selectkd.loss import block_compiled
 from selectkd.loss.block_compiled import PROGRAMS, plan_of, program
 from selectkd.loss.distillation import distillation_loss
 from selectkd.loss.head import Head
@@ -78,3 +79,39 @@ def test_what_cannot_be_compiled_is_refused(divergence, teacher, why):
         rows = CachedRows(torch.arange(3).expand(N, 3), torch.full((N, 3), -2.0))
     with pytest.raises(ConfigError, match=f"compile_loss.*{why}"):
         distillation_loss(hidden, head, rows, Objective(divergence, "always"), compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "compiler", "expected"),
+    [
+        (200, "cpu", True, True),
+        (199, "cpu", True, False),
+        (200, "cuda", True, False),
+        (200, "cpu", False, False),
+    ],
+)
+def test_a_run_compiles_where_that_pays(monkeypatch, steps, kind, compiler, expected):
+    monkeypatch.setattr(block_compiled, "can_compile", lambda: compiler)
+    assert block_compiled.pays(steps, torch.device(kind)) is expected
+
+
+def test_whether_a_program_can_be_compiled_is_tried(tmp_path):
+    code = "from selectkd.loss.block_compiled import can_compile; print(can_compile())"
+    paths = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    tried = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | paths | {"CXX": "/no/such/compiler"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert tried.stdout.strip() == "False"
+
+
+def test_auto_computes_what_has_no_closed_form_as_ever():
+    hidden, head = torch.randn(N, 8), torch.randn(V, 8)
+    rows = LiveRows(torch.randn(N, 12), torch.randn(V, 12))
+    objective = Objective("kl_tv_hybrid", "always")
+    plain, _ = distillation_loss(hidden, head, rows, objective)
+    auto, _ = distillation_loss(hidden, head, rows, objective, compiled="auto")
+    assert torch.equal(auto, plain)

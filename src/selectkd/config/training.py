@@ -109,8 +109,9 @@ class Training(Section):
     gradient_filter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Leaves out vocabulary columns with gradients below this share of the largest: faster, slightly inexact. The
     default, 0, is exact."""
-    compile_loss: bool = False
-    """`true` compiles the loss on a processor with torch.compile; needs a C++ compiler."""
+    compile_loss: Literal["auto"] | bool = "auto"
+    """Compiles the loss on a processor with torch.compile; needs a C++ compiler. `auto` does in runs of 200 steps or
+    more, where one is found."""
     log_every: Count = 1
     """Optimizer steps from one line of the log to the next."""
     probe_samples: Annotated[int, Field(ge=0), Whole] = 16

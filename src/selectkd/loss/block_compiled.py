@@ -10,7 +10,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ PROGRAMS = 32
 """Compiled programs that are kept, one for each plan."""
 FEW_LANES = 64
 """Below such a width the pieces of a sum are too many."""
+PAYS_FROM = 200
+"""Optimizer steps from which a run is longer than its compilation."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,24 @@ def check_compiled(divergence: Any, *, whole: bool) -> None:
         "training.compile_loss = true compiles closed forms on the student's whole vocabulary, and "
         f"{why}. Set it to false."
     )
+
+
+def pays(steps: int, device: torch.device) -> bool:
+    """Whether a run of so many optimizer steps saves more time than it compiles: on a processor that can compile.
+
+    The bound of ``PAYS_FROM`` steps is a choice of ours.
+    """
+    return device.type == "cpu" and steps >= PAYS_FROM and can_compile()
+
+
+@cache
+def can_compile() -> bool:
+    """Whether torch.compile makes programs here, found out with a small one in a few seconds."""
+    try:
+        torch.compile(lambda x: x.exp().sum(-1), dynamic=False)(torch.ones(2, 64))
+    except BackendCompilerFailed:
+        return False
+    return True
 
 
 def plan_of(

@@ -220,7 +220,7 @@ def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
             )
     if isinstance(teacher, AlignedRows):
         _check_across(teacher, objective, call.options.temperature)
-    if call.options.compiled:
+    if call.options.compiled is True:
         check_compiled(objective.divergence, whole=isinstance(teacher, LiveRows))
     _check_support(teacher, objective, student.width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from typing_extensions import TypedDict
 
@@ -21,14 +22,15 @@ class LossOptions:
     states the bound). The loss does not change. 0 leaves none out; 2^-14 pays where the models are sure of most tokens;
     in fp32 2^-10 still errs less than bf16 does.
     compiled: the elementwise work of a live teacher's rows by torch.compile, which takes a C++ compiler and seconds at
-    the first call; for divergences with a closed form. An accelerator's kernels do without.
+    the first call. True refuses a divergence or a teacher without a closed form, "auto" computes theirs as ever. An
+    accelerator's kernels do without.
     """
 
     temperature: float = 1.0
     chunk: int | None = None
     also_kl: bool = False
     gradient_filter: float = 0.0
-    compiled: bool = False
+    compiled: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -48,4 +50,4 @@ class LossKeywords(TypedDict, total=False):
     chunk: int | None
     also_kl: bool
     gradient_filter: float
-    compiled: bool
+    compiled: bool | Literal["auto"]

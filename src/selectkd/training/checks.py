@@ -120,7 +120,7 @@ def check_objective(objective: Objective, recipe: Any, teacher: TeacherPlan, *, 
             f"{name_of(objective.verifier)} needs the teacher's {need} best tokens; "
             f"the vocabulary has {width}. Set objective.verifier.k to {width} or less."
         )
-    if recipe.training.compile_loss:
+    if recipe.training.compile_loss is True:
         whole = teacher.payload in ("live", "hidden") and not isinstance(teacher, SeveralPlan)
         check_compiled(objective.divergence, whole=whole)
 

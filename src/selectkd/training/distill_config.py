@@ -42,7 +42,7 @@ class DistillConfig(TrainingArguments):
     train_on: str = "completion"
     chunk: int | None = None
     gradient_filter: float = 0.0
-    compile_loss: bool = False
+    compile_loss: bool | str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -207,6 +207,8 @@ class _Run:
             checkpoints=self.checkpoints, processing_class=assembly.tokenizer,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
+        if model.options.compiled:
+            self.stage("training, with the loss compiled (training.compile_loss)", self.steps)
         if training.report_to and rank() == 0:
             settings = {f"recipe.{key}": value for key, value in identity(self.recipe).items()}
             trainer.add_callback(Loggers(training.report_to, settings))

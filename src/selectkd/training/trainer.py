@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from selectkd.loss.block_compiled import pays
 from selectkd.loss.plan import FirstPass
 from selectkd.models.sharded import is_sharded, plain_copy, whole
 from selectkd.training.arguments import check_arguments
@@ -73,6 +75,8 @@ class LedgerTrainer(Trainer):
         if caches is not None:  # the Trainer turns it off for good; the loss asks for no cache anyway
             model.config.use_cache = caches
         ledger.device, ledger.total_steps = args.device, ledger.total_steps or args.max_steps
+        if model.options.compiled == "auto" and not pays(args.max_steps, args.device):
+            model.options = replace(model.options, compiled=False)
         self.distillation, self.feed, self.ledger = model, feed, ledger
         self.on_line, self.after_step, self.checkpoints = on_line, after_step, checkpoints
         if checkpoints is not None:
