@@ -12,6 +12,8 @@ import torch
 
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
+from selectkd.loss import block_compiled
+from selectkd.loss.options import LossOptions
 from selectkd.models.head import backbone
 from selectkd.models.precision import FP32, PRECISIONS
 from selectkd.objective.objective import Objective
@@ -96,6 +98,17 @@ def test_the_optimizers_settings_reach_it(recipe, student, teacher_model):
     decayed, rest = trainer.create_optimizer().param_groups
     assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.8, 0.95), 1e-4, 0.1)
     assert rest["weight_decay"] == 0.0 and all(p.ndim == 1 for p in rest["params"])
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(199, False), (200, "auto")])
+def test_a_short_run_does_not_compile_its_loss(monkeypatch, recipe, student, teacher_model, steps, expected):
+    monkeypatch.setattr(block_compiled, "can_compile", lambda: True)
+    args = training_arguments(
+        recipe("unused").training, steps=steps, precision=FP32, device=torch.device("cpu")
+    )
+    model = DistillationModel(student, LiveTeacher(teacher_model), options=LossOptions(compiled="auto"))
+    LedgerTrainer(model, BatchFeed(lambda _: []), Ledger(Objective()), args)
+    assert model.options.compiled == expected
 
 
 def test_adamw_is_fused_on_a_gpu_and_plain_on_a_cpu():
