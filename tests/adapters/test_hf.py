@@ -41,15 +41,15 @@ def plain_step(
     model = DistillationModel(student, rows or LiveTeacher(teacher)).train()
     ledger = Ledger(objective, reduction, seed=42, streams=("a", "b"))
 
-    def ask(portion: Any, first: Any) -> Any:
+    def ask(micro_batch: Any, first: Any) -> Any:
         with torch.no_grad():
-            return model(portion.batch, portion.row_scale, portion.uniform, first)
+            return model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, first)
 
-    for portion in ledger.begin(micro, ask):
-        loss, sums = model(portion.batch, portion.row_scale, portion.uniform, portion.plan)
+    for micro_batch in ledger.begin(micro, ask):
+        loss, sums = model(micro_batch.batch, micro_batch.row_scale, micro_batch.uniform, micro_batch.plan)
         loss.backward()
-        ledger.add(portion, loss, sums)
-    ledger.settle(student.parameters())
+        ledger.add(micro_batch, loss, sums)
+    ledger.reduce(student.parameters())
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -224,7 +224,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = started(tmp_path, student, tiny_llama(1), texts(4), size=4, accumulation=1)
     plain = trainer.ledger.add
-    trainer.ledger.add = lambda portion, loss, sums: plain(portion, loss * torch.nan, sums)
+    trainer.ledger.add = lambda micro, loss, sums: plain(micro, loss * torch.nan, sums)
     trainer.train()
     assert trainer.ledger.left_out == [1]
     assert all(p.equal(before[name]) for name, p in student.named_parameters())

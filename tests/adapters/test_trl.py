@@ -82,7 +82,7 @@ def test_gkd_is_the_mean_over_the_text_that_was_written(lmbda: float, tmp_path: 
     assert trainer.ledger.objective.divergence is not None
     batches: list[Any] = []
     begin = trainer.ledger.begin
-    trainer.ledger.begin = lambda micro, ask=None: batches.extend(micro) or begin(micro, ask)
+    trainer.ledger.begin = lambda micro, first=None: batches.extend(micro) or begin(micro, first)
     ours = trained_step(trainer)
     objective = Objective({"name": "generalized_jsd", "beta": 0.25})
     same(ours, plain_step(tiny_llama(2).double(), teacher, objective, batches, "token_mean"))

@@ -69,7 +69,7 @@ def loss_and_gradient(config: Any, way: str, batches: list[Any], *, recomputed: 
         loss, sums = model(part.batch, part.row_scale, part.uniform, ledger.now)
         loss.backward()
         ledger.add(part, loss, sums)
-    total = float(ledger.settle(student.parameters()))
+    total = float(ledger.reduce(student.parameters()))
     return total, {name: p.grad for name, p in student.named_parameters()}
 
 

@@ -31,13 +31,14 @@ from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
 from selectkd.training.counts import summed
-from selectkd.training.first_pass import Portion
-from selectkd.training.ledger import Ledger, named, rates, step_sums
+from selectkd.training.first_pass import MicroBatch
+from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
+from selectkd.training.sums import named, rates, step_sums, zeros
 from selectkd.training.trainer import check_arguments
 from selectkd.training.uniforms_of_text import draws
 
-PORTION = "selectkd"
+MICRO_BATCH = "selectkd"
 """Where a micro-batch keeps what the loss needs of it, and the argument by which a student is asked for the loss."""
 IGNORED = -100
 MEASURES = ("kl", "tar", "acceptance", "bite", "overlap")
@@ -128,39 +129,39 @@ class Distilling(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         samples = self.prepare_samples(samples)
         self.ledger.total_steps = max(self.state.max_steps, 1)
-        portions = self.ledger.begin([self.batch_of(one) for one in samples], self._ask)
-        for one, portion in zip(samples, portions, strict=True):
-            one[PORTION] = portion
+        micro_batches = self.ledger.begin([self.batch_of(one) for one in samples], self._first_pass)
+        for one, micro in zip(samples, micro_batches, strict=True):
+            one[MICRO_BATCH] = micro
         return samples, None
 
     @torch.no_grad()
-    def _ask(self, portion: Portion, first: FirstPass) -> list[Tensor]:
+    def _first_pass(self, micro: MicroBatch, first: FirstPass) -> list[Tensor]:
         """A first pass over a micro-batch, for verdicts that rank the tokens of a whole step."""
         model: Any = self.model_wrapped
         model.train()
         with self.compute_loss_context_manager():
-            return model(**{PORTION: (portion.batch, portion.row_scale, portion.uniform, first)})
+            return model(**{MICRO_BATCH: (micro.batch, micro.row_scale, micro.uniform, first)})
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss of one micro-batch of a step, computed inside the wrapped forward."""
-        portion = inputs[PORTION]
-        loss, sums = model(**{PORTION: (portion.batch, portion.row_scale, portion.uniform, portion.plan)})
-        self.ledger.add(portion, loss, sums)
+        micro = inputs[MICRO_BATCH]
+        loss, sums = model(**{MICRO_BATCH: (micro.batch, micro.row_scale, micro.uniform, micro.plan)})
+        self.ledger.add(micro, loss, sums)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the last one the gradient is finished."""
-        last = inputs[PORTION].last
+        last = inputs[MICRO_BATCH].last
         loss = super().training_step(model, inputs, num_items_in_batch)
         if last:
-            self.ledger.settle(model.parameters())
+            self.ledger.reduce(model.parameters())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.ledger.accept(norm):  # type: ignore[arg-type]
+        if not self.ledger.close_step(norm):  # type: ignore[arg-type]
             model.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
         return norm
 
@@ -174,16 +175,16 @@ class Distilling(Trainer):
         numbers = draws(batch, seen, objective.uniforms_per_token, seed=self.args.seed, step=0)
         scale = torch.ones(len(seen), device=numbers.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, sums = model(**{PORTION: (batch, scale, numbers, objective)})
+            loss, sums = model(**{MICRO_BATCH: (batch, scale, numbers, objective)})
         if self._measured is not None:
             self._measured += step_sums(
-                Portion(batch, seen, scale, numbers, last=True), loss, sums, streams=1
+                MicroBatch(batch, seen, scale, numbers, last=True), loss, sums, streams=1
             )
         return loss.detach() / max(len(seen), 1), None, None
 
     def evaluation_loop(self, *args: Any, **given: Any) -> Any:
         """As of the Trainer, with the measures of the whole data set over all ranks among its metrics."""
-        self._measured = self.ledger._zeros()
+        self._measured = zeros(1, self.args.device)
         output: Any = super().evaluation_loop(*args, **given)
         sums, self._measured = named(summed(self._measured)), None
         prefix = given.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -242,7 +243,7 @@ def gives_loss(student: Any, distillation: DistillationModel) -> None:
     plain = student.forward
 
     def forward(self: Any, *args: Any, **given: Any) -> Any:
-        asked = given.pop(PORTION, None)
+        asked = given.pop(MICRO_BATCH, None)
         return plain(*args, **given) if asked is None else distillation(*asked)
 
     signature = inspect.signature(plain)
