@@ -140,7 +140,7 @@ def check(
     names = name_of(objective.divergence), name_of(objective.verifier)
     if payload == "sampled" and "refused" in {one.verdict for one in of(objective, payload).values()}:
         raise ConfigError(
-            f"sampled ids give an unbiased gradient for {DRAWN[0]} with `{DRAWN[1]}` only; the recipe "
+            f"drawn ids give an unbiased gradient for {DRAWN[0]} with `{DRAWN[1]}` only; the recipe "
             f"has {names[0]} with {names[1]}. Use those two, or the payload top_k or hidden."
         )
     for part, exactness in of(objective, payload, k=k).items():
