@@ -73,7 +73,7 @@ def test_a_teacher_row_that_is_not_finite_does_not_reach_the_other_rows_of_a_bat
 
 def test_a_verifier_that_looks_at_what_it_does_not_name_is_told_so():
     statistics = RowStatistics(5, overlap=torch.ones(2))
-    with pytest.raises(ConfigError, match="looks at token_rank, which its ``reads`` does not name"):
+    with pytest.raises(ConfigError, match="reads token_rank, which its ``reads`` does not name"):
         greedy_topk().from_statistics(statistics, torch.empty(2, 0))
 
 

@@ -138,7 +138,7 @@ class Objective:
         """(weight, acceptance) from the verifier's acceptance: ``always_accept``, beta, thinning, faulty rows."""
         if self.always_accept:
             if label is None:
-                raise ConfigError("always_accept looks at the tokens of the text; pass labels=[n].")
+                raise ConfigError("always_accept reads the tokens of the text; pass labels=[n].")
             named = torch.zeros_like(label, dtype=torch.bool)
             for token in self.always_accept:  # a tensor of them would be a copy that waits for the device
                 named = named | (label == token)
@@ -178,6 +178,6 @@ class Objective:
             return ()
         if pair.label is None:
             raise ConfigError(
-                f"{name_of(self.divergence)} looks at the tokens of the text; pass labels=[n] to distillation_loss."
+                f"{name_of(self.divergence)} reads the tokens of the text; pass labels=[n] to distillation_loss."
             )
         return (pair.column(pair.label),)

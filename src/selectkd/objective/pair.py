@@ -171,7 +171,7 @@ def hellinger_distance(logp: Float[Tensor, "n s"], logq: Float[Tensor, "n s"]) -
 def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
     """The labels of the rows, or a ConfigError that says who needs them."""
     if pair.label is None:
-        raise ConfigError(f"{name} looks at the tokens of the text; pass labels=[n] to distillation_loss.")
+        raise ConfigError(f"{name} reads the tokens of the text; pass labels=[n] to distillation_loss.")
     return pair.label
 
 

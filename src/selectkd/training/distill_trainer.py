@@ -144,7 +144,7 @@ class DistillTrainer(LedgerTrainer):
             self.checkpoints.step = opened.step
         elif all_in(folder):
             raise ConfigError(
-                f"{folder} holds checkpoints of a run. Call train(resume_from_checkpoint=True) to go on with it, or "
+                f"{folder} holds checkpoints of a run. Call train(resume_from_checkpoint=True) to resume it, or "
                 "name another output_dir."
             )
         values = self._values()
@@ -286,7 +286,7 @@ def _opened(named: str | bool, folder: Path) -> Found:
     if named is True:
         found = find(folder)[0]
         if found is None:
-            raise ConfigError(f"{folder} has no checkpoint to go on from. Leave resume_from_checkpoint out.")
+            raise ConfigError(f"{folder} has no checkpoint to resume from. Leave resume_from_checkpoint out.")
         return found
     path = Path(str(named))
     if not path.is_dir():

@@ -92,7 +92,7 @@ class _Logger:
     def _tell(self, what: str) -> None:
         if not self._warned:
             _LOG.warning(
-                f"training.report_to: {self.name} {what}. Training goes on, and metrics.jsonl holds all."
+                f"training.report_to: {self.name} {what}. Training continues, and metrics.jsonl holds every number."
             )
         self._warned = True
 

@@ -156,7 +156,7 @@ class _Run:
             path = self.checkpoints.rescue()
             if path is not None:
                 _LOG.warning(
-                    f"the state of step {self.checkpoints.step} is in {path}; the same command goes on from there."
+                    f"the state of step {self.checkpoints.step} is in {path}; the same command resumes from there."
                 )
             raise
 

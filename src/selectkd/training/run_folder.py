@@ -307,7 +307,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     content = unsealed((folder / RUN).read_bytes())
     if content is None:
         raise IntegrityError(
-            f"{folder / RUN} is damaged, so it cannot be said whether the run is the same. "
+            f"{folder / RUN} is damaged, so the two runs cannot be compared. "
             f"Name a checkpoint and a new folder: --resume {folder / CHECKPOINTS}/STEP --set training.output_dir=NEW."
         )
     return content["run"]

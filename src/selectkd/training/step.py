@@ -167,7 +167,7 @@ class DistillationModel(nn.Module):
                 self.options = replace(self.options, chunk=rows // 2)
                 for extra, state in before:
                     extra.load_state_dict(state)
-            _LOG.warning("out of memory in the loss; going on with training.chunk = %d", self.options.chunk)
+            _LOG.warning("out of memory in the loss; continuing with training.chunk = %d", self.options.chunk)
 
 
 class _Reaching(torch.autograd.Function):

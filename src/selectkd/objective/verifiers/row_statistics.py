@@ -46,8 +46,8 @@ class RowStatistics:
     def __getattr__(self, name: str) -> Any:
         if name == "label_rank":
             raise ConfigError(
-                "a verifier looks at the tokens of the text; pass labels=[n] to distillation_loss."
+                "a verifier reads the tokens of the text; pass labels=[n] to distillation_loss."
             )
         if name in STATISTICS:
-            raise ConfigError(f"a verifier looks at {name}, which its ``reads`` does not name.")
+            raise ConfigError(f"a verifier reads {name}, which its ``reads`` does not name.")
         raise AttributeError(name)

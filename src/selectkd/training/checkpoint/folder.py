@@ -178,7 +178,7 @@ def check(path: Path) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise OtherFormatError(
             f"the checkpoint {path} has format {content['format']}, this version of selectkd reads {FORMAT}. "
-            "Go on with the version that wrote it."
+            "Use the version that wrote it."
         )
     files = content["files"]
     if NAME.fullmatch(path.name) and path.name != name_of(content["step"]):
@@ -273,7 +273,7 @@ def read_part(path: Path, name: str) -> Any:
     if not plain.is_file():
         raise IntegrityError(
             f"the checkpoint {path} holds no {name}: it was written by another recipe or version. "
-            "Start anew in another training.output_dir."
+            "Start over in another training.output_dir."
         )
     file = path / f"{name}.safetensors"
     mapped = load_file(file) if file.is_file() else {}

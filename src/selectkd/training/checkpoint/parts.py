@@ -35,7 +35,7 @@ class Weights:
         own = self._tensors()
         for name in sorted(set(own) ^ set(state)):
             side = "the checkpoint lacks" if name in own else "the student has no"
-            raise IntegrityError(f"{side} {name}: the checkpoint is of another student.")
+            raise IntegrityError(f"{side} {name}: the checkpoint belongs to another student.")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise IntegrityError(
