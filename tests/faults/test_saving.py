@@ -152,7 +152,7 @@ def test_a_teacher_that_dies_in_mid_run_leaves_the_state_of_the_last_step(
 
     with pytest.raises(TeacherError, match="gone"):
         train(recipe, on_assembled=dies)
-    assert "the same command goes on" in caplog.text
+    assert "the same command resumes" in caplog.text
     assert train(recipe).resumed_from is not None
     assert left(tmp_path / "whole").items() <= left(tmp_path / "run").items()
 

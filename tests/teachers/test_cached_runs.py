@@ -143,7 +143,7 @@ def test_text_that_the_cache_lacks_is_refused_and_less_text_is_fine(
         ({"payload": "sampled", "k": 9}, {"divergence": "reverse_kl", "verifier": "always"}, "drawn ids"),
         ({"payload": "top_k", "k": 20}, {"temperature": 2.0}, "at another temperature"),
         ({"payload": "top_k"}, {}, "need teacher.k"),
-        ({"payload": "sampled", "k": 40}, {"verifier": "always", "beta": 1.0}, "draw 32 or fewer"),
+        ({"payload": "sampled", "k": 40}, {"verifier": "always", "beta": 1.0}, "set k to 32 or less"),
     ],
 )  # fmt: skip
 def test_a_cache_that_could_not_carry_the_objective_is_not_built(

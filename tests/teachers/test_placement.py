@@ -139,7 +139,7 @@ def test_a_model_without_a_list_of_layers_is_refused_by_name() -> None:
         (
             {"placement": "offloaded"},
             {"from_teacher": {"layers": 1}},
-            "must be whole on the device for that.*placement = 'offloaded'",
+            "needs the whole teacher on the device.*placement = 'offloaded'",
         ),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_sharded_teacher_can_be_averaged_and_not_routed(pair: Path, tmp_path: 
     content = recipe_for(pair, tmp_path / "run").model_dump(mode="json", exclude_none=True)
     one, other = {"model": "a", "placement": "sharded"}, {"model": "b"}
     recipe_from({**content, "teacher": [{**one, "weight": 1.0}, {**other, "weight": 1.0}]})
-    with pytest.raises(ConfigError, match=r"a is sharded over the ranks.*average it by weight"):
+    with pytest.raises(ConfigError, match=r"a is sharded, so.*give the teachers weights"):
         recipe_from({**content, "teacher": [{**one, "streams": ["made"]}, {**other, "streams": ["more"]}]})
 
 

@@ -156,6 +156,6 @@ def test_stale_answers_are_refused_before_a_run(recipe: Made, pair: Path, model:
     served.stale = 0.6
     with (
         on_a_port(served) as url,
-        pytest.raises(TeacherError, match=r"--no-enable-prefix-caching|None of it was used"),
+        pytest.raises(TeacherError, match=r"--no-enable-prefix-caching|No such answer was used"),
     ):
         train(load_recipe(recipe(at(url, pair, k=12)), []))

@@ -181,7 +181,7 @@ def test_a_recipe_lists_teachers_with_weights_or_with_streams(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "told"),
     [
-        ([{"model": "a"}, {"model": "b"}], "give each a weight, or each its streams, or each"),
+        ([{"model": "a"}, {"model": "b"}], "give all of them a weight, streams, or a condition"),
         ([{"model": "a", "weight": 1.0}, {"model": "b", "streams": ["x"]}], "combined in one way"),
         ([{"model": "a", "streams": ["x"]}, {"model": "b", "streams": ["x"]}], "stream x has two teachers"),
         ([{"model": "a", "weight": 0.0}, {"model": "b", "weight": 1.0}], "weight"),
