@@ -166,8 +166,8 @@ def _check_text(recipe: Any, teacher: TeacherPlan, text: Reading, streams: Seque
         teacher.check_streams([text.sources[stream.source].name for stream in streams])
     if isinstance(teacher, CachePlan) and any(policy.name != "dataset" for policy in recipe.data.policies):
         raise ConfigError(
-            f"{teacher.source} holds the teacher's rows of the data set's text alone, and a policy has other text "
-            "written. Use teacher: {model: ...}, or policy: dataset."
+            f"{teacher.source} holds the teacher's rows of the data set's text alone, but a policy writes other "
+            "text. Use teacher: {model: ...}, or policy: dataset."
         )
     teacher.check_text([*examples, *text.heldout])
 

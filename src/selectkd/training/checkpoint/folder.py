@@ -218,8 +218,8 @@ def newest(folder: Path) -> tuple[Found | None, list[tuple[Path, str]]]:
             damaged.append((path, str(error)))
     if damaged:
         raise IntegrityError(
-            f"no checkpoint of {len(damaged)} in {folder} is sound: {damaged[0][1]} Put back a copy of one, or begin "
-            "anew in another training.output_dir."
+            f"no checkpoint of {len(damaged)} in {folder} is sound: {damaged[0][1]} Restore a copy of one, or start "
+            "over in another training.output_dir."
         )
     return None, []
 
