@@ -108,8 +108,8 @@ def _transcript(text: str) -> list[dict[str, Any]]:
     _, *parts = TRANSCRIPT.split(text)
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": roles[who], "content": part.strip()}
+        for who, part in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 

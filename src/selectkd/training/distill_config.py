@@ -24,6 +24,7 @@ class DistillConfig(TrainingArguments):
     and selector SelecTKD's greedy_topk with k = 5. beta: the weight of a rejected token (not Jensen-Shannon's beta,
     which is a parameter of generalized_jsd), or a mapping that makes it change. language_model: the weight of a
     cross-entropy beside the divergence. max_length counts prompt and completion. train_on: completion, or all.
+    compile_loss: None is a recipe's auto.
     save_strategy "steps" writes checkpoints that a run goes on from to the bit; save_total_limit of them stay.
 
     Raises ConfigError for a value that cannot work.
@@ -42,7 +43,7 @@ class DistillConfig(TrainingArguments):
     train_on: str = "completion"
     chunk: int | None = None
     gradient_filter: float = 0.0
-    compile_loss: bool | str = "auto"
+    compile_loss: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +69,11 @@ class DistillConfig(TrainingArguments):
                 "teacher": {"model": "teacher"},
                 "student": {"model": "student"},
                 "data": {"sources": [{"path": "train_dataset", "name": "train"}], "train_on": self.train_on},
-                "objective": {name: getattr(self, name) for name in OBJECTIVE if getattr(self, name) is not None},
+                "objective": {name: vars(self)[name] for name in OBJECTIVE if vars(self)[name] is not None},
                 "training": {
                     "output_dir": str(self.output_dir), "max_steps": 1, "seed": self.seed,
                     "batch_size": self.per_device_train_batch_size,
-                    **{name: getattr(self, name) for name in TRAINING},
+                    **{name: vars(self)[name] for name in TRAINING if vars(self)[name] is not None},
                 },
             }
         )  # fmt: skip

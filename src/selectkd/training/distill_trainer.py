@@ -160,7 +160,7 @@ class DistillTrainer(LedgerTrainer):
         teacher = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
         found = {
             **identity(self._recipe),
-            **{name: getattr(self.args, name) for name in STEP if hasattr(self.args, name)},
+            **{name: value for name, value in vars(self.args).items() if name in STEP},
             "text": data_fingerprint(self._source.examples),
             "tokenizer": tokenizer_fingerprint(self.processing_class),
             "student_weights": weights_checksum(self.student, frozen=True),
