@@ -132,5 +132,7 @@ def test_a_control_deals_out_the_verdicts_of_any_gate_that_decides_row_by_row() 
     for name in ("matched_shuffle", "matched_position"):
         dealt = VERIFIERS[name](of=gate)(pair, uniform)
         assert dealt.sum() == own.sum() and not torch.equal(dealt, own)
+        if name == "matched_shuffle":  # by a column of numbers that the gate has not read
+            assert torch.equal(dealt, own[uniform[:, 1].argsort(stable=True)])
     with pytest.raises(ConfigError, match="must decide row by row"):
         VERIFIERS["matched_position"](of={"name": "prefix_gate"})

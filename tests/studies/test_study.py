@@ -174,7 +174,7 @@ def test_a_control_keeps_the_arms_loss_and_beta_and_changes_its_gate_alone(
     gate = {"verifier": "expected_spec_k", "k": 2, "beta": 0.1}
     arms = {
         "gated": {"method": "gkd", "selection": gate},
-        "ranked": {"method": "kd", "selection": {"selector": "tip"}},
+        "ranked": {"method": "kd", "objective": {"selector": "tip", "beta": 0.0}},
     }
     study = load_study(
         written(
