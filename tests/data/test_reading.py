@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 
 import pytest
 import transformers
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 from selectkd.config.load import recipe_from
 from selectkd.config.yaml_text import read
 from selectkd.data.inspect import pieces
+from selectkd.data.prompts import packed, prompt_keys
 from selectkd.data.render import Example
 from selectkd.data.sources import Source
 from selectkd.errors import ConfigError, DataError
@@ -122,14 +124,66 @@ def test_a_cache_of_another_date_or_template_is_refused_by_that_name(made, tmp_p
         CachePlan(tmp_path, _index={**index, "template": "x"}).check_template(template)
 
 
+def asking(*prompts):
+    return [
+        Example([1, 2], [False, True], 0, f"f:{i}", prompt=packed(prompt_keys(p)))
+        for i, p in enumerate(prompts)
+    ]
+
+
+def question(number):
+    """A question that shares no three words with another one's."""
+    return " ".join(f"w{number}x{place}" for place in range(12))
+
+
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.29, 0.4, 0.45, 0.5, 0.7, 0.9])
-def test_a_held_out_share_is_that_share_of_each_source_and_spread_over_it(share):
-    examples = [Example([1, 2], [False, True], 0, str(i)) for i in range(100)]
-    kept, held = hold_out([Source(examples), Source(examples[:20])], share)
-    assert len(held) == round(100 * share) + int(20 * share + 1e-9)
+def test_a_held_out_share_is_that_share_of_each_source_wherever_its_rows_stand(share):
+    examples = asking(*map(question, range(100)))
+    kept, held, warnings = hold_out(
+        [Source(examples), Source(asking(*map(question, range(100, 120))))], share
+    )
+    assert len(held) == round(100 * share) + int(20 * share + 1e-9) and not warnings
     assert [len(source) for source in kept] == [100 - round(100 * share), 20 - int(20 * share + 1e-9)]
-    first = sum(int(one.origin) < 50 for one in held[: round(100 * share)])
-    assert abs(first - 50 * share) <= 1
+    turned = hold_out([Source(examples[::-1])], share)[1]
+    alone = hold_out([Source(examples)], share)[1]
+    assert {one.origin for one in turned} == {one.origin for one in alone}
+
+
+def test_duplicates_and_rewordings_of_a_prompt_stand_on_one_side():
+    plain = [question(number) for number in range(40)]
+    louder = [text.upper() + "!" for text in plain]
+    reworded = [" ".join(["please", *text.split()]) for text in plain]
+    kept, held, warnings = hold_out([Source(asking(*plain, *louder, *reworded))], 0.4)
+    numbers = [{int(one.origin[2:]) % 40 for one in side} for side in (held, kept[0].examples)]
+    assert len(held) == 48 and not numbers[0] & numbers[1] and not warnings
+    both = [Source(asking(*plain)), Source(asking(*louder))]
+    kept, held, _ = hold_out(both, 0.25)
+    assert [len(source) for source in kept] == [30, 30]
+    assert len({one.origin for one in held}) == 10
+
+
+def test_a_share_that_would_part_a_prompt_says_so():
+    once, often = [question(number) for number in range(60)], [question(100)] * 60
+    _, held, warnings = hold_out([Source(asking(*once, *often))], 0.25)
+    assert len(held) == 30 and "60 samples of nearly one prompt are all trained on" in warnings[0]
+    _, held, warnings = hold_out([Source(asking(*[f"{question(0)} {n}" for n in range(100)]))], 0.25)
+    assert len(held) == 25 and "nearly equal prompts stand on both sides" in warnings[0]
+    with pytest.raises(ConfigError, match="holds none out; duplicates of a prompt stay together"):
+        hold_out([Source(asking(*often))], 0.25)
+
+
+def test_the_samples_of_one_conversation_stand_on_one_side(made):
+    rows = [
+        [{"role": "user", "content": question(i)}, {"role": "assistant", "content": "<think>y</think>a"}] * 2
+        for i in range(20)
+    ]
+    thinking = CHAT.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    )
+    tokenizer, recipe = made(thinking, rows=rows, evaluation=0.3)
+    text = read_text(recipe, tokenizer)
+    sides = [Counter(one.origin for one in side) for side in (text.heldout, text.sources[0].examples)]
+    assert sorted(map(len, sides)) == [6, 14] and {*sides[0].values(), *sides[1].values()} == {2}
 
 
 def test_what_is_cut_or_left_out_is_counted_by_reason(made):

@@ -70,7 +70,7 @@ def check(
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
-    """Count records, duplicates, lengths and held-out overlap."""
+    """Count records, tokens, lengths, duplicates, languages and held-out overlap."""
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
     if wanted.tokenizer is None:
         for spec in wanted.sources:
@@ -79,15 +79,23 @@ def check(
         return
     from selectkd.data.inspect import check as look
 
-    sources, held = _read(wanted, _tokenizer(wanted))
+    loaded = _tokenizer(wanted)
+    sources, held = _read(wanted, loaded)
     for source in sources:
         found = look(source, held_out=held or ())
-        overlap = "no held-out text" if held is None else f"overlap with held-out text {found.overlap}"
+        overlap = (
+            "no held-out text"
+            if held is None
+            else f"in held-out text too {found.overlap}, with its prompts {found.same_prompt}, with nearly its prompts "
+            f"{found.near_prompt}"
+        )
         say(source.summary)
         say(
             f"  examples {found.examples}, tokens {found.tokens}, trained on {found.trained_tokens}, "
-            f"duplicates {found.duplicates}, {overlap}"
+            f"duplicates {found.duplicates}, nearly the prompt of another record {found.near_duplicates}"
         )
+        say(f"  {overlap}")
+        say(f"  {_languages(source, loaded)}")
         say(f"  tokens a sample: {found.shortest} to {found.longest}")
         _histogram(found.lengths)
         for problem in source.problems[:5]:
@@ -240,6 +248,18 @@ def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
     _histogram(Counter(1 << max(0, size - 1).bit_length() for size in sizes))
     for problem in records.skipped[:5]:
         say(f"  bad: {problem}")
+
+
+def _languages(source: Source, tokenizer: Any) -> str:
+    from selectkd.data.inspect import languages
+
+    try:
+        found = languages(source.examples, tokenizer)
+    except ConfigError as error:
+        return str(error)
+    count = sum(found.values())
+    shares = ", ".join(f"{name} {100 * number / count:.1f}%" for name, number in list(found.items())[:6])
+    return f"languages of {count:,} samples: {shares}"
 
 
 def _histogram(lengths: Mapping[int, int]) -> None:

@@ -8,19 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from selectkd.data.prompts import groups, unpacked
 from selectkd.data.render import Example
 from selectkd.data.sources import Source
+from selectkd.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Check:
-    """The counts of ``check``. ``lengths`` maps an upper bound in tokens (a power of two) to a number of examples."""
+    """The counts of ``check``. ``lengths`` maps an upper bound in tokens (a power of two) to a number of examples.
+
+    near_duplicates: records whose prompt is that of another, or nearly. same_prompt, near_prompt: examples whose prompt
+    is also held out, and those with one that is nearly so.
+    """
 
     examples: int
     tokens: int
     trained_tokens: int
     duplicates: int
+    near_duplicates: int
     overlap: int
+    same_prompt: int
+    near_prompt: int
     shortest: int
     longest: int
     lengths: Mapping[int, int]
@@ -29,7 +41,9 @@ class Check:
 
 
 def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Example] = ()) -> Check:
-    """Counts over examples. A duplicate has the token ids of an earlier example; overlap counts held-out ones."""
+    """Counts over examples. A duplicate has the token ids of an earlier example; overlap counts held-out ones. Near
+    prompts are found by MinHash (``data.prompts``).
+    """
     examples = list(data.examples if isinstance(data, Source) else data)
     held = held_out.examples if isinstance(held_out, Source) else held_out
     counted = Counter(_key(example) for example in examples)
@@ -38,6 +52,11 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
     overlap = sum(count for key, count in counted.items() if key in held_keys)
     sizes = [len(example) for example in examples]
     lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes)
+    prompts, others = (
+        unpacked(np.frombuffer(b"".join(one.prompt for one in some), np.uint8)) for some in (examples, held)
+    )
+    same = np.isin(prompts[:, 0], others[:, 0])
+    near = np.isin(prompts, others).any(axis=1)
     warnings = []
     # A tenth is where repeated rows begin to act as a second epoch on part of the data.
     if examples and duplicates >= 0.1 * len(examples):
@@ -46,12 +65,20 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
         warnings.append(
             f"{overlap} of {len(examples)} examples are also in the held-out data, whose results would be too good."
         )
+    if near.sum() > overlap:
+        warnings.append(
+            f"{near.sum()} of {len(examples)} examples have a prompt that is held out ({same.sum()}) or nearly so; "
+            "held-out results would be too good."
+        )
     return Check(
         examples=len(examples),
         tokens=sum(sizes),
         trained_tokens=sum(sum(example.completion) for example in examples),
         duplicates=duplicates,
+        near_duplicates=_near_duplicates(examples, prompts),
         overlap=overlap,
+        same_prompt=int(same.sum()),
+        near_prompt=int(near.sum()),
         shortest=min(sizes, default=0),
         longest=max(sizes, default=0),
         lengths=dict(sorted(lengths.items())),
@@ -62,6 +89,29 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
 
 def _key(example: Example) -> bytes:
     return hashlib.blake2b(repr(example.input_ids).encode(), digest_size=16).digest()
+
+
+def _near_duplicates(examples: Sequence[Example], prompts: NDArray[np.int64]) -> int:
+    """Records beyond the first of each group of near prompts; a record may be several examples."""
+    records = len({example.origin for example in examples})
+    return max(0, records - len(np.unique(groups(prompts))))
+
+
+def languages(examples: Sequence[Example], tokenizer: Any, *, most: int = 1000) -> dict[str, int]:
+    """The languages of trained text by their ISO 639-1 codes, most frequent first, of ``most`` examples spread evenly.
+
+    Raises ConfigError where py3langid is not installed. It always names a language, of code and numbers too.
+    """
+    try:
+        from py3langid import classify  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("Languages need py3langid: pip install 'selectkd[data]'.") from None
+    counts: Counter[str] = Counter()
+    for place in np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(int).tolist():
+        example = examples[place]
+        ids = [index for index, trained in zip(example.input_ids, example.completion, strict=True) if trained]
+        counts[classify(tokenizer.decode(ids[:500], skip_special_tokens=True))[0]] += 1
+    return dict(counts.most_common())
 
 
 def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

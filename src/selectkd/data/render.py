@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from selectkd.data.chat import leaves_out_tools, tokenize_chat
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
+from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
@@ -39,7 +40,8 @@ class Example:
     """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes it.
 
     truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its text leaves its tool schemas out.
-    route: which of several teachers its record names, -1 where none is asked for.
+    route: which of several teachers its record names, -1 where none is asked for. prompt: the keys of its record's
+    prompt (``data.prompts``), by which duplicates and rewordings are found.
     """
 
     input_ids: list[int]
@@ -50,6 +52,7 @@ class Example:
     cut_prompt: bool = False
     without_tools: bool = False
     route: int = -1
+    prompt: bytes = bytes(8 * KEYS)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -139,7 +142,7 @@ def render(
     texts = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), rules, template)
     if not texts:
         return [Dropped(sample.origin, "no final answer")]
-    without_tools = leaves_out_tools(sample, template)
+    without_tools, prompt = leaves_out_tools(sample, template), packed(prompt_keys(prompt_of(sample)))
     results: list[Example | Dropped] = []
     for ids, trained in texts:
         if ids:
@@ -147,7 +150,7 @@ def render(
         if not any(trained):
             results.append(Dropped(sample.origin, "nothing to train on"))
             continue
-        example = Example(ids, trained, stream, sample.origin, without_tools=without_tools)
+        example = Example(ids, trained, stream, sample.origin, without_tools=without_tools, prompt=prompt)
         keep_first = ids[0] == getattr(tokenizer, "bos_token_id", None)
         results.append(_fit(example, rules, keep_first))
     return results

@@ -6,14 +6,15 @@ Training, caches, `data` and `doctor` read it here, so that they all see the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import floor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.data.prompts import split, unpacked
 from selectkd.data.render import TextRules
 from selectkd.data.sources import Source, dataset_source
 from selectkd.data.template import ChatTemplate, source_of
@@ -32,11 +33,12 @@ class Reading:
     ends: frozenset[int]
     sources: list[Source]
     heldout: list[Any]  # examples
+    split: list[str] = field(default_factory=list)  # warnings
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each source that lost something on the way."""
-        return [line for source in self.sources if (line := lost(source)) is not None]
+        """Warnings of the split, and a line for each source that lost something on the way."""
+        return [*self.split, *(line for source in self.sources if (line := lost(source)) is not None)]
 
 
 def read_text(
@@ -129,14 +131,16 @@ def _cached(recipe: Any) -> dict[str, Any]:
     return {}
 
 
-def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any]]:
-    """A share of the samples of each source held out, spread evenly over it, the rest to train on; sample order decides
-    alone. Of n samples floor(n * share) are held out.
+def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any], list[str]]:
+    """A share of the samples of each source held out, the rest to train on, and warnings.
+
+    Hashes of the prompts decide, so that a prompt, its duplicates and its rewordings stand on one side
+    (``data.prompts.split``). Of n samples floor(n * share) are held out, or fewer.
     """
-    part = Fraction(repr(share))
+    prompts = [b"".join(example.prompt for example in source.examples) for source in sources]
+    found = split([unpacked(np.frombuffer(some, np.uint8)) for some in prompts], share)
     kept, held = [], []
-    for source in sources:
-        chosen = [floor((i + 1) * part) > floor(i * part) for i in range(len(source.examples))]
+    for source, chosen in zip(sources, found.held_out, strict=True):
         held += [example for example, out in zip(source.examples, chosen, strict=True) if out]
         rest = [example for example, out in zip(source.examples, chosen, strict=True) if not out]
         kept.append(replace(source, examples=rest))
@@ -144,10 +148,24 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], lis
     if not held or len(held) == count:
         what = "none" if not held else "all of them"
         raise ConfigError(
-            f"data.evaluation = {share} of {count} samples holds {what} out. "
+            f"data.evaluation = {share} of {count} samples holds {what} out; duplicates of a prompt stay together. "
             f"Give a {'larger' if not held else 'smaller'} share, or a file of its own."
         )
-    return kept, held
+    warnings = []
+    if len(held) < 0.95 * share * count - len(sources):
+        warnings.append(
+            f"data.evaluation = {share}: {len(held):,} of {count:,} samples are held out; more would part the "
+            "duplicates of a prompt"
+        )
+    if not found.whole:
+        warnings.append(
+            f"data.evaluation = {share}: nearly equal prompts stand on both sides, since too many are alike"
+        )
+    if found.too_many:
+        warnings.append(
+            f"data.evaluation = {share}: {found.too_many:,} samples of nearly one prompt are all trained on"
+        )
+    return kept, held, warnings
 
 
 def lost(source: Source) -> str | None:

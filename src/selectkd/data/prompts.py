@@ -1,0 +1,151 @@
+"""Prompts that are the same or reworded, found by hashes of their words; and the split that keeps them on one side."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from selectkd.data.formats import Sample
+from selectkd.data.turns import text_of
+
+WORD = re.compile(r"\w+")
+SHINGLE = 3
+"""Words that are hashed together. A prompt of fewer has no near ones."""
+BANDS, ROWS = 8, 8
+"""Bands of a MinHash signature, and hashes of a band: prompts with a band in common are near. Of the pairs that share
+0.75 of their shingles 57% have one, of those that share 0.5 3%, of those that share 0.9 99%."""
+KEYS = 1 + BANDS
+"""Keys of a prompt: the hash of its words, and one of each band."""
+LONGEST = 20_000
+"""Characters of a prompt that are read: those behind them change neither its kind nor its cost."""
+_FACTORS = np.random.PCG64(0).random_raw((2, BANDS * ROWS, 1)) | np.uint64(1)
+"""Odd factors and summands of the hash functions, [2, BANDS * ROWS, 1]. numpy keeps this stream for all time."""
+
+
+def prompt_of(sample: Sample) -> str:
+    """The text that decides on which side of a split a sample is: the first turn that asks, or else its beginning."""
+    if sample.messages is not None:
+        asked = next((turn for turn in sample.messages if turn["role"] == "user"), sample.messages[0])
+        return text_of(asked["content"])[:LONGEST]
+    if sample.input_ids is not None:
+        mask = sample.mask or ()
+        first = mask.index(True) if True in mask else 0
+        return " ".join(map(str, sample.input_ids[: first or LONGEST]))
+    return (sample.text or "")[:LONGEST]
+
+
+def prompt_keys(text: str) -> tuple[int, ...]:
+    """KEYS hashes of a prompt, 63 bits each; two prompts with the same key at any place are near-duplicates.
+
+    The bands are of a MinHash signature over SHINGLE words. Source: Broder 1997; Leskovec et al., Mining of Massive
+    Datasets, chapter 3.
+
+    The first is of all words without case, accents' forms and punctuation.
+
+    >>> prompt_keys("Where is Oslo?") == prompt_keys("where is oslo")
+    True
+    >>> prompt_keys("Where is Oslo?")[0] == prompt_keys("Where is Rome?")[0]
+    False
+    """
+    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold()) or [text]
+    exact = _hash(" ".join(words).encode("utf-8", "surrogatepass"))
+    if len(words) < SHINGLE:
+        return (exact,) * KEYS
+    shingles = (" ".join(words[place : place + SHINGLE]) for place in range(len(words) - SHINGLE + 1))
+    hashes = np.array(
+        [xxhash.xxh3_64_intdigest(one.encode("utf-8", "surrogatepass")) for one in shingles], np.uint64
+    )
+    # Multiply-shift: the upper half of a * x + b, wrapped at 64 bits, is universal enough. Dietzfelbinger et al. 1997.
+    signature = (
+        ((_FACTORS[0] * hashes + _FACTORS[1]) >> np.uint64(32)).min(axis=1).astype("<u4").reshape(BANDS, ROWS)
+    )
+    return exact, *(_hash(bytes([band]) + row.tobytes()) for band, row in enumerate(signature))
+
+
+def packed(keys: Sequence[int]) -> bytes:
+    """Keys as KEYS * 8 bytes, which ``unpacked`` reads."""
+    return np.array(keys, dtype="<i8").tobytes()
+
+
+def unpacked(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The keys of n packed prompts, [n, KEYS], from their bytes [n, KEYS * 8]."""
+    return np.ascontiguousarray(rows).view("<i8").reshape(-1, KEYS)
+
+
+def _hash(content: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(content) >> 1
+
+
+def groups(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The group of each prompt, [n], of those that keys [n, k] connect, each to the next."""
+    rows, width = keys.shape
+    _, key = np.unique(keys, return_inverse=True)
+    key = key.reshape(rows, width)
+    owner = np.repeat(np.arange(rows), width)
+    size = rows + int(key.max(initial=-1)) + 1
+    ones = np.ones(rows * width, dtype=np.int8)
+    links = coo_matrix((ones, (owner, rows + key.ravel())), shape=(size, size))
+    return connected_components(links, directed=False)[1][:rows].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which samples of each source are held out, [n] each. whole: reworded prompts are all on one side. too_many:
+    samples in groups of one prompt larger than what is held out of a source, which are all trained on.
+    """
+
+    held_out: list[NDArray[np.bool_]]
+    whole: bool
+    too_many: int
+
+
+def split(keys: Sequence[NDArray[np.int64]], share: float) -> Split:
+    """The samples that are held out, a share of each source, from the keys [n, KEYS] of its prompts.
+
+    Of n samples floor(n * share) are held out, fewer where groups of one prompt do not fit in. A sample's place is
+    decided by hashes of its prompt alone. Near prompts are parted where they would leave the share short by more than
+    a tenth.
+    """
+    part = Fraction(repr(share))
+    source = np.repeat(np.arange(len(keys)), [len(one) for one in keys])
+    every = np.concatenate(list(keys))
+    wanted = np.array([floor(len(one) * part) for one in keys])
+    group = groups(every)
+    chosen = _chosen(every[:, 0], group, source, wanted)
+    whole = bool(chosen.sum() >= 0.9 * wanted.sum())
+    if not whole:
+        group = groups(every[:, :1])
+        chosen = _chosen(every[:, 0], group, source, wanted)
+    sizes = np.bincount(group)
+    too_many = int(sizes[sizes > wanted.sum()].sum())
+    return Split(np.split(chosen, np.cumsum([len(one) for one in keys])[:-1]), whole, too_many)
+
+
+def _chosen(
+    exact: NDArray[np.int64], group: NDArray[np.int64], source: NDArray[np.int64], wanted: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whole groups, in the order of their smallest hash, as long as no source gives more than is wanted of it."""
+    count = int(group.max(initial=-1)) + 1
+    smallest = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, group, exact)
+    order = np.argsort(group, kind="stable")
+    members = np.split(source[order], np.cumsum(np.bincount(group, minlength=count))[:-1])
+    room, taken = wanted.copy(), np.zeros(count, dtype=bool)
+    for one in np.argsort(smallest, kind="stable").tolist():
+        size = np.bincount(members[one], minlength=len(wanted))
+        if (size <= room).all():
+            taken[one] = True
+            room -= size
+            if not room.any():
+                break
+    return taken[group]
