@@ -274,7 +274,7 @@ def test_data_check_reads_a_recipe(
         )
     )
     assert main(["data", "check", str(recipe)]) == 0
-    assert "overlap with held-out text 1" in capsys.readouterr().out
+    assert "in held-out text too 1, with its prompts 1, with nearly its prompts 1" in capsys.readouterr().out
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "one two", "completion": " four three"}) + "\n")
     recipe.write_text(

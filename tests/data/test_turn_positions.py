@@ -259,14 +259,14 @@ def test_a_template_of_parts_is_given_parts(make_tokenizer):
 def test_a_token_across_the_end_of_a_prompt_is_cut_there(make_tokenizer):
     tokenizer = make_tokenizer(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}", corpus=["assistant: yes", " yes no : yes"] * 4,
+        "{% if add_generation_prompt %}assistant: {% endif %}", corpus=["assistant: yes", " yes no : yes"] * 4,
     )  # fmt: skip
     row = {"messages": turns(("user", "no"), ("assistant", "yes"))}
     (example,) = examples(row, tokenizer)
-    prompt = tokenizer("user: no\nassistant:")["input_ids"]
+    prompt = tokenizer("user: no\nassistant: ")["input_ids"]
     assert example.input_ids[: len(prompt)] == prompt and example.completion.index(True) == len(prompt)
-    joined = tokenizer("user: no\nassistant:" + " yes\n")["input_ids"]
-    assert tokenizer.decode(example.input_ids) == tokenizer.decode(joined) + "<|im_end|>"
+    assert tokenizer("user: no\nassistant: yes\n")["input_ids"][: len(prompt)] != prompt
+    assert tokenizer.decode(example.input_ids) == "user: no\nassistant: yes\n<|im_end|>"
 
 
 @pytest.mark.parametrize(
