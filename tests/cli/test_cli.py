@@ -281,7 +281,7 @@ def test_data_check_reads_a_recipe(
         recipe.read_text().replace(f"evaluation: {{path: {rows}}}", f"evaluation: {{path: {other}}}")
     )
     assert main(["data", "check", str(recipe)]) == 0
-    assert "overlap with held-out text 0" in capsys.readouterr().out
+    assert "in held-out text too 0, with its prompts 1" in capsys.readouterr().out
     recipe.write_text(recipe.read_text().replace(f", evaluation: {{path: {other}}}", ""))
     assert main(["data", "check", str(recipe)]) == 0
     told = capsys.readouterr().out
