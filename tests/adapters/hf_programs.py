@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from selectkd.adapters.hf import distil
+from selectkd.nn import SelecTKDLoss
 from training.tiny import texts, tiny_llama
 
 OURS = ("objective", "reduction", "beta", "options")
@@ -70,6 +73,23 @@ def started(
     )  # fmt: skip
 
 
+def of_parts(path: Path) -> None:
+    """Writes the gradient of logits whose vocabulary lies in parts over the ranks, and that of whole ones."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 24, dtype=torch.float64) for _ in range(2))
+    labels, loss_fn = (
+        torch.randint(0, 24, (2, 5)),
+        SelecTKDLoss(verifier={"name": "greedy_topk", "k": 3}, beta=0.1),
+    )
+    parts, others = (distribute_tensor(one, mesh, [Shard(2)]) for one in (student, teacher))
+    parts.requires_grad_()
+    loss_fn(parts, others, labels).backward()
+    student.requires_grad_()
+    loss_fn(student, teacher, labels).backward()
+    save_file({"parts": parts.grad.full_tensor(), "whole": student.grad}, path)  # type: ignore[union-attr, dict-item]
+
+
 if __name__ == "__main__":
     trainer = started(
         Path(sys.argv[1]), tiny_llama(2).double(), tiny_llama(1).double(), texts(8), size=2, accumulation=2
@@ -83,4 +103,5 @@ if __name__ == "__main__":
     trainer._clip_grad_norm = kept
     trainer.train()
     save_file(found, Path(sys.argv[1]) / f"rank-{os.environ['RANK']}.safetensors")
+    of_parts(Path(sys.argv[1]) / f"vocabulary-{os.environ['RANK']}.safetensors")
     torch.distributed.destroy_process_group()

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from adapters.hf_programs import arguments, columns, started
+from faults.tiny_cache import build
 from selectkd import LossOptions, Objective
 from selectkd.adapters.hf import batch_of, distil
 from selectkd.data.collate import collate, collate_packed
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, SelectKDError
 from selectkd.teachers import LiveTeacher
+from selectkd.teachers.cache.build import CacheOptions
 from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from training.tiny import padded, texts, tiny_llama, tiny_tokenizer, write_pair
@@ -130,7 +132,8 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    """DistributedDataParallel over gloo, uneven counts of tokens on the two ranks."""
+    """DistributedDataParallel over gloo, uneven counts of tokens on the two ranks; and, of the module, logits whose
+    vocabulary lies in parts over them."""
     script = Path(__file__).with_name("hf_programs.py")
     room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     both = [
@@ -151,6 +154,9 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         started(tmp_path, tiny_llama(2).double(), tiny_llama(1).double(), texts(8), size=8, accumulation=1)
     )
     for rank in (0, 1):
+        parts = load_file(tmp_path / f"vocabulary-{rank}.safetensors")
+        torch.testing.assert_close(parts["parts"], parts["whole"], rtol=0, atol=1e-12)
+        assert parts["whole"].abs().max() > 0
         two = load_file(tmp_path / f"rank-{rank}.safetensors")
         same({name.removeprefix("module."): value for name, value in two.items()}, one)
 
@@ -207,11 +213,14 @@ def test_a_saved_student_is_a_plain_model(tmp_path: Path) -> None:
     assert again(ids).logits.equal(trainer.model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["folder", "section", "rows"])
+@pytest.mark.parametrize("kind", ["folder", "section", "rows", "cache"])
 def test_a_teacher_may_be_a_folder_a_recipe_s_section_or_a_teacher_of_ours(kind: str, tmp_path: Path) -> None:
     write_pair(tmp_path, tiny_llama(1))
     folder = str(tmp_path / "teacher")
-    teacher = {"folder": folder, "section": {"model": folder}, "rows": LiveTeacher(tiny_llama(1))}[kind]
+    kinds = {"folder": folder, "section": {"model": folder}, "rows": LiveTeacher(tiny_llama(1))}
+    if kind == "cache":  # of the last hidden states, in fp32
+        build(folder, tmp_path / "cache", options=CacheOptions(payload="hidden", precision="float32"))
+    teacher = kinds.get(kind, str(tmp_path / "cache"))
     trainer = started(
         tmp_path, tiny_llama(2), teacher, texts(4), size=4, accumulation=1, processing_class=tiny_tokenizer()
     )  # fmt: skip

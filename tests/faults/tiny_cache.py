@@ -15,11 +15,13 @@ from training.tiny import texts
 EXAMPLES = texts(40)
 
 
-def build(teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6) -> None:
+def build(
+    teacher: str, folder: Path, pause: float = 0.0, shard_rows: int = 6, options: CacheOptions | None = None
+) -> None:
     """A cache of the tiny teacher, with 6 rows a shard in 40 shards of one sample; ``pause``: seconds after each."""
     torch.set_num_threads(1)
     loaded: Loaded = load_model(teacher)
     origin = ModelOrigin(loaded, model=teacher, dtype="float32")
-    options = CacheOptions(shard_rows=shard_rows)
+    options = options or CacheOptions(shard_rows=shard_rows)
     plan, records = plan_of(origin, tokenizer=loaded.tokenizer, examples=EXAMPLES, options=options)
     build_cache(folder, plan, records, origin, say=lambda _: time.sleep(pause))
