@@ -103,6 +103,23 @@ def uld(p: Numbers, q: Numbers, frozen: Numbers) -> Any:
     return mp.fsum(abs(a - b) for a, b in zip(*sides, strict=True))
 
 
+def entropy(p: Numbers) -> Any:
+    return -mp.fsum(mp.exp(one) * one for one in p if one is not None)
+
+
+def router(p: Numbers, q: Numbers, frozen: Numbers) -> Any:
+    """Reverse KL where the teacher is sure, forward KL elsewhere."""
+    return kl(q, p) if entropy(p) <= mpf(0.8) else kl(p, q)
+
+
+def token_temperature(p: Numbers, q: Numbers, frozen: Numbers) -> Any:
+    gaps = mp.fsum((mp.sqrt(prob(a)) - mp.sqrt(prob(b))) ** 2 for a, b in zip(p, frozen, strict=True))
+    ratio = gaps / 2 / mpf(0.3) ** 2
+    t = mp.exp(-mpf(0.5) * (ratio - 1) / (ratio + 1))
+    hot = [log_softmax([None if one is None else one / t for one in side]) for side in (p, q)]
+    return t**2 * kl(*hot)
+
+
 A = mpf(0.1)  # the fp64 number that the package computes with
 VALUES: dict[str, Callable[[Numbers, Numbers, Numbers], Any]] = {
     "forward_kl": lambda p, q, _: kl(p, q),
@@ -119,6 +136,8 @@ VALUES: dict[str, Callable[[Numbers, Numbers, Numbers], Any]] = {
     "neg_log_acceptance": lambda p, q, _: -mp.log(overlap(p, q)),
     "kl_tv_hybrid": kl_tv_hybrid,
     "uld": uld,
+    "router": router,
+    "token_temperature": token_temperature,
 }
 """name -> (log p, log q, log q without a gradient) -> D, at the registry's default parameters."""
 

@@ -45,8 +45,8 @@ def token_temperature(
     if scale == 0:
         return TEMPERED[of](logp, logq)
     with torch.no_grad():
-        square = (hellinger_distance(logp.float(), logq.float()) / middle).square()
+        square = (hellinger_distance(logp, logq) / middle).square()
         # tanh(log r) = (r^2 - 1) / (r^2 + 1), which has a value at r = 0
-        temperature = torch.exp(-scale * (square - 1.0) / (square + 1.0)).to(logq.dtype)[:, None]
+        temperature = torch.exp(-scale * (square - 1.0) / (square + 1.0))[:, None]
     p, q = (torch.log_softmax(one / temperature, -1) for one in (logp, logq))
     return temperature[:, 0].square() * TEMPERED[of](p, q)
