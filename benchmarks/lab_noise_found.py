@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from selectkd.data.collate import collate
 from selectkd.data.render import Example
+from selectkd.data.supervised import supervised
 from selectkd.evals.statistics import t_interval
-from selectkd.objective.objective import Objective
-from selectkd.teachers.live import LiveTeacher
-from selectkd.training.heldout.evaluation import probe
+from selectkd.objective.pair import dense_pair
+from selectkd.objective.registry import build
+from selectkd.objective.verifiers import VERIFIERS
 
 STUDIES = Path(__file__).parents[1] / "studies"
 GATES = {
@@ -54,10 +56,18 @@ def found(folder: Path, teacher: str, student: Path) -> dict[str, tuple[float, f
         ids = [*prompt, *text, tokenizer.eos_token_id][:LENGTH]
         examples.append(Example(ids, [at >= len(prompt) for at in range(len(ids))]))
     batch = collate(examples, pad_id=tokenizer.pad_token_id)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (student, folder / teacher))
+    seen = supervised(batch)
+    logs = []
+    for path in (folder / teacher, student):
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        with torch.no_grad():
+            hidden = model.model(**batch.model_inputs()).last_hidden_state
+            logs.append(model.lm_head(hidden.flatten(0, 1)[seen.position]).log_softmax(-1))  # [n, v]
+    pair = replace(dense_pair(*logs), label=seen.labels, sequence=seen.sequence)
+    uniform = torch.rand(len(seen.labels), 8, generator=torch.Generator().manual_seed(0))
 
     def rejected(verifier: Any) -> torch.Tensor:
-        return 1.0 - probe(ours, LiveTeacher(theirs), batch, Objective("forward_kl", verifier))
+        return 1.0 - build(VERIFIERS, verifier, kind="verifier")(pair, uniform)
 
     wrong = rejected(right_places(str(folder / "noise.json")))
     shares = {}
