@@ -32,6 +32,7 @@ import torch
 from record import record
 
 from selectkd.data.collate import collate
+from selectkd.data.examples import record_key
 from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.supervised import supervised
@@ -47,7 +48,7 @@ from selectkd.objective.verifiers.selectkd import greedy_topk
 from selectkd.teachers import exactness
 from selectkd.teachers.cache import CachedTeacher, CacheOptions, ModelOrigin, build_cache, open_cache, plan_of
 from selectkd.teachers.cache.codec import decode_log_probs, encode_ids, encode_log_probs
-from selectkd.teachers.cache.shard import Shard, record_key, shard_bytes
+from selectkd.teachers.cache.shard import Shard, shard_bytes
 from selectkd.teachers.live import LiveTeacher
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,11 @@ kernels run in Triton's interpreter, which must be known before Triton is import
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +17,10 @@ from jaxtyping import config, install_import_hook
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if "SELECTKD_CACHE" not in os.environ:  # of all workers of pytest, and of the programs that tests start
+    os.environ["SELECTKD_CACHE"] = tempfile.mkdtemp(prefix="selectkd-text-")
+    atexit.register(shutil.rmtree, os.environ["SELECTKD_CACHE"], ignore_errors=True)
 
 MATHEMATICS = (
     *(f"selectkd.objective.{name}" for name in (

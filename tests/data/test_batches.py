@@ -8,8 +8,9 @@ import torch
 
 from selectkd.data.collate import collate, collate_packed, pack
 from selectkd.data.inspect import check
+from selectkd.data.order import BatchOptions, draw
 from selectkd.data.render import Example, TextRules
-from selectkd.data.sources import Source, batches, dataset_source, draw, plan
+from selectkd.data.sources import Source, batches, dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.forward import last_hidden
@@ -117,32 +118,29 @@ def test_packing_is_first_fit_decreasing():
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
-    sources = [Source(EXAMPLES, "a"), Source([example(4, seed=90 + i) for i in range(4)], "b")]
-    settings = {"batch_size": 3, "pad_id": PAD}
+    sources = [Source.of(EXAMPLES, "a"), Source.of([example(4, seed=90 + i) for i in range(4)], "b")]
     one, two, other, later = (
-        [b.input_ids.tolist() for b in batches(sources, seed=s, epoch=e, **settings)]
+        [b.input_ids.tolist() for b in batches(sources, BatchOptions(3, s, pad_id=PAD), e)]
         for s, e in ((1, 0), (1, 0), (2, 0), (1, 1))
     )
     assert one == two != other and one != later and len(one) == 4
-    resumed = batches(sources, seed=1, epoch=0, start=2, **settings)
-    assert [b.input_ids.tolist() for b in resumed] == one[2:]
+    resumed = batches(sources, BatchOptions(3, 1, pad_id=PAD), 0)
+    assert [b.input_ids.tolist() for b in resumed[2:]] == one[2:] and len(resumed) == 4
 
 
 @pytest.mark.parametrize("bucket", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_example_comes_once_per_epoch_however_it_is_batched(bucket, packing):
-    rows = plan(
-        [Source(EXAMPLES)], batch_size=2, seed=0, epoch=3, packing=packing, max_length=12, bucket=bucket
+    epoch = batches(
+        [Source.of(EXAMPLES)], BatchOptions(2, 0, packing=packing, max_length=12, bucket=bucket), 3
     )
-    assert Counter(e.origin for b in rows for row in b for e in row) == Counter(e.origin for e in EXAMPLES)
+    found = Counter(e.origin for i in range(len(epoch)) for row in epoch.rows(i) for e in row)
+    assert found == Counter(e.origin for e in EXAMPLES)
 
 
 def test_weights_say_how_often_a_source_is_seen():
-    a = Source([example(3, seed=i) for i in range(10)], "a", weight=0.5)
-    b = Source([example(3, seed=100 + i) for i in range(10)], "b", weight=2)
-    epochs = [Counter(e.origin for e in draw([a, b], seed=0, epoch=epoch)) for epoch in range(2)]
-    both = epochs[0] + epochs[1]
-    assert all(both[e.origin] == 1 for e in a.examples) and all(both[e.origin] == 4 for e in b.examples)
+    epochs = [Counter(draw([10, 10], [0.5, 2], seed=0, epoch=epoch).tolist()) for epoch in range(2)]
+    assert epochs[0] + epochs[1] == Counter(dict.fromkeys(range(10), 1) | dict.fromkeys(range(10, 20), 4))
     assert sum(epochs[0].values()) == 25
 
 

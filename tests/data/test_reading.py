@@ -140,12 +140,12 @@ def question(number):
 def test_a_held_out_share_is_that_share_of_each_source_wherever_its_rows_stand(share):
     examples = asking(*map(question, range(100)))
     kept, held, warnings = hold_out(
-        [Source(examples), Source(asking(*map(question, range(100, 120))))], share
+        [Source.of(examples), Source.of(asking(*map(question, range(100, 120))))], share
     )
     assert len(held) == round(100 * share) + int(20 * share + 1e-9) and not warnings
     assert [len(source) for source in kept] == [100 - round(100 * share), 20 - int(20 * share + 1e-9)]
-    turned = hold_out([Source(examples[::-1])], share)[1]
-    alone = hold_out([Source(examples)], share)[1]
+    turned = hold_out([Source.of(examples[::-1])], share)[1]
+    alone = hold_out([Source.of(examples)], share)[1]
     assert {one.origin for one in turned} == {one.origin for one in alone}
 
 
@@ -153,10 +153,10 @@ def test_duplicates_and_rewordings_of_a_prompt_stand_on_one_side():
     plain = [question(number) for number in range(40)]
     louder = [text.upper() + "!" for text in plain]
     reworded = [" ".join(["please", *text.split()]) for text in plain]
-    kept, held, warnings = hold_out([Source(asking(*plain, *louder, *reworded))], 0.4)
+    kept, held, warnings = hold_out([Source.of(asking(*plain, *louder, *reworded))], 0.4)
     numbers = [{int(one.origin[2:]) % 40 for one in side} for side in (held, kept[0].examples)]
     assert len(held) == 48 and not numbers[0] & numbers[1] and not warnings
-    both = [Source(asking(*plain)), Source(asking(*louder))]
+    both = [Source.of(asking(*plain)), Source.of(asking(*louder))]
     kept, held, _ = hold_out(both, 0.25)
     assert [len(source) for source in kept] == [30, 30]
     assert len({one.origin for one in held}) == 10
@@ -164,12 +164,12 @@ def test_duplicates_and_rewordings_of_a_prompt_stand_on_one_side():
 
 def test_a_share_that_would_part_a_prompt_says_so():
     once, often = [question(number) for number in range(60)], [question(100)] * 60
-    _, held, warnings = hold_out([Source(asking(*once, *often))], 0.25)
+    _, held, warnings = hold_out([Source.of(asking(*once, *often))], 0.25)
     assert len(held) == 30 and "60 samples of nearly one prompt are all trained on" in warnings[0]
-    _, held, warnings = hold_out([Source(asking(*[f"{question(0)} {n}" for n in range(100)]))], 0.25)
+    _, held, warnings = hold_out([Source.of(asking(*[f"{question(0)} {n}" for n in range(100)]))], 0.25)
     assert len(held) == 25 and "nearly equal prompts stand on both sides" in warnings[0]
     with pytest.raises(ConfigError, match="holds none out; duplicates of a prompt stay together"):
-        hold_out([Source(asking(*often))], 0.25)
+        hold_out([Source.of(asking(*often))], 0.25)
 
 
 def test_the_samples_of_one_conversation_stand_on_one_side(made):

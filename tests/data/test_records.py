@@ -234,13 +234,6 @@ def test_a_configuration_of_a_folder_is_named_by_config(tmp_path):
     assert [row["text"] for row in read_records(tmp_path, config="main").rows] == ["main/train.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "folder/data.csv"])
-def test_a_table_is_told_the_way_to_convert_it(tmp_path, name):
-    write(tmp_path, name)
-    with pytest.raises(DataError, match=r"JSON Lines:\n.*csv\.DictReader"):
-        read_records((tmp_path / name).parent if "/" in name else tmp_path / name)
-
-
 def test_every_error_of_a_record_is_ours():
     assert set(FULL) == set(FORMATS) and issubclass(DataError, SelectKDError)
 

@@ -96,8 +96,14 @@ def nothing_to_train(all_but: int) -> Fault:
 
     def fault(made: Any, rank: int) -> None:
         (source,) = made.sources
-        for example in source.examples[all_but:]:
-            example.completion[:] = [False] * len(example.completion)
+        (table,) = source.examples.tables
+        plain, kept = table.example, set(source.examples.places[:all_but].tolist())
+
+        def example(row: int) -> Any:
+            one = plain(row)
+            return one if row in kept else replace(one, completion=[False] * len(one))
+
+        table.example = example
 
     return fault
 

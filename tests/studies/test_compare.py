@@ -204,7 +204,7 @@ def test_a_gate_that_lets_everything_pass_is_no_gate_under_any_method(
     that an arm's selection changes is the weights.
     """
     values = yaml.safe_load(recipe.read_text("utf-8"))
-    values |= {"selection": {"verifier": "greedy_topk", "k": 5, "beta": 1.0}}
+    values |= {"selection": {"verifier": "greedy_topk", "k": 50, "beta": 1.0}}
     values |= {"reference": {"model": values["teacher"]["model"]}}
     values["data"]["max_new_tokens"] = 4
     values["training"] |= {"max_steps": 2, "evaluate_every": 1}

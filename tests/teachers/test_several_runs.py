@@ -140,9 +140,9 @@ def test_a_record_without_one_teacher_ends_the_run_before_weights_load(root, tmp
 def test_a_value_of_another_type_is_another_value():
     plan = SeveralPlan.__new__(SeveralPlan)
     plan.when = [{"level": 1}, {"level": [True, "1"]}]
-    assert [plan.route_of({"level": value}, "x") for value in (1, True, "1")] == [0, 1, 1]
+    assert [plan.routes({"level": value}, "x") for value in (1, True, "1")] == [0, 1, 1]
     with pytest.raises(DataError, match=r"x: level = 1\.0 meets no"):
-        plan.route_of({"level": 1.0}, "x")
+        plan.routes({"level": 1.0}, "x")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -191,8 +191,9 @@ def _origin(teacher: Any, device: Any, folder: Path) -> Any:
     return ModelOrigin(loaded, model=teacher.model, dtype=teacher.dtype, quantization=teacher.quantization)
 
 
-def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
+def _text(recipe: Recipe, device: Any) -> tuple[Any, Any, Any, Any, Any]:
     """(the teacher's plan, all text, what to store, the tokenizer, the reading) of a cache that is to be built."""
+    from selectkd.data.examples import Examples
     from selectkd.models.precision import precision_of
     from selectkd.teachers import exactness
     from selectkd.teachers.cache import CacheOptions
@@ -231,5 +232,5 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, list[Any], Any, Any, Any]:
     stored: Any = options.payload
     exactness.check(plan.objective, stored, k=options.k, temperature=temperature, source=teacher.source)
     exactness.check_edge(plan.objective, stored, k=options.k)
-    examples = [*(example for source in plan.sources for example in source.examples), *plan.heldout]
+    examples = Examples.joined([plan.examples, plan.heldout])
     return teacher, examples, options, plan.tokenizer, plan.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,11 @@ from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectkd.config import Recipe
+    from selectkd.data.examples import Examples
     from selectkd.data.sources import Source
 
+READING = ("path", "split", "config", "revision", "storage_options", "format", "limit")
+"""The keys of a source that say which records are read."""
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -203,9 +207,7 @@ def _tokenizer(wanted: Wanted) -> Any:
     return load_tokenizer(str(wanted.tokenizer), revision=wanted.revision)
 
 
-def _read(
-    wanted: Wanted, tokenizer: Any, samples: int | None = None
-) -> tuple[list[Source], list[Any] | None]:
+def _read(wanted: Wanted, tokenizer: Any, samples: int | None = None) -> tuple[list[Source], Examples | None]:
     """The sources, and what is held out, None where nothing is. samples: the first of each source alone, held out or
     not.
     """
@@ -227,26 +229,40 @@ def _read(
 
 
 def _reading(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: spec[key] for key in ("path", "split", "config", "format", "limit") if key in spec}
+    return {key: spec[key] for key in READING if key in spec}
 
 
 def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
-    from selectkd.data.files import read_records
+    from selectkd.data.chunks import chunks
+    from selectkd.data.files import Checked, check_reading, items_of
     from selectkd.data.formats import to_sample
+    from selectkd.data.places import Place
 
-    records = read_records(on_bad_record=_policy(on_bad_record), **_reading(spec))
-    say(records.summary)
-    seen: Counter[str] = Counter()
-    sizes: list[int] = []
+    policy, reading = _policy(on_bad_record), _reading(spec)
+    check_reading(reading.get("format"), reading.get("limit"), policy)
+    place = Place(**{name: reading[name] for name in reading if name not in ("format", "limit", "storage_options")},
+                  options=reading.get("storage_options", {}))  # fmt: skip
+    records = Checked(
+        items_of(chunks(place)),
+        format=reading.get("format"),
+        limit=reading.get("limit"),
+        on_bad_record=policy,
+    )
+    seen: set[bytes] = set()
+    sizes: Counter[int] = Counter()
     for origin, record in records:
-        to_sample(record, records.format, origin=origin)  # refuses what cannot be trained on
+        to_sample(record, records.found.format, origin=origin)  # refuses what cannot be trained on
         text = json.dumps(record, sort_keys=True, default=str)
-        seen[text] += 1
-        sizes.append(len(text))
-    say(f"  records {len(records)}, duplicates {sum(seen.values()) - len(seen)}")
+        seen.add(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+        sizes[len(text)] += 1
+    say(records.found.summary(place.path, given=records.named is not None))
+    say(f"  records {records.found.good}, duplicates {records.found.good - len(seen)}")
     say(f"  characters a record: {min(sizes)} to {max(sizes)}")
-    _histogram(Counter(1 << max(0, size - 1).bit_length() for size in sizes))
-    for problem in records.skipped[:5]:
+    bounds: Counter[int] = Counter()
+    for size, count in sizes.items():
+        bounds[1 << max(0, size - 1).bit_length()] += count
+    _histogram(bounds)
+    for problem in records.found.problems[:5]:
         say(f"  bad: {problem}")
 
 

@@ -35,7 +35,8 @@ def panel(
 
     checked = load_recipe(recipe, changes or [])
 
-    from selectkd.data.collate import collate
+    from selectkd.data.examples import Examples
+    from selectkd.data.order import Padded
     from selectkd.data.render import pad_id_of
     from selectkd.evals.studies.panel import gates
     from selectkd.evals.studies.panel import panel as compare_gates
@@ -51,9 +52,9 @@ def panel(
         assembly = assemble(checked.model_copy(update={"training": training}), device=on, date=date)
     batches = assembly.heldout
     if not batches:
-        examples = [example for source in assembly.sources for example in source.examples][:SAMPLES]
+        examples = Examples.joined([source.examples for source in assembly.sources])[:SAMPLES]
         size, pad = checked.training.batch_size, pad_id_of(assembly.tokenizer)
-        batches = [collate(examples[i : i + size], pad_id=pad) for i in range(0, len(examples), size)]
+        batches = Padded(examples, pad_id=pad, batch_size=size)
     seen = compare_gates(
         assembly.student,
         assembly.teacher,

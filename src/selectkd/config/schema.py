@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.expand import expanded
@@ -71,19 +71,36 @@ class StreamObjective(Section):
     """Factor of the loss on this text: a number, or a weight that changes. Left out: 1."""
 
 
+def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuses credentials, which would be written into the run's files."""
+    for name in options:
+        if any(part in name.lower() for part in ("secret", "password", "token", "key", "credential")):
+            raise refuse(
+                f"{name} may be a credential, and a recipe is written into the run's files; set it in the environment, "
+                "such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://"
+            )
+    return options
+
+
 class SourceSection(Section):
     """One source of text."""
 
     path: Text
-    """A .jsonl or .parquet file, a folder, or a hub data set id."""
+    """A file, a folder, a URL such as s3://BUCKET/FOLDER, or a hub data set id. Files are JSON Lines, JSON, CSV, TSV or
+    plain text, each also .gz or .zst, Parquet or Arrow."""
     name: Name | None = None
     """Name of the source in metrics and in teacher.streams. Left out: a name from the path."""
     format: Text | None = None
     """Format of the records, such as messages or prompt_completion. Left out: detected from their fields."""
     split: Text | None = None
-    """Split of a hub data set. Left out: train where there is one."""
+    """Split of a folder or a hub data set; of the hub also a part, such as train[:10%]. Left out: train where there is
+    one."""
     config: Text | None = None
     """Configuration of a hub data set. Left out: its only one."""
+    revision: Text | None = None
+    """Revision of a hub data set: a branch, a tag or a commit. Left out: the newest."""
+    storage_options: Annotated[Arguments, AfterValidator(_no_secrets)] | None = None
+    """Options of the file system behind a URL, such as {anon: true}. Credentials belong into the environment."""
     limit: Count | None = None
     """Most records that are read of it. Left out: all."""
     weight: Annotated[float, Field(gt=0.0)] | None = None
@@ -125,6 +142,14 @@ class Data(Section):
         | None
     ) = None
     """Held-out text: a share of the sources, such as 0.05, or a source of its own. Left out: no evaluation."""
+    evaluation_limit: Count | None = None
+    """Most held-out samples that are measured, the first ones. Left out: all."""
+    cache: Text | None = None
+    """Folder in which tokenised text is kept for the next start. Left out: `$SELECTKD_CACHE`, or
+    `~/.cache/selectkd/text`."""
+    workers: Annotated[int, Field(ge=0), Whole] | None = None
+    """Processes that tokenise text before the first step, and that make batches during training. Left out: one for each
+    core before the first step; during training one beside an accelerator or with streaming, else none."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What happens at a record that cannot be read: end the run with its file and line, or skip it."""
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
@@ -136,6 +161,9 @@ class Data(Section):
     its `final_answer`, without its reasoning."""
     system: Text | None = None
     """System prompt of conversations that have none. Left out: the chat template's own, if any."""
+    streaming: bool = False
+    """`true` reads and tokenises text while training goes on, for text that no disk holds. Files of JSON Lines are read
+    once before, to count their records; Parquet and Arrow files say how many they have."""
     packing: bool = False
     """`true` puts several samples in one row, which saves padding. Attention reads each as it is alone; models that
     carry a state from token to token are refused."""
@@ -155,6 +183,19 @@ class Data(Section):
     def _one_way_to_save_padding(self) -> Self:
         if self.packing and self.bucket:
             raise refuse("packing leaves no padding for bucket to save; set one of the two to false")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_what_it_can(self) -> Self:
+        if self.streaming and (self.packing or self.bucket):
+            name = "packing" if self.packing else "bucket"
+            raise refuse(
+                f"{name} needs the length of every text, which streaming does not know; set {name} to false"
+            )
+        if self.streaming and isinstance(self.evaluation, float | int):
+            raise refuse(
+                "streaming holds no share of the text out; name a source of its own: evaluation: {path: FILE}"
+            )
         return self
 
     @property

@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -59,6 +59,11 @@ class Batch:
         copy = replace(self, **moved(values, device), extra=moved(self.extra, device))
         copy.note("origin", self.in_memory)
         return copy
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory, as torch's DataLoader asks for it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, Tensor)})
 
     @property
     def in_memory(self) -> Batch:
@@ -133,33 +138,41 @@ def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, p
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
+    """``examples`` in the bins of ``bins_of``."""
+    bins = bins_of([len(example) for example in examples], max_length, examples.__getitem__)
+    return [[examples[index] for index in one] for one in bins]
+
+
+def bins_of(lengths: Sequence[int], max_length: int, at: Callable[[int], Example]) -> list[list[int]]:
     """Bins of at most ``max_length`` tokens, first fit decreasing: the longest first, each into the first bin it fits.
 
-    Deterministic; equal lengths keep their order. Needs at most 11/9 of the fewest possible bins, plus 6/9.
-    Raises DataError for an example longer than ``max_length``. Source: Dosa 2007, the tight bound of FFD.
+    A bin holds indices of ``lengths``. Deterministic; equal lengths keep their order. Needs at most 11/9 of the fewest
+    possible bins, plus 6/9. Raises DataError for an example longer than ``max_length``, which ``at`` gives.
+    Source: Dosa 2007, the tight bound of FFD.
     """
     size = 1
-    while size < max(1, len(examples)):
+    while size < max(1, len(lengths)):
         size *= 2
     # A tree over the bins whose nodes hold the most free space below them finds the first fitting bin in log time.
     space = [max_length] * (2 * size)
-    bins: list[list[Example]] = []
-    for example in sorted(examples, key=len, reverse=True):
-        if len(example) > max_length:
+    bins: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[place]
+        if length > max_length:
             raise DataError(
-                f"{example.origin}: {len(example)} tokens do not fit a bin of max_length {max_length}. Raise "
+                f"{at(place).origin}: {length} tokens do not fit a bin of max_length {max_length}. Raise "
                 "max_length, or use on_too_long: truncate | drop."
             )
         node = 1
         while node < size:
             node *= 2
-            if space[node] < len(example):
+            if space[node] < length:
                 node += 1
         index = node - size
         if index == len(bins):
             bins.append([])
-        bins[index].append(example)
-        space[node] -= len(example)
+        bins[index].append(place)
+        space[node] -= length
         while node > 1:
             node //= 2
             space[node] = max(space[2 * node], space[2 * node + 1])

@@ -80,8 +80,11 @@ def whole_lines(path: Path) -> list[bytes]:
     return content[:whole].split(b"\n")[:-1]
 
 
-def add_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends a JSON object a line; they are on the disk when this returns. ResourceError for a full disk."""
+def add_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, point: str = "lines") -> None:
+    """Appends a JSON object a line; they are on the disk when this returns. ResourceError for a full disk.
+
+    point: the ``fault_point`` behind them.
+    """
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(
         "utf-8", "surrogatepass"
     )
@@ -101,7 +104,7 @@ def add_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                 sync(path.parent)
     except OSError as error:
         raise disk_error(error, path, needed=len(content)) from error
-    fault_point("lines")
+    fault_point(point)
 
 
 def sync(path: Path) -> None:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from selectkd.errors import ConfigError, DataError
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-KINDS = tuple(ending for suffix in SUFFIXES for ending in (suffix, f"{suffix}.gz"))
+PACKED = (".gz", ".zst")
+"""Compressions, of every kind but Parquet and Arrow, which compress within."""
+FAMILIES = tuple(
+    tuple(ending for suffix in suffixes for ending in (suffix, *(suffix + packed for packed in PACKED)))
+    for suffixes in ((".jsonl", ".json", ".ndjson", ".parquet", ".arrow"), (".csv", ".tsv"), (".txt",))
+)
+"""Kinds of data files. Of a folder those of one family are read: a table or a text beside records is about them."""
+KINDS = tuple(ending for family in FAMILIES for ending in family)
+SUFFIXES = tuple(ending for ending in KINDS if not ending.endswith(PACKED))
 SPLIT = re.compile(
     r"(?:^|[^a-z0-9])((?:train|training|test|testing|validation|valid|val|dev|eval|evaluation)"
     r"(?:_(?![0-9]+(?:[^a-z0-9]|$))[a-z0-9]+)*)(?=[^a-z0-9]|$)"
@@ -30,24 +36,17 @@ def split_of(path: str) -> str | None:
     return found[-1] if found else None
 
 
-def files_of(folder: Path, split: str | None, config: str | None = None) -> list[Path]:
-    """The data files of one split of a folder, or of all of it where names tell no splits apart.
+def files_of(names: list[str], folder: str, split: str | None, config: str | None = None) -> list[str]:
+    """The data files of one split among the ``names`` within a folder, or all of them where names tell no splits apart.
 
     Without ``split`` that is ``train`` where there is one. Raises ConfigError naming the splits, or the configurations
     that have files of the split in folders of their own, where more than one could be meant; DataError for a split that
     is not there.
     """
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.name.lower().endswith((*KINDS, *TABLES))
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    files = {name: split_of(name) for name in names if name.lower().endswith(KINDS)}
+    seen = [name for name in sorted(names) if not any(part.startswith(".") for part in name.split("/"))]
+    family = next((one for one in FAMILIES if any(name.lower().endswith(one) for name in seen)), ())
+    files = {name: split_of(name) for name in seen if family and name.lower().endswith(family)}
     if not files:
-        if names:
-            return [folder / names[0]]  # a table, whose reader says how to convert it
         raise DataError(f"{folder}: no data files. What would work: {', '.join(SUFFIXES)} in the folder.")
     splits = sorted({each for each in files.values() if each is not None})
     wanted = split or ("train" if "train" in splits else None)
@@ -60,10 +59,10 @@ def files_of(folder: Path, split: str | None, config: str | None = None) -> list
     if not chosen:
         known = f"Its splits: {', '.join(splits)}." if splits else f"Its files: {', '.join(list(files)[:6])}."
         raise DataError(f"{folder}: no file of split {wanted!r}. {known}")
-    return [folder / name for name in (_of_config(folder, chosen, config) if splits else chosen)]
+    return _of_config(folder, chosen, config) if splits else chosen
 
 
-def _of_config(folder: Path, names: list[str], config: str | None) -> list[str]:
+def _of_config(folder: str, names: list[str], config: str | None) -> list[str]:
     """The files of one configuration: those in the same folder, once the folders that tell the split are left out."""
     where = {
         name: "/".join(part for part in Path(name).parts[:-1] if part != "data" and split_of(part) is None)

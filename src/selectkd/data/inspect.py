@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selectkd.data.examples import Examples
 from selectkd.data.prompts import groups, unpacked
 from selectkd.data.render import Example
 from selectkd.data.sources import Source
@@ -41,25 +41,23 @@ class Check:
 
 
 def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Example] = ()) -> Check:
-    """Counts over examples. A duplicate has the token ids of an earlier example; overlap counts held-out ones. Near
-    prompts are found by MinHash (``data.prompts``).
+    """Counts over examples, from their lengths and hashes alone. A duplicate has the token ids of an earlier example;
+    overlap counts held-out ones. Near prompts are found by MinHash (``data.prompts``).
     """
-    examples = list(data.examples if isinstance(data, Source) else data)
-    held = held_out.examples if isinstance(held_out, Source) else held_out
-    counted = Counter(_key(example) for example in examples)
-    held_keys = {_key(example) for example in held}
-    duplicates = len(examples) - len(counted)
-    overlap = sum(count for key, count in counted.items() if key in held_keys)
-    sizes = [len(example) for example in examples]
-    lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes)
+    examples = Examples.of(data.examples if isinstance(data, Source) else data)
+    held = Examples.of(held_out.examples if isinstance(held_out, Source) else held_out)
+    keys, sizes = _keys(examples), examples.lengths
+    duplicates = len(examples) - len(np.unique(keys))
+    overlap = int(np.isin(keys, _keys(held)).sum())
+    lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes.tolist())
     prompts, others = (
-        unpacked(np.frombuffer(b"".join(one.prompt for one in some), np.uint8)) for some in (examples, held)
+        unpacked(np.frombuffer(b"".join(some.values("prompt")), np.uint8)) for some in (examples, held)
     )
     same = np.isin(prompts[:, 0], others[:, 0])
     near = np.isin(prompts, others).any(axis=1)
     warnings = []
     # A tenth is where repeated rows begin to act as a second epoch on part of the data.
-    if examples and duplicates >= 0.1 * len(examples):
+    if len(examples) and duplicates >= 0.1 * len(examples):
         warnings.append(f"{duplicates} of {len(examples)} examples are exact duplicates of an earlier one.")
     if overlap:
         warnings.append(
@@ -72,28 +70,29 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
         )
     return Check(
         examples=len(examples),
-        tokens=sum(sizes),
-        trained_tokens=sum(sum(example.completion) for example in examples),
+        tokens=int(sizes.sum()),
+        trained_tokens=int(examples.column("trained").sum()),
         duplicates=duplicates,
         near_duplicates=_near_duplicates(examples, prompts),
         overlap=overlap,
         same_prompt=int(same.sum()),
         near_prompt=int(near.sum()),
-        shortest=min(sizes, default=0),
-        longest=max(sizes, default=0),
+        shortest=int(min(sizes, default=0)),
+        longest=int(max(sizes, default=0)),
         lengths=dict(sorted(lengths.items())),
         counts=dict(data.counts) if isinstance(data, Source) else {},
         warnings=tuple(warnings),
     )
 
 
-def _key(example: Example) -> bytes:
-    return hashlib.blake2b(repr(example.input_ids).encode(), digest_size=16).digest()
+def _keys(examples: Examples) -> NDArray[np.void]:
+    """The hash of each example's token ids, [n]."""
+    return np.ascontiguousarray(examples.column("key")).view("V16").reshape(-1)
 
 
-def _near_duplicates(examples: Sequence[Example], prompts: NDArray[np.int64]) -> int:
+def _near_duplicates(examples: Examples, prompts: NDArray[np.int64]) -> int:
     """Records beyond the first of each group of near prompts; a record may be several examples."""
-    records = len({example.origin for example in examples})
+    records = len(set(examples.values("origin")))
     return max(0, records - len(np.unique(groups(prompts))))
 
 

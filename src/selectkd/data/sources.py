@@ -1,32 +1,37 @@
-"""Where examples come from: a data set on disk or hub as a ``Source``, and seeded batches drawn from several
-of them.
-
-The order of an epoch is a function of (sources, seed, epoch, batch size) alone, so a run resumes by counting
-batches.
-"""
+"""Where examples come from: a data set as a ``Source``, and the seeded batches of several of them."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selectkd.data.collate import Batch, collate, collate_packed, pack
+import pyarrow as pa
+import xxhash
+
+from selectkd.data.chunks import Item, chunks, given
 from selectkd.data.detection import FORMATS
-from selectkd.data.files import OnBad, Records, read_records
-from selectkd.data.formats import to_sample
-from selectkd.data.render import Dropped, Example, TextRules, render
+from selectkd.data.examples import SCHEMA, Examples, Table
+from selectkd.data.files import Found, OnBad, check_reading
+from selectkd.data.order import BatchOptions, Epoch, draw
+from selectkd.data.places import Place, Rows
+from selectkd.data.render import Example, TextRules
+from selectkd.data.rendering import Part, Rendering, part_of
+from selectkd.data.routes import Routes
+from selectkd.data.streaming import Chunks, Index, Streamed, StreamEpoch
 from selectkd.data.template import ChatTemplate
+from selectkd.data.text_cache import Text, TextCache, text_of
 from selectkd.errors import ConfigError, DataError
 
-SPEC_KEYS = ("path", "name", "format", "weight", "split", "limit", "config", "stream", "written_by")
-WITHOUT_TOOLS = (
-    "without their tool schemas, which the chat template leaves out (data.chat_template names another)"
-)
+SPEC_KEYS = (
+    "path", "name", "format", "weight", "split", "limit", "config", "revision", "storage_options", "stream",
+    "written_by",
+)  # fmt: skip
+FEW = 256
+"""Records of a streamed source that are tokenised at its start, for the probe and for checks."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +39,34 @@ class Source:
     """Examples under a name. ``weight`` is how often an epoch has each: 1 once, 2 twice, 0.5 every other epoch.
 
     ``counts`` has the number of records read, kept, truncated, bad, and dropped for each reason; ``summary`` is one
-    line on them.
+    line on them; ``problems`` the messages of the first bad records. ``streamed``: reads the records as training goes
+    on; ``examples`` are the first ones alone then.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     name: str = "data"
     weight: float = 1.0
     format: str = ""
     summary: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    streamed: Streamed | None = None
+
+    @classmethod
+    def of(cls, examples: Iterable[Example], name: str = "data", weight: float = 1.0) -> Source:
+        """Examples at hand as a source."""
+        return cls(Examples.of(examples), name, weight)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.examples) if self.streamed is None else len(self.streamed.chunks.index)
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every token id and mask in order; 32 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=16)
-        for example in self.examples:
-            digest.update(repr((example.input_ids, [int(c) for c in example.completion])).encode())
-        return digest.hexdigest()
+        """A hash of every token id and mask in order, of streamed text of its files; 32 hexadecimal digits."""
+        return self.examples.fingerprint if self.streamed is None else self.streamed.chunks.index.fingerprint
 
 
 def dataset_source(
@@ -69,77 +78,152 @@ def dataset_source(
     stream: int = 0,
     eos_ids: Collection[int] = (),
     template: ChatTemplate | None = None,
-    route: Callable[[Mapping[str, Any], str], int] | None = None,
-    records: Records | None = None,
+    routes: Routes | None = None,
+    data: Any = None,
+    cache: TextCache | None = None,
 ) -> Source:
-    """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by}.
+    """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by, ...}.
 
     eos_ids: what ends a turn beside the tokenizer's EOS and what the template writes. template: the tokenizer's, unless
-    given. route: the teacher of a record, from its fields and its origin. records: in place of those at ``path``.
+    given. routes: the teacher of a record. data: a ``datasets.Dataset`` or records, in place of those at ``path``.
+    cache: where the tokens are kept. Its second reading takes the tokens of the first.
     Raises ConfigError for a key or weight that cannot be, DataError naming file:line for a record that cannot be
     trained on (kept in ``problems`` instead under ``on_bad_record="skip"``), and DataError when nothing is left.
     """
-    given = {key: value for key, value in spec.items() if value is not None}
-    unknown = sorted(set(given) - set(SPEC_KEYS))
-    if unknown or "path" not in given:
+    entry, weight, how = _read_as(spec, tokenizer, rules, on_bad_record, eos_ids, template, routes)
+    path, limit = str(entry["path"]), entry.get("limit")
+    cache = TextCache.at() if cache is None else cache
+    if data is None:
+        place = _place(entry)
+        found = place.open()
+        identity = [found.identity()] if isinstance(found, Rows) else [file.identity() for file in found]
+        text = text_of(path, identity, partial(chunks, place), how, cache, limit=limit)
+    else:
+        text = text_of(path, _identity(data), lambda: given(_items(data, path)), how, cache, limit=limit)
+    return _source(text, how, path, _name(entry), weight, int(entry.get("stream", stream)))
+
+
+def streamed_source(
+    spec: Mapping[str, Any],
+    tokenizer: Any,
+    rules: TextRules,
+    *,
+    on_bad_record: OnBad = "error",
+    stream: int = 0,
+    eos_ids: Collection[int] = (),
+    template: ChatTemplate | None = None,
+    routes: Routes | None = None,
+    cache: TextCache | None = None,
+) -> Source:
+    """As ``dataset_source``, of records that are tokenised as training goes on. Its ``examples`` are those of its first
+    records alone; the index of its chunks is kept in ``cache``. Raises ConfigError for a saved data set.
+    """
+    entry, weight, how = _read_as(spec, tokenizer, rules, on_bad_record, eos_ids, template, routes)
+    cache = TextCache.at() if cache is None else cache
+    path = str(entry["path"])
+    index = Index.of(_place(entry).files(), cache.folder)
+    index = index if entry.get("limit") is None else index.first(entry["limit"])
+    if not len(index):
+        raise DataError(f"{path}: no records. Give a file with at least one record.")
+    read = Chunks(index)
+    part, number = Part(Found()), 0
+    while not part.examples and number < len(index.rows):
+        part.add(found := part_of(read.read(number), how, limit=FEW, before=part.found))
+        part.rows, number = found.rows, number + 1
+    if not part.examples:
+        raise DataError(
+            f"{path}: none of {len(index)} records can be trained on. Look at `selectkd data check`."
+        )
+    stream = int(entry.get("stream", stream))
+    table = pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(part.rows), SCHEMA)])
+    told = "given" if how.format else "detected"
+    summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({told})"
+    streamed = Streamed(read, how, replace(part.found, problems=[], aside=[], files=[]), stream)
+    counts, first = {"read": len(index)}, Examples([Table(table, None, stream)])
+    return Source(first, _name(entry), weight, part.found.format, summary, counts, (), streamed)
+
+
+def _read_as(
+    spec: Mapping[str, Any],
+    tokenizer: Any,
+    rules: TextRules,
+    on_bad_record: OnBad,
+    eos_ids: Collection[int],
+    template: ChatTemplate | None,
+    routes: Routes | None,
+) -> tuple[dict[str, Any], float, Rendering]:
+    """A source's entry without what it leaves out, its weight, and how its records become examples."""
+    entry = {key: value for key, value in spec.items() if value is not None}
+    unknown = sorted(set(entry) - set(SPEC_KEYS))
+    if unknown or "path" not in entry:
         problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
         raise ConfigError(f"data source {dict(spec)!r}: {problem}. Its keys: {', '.join(SPEC_KEYS)}.")
-    weight = _weight(given.get("weight", 1.0), str(given["path"]))
-    stream = int(given.get("stream", stream))
-    if records is None:
-        records = read_records(
-            given["path"],
-            split=given.get("split"),
-            config=given.get("config"),
-            format=given.get("format"),
-            limit=given.get("limit"),
-            on_bad_record=on_bad_record,
-        )
+    weight = _weight(entry.get("weight", 1.0), str(entry["path"]))
+    check_reading(entry.get("format"), entry.get("limit"), on_bad_record)
     template = ChatTemplate.of(tokenizer) if template is None else template
-    wanted, max_length = given.get("written_by"), rules.max_length
-    counts: Counter[str] = Counter(read=len(records))
-    problems = list(records.skipped)
-    examples: list[Example] = []
-    for origin, record in records:
-        if wanted is not None and record.get("written_by") != wanted:
-            counts["by another writer"] += 1
-            continue
-        try:
-            sample = to_sample(record, records.format, origin=origin)
-            found = render(sample, tokenizer, rules, stream=stream, eos_ids=eos_ids, template=template)
-            teacher = -1 if route is None else route(record, origin)
-        except DataError as error:
-            if on_bad_record == "error":
-                raise
-            problems.append(str(error).splitlines()[0])
-            continue
-        for result in found:
-            if isinstance(result, Dropped):
-                counts[result.reason] += 1
-                continue
-            counts["truncated"] += result.truncated
-            counts[f"prompts cut to max_prompt_length {rules.max_prompt_length}"] += result.cut_prompt
-            counts[f"cut to max_length {max_length}"] += result.truncated and len(result) == max_length
-            counts[WITHOUT_TOOLS] += result.without_tools
-            examples.append(replace(result, route=teacher))
-    cuts = ("read", "truncated", *(name for name in counts if " cut to " in f" {name}"))
-    dropped = {name: value for name, value in counts.items() if name not in cuts and value}
+    how = Rendering(
+        tokenizer,
+        template,
+        rules,
+        on_bad_record,
+        eos_ids,
+        entry.get("written_by"),
+        routes,
+        entry.get("format"),
+    )
+    return entry, weight, how
+
+
+def _place(entry: Mapping[str, Any]) -> Place:
+    options = entry.get("storage_options", {})
+    return Place(str(entry["path"]), entry.get("split"), entry.get("config"), entry.get("revision"), options)
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("name") or Path(str(entry["path"])).stem.split(".")[0] or "data")
+
+
+def _source(text: Text, how: Rendering, path: str, name: str, weight: float, stream: int) -> Source:
+    """The source of a text in the cache. DataError where none of its records can be trained on."""
+    found, counts = text.part.found, {"read": text.part.found.good, **text.part.counts}
+    summary = found.summary(path, given=how.format is not None)
+    counts["bad"] = found.bad + counts.get("bad", 0)
+    cuts = [name for name in counts if name.startswith(("cut to ", "prompts cut to "))]
+    dropped = {
+        name: value
+        for name, value in counts.items()
+        if name not in ("read", "truncated", "bad", *cuts) and value
+    }
     reasons = ", ".join(f"{value} {name}" for name, value in dropped.items())
-    if not examples:
-        bad = f"; {len(problems)} bad, the first: {problems[0]}" if problems else ""
+    if not text.part.examples:
+        bad = f"; {counts['bad']} bad, the first: {found.problems[0]}" if found.problems else ""
         raise DataError(
-            f"{given['path']}: none of {len(records)} records can be trained on "
-            f"({reasons or 'all bad'}{bad}).\n"
-            f"Check the format ({FORMATS[records.format]}) and max_length {max_length}."
+            f"{path}: none of {found.good} records can be trained on ({reasons or 'all bad'}{bad}).\n"
+            f"Check the format ({FORMATS[found.format]}) and max_length {how.rules.max_length}."
         )
-    counts.update(kept=len(examples), bad=len(problems))
-    summary = f"{records.summary}; {len(examples)} kept" + (f", {reasons}" if reasons else "")
+    counts["kept"] = text.part.examples
+    summary += f"; {text.part.examples} kept" + (f", {reasons}" if reasons else "")
     if counts["truncated"]:
         summary += f", {counts['truncated']} truncated" + "".join(
-            f", {counts[name]} {name}" for name in cuts[2:] if counts[name]
+            f", {counts[name]} {name}" for name in cuts if counts[name]
         )
-    name = str(given.get("name") or Path(str(given["path"])).stem.split(".")[0] or "data")
-    return Source(examples, name, weight, records.format, summary, dict(counts), tuple(problems))
+    text.table.stream = stream
+    examples = Examples([text.table])
+    return Source(examples, name, weight, found.format, summary, counts, tuple(found.problems))
+
+
+def _identity(data: Any) -> Any:
+    """What changes when a data set at hand does: its fingerprint where it has one, else a hash of its records."""
+    if hasattr(data, "_fingerprint") and hasattr(data, "with_format"):
+        return {"fingerprint": data._fingerprint}
+    digest = xxhash.xxh3_128()
+    for record in data:
+        digest.update(json.dumps(dict(record), sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    return {"content": digest.hexdigest()}
+
+
+def _items(data: Any, name: str) -> Iterable[Item]:
+    return ((f"{name}[{index}]", dict(record)) for index, record in enumerate(data))
 
 
 def _weight(value: Any, path: str) -> float:
@@ -150,92 +234,18 @@ def _weight(value: Any, path: str) -> float:
     return float(value)
 
 
-def draw(sources: Sequence[Source], *, seed: int, epoch: int) -> list[Example]:
-    """The examples of one epoch in their seeded order.
-
-    A source of weight w gives w * len(source) examples (rounded down over all epochs so far): it walks
-    through one shuffle of itself after the other, so no example comes twice before every other has come once.
-    """
-    drawn: list[Example] = []
-    for number, source in enumerate(sources):
-        size = len(source)
-        orders: dict[int, list[int]] = {}
-        for position in range(int(epoch * source.weight * size), int((epoch + 1) * source.weight * size)):
-            cycle, place = divmod(position, size)
-            if cycle not in orders:
-                orders[cycle] = list(range(size))
-                random.Random(f"selectkd/source/{seed}/{number}/{cycle}").shuffle(orders[cycle])
-            drawn.append(source[orders[cycle][place]])
-    random.Random(f"selectkd/epoch/{seed}/{epoch}").shuffle(drawn)
-    return drawn
+def fingerprint_of(sources: Sequence[Source]) -> str:
+    """A hash of the training text of several sources; 32 hexadecimal digits."""
+    if not any(source.streamed for source in sources):
+        return Examples.joined([source.examples for source in sources]).fingerprint
+    return xxhash.xxh3_128("/".join(source.fingerprint for source in sources).encode()).hexdigest()
 
 
-def plan(
-    sources: Sequence[Source],
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    packing: bool = False,
-    max_length: int | None = None,
-    bucket: bool = False,
-) -> list[list[list[Example]]]:
-    """The batches of one epoch as lists of rows, a row being a list of examples (one, unless packed).
-
-    ``bucket`` puts examples of like length together within windows of 50 batches; the order of batches stays
-    random. The last batch may be short.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}. What would work: 1 or more.")
-    examples = draw(sources, seed=seed, epoch=epoch)
-    if not examples:
-        raise DataError("This epoch has no examples. Raise the sources' weight, or add data.")
-    shuffle = random.Random(f"selectkd/batches/{seed}/{epoch}").shuffle
-    if packing:
-        if max_length is None:
-            raise ConfigError("packing needs max_length, the size of a bin in tokens.")
-        rows = pack(examples, max_length)
-        shuffle(rows)
-    else:
-        if bucket:
-            window = 50 * batch_size
-            examples = [
-                example
-                for start in range(0, len(examples), window)
-                for example in sorted(examples[start : start + window], key=len)
-            ]
-        rows = [[example] for example in examples]
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    if bucket and not packing:
-        shuffle(batches)
-    return batches
-
-
-def batches(
-    sources: Sequence[Source],
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    pad_id: int,
-    packing: bool = False,
-    max_length: int | None = None,
-    bucket: bool = False,
-    start: int = 0,
-    pad_to_multiple_of: int = 8,
-) -> Iterator[Batch]:
-    """The batches of ``plan`` as tensors, from batch ``start`` on; no tensor is made for those before it."""
-    rows = plan(
-        sources,
-        batch_size=batch_size,
-        seed=seed,
-        epoch=epoch,
-        packing=packing,
-        max_length=max_length,
-        bucket=bucket,
-    )
-    for batch in rows[start:]:
-        if packing:
-            yield collate_packed(batch, pad_id=pad_id, pad_to_multiple_of=pad_to_multiple_of)
-        else:
-            yield collate([row[0] for row in batch], pad_id=pad_id, pad_to_multiple_of=pad_to_multiple_of)
+def batches(sources: Sequence[Source], options: BatchOptions, epoch: int) -> Epoch | StreamEpoch:
+    """The batches of one epoch of several sources, each made when it is asked for."""
+    sizes, weights = [len(source) for source in sources], [source.weight for source in sources]
+    streamed = [source.streamed for source in sources if source.streamed is not None]
+    if streamed:
+        return StreamEpoch(streamed, weights, options, epoch)
+    drawn = draw(sizes, weights, seed=options.seed, epoch=epoch)
+    return Epoch(Examples.joined([source.examples for source in sources]), drawn, options, epoch)

@@ -26,7 +26,7 @@ def plan_of(run: str | os.PathLike[str]) -> Plan:
 
 def heldout_batch(plan: Plan, samples: int) -> Any:
     """The first ``samples`` held-out texts as one batch; of a run without held-out text, the first it trained on."""
-    examples = plan.heldout or [example for source in plan.sources for example in source.examples]
+    examples = plan.heldout or plan.examples
     return collate(examples[:samples], pad_id=pad_id_of(plan.tokenizer))
 
 

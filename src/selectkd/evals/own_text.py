@@ -11,6 +11,7 @@ from torch import nn
 
 from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.data.collate import collate
+from selectkd.data.order import Padded
 from selectkd.data.render import pad_id_of
 from selectkd.data.rewrite import examples_of
 from selectkd.errors import ConfigError
@@ -47,11 +48,8 @@ def own_text(
             f"{run} held no text out, so nothing of it is new to its student. "
             "Name a file: --suite perplexity --data FILE."
         )
-    examples = list(plan.heldout[:limit])
-    batches = [
-        collate(examples[start : start + batch_size], pad_id=pad_id_of(plan.tokenizer))
-        for start in range(0, len(examples), batch_size)
-    ]
+    examples = plan.heldout[:limit]
+    batches = Padded(examples, pad_id=pad_id_of(plan.tokenizer), batch_size=batch_size)
     seen: dict[str, list[Evaluation]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, load in students:

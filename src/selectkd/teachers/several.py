@@ -6,14 +6,17 @@ n rows, c rows of a chunk, w shared vocabulary, K stored tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selectkd.errors import ConfigError, DataError
+from selectkd.data.examples import Examples
+from selectkd.data.routes import Routes
+from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import CachedRows, LiveChunk, LiveRows, Scratch, TeacherRows
 from selectkd.models.load import Loaded
@@ -254,39 +257,17 @@ class SeveralPlan:
                 )
         self._of_stream = [owner[name] for name in names]
 
-    def route_of(self, record: Mapping[str, Any], origin: str) -> int:
-        """The number of the teacher whose ``when`` a record meets; DataError where none or two of them do."""
-        assert self.when is not None  # asked of routes by field alone
-        fits = [
-            index
-            for index, wanted in enumerate(self.when)
-            if all(_meets(record.get(field), value) for field, value in wanted.items())
-        ]
-        if len(fits) == 1:
-            return fits[0]
-        fields = dict.fromkeys(field for wanted in self.when for field in wanted)
-        has = ", ".join(f"{field} = {record.get(field)!r}" for field in fields)
-        if fits:
-            raise DataError(
-                f"{origin}: {has} meets the `when` of two teachers. Make them exclude each other."
-            )
-        wanted = "; ".join(
-            ", ".join(f"{field}: {value!r}" for field, value in one.items()) for one in self.when
-        )
-        raise DataError(
-            f"{origin}: {has} meets no teacher's `when` ({wanted}). Add the value under one of them, or set "
-            "data.on_bad_record: skip."
-        )
+    @property
+    def routes(self) -> Routes | None:
+        """The teacher of each record by its fields; None where teachers are not told apart by them."""
+        return None if self.when is None else Routes(tuple(self.when))
 
     def check_text(self, examples: Sequence[Any]) -> None:
         """Each teacher checks the samples it will teach."""
-        routed = self._of_stream
+        text, routed = Examples.of(examples), self._of_stream
+        teacher = text.column("route") if routed is None else np.array(routed)[text.streams]
         for index, plan in enumerate(self.plans):
-            if self.weights is not None:
-                part = examples
-            else:
-                part = [e for e in examples if (e.route if routed is None else routed[e.stream]) == index]
-            plan.check_text(part)
+            plan.check_text(text if self.weights is not None else text.where(teacher == index))
 
     def loaded(self) -> Loaded:
         raise ConfigError(
@@ -296,9 +277,3 @@ class SeveralPlan:
     def open(self, tokenizer: Any, *, student: nn.Module, reference: Teacher | None = None) -> SeveralTeacher:
         members = [plan.open(tokenizer, student=student) for plan in self.plans]
         return SeveralTeacher(members, self.weights, self._of_stream, reference)
-
-
-def _meets(have: Any, wanted: Any) -> bool:
-    """Whether a field has the value, or one of the values; 1 is not True here."""
-    values = wanted if isinstance(wanted, list) else [wanted]
-    return any(type(have) is type(value) and have == value for value in values)

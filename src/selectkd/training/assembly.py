@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,8 +12,10 @@ from torch import nn
 
 from selectkd.config.departures import departure_warnings
 from selectkd.data.collate import collate
+from selectkd.data.order import BatchOptions, Epoch, Padded
 from selectkd.data.render import pad_id_of
 from selectkd.data.sources import Source, batches
+from selectkd.data.streaming import StreamEpoch
 from selectkd.data.supervised import supervised
 from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
@@ -66,10 +68,10 @@ class Assembly:
     objective: Objective
     beta: BetaSchedule
     taid_follows: bool
-    micro_batches: Callable[[int], Iterable[Any]]
+    micro_batches: Callable[[int], Sequence[Any]]
     streams: tuple[str, ...]
     sources: list[Source]
-    heldout: list[Any]
+    heldout: Padded
     probe: Any
     teacher_plan: TeacherPlan
     student_source: str
@@ -105,9 +107,10 @@ def assemble(
     check_loggers(recipe.training.report_to)
     check_local(*recipe.models)
     say("reading tokenizers and text")
-    plan = prepare(recipe, device=device, date=date) if plan is None else plan
+    plan = prepare(recipe, device=device, date=date, stage=stage) if plan is None else plan
     pad = pad_id_of(plan.tokenizer)
-    samples = plan.heldout or [example for source in plan.sources for example in source.examples]
+    samples = plan.heldout or plan.examples
+    measured = plan.heldout[: recipe.data.evaluation_limit]
     check_student(recipe)
     student = _student(recipe, plan, samples, device, say, kept)
     teacher = _teacher(recipe, plan, student.model, device, say)
@@ -123,7 +126,7 @@ def assemble(
         micro_batches=partial(epoch_of, plan.sources, recipe, pad),
         streams=tuple(stream.name for stream in plan.streams),
         sources=plan.sources,
-        heldout=list(padded(plan.heldout, pad_id=pad, batch_size=recipe.training.batch_size)),
+        heldout=Padded(measured, pad_id=pad, batch_size=recipe.training.batch_size),
         probe=collate(in_probe, pad_id=pad).to(device) if in_probe else None,
         teacher_plan=plan.teacher,
         student_source=student.source,
@@ -250,23 +253,14 @@ def _teacher(
 
 
 def _cut_batches(examples: Sequence[Any], tokenizer: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    for batch in padded(examples, pad_id=pad_id_of(tokenizer), batch_size=4):
+    for batch in Padded(examples, pad_id=pad_id_of(tokenizer), batch_size=4):
         yield batch.model_inputs(), supervised(batch).position
 
 
-def padded(examples: Sequence[Any], *, pad_id: int, batch_size: int) -> Iterator[Any]:
-    for start in range(0, len(examples), batch_size):
-        yield collate(list(examples[start : start + batch_size]), pad_id=pad_id)
-
-
-def epoch_of(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Iterable[Any]:
-    return batches(
-        sources,
-        batch_size=recipe.training.batch_size,
-        seed=recipe.training.seed,
-        epoch=epoch,
-        packing=recipe.data.packing,
-        bucket=recipe.data.bucket,
-        max_length=recipe.training.max_length,
-        pad_id=pad,
+def epoch_of(sources: Sequence[Source], recipe: Any, pad: int, epoch: int) -> Epoch | StreamEpoch:
+    """The batches of an epoch."""
+    data, training = recipe.data, recipe.training
+    options = BatchOptions(
+        training.batch_size, training.seed, pad, data.packing, training.max_length, data.bucket
     )
+    return batches(sources, options, epoch)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from selectkd.data.alignment import align
+from selectkd.data.examples import Examples
 from selectkd.data.sources import Source
 from selectkd.errors import ConfigError, DataError
 from selectkd.loss.block_compiled import check_compiled
@@ -41,12 +42,17 @@ class Plan:
     tokenizer: Any
     teacher: TeacherPlan
     sources: list[Source]
-    heldout: list[Any]  # examples
+    heldout: Examples
     streams: list[Stream]
     losses: list[StreamSpec]
     extras: list[Extra]
     precision: Precision
     text: Reading
+
+    @property
+    def examples(self) -> Examples:
+        """The samples of all sources that are trained on."""
+        return Examples.joined([source.examples for source in self.sources])
 
 
 def prepare(
@@ -55,11 +61,12 @@ def prepare(
     *,
     device: torch.device | str = "cpu",
     date: str | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Plan:
     """All of a recipe that needs no weights: names and parameters, tokenizers and their alignment, text.
 
-    teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be. date: as of
-    ``read_text``.
+    teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be. date,
+    stage: as of ``read_text``.
     """
     precision = precision_of(recipe.training.precision, device)
     check_launched(precision)
@@ -80,8 +87,8 @@ def prepare(
     check_objective(objective, recipe, teacher, width=len(tokenizer))
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
     _check_models(recipe, teacher, tokenizer, objective)
-    routed = teacher.route_of if isinstance(teacher, SeveralPlan) and teacher.when is not None else None
-    text = read_text(recipe, tokenizer, date=date, route=routed)
+    routes = teacher.routes if isinstance(teacher, SeveralPlan) else None
+    text = read_text(recipe, tokenizer, date=date, routes=routes, stage=stage)
     streams = streams_of(
         [source.name for source in text.sources],
         recipe.data.policies,
@@ -159,8 +166,8 @@ def _check_text(recipe: Any, teacher: TeacherPlan, text: Reading, streams: Seque
     for plan in teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]:
         if isinstance(plan, CachePlan):
             plan.check_template(text.template)
-    examples = [example for source in text.sources for example in source.examples]
-    if not any(any(example.completion) for example in examples):
+    examples = Examples.joined([source.examples for source in text.sources])
+    if not examples.column("trained").any():
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")
     if isinstance(teacher, SeveralPlan):
         teacher.check_streams([text.sources[stream.source].name for stream in streams])
@@ -169,7 +176,7 @@ def _check_text(recipe: Any, teacher: TeacherPlan, text: Reading, streams: Seque
             f"{teacher.source} holds the teacher's rows of the data set's text alone, but a policy writes other "
             "text. Use teacher: {model: ...}, or policy: dataset."
         )
-    teacher.check_text([*examples, *text.heldout])
+    teacher.check_text(Examples.joined([examples, text.heldout]))
 
 
 def _check_packing(recipe: Any, teacher: TeacherPlan) -> None:

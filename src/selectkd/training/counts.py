@@ -46,6 +46,15 @@ def total(values: Sequence[int]) -> list[int]:
     return summed(torch.tensor([int(value) for value in values], device=device)).tolist()
 
 
+def over_ranks(values: Tensor) -> Tensor:
+    """The sum over all ranks of ``values`` [n] in main memory, on every rank: alike to the bit on all of them."""
+    if ranks() == 1:
+        return values
+    if dist.get_backend() == "nccl":
+        return summed(values.to(torch.device("cuda", torch.cuda.current_device()))).cpu()
+    return summed(values)
+
+
 def gathered_rows(values: Tensor) -> tuple[Tensor, int]:
     """The rows [n, c] of all ranks one after the other, [N, c], and where this rank's begin; n and c may differ, and
     columns that a rank has not are nan there (0 of integers)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from selectkd.config import Recipe
 from selectkd.data.alignment import tokenizer_fingerprint
-from selectkd.data.files import records_of
+from selectkd.data.order import Padded
 from selectkd.data.render import pad_id_of
 from selectkd.data.sources import dataset_source
 from selectkd.data.template import ChatTemplate
@@ -32,7 +32,7 @@ from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import ReadsAhead, Teacher
 from selectkd.training.activations import checkpoint_activations
-from selectkd.training.assembly import epoch_of, padded
+from selectkd.training.assembly import epoch_of
 from selectkd.training.checkpoint import Checkpoints
 from selectkd.training.checkpoint.folder import Found, all_in, check, find
 from selectkd.training.checks import check_objective, check_references, objective_of
@@ -42,7 +42,6 @@ from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.evaluation import evaluate
 from selectkd.training.ledger import Ledger
 from selectkd.training.recipe_text import rules_of
-from selectkd.training.record.manifest import data_fingerprint
 from selectkd.training.run_folder import CHECKPOINTS, check_same, hash_of, identity
 from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import LedgerTrainer
@@ -100,7 +99,7 @@ class DistillTrainer(LedgerTrainer):
         losses = losses_of(recipe, streams)
         for one in (objective, *(one for spec in losses for one in spec.objectives_on(objective))):
             _check(one, recipe, teacher, plan, width=len(tokenizer))
-        self._heldout = [] if eval_dataset is None else self._batches(eval_dataset, args)
+        self._heldout = () if eval_dataset is None else self._batches(eval_dataset, args)
 
         student = _student_of(model, args, peft_config, precision)
         self.teacher: Teacher = teacher if plan is None else plan.open(tokenizer, student=student)  # type: ignore[assignment]
@@ -161,7 +160,7 @@ class DistillTrainer(LedgerTrainer):
         found = {
             **identity(self._recipe),
             **{name: value for name, value in vars(self.args).items() if name in STEP},
-            "text": data_fingerprint(self._source.examples),
+            "text": self._source.fingerprint,
             "tokenizer": tokenizer_fingerprint(self.processing_class),
             "student_weights": weights_checksum(self.student, frozen=True),
             "teacher_weights": self._revision or (None if teacher is None else weights_checksum(teacher)),
@@ -169,9 +168,9 @@ class DistillTrainer(LedgerTrainer):
         }
         return json.loads(json.dumps(found, default=str))
 
-    def _batches(self, data: Any, args: Any) -> list[Any]:
+    def _batches(self, data: Any, args: Any) -> Padded:
         examples = self._read(data, "eval_dataset").examples
-        return list(padded(examples, pad_id=self._pad, batch_size=args.per_device_eval_batch_size))
+        return Padded(examples, pad_id=self._pad, batch_size=args.per_device_eval_batch_size)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -219,12 +218,11 @@ def _source(data: Any, name: str, *, recipe: Recipe, tokenizer: Any, ends: froze
             f"{name} is {data!r:.60}. Pass a datasets.Dataset or a list of records: "
             f"{name}=datasets.load_dataset(...)."
         )
-    items = ((f"{name}[{index}]", dict(record)) for index, record in enumerate(data))
     return dataset_source(
         {"path": name, "name": "train"},
         tokenizer,
         rules_of(recipe),
-        records=records_of(items, name),
+        data=list(data) if isinstance(data, Iterator) else data,
         eos_ids=ends,
         template=ChatTemplate.of(tokenizer),
     )

@@ -5,19 +5,21 @@ Training, caches, `data` and `doctor` read it here, so that they all see the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from selectkd.config import CacheTeacher, ModelTeacher
+from selectkd.data.examples import Examples
 from selectkd.data.prompts import split, unpacked
 from selectkd.data.render import TextRules
-from selectkd.data.sources import Source, dataset_source
+from selectkd.data.routes import Routes
+from selectkd.data.sources import Source, dataset_source, streamed_source
 from selectkd.data.template import ChatTemplate, source_of
+from selectkd.data.text_cache import TextCache
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.ends import end_ids
 from selectkd.teachers.cache.index import INDEX, PLAN, read_index
@@ -32,7 +34,7 @@ class Reading:
     template: ChatTemplate
     ends: frozenset[int]
     sources: list[Source]
-    heldout: list[Any]  # examples
+    heldout: Examples
     split: list[str] = field(default_factory=list)  # warnings
 
     @property
@@ -46,38 +48,40 @@ def read_text(
     tokenizer: Any,
     *,
     date: str | None = None,
-    route: Callable[[Mapping[str, Any], str], int] | None = None,
+    routes: Routes | None = None,
     limit: int | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Reading:
     """The text of ``recipe`` in tokens of its student. Reads no weights.
 
-    date: what templates are given where neither the recipe nor its cache says one; default now. route: the teacher of a
-    record, where several are distinguished by it. limit: records of a source at most. Raises DataError, ConfigError.
+    date: what templates are given where neither the recipe nor its cache says one; default now. routes: the
+    teacher of a record, where several are distinguished by it. limit: records of a source at most. stage: hears how
+    far the tokenising is. Raises DataError, ConfigError.
     """
     template, ends = template_of(recipe, tokenizer, date=date), ends_of(recipe, tokenizer)
-    text = partial(
-        dataset_source,
+    options: dict[str, Any] = dict(
         tokenizer=tokenizer,
         rules=rules_of(recipe),
         on_bad_record=recipe.data.on_bad_record,
         eos_ids=ends,
         template=template,
+        routes=routes,
+        cache=TextCache.at(recipe.data.cache, workers=recipe.data.workers, say=stage),
     )
 
     def few(reading: dict[str, Any]) -> dict[str, Any]:
         return reading if limit is None else {**reading, "limit": min(limit, reading.get("limit") or limit)}
 
+    read = streamed_source if recipe.data.streaming else dataset_source
     sources = [
-        text(few(spec.reading), stream=index, route=route) for index, spec in enumerate(recipe.data.sources)
+        read(few(spec.reading), stream=index, **options) for index, spec in enumerate(recipe.data.sources)
     ]
     evaluation = recipe.data.evaluation
     if evaluation is None:
-        return Reading(template, ends, sources, [])
+        return Reading(template, ends, sources, Examples.of([]))
     if isinstance(evaluation, int | float):
         return Reading(template, ends, *hold_out(sources, float(evaluation)))
-    return Reading(
-        template, ends, sources, list(text(few(evaluation.reading), stream=0, route=route).examples)
-    )
+    return Reading(template, ends, sources, dataset_source(few(evaluation.reading), **options).examples)
 
 
 def rules_of(recipe: Any) -> TextRules:
@@ -131,20 +135,20 @@ def _cached(recipe: Any) -> dict[str, Any]:
     return {}
 
 
-def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], list[Any], list[str]]:
+def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], Examples, list[str]]:
     """A share of the samples of each source held out, the rest to train on, and warnings.
 
     Hashes of the prompts decide, so that a prompt, its duplicates and its rewordings stand on one side
     (``data.prompts.split``). Of n samples floor(n * share) are held out, or fewer.
     """
-    prompts = [b"".join(example.prompt for example in source.examples) for source in sources]
+    prompts = [b"".join(source.examples.values("prompt")) for source in sources]
     found = split([unpacked(np.frombuffer(some, np.uint8)) for some in prompts], share)
-    kept, held = [], []
+    kept, out = [], []
     for source, chosen in zip(sources, found.held_out, strict=True):
-        held += [example for example, out in zip(source.examples, chosen, strict=True) if out]
-        rest = [example for example, out in zip(source.examples, chosen, strict=True) if not out]
-        kept.append(replace(source, examples=rest))
-    count = sum(len(source.examples) for source in sources)
+        held_out = np.asarray(chosen, bool)
+        out.append(source.examples.where(held_out))
+        kept.append(replace(source, examples=source.examples.where(~held_out)))
+    held, count = Examples.joined(out), sum(len(source.examples) for source in sources)
     if not held or len(held) == count:
         what = "none" if not held else "all of them"
         raise ConfigError(

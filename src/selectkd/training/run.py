@@ -114,7 +114,7 @@ class _Run:
         self.assembly = assembly = self._assembled(allow_change)
         self.origin = Origin(assembly.kept, cut_of(assembly), list(assembly.warnings))
         self.log = MetricsLog(folder / "metrics.jsonl", *(() if progress is None else (progress.line,)))
-        self.feed = feed_of(assembly)
+        self.feed = feed_of(assembly, workers_of(recipe.data, device))
         self.steps = steps_of(training, self.feed)
         self.checkpoints = Checkpoints(
             folder / CHECKPOINTS, keep=training.keep, every=training.save_every, recipe=claim.hash,
@@ -127,7 +127,9 @@ class _Run:
         recipe, claim = self.recipe, self.claim
         origin = None if claim.opened is None else read_part(claim.opened.path, "origin")
         self.stage("reading tokenizers and text")
-        plan = prepare(recipe, device=self.device, date=claim.run.get("date") or _one_date())
+        plan = prepare(
+            recipe, device=self.device, date=claim.run.get("date") or _one_date(), stage=self.stage
+        )
         same_servers(plan.teacher, claim.run.get("teacher_weights"), allow_change)
         assembly = assemble(
             recipe,
@@ -258,10 +260,18 @@ class _Run:
         return result
 
 
-def feed_of(assembly: Assembly) -> BatchFeed:
-    """The micro-batches of a recipe's text; a teacher that reads ahead gets each of them one earlier."""
+def feed_of(assembly: Assembly, workers: int = 0) -> BatchFeed:
+    """The micro-batches of a recipe's text; a teacher that reads ahead gets each of them one earlier.
+
+    workers: processes that make them.
+    """
     ahead = assembly.teacher.ahead if isinstance(assembly.teacher, ReadsAhead) else None
-    return BatchFeed(assembly.micro_batches, ahead)
+    return BatchFeed(assembly.micro_batches, ahead, workers)
+
+
+def workers_of(data: Any, device: torch.device) -> int:
+    """The processes that make batches: as data.workers says, or one where the training thread has other work."""
+    return int(device.type != "cpu" or data.streaming) if data.workers is None else data.workers
 
 
 def steps_of(training: Any, feed: BatchFeed) -> int:

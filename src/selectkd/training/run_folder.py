@@ -23,6 +23,7 @@ import xxhash
 
 from selectkd.data.alignment import tokenizer_fingerprint
 from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
+from selectkd.data.sources import fingerprint_of
 from selectkd.errors import ConfigError, IntegrityError, abridged
 from selectkd.objective.registry import did_you_mean
 from selectkd.teachers.cache.origin import weights_checksum
@@ -32,7 +33,6 @@ from selectkd.teachers.remote.plan import ServerPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
 from selectkd.training.counts import rank, ranks, total
-from selectkd.training.record.manifest import data_fingerprint
 
 RUN, LOCK, CHECKPOINTS, FINISHED = "run.json", ".lock", "checkpoints", "manifest.json"
 FREE = (
@@ -199,12 +199,9 @@ def _named(path: Path, own: Path) -> Found:
 
 def facts(assembly: Any) -> dict[str, Any]:
     """What a recipe does not show of a run: its text, tokenizer, weights and ranks (FACTS), by fingerprint."""
-    heldout = xxhash.xxh3_128()
-    for batch in assembly.heldout:
-        heldout.update(batch.input_ids.cpu().numpy().tobytes())
     found = {
-        "text": data_fingerprint(example for source in assembly.sources for example in source.examples),
-        "heldout_text": heldout.hexdigest(),
+        "text": fingerprint_of(assembly.sources),
+        "heldout_text": assembly.heldout.examples.fingerprint,
         "tokenizer": tokenizer_fingerprint(assembly.tokenizer),
         "teacher_weights": _weights(assembly.teacher_plan),
         "student_weights": assembly.student_revision or assembly.kept or weights_checksum(assembly.student),

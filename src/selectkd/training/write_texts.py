@@ -84,7 +84,7 @@ def write(
     plan = prepare(recipe, device=device)
     pad = pad_id_of(plan.tokenizer)
     turns: dict[int, Rollout] = {}
-    examples = [example for source in plan.sources for example in source.examples]
+    examples = plan.examples
     for example in examples:
         (turn,) = last_turns(collate([example], pad_id=pad))
         turns.setdefault(prompt_key(turn.prompt), turn)

@@ -14,8 +14,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
+from selectkd.data.examples import record_key
 from selectkd.errors import CacheError
-from selectkd.teachers.cache.shard import record_key
 
 INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.safetensors", "shards"
 

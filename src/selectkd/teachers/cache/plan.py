@@ -16,7 +16,7 @@ from selectkd.errors import CacheError, ConfigError
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.cache.build import differences
-from selectkd.teachers.cache.index import INDEX, described, records_of
+from selectkd.teachers.cache.index import INDEX, described
 from selectkd.teachers.cache.reader import CachedTeacher, CacheReader
 from selectkd.teachers.model import ModelPlan, shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
@@ -78,8 +78,10 @@ class CachePlan:
     def check_text(self, examples: Sequence[Any]) -> None:
         """CacheError unless every trained token has its row; more in the cache than in the text is fine."""
         reader = CacheReader(self.folder, self.index)
-        for number, record in enumerate(records_of(examples)):
-            reader.find(record.ids, np.array(record.places), f"sample {number} of the text")
+        for number, example in enumerate(examples):
+            places = np.nonzero(example.completion)[0] - 1
+            if (places >= 0).any():
+                reader.find(example.input_ids, places[places >= 0], f"sample {number} of the text")
 
     def loaded(self) -> Loaded:
         """The model the cache was built with: only a cut needs it."""

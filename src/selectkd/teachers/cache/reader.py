@@ -14,13 +14,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from selectkd.data.collate import sent
+from selectkd.data.examples import record_key
 from selectkd.data.supervised import in_memory
 from selectkd.errors import CacheError
 from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import CachedRows, LiveRows, TeacherRows
 from selectkd.teachers.cache.index import HEAD, INDEX, SHARDS, described, fingerprint
 from selectkd.teachers.cache.payloads import HiddenPayload, payload_of, unsound_head
-from selectkd.teachers.cache.shard import Shard, ShardEntry, record_key, shard_name
+from selectkd.teachers.cache.shard import Shard, ShardEntry, shard_name
 from selectkd.teachers.protocol import Teacher
 
 OPEN = 64

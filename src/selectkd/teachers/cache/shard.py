@@ -39,11 +39,6 @@ class ShardEntry:
     checksum: str
 
 
-def record_key(ids: Sequence[int] | NDArray[np.int64]) -> bytes:
-    """What a sample is known by: the 16 bytes of the xxh3-128 of its token ids."""
-    return xxhash.xxh3_128(np.ascontiguousarray(ids, dtype="<i4").tobytes()).digest()
-
-
 def shard_name(number: int) -> str:
     """The file name of a shard."""
     return f"{number:06d}.shard"

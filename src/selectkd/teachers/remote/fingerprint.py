@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -102,8 +103,9 @@ def take(source: Source, examples: Sequence[Any], weights: str | None = None) ->
         return None
     fixed = source.fixed_questions(prompts, BEST)
     first = source.connection.ask(fixed)
-    texts = [example.input_ids[:LOAD_TOKENS] for example in examples if len(example.input_ids) > 1]
-    under_load = source.connection.ask([*source.fixed_questions(texts[:LOAD], BEST), *fixed])[-len(fixed) :]
+    texts = (example.input_ids[:LOAD_TOKENS] for example in examples if len(example.input_ids) > 1)
+    loaded = source.fixed_questions(list(islice(texts, LOAD)), BEST)
+    under_load = source.connection.ask([*loaded, *fixed])[-len(fixed) :]
     alone = [answer for one in fixed for answer in source.connection.ask([one])]
     noise = max(
         max(difference(a, b), difference(b, a))

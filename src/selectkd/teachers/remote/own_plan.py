@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from selectkd.data.alignment import align, tokenizer_fingerprint
+from selectkd.data.examples import Examples
 from selectkd.errors import ConfigError, DataError, TeacherError
 from selectkd.models.head import head_of
 from selectkd.models.load import load_tokenizer
@@ -79,7 +80,7 @@ class OwnPlan(ServerPlan):
         Then the server's fingerprint is taken.
         """
         most = self.server().about["max_length"]
-        longest = max(examples, key=lambda example: len(example.input_ids), default=None)
+        longest = Examples.of(examples).longest
         if most is not None and longest is not None and len(longest.input_ids) > most:
             raise DataError(
                 f"{longest.origin} has {len(longest.input_ids)} tokens; {self.spec.url} takes {most}. "

@@ -14,6 +14,7 @@ from torch import nn
 
 from selectkd.config import RemoteTeacher as Section
 from selectkd.data.alignment import align
+from selectkd.data.examples import Examples
 from selectkd.errors import ConfigError, DataError, TeacherError
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
@@ -105,10 +106,10 @@ class RemotePlan(ServerPlan):
         """Probes the server with the first sample. TeacherError where it is away or its answers cannot be trained on,
         DataError for a sample that is longer than it takes.
         """
-        prompts = [example.input_ids for example in examples if len(example.input_ids) > 1]
-        if not prompts:
+        first = next((example.input_ids for example in examples if len(example.input_ids) > 1), None)
+        if first is None:
             return
-        found = probe(self.server(), prompts[0])
+        found = probe(self.server(), first)
         for fault in found.wrong:
             logging.getLogger("selectkd").warning("%s: %s", found.url, fault)
         if max(found.repeated, found.prefix) > UNSTEADY:
@@ -118,8 +119,10 @@ class RemotePlan(ServerPlan):
                 f"apart. Start it with `{flags}`; `selectkd teacher doctor {found.url}` checks it again."
             )
         if found.max_length is not None:
-            longest = max(examples, key=lambda example: len(example.input_ids))
-            if len(longest.input_ids) + 1 > found.max_length:  # it generates one token more
+            longest = Examples.of(examples).longest
+            if (
+                longest is not None and len(longest.input_ids) + 1 > found.max_length
+            ):  # it generates one token more
                 raise DataError(
                     f"{longest.origin} has {len(longest.input_ids)} tokens; {found.url} takes {found.max_length - 1}. "
                     f"Set training.max_length to {found.max_length - 1}, or start it with a longer --max-model-len."

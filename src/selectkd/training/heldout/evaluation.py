@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import inside
 from selectkd.objective.objective import Objective
 from selectkd.teachers.protocol import Teacher
+from selectkd.training.counts import over_ranks, rank, ranks
 from selectkd.training.first_pass import MicroBatch
 from selectkd.training.sums import FIELDS, named, rates, step_sums, stream_rates, zeros
 from selectkd.training.uniforms_of_text import draws
@@ -67,7 +68,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures ``student`` on ``batches``, on its own device; its mode is put back afterwards.
 
-    The same text gives the same numbers.
+    The same text gives the same numbers. Of several ranks each measures its part of the batches, and all get the
+    numbers of all: a collective call.
     """
     # every row is measured, at its own weight: to thin them out is for training alone
     measured = replace(objective, divergence="forward_kl", thin_rejected=False)
@@ -75,16 +77,19 @@ def evaluate(
     surprise = torch.zeros(2, dtype=torch.float64)  # of student and teacher
     device = head_of(student).weight.device
     with evaluating(student):
-        for batch in batches:
+        for batch, counts in _of_this_rank(batches):
             batch = batch.to(device)
             rows = supervised(batch)
-            if not len(rows):
+            if not len(rows) and ranks() == 1:
                 continue
             one = _measured(student, teacher, batch, measured, seed=seed, chunk=chunk, precision=precision)
+            if not counts or not len(rows):
+                continue
             sums = {**one.sums, "kl": one.sums["divergence"], "row_kl": one.sums["row_divergence"]}
             micro = MicroBatch(batch, rows, torch.empty(0), torch.empty(0), last=True)
             total += step_sums(micro, one.loss, sums, streams=len(streams)).cpu()
             surprise += torch.tensor(one.surprise, dtype=torch.float64)
+    total, surprise = over_ranks(torch.cat([total, surprise])).split([len(total), 2])
     sums, n = named(total), float(total[FIELDS.index("n")])
     measures = {name: math.nan if value is None else value for name, value in rates(sums).items()}
     mean = [float(value) / n if n else math.nan for value in surprise]
@@ -101,6 +106,19 @@ def evaluate(
         streams=stream_rates(total, streams),
         unverified=measures["unverified"],
     )
+
+
+def _of_this_rank(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """(batch, whether it counts) of this rank. A sharded student runs on all ranks at once, so all have as many: where
+    they do not come out even, some ranks run the last batch again, uncounted.
+    """
+    if ranks() == 1:
+        yield from ((batch, True) for batch in batches)
+        return
+    whole = batches if isinstance(batches, Sequence) else list(batches)
+    for start in range(0, len(whole), ranks()):
+        own = start + rank()
+        yield whole[min(own, len(whole) - 1)], own < len(whole)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _objective(plan: Plan, recipe: Any) -> str:
 
 
 def _text(plan: Plan) -> str:
-    examples = [example for source in plan.sources for example in source.examples]
+    examples = plan.examples
     found = inspect.check(examples, held_out=plan.heldout)
     ends = ends_in(plan)
     whole = sum(closed(example, ends) for example in examples)

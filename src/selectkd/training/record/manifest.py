@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -44,14 +42,6 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def data_fingerprint(examples: Iterable[Any]) -> str:
-    """A hash of the token ids and of what is supervised, in order: equal exactly where training text is."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([list(example.input_ids), [int(c) for c in example.completion]]).encode())
-    return digest.hexdigest()
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

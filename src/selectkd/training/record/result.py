@@ -12,13 +12,14 @@ from pydantic import BaseModel
 
 from selectkd.config.departures import departures
 from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.sources import fingerprint_of
 from selectkd.errors import IntegrityError
 from selectkd.training.assembly import Assembly
 from selectkd.training.counts import ranks
 from selectkd.training.heldout.evaluation import Evaluation
 from selectkd.training.ledger import Ledger
 from selectkd.training.record.card import model_card
-from selectkd.training.record.manifest import data_fingerprint, device_name, versions
+from selectkd.training.record.manifest import device_name, versions
 from selectkd.training.run_folder import FINISHED, Claim, at_defaults, flat, identity
 
 
@@ -149,14 +150,12 @@ def manifest_of(
             "cut": origin.cut,
         },
         "data": {
-            "fingerprint": data_fingerprint(
-                example for source in assembly.sources for example in source.examples
-            ),
-            "samples": sum(len(source.examples) for source in assembly.sources),
+            "fingerprint": fingerprint_of(assembly.sources),
+            "samples": sum(len(source) for source in assembly.sources),
             "sources": [
                 {"name": s.name, "told": s.summary, "counts": dict(s.counts)} for s in assembly.sources
             ],
-            "heldout_samples": sum(int(batch.stream.shape[0]) for batch in assembly.heldout),
+            "heldout_samples": len(assembly.heldout.examples),
             "streams": list(assembly.streams),
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(assembly.tokenizer)},

@@ -1,0 +1,167 @@
+"""The order of training: which examples a batch has, as a function of (seed, epoch, index) alone.
+
+An order is that of hashes of the indices, in whole numbers, so that no library's generator decides it and any part of
+it can be had without the rest. n examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from selectkd.data.collate import Batch, bins_of, collate, collate_packed
+from selectkd.data.examples import Examples
+from selectkd.data.render import Example
+from selectkd.errors import ConfigError, DataError
+
+WINDOW = 50
+"""Batches among which ``bucket`` puts examples of like length together."""
+
+
+def shuffled(n: int, *about: int | str) -> NDArray[np.int64]:
+    """The numbers 0 to n - 1 in an order that ``about`` decides: [n]. Hashes are those of SplitMix64.
+
+    >>> sorted(shuffled(5, "seed", 1).tolist()), shuffled(5, "seed", 1).tolist() == shuffled(5, "seed", 2).tolist()
+    ([0, 1, 2, 3, 4], False)
+
+    Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators.
+    """
+    base = xxhash.xxh3_64_intdigest("/".join(map(str, about)).encode())
+    with np.errstate(over="ignore"):
+        z = np.uint64(base) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return np.argsort(z, kind="stable")
+
+
+def draw(sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The examples of one epoch in order, numbered over all sources one after the other: [n].
+
+    A source of weight w gives w * size examples (rounded down over all epochs so far): it walks through one
+    shuffle of itself after the other, so no example comes twice before every other has come once.
+    """
+    drawn: list[NDArray[np.int64]] = []
+    start = 0
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        at = np.arange(int(epoch * weight * size), int((epoch + 1) * weight * size))
+        for cycle in np.unique(at // size).tolist() if size else ():
+            places = at[at // size == cycle] % size
+            drawn.append(start + shuffled(size, "selectkd/source", seed, number, cycle)[places])
+        start += size
+    chosen = np.concatenate([*drawn, np.empty(0, np.int64)])
+    return chosen[shuffled(len(chosen), "selectkd/epoch", seed, epoch)]
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How examples become batches: so many rows each, packed up to ``max_length`` tokens, or examples of like length
+    together (``bucket``); padding by ``pad_id`` to a multiple of ``multiple``.
+    """
+
+    batch_size: int
+    seed: int
+    pad_id: int = 0
+    packing: bool = False
+    max_length: int | None = None
+    bucket: bool = False
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}. What would work: 1 or more.")
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing needs max_length, the size of a bin in tokens.")
+
+
+class Epoch(Sequence[Batch]):
+    """The batches of one epoch, each made when it is asked for; how many there are follows from lengths alone."""
+
+    def __init__(
+        self, examples: Examples, drawn: NDArray[np.int64], options: BatchOptions, epoch: int
+    ) -> None:
+        if not len(drawn):
+            raise DataError("This epoch has no examples. Raise the sources' weight, or add data.")
+        self.examples, self.options = examples, options
+        size, about = options.batch_size, ("selectkd/batches", options.seed, epoch)
+        self._rows: list[list[int]] | None = None
+        if options.packing:
+            assert options.max_length is not None
+            bins = bins_of(
+                examples.lengths[drawn].tolist(), options.max_length, lambda i: examples[int(drawn[i])]
+            )
+            self._rows = [bins[i] for i in shuffled(len(bins), *about).tolist()]
+        elif options.bucket:
+            window = WINDOW * size
+            lengths = examples.lengths[drawn]
+            drawn = np.concatenate(
+                [
+                    drawn[start : start + window][np.argsort(lengths[start : start + window], kind="stable")]
+                    for start in range(0, len(drawn), window)
+                ]
+            )
+        self.drawn = drawn
+        count = -(-(len(drawn) if self._rows is None else len(self._rows)) // size)
+        self._order = shuffled(count, *about) if options.bucket and not options.packing else np.arange(count)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def places(self, index: int) -> list[list[int]]:
+        """The rows of a batch, a row being the numbers of its examples (one, unless packed)."""
+        start = int(self._order[index]) * self.options.batch_size
+        stop = start + self.options.batch_size
+        if self._rows is None:
+            return [[place] for place in self.drawn[start:stop].tolist()]
+        return [self.drawn[row].tolist() for row in self._rows[start:stop]]
+
+    def rows(self, index: int) -> list[list[Example]]:
+        """The examples of a batch, row by row."""
+        return [[self.examples[place] for place in row] for row in self.places(index)]
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows, options = self.rows(index), self.options
+        if options.packing:
+            return collate_packed(rows, pad_id=options.pad_id, pad_to_multiple_of=options.multiple)
+        return collate([row[0] for row in rows], pad_id=options.pad_id, pad_to_multiple_of=options.multiple)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+
+class Padded(Sequence[Batch]):
+    """Examples in order as padded batches, each made when it is asked for."""
+
+    def __init__(self, examples: Sequence[Example], *, pad_id: int, batch_size: int) -> None:
+        self.examples, self.pad_id, self.batch_size = Examples.of(examples), pad_id, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.batch_size
+        return collate(self.examples[start : start + self.batch_size], pad_id=self.pad_id)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))

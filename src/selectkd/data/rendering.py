@@ -1,0 +1,160 @@
+"""Chunks of records become rows of Arrow: parsed, rendered, tokenised and counted, in whichever process is free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from selectkd.data.chunks import Chunk
+from selectkd.data.examples import batch_of
+from selectkd.data.files import SHOWN, Checked, Found, OnBad
+from selectkd.data.formats import to_sample
+from selectkd.data.render import Dropped, Example, TextRules, render
+from selectkd.data.routes import Routes
+from selectkd.data.template import ChatTemplate
+from selectkd.errors import DataError
+
+WITHOUT_TOOLS = (
+    "without their tool schemas, which the chat template leaves out (data.chat_template names another)"
+)
+PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow")
+"""Packages whose versions may change the text or its tokens."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How records of a source become examples: see ``selectkd.data.sources.dataset_source``."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    rules: TextRules
+    on_bad_record: OnBad = "error"
+    eos_ids: Collection[int] = ()
+    written_by: str | None = None
+    routes: Routes | None = None
+    format: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """All that an example rests on beside its record, as plain data."""
+        special = {name: str(value) for name, value in self.template.special.items()}
+        return {
+            "rules": asdict(self.rules),
+            "on_bad_record": self.on_bad_record,
+            "written_by": self.written_by,
+            "format": self.format,
+            "eos_ids": sorted(self.eos_ids),
+            "routes": None if self.routes is None else list(self.routes.when),
+            "template": self.template.fingerprint,
+            "special": special,
+            "date": self.template.moment if self.template.dated else None,
+            "tokenizer": _tokenizer_identity(self.tokenizer),
+            "code": code_identity(),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+        }
+
+    def examples(self, record: Mapping[str, Any], format: str, origin: str) -> list[Example | Dropped]:
+        """The examples of a record, or why there are none. Raises DataError naming ``origin``."""
+        if self.written_by is not None and record.get("written_by") != self.written_by:
+            return [Dropped(origin, "by another writer")]
+        sample = to_sample(record, format, origin=origin)
+        found = render(sample, self.tokenizer, self.rules, eos_ids=self.eos_ids, template=self.template)
+        if self.routes is None:
+            return found
+        teacher = self.routes(record, origin)
+        return [replace(one, route=teacher) if isinstance(one, Example) else one for one in found]
+
+
+@dataclass
+class Part:
+    """What became of a chunk: what was found, what was counted, the ends of turns, and its rows as an Arrow message."""
+
+    found: Found
+    counts: Counter[str] = field(default_factory=Counter)
+    ends: list[int] = field(default_factory=list)
+    examples: int = 0
+    rows: bytes = b""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the rows, as plain data."""
+        return {
+            "found": asdict(self.found), "counts": dict(self.counts), "ends": self.ends, "examples": self.examples,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Part:
+        """What ``as_dict`` gave."""
+        found = Found(**content["found"])
+        found.formats, found.example = tuple(found.formats), tuple(found.example)  # type: ignore[assignment]
+        return cls(found, Counter(content["counts"]), list(content["ends"]), content["examples"])
+
+    def add(self, later: Part) -> None:
+        """Takes in the counts of the next chunk, not its rows."""
+        self.found.add(later.found)
+        self.counts.update(later.counts)
+        self.ends = sorted({*self.ends, *later.ends})
+        self.examples += later.examples
+
+
+def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: Found | None = None) -> Part:
+    """The examples of a chunk's first ``limit`` good records; before: what was found in earlier chunks.
+
+    Raises DataError with file:line for a record that cannot be trained on, unless such records are skipped.
+    """
+    checked = Checked(
+        chunk.items(), format=how.format, limit=limit, on_bad_record=how.on_bad_record, before=before
+    )
+    part, rules = Part(checked.found), how.rules
+    counts, examples = part.counts, list[Example]()
+    for origin, record in checked:
+        try:
+            found = how.examples(record, checked.found.format, origin)
+        except DataError as error:
+            if how.on_bad_record == "error":
+                raise
+            counts["bad"] += 1
+            if len(part.found.problems) < SHOWN:
+                part.found.problems.append(str(error).splitlines()[0])
+            continue
+        for made in found:
+            if isinstance(made, Dropped):
+                counts[made.reason] += 1
+                continue
+            counts["truncated"] += made.truncated
+            counts[f"prompts cut to max_prompt_length {rules.max_prompt_length}"] += made.cut_prompt
+            counts[f"cut to max_length {rules.max_length}"] += (
+                made.truncated and len(made) == rules.max_length
+            )
+            counts[WITHOUT_TOOLS] += made.without_tools
+            examples.append(made)
+    part.examples = len(examples)
+    part.ends = sorted(set().union(*how.template.ends.values()))
+    if examples:
+        part.rows = batch_of(examples).serialize().to_pybytes()
+    return part
+
+
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of all that decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        about: Any = json.loads(backend.to_str())
+        about.pop("truncation", None)
+        about.pop("padding", None)
+    else:
+        about = sorted(tokenizer.get_vocab().items())
+    parts = [type(tokenizer).__name__, about, str(tokenizer.special_tokens_map)]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def code_identity() -> str:
+    """A hash of this package's code between a record and its tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
