@@ -39,7 +39,7 @@ def recipe(root: Path, out: Path, *, across, objective, **more) -> str:
     content = {
         "teacher": {"model": str(root / "teacher"), "cross_tokenizer": across},
         "student": {"model": str(root / "student")},
-        "data": {"sources": [{"path": str(root / "text.jsonl")}], "evaluation": 0.25},
+        "data": {"sources": [{"path": str(root / "text.jsonl")}], "evaluation": {"path": str(root / "text.jsonl")}},
         "objective": objective,
         "training": {
             "output_dir": str(out / "run"), "max_steps": 8, "batch_size": 4, "learning_rate": 1e-2,
@@ -71,15 +71,16 @@ def test_a_run_learns_from_a_teacher_of_another_tokenizer(root, tmp_path, across
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     ]
     steps = [line for line in lines if "loss" in line]
-    first, second = (sum(line["loss"] for line in steps[place : place + 3]) for place in (0, 3))
-    assert second < first  # over the same nine samples
     assert all(0 <= line["unverified"] < 1 for line in steps) and any(
         line["unverified"] > 0 for line in steps
     )
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
     assert manifest["after"]["unverified"] > 0 and manifest["after"]["teacher_perplexity"] is None
-    if objective is GOLD:
+    if objective is GOLD:  # the weight of a token changes with its verdict, so the loss itself may rise
         assert manifest["after"]["kl"] < manifest["before"]["kl"]
+    else:
+        first, second = (sum(line["loss"] for line in steps[place : place + 3]) for place in (0, 3))
+        assert second < first  # over the same samples twice
 
 
 @pytest.mark.parametrize(
