@@ -19,7 +19,8 @@ LARGER = {
 """(lines, parameters) of the functions that may be larger, each with its reason."""
 
 UNFINISHED = dict.fromkeys(
-    ("data/sources.py dataset_source", "data/sources.py batches", "training/trainer.py __init__"), (80, 10)
+    ("data/sources.py dataset_source", "data/sources.py streamed_source", "training/trainer.py __init__"),
+    (LINES, 10),
 )
 """Functions that are still to be cut."""
 

@@ -76,7 +76,7 @@ def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
     for name in options:
         if any(part in name.lower() for part in ("secret", "password", "token", "key", "credential")):
             raise refuse(
-                f"{name} may be a credential, and a recipe is written into the run's files; set it in the environment, "
+                f"{name} may be a credential, which the run's files would show; set it in the environment, "
                 "such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://"
             )
     return options

@@ -116,6 +116,7 @@ def assemble(
     teacher = _teacher(recipe, plan, student.model, device, say)
     in_probe = samples[: recipe.training.probe_samples]
     itself = isinstance(plan.teacher, AdaptersOffPlan) and not recipe.objective.language_model
+    warnings = [*plan.text.warnings, *departure_warnings(recipe), *student.warnings]
     return Assembly(
         teacher=teacher,
         student=student.model,
@@ -133,12 +134,7 @@ def assemble(
         student_revision=student.revision,
         kept=student.kept,
         cut=student.cut,
-        warnings=[
-            *plan.text.warnings,
-            *departure_warnings(recipe),
-            *student.warnings,
-            *([ITS_OWN_TEACHER] if itself else []),
-        ],
+        warnings=[*warnings, ITS_OWN_TEACHER] if itself else warnings,
         options=options_of(recipe, plan.losses, plan.extras),
         losses=plan.losses,
         extras=plan.extras,
