@@ -21,13 +21,13 @@ def activations_offloaded(model: nn.Module, *, least: int = LEAST_BYTES) -> Iter
     multiplies with (known by a weight's shape). The numbers are the same to the bit. Copies are pinned and wait for
     nothing but the device's own queue.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     shapes = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.ndim == 2}
 
     def leave(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         small = tensor.numel() * tensor.element_size() < least
         weight = tensor.ndim == 2 and tuple(sorted(tensor.shape)) in shapes
-        if small or weight or tensor.untyped_storage().data_ptr() in own:
+        if small or weight or tensor.untyped_storage().data_ptr() in weights:
             return tensor
         kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         kept.copy_(tensor, non_blocking=True)

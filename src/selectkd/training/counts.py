@@ -89,17 +89,17 @@ def count(micro: Sequence[Any]) -> Counts:
     return Counts(sequences, tokens, ranks())
 
 
-def row_scale(seen: Any, counts: Counts, reduction: str) -> Tensor:
+def row_scale(rows: Any, counts: Counts, reduction: str) -> Tensor:
     """What each supervised row of a micro-batch counts, [n] fp32.
 
     sequence_mean: ranks / (|y| * sequences), |y| the supervised tokens of the row's sequence. token_mean:
     ranks / tokens. weight_mean: the same; ``correction`` turns it into a division by the sum of weights.
     """
     checked(reduction)
-    sequence = seen.sequence
+    sequence = rows.sequence
     if reduction != "sequence_mean":
         return torch.full((sequence.shape[0],), counts.ranks / max(counts.tokens, 1), device=sequence.device)
-    return counts.ranks / (seen.length[sequence] * max(counts.sequences, 1))
+    return counts.ranks / (rows.length[sequence] * max(counts.sequences, 1))
 
 
 def correction(counts: Counts, weight: Tensor) -> Tensor:
@@ -113,10 +113,10 @@ def correction(counts: Counts, weight: Tensor) -> Tensor:
     return torch.where(weight != 0, counts.tokens / weight, torch.ones_like(weight))
 
 
-def sequence_means(values: Tensor, seen: Any) -> Tensor:
-    """The mean of ``values`` [n], one for each row of ``seen``, over each sequence of ``seen.there``: [s]."""
-    totals = torch.zeros_like(seen.length).index_add_(0, seen.sequence, values.to(seen.length.dtype))
-    return totals[seen.there] / seen.length[seen.there]
+def sequence_means(values: Tensor, rows: Any) -> Tensor:
+    """The mean of ``values`` [n], one for each row of ``rows``, over each sequence of ``rows.there``: [s]."""
+    totals = torch.zeros_like(rows.length).index_add_(0, rows.sequence, values.to(rows.length.dtype))
+    return totals[rows.there] / rows.length[rows.there]
 
 
 def checked(reduction: str) -> str:

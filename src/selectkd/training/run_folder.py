@@ -182,16 +182,16 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _named(path: Path, own: Path) -> Found:
+def _named(path: Path, checkpoints: Path) -> Found:
     """The checkpoint that a user names; later ones of the same run are set aside, being another future."""
     if not path.is_dir():
-        near = [each.name for each in all_in(own)]
+        near = [each.name for each in all_in(checkpoints)]
         raise ConfigError(
             f"--resume {path} is no folder. Use auto, never, or one of {', '.join(near[:4]) or 'no checkpoints'}."
         )
     found = Found(path, check(path))
-    if path.resolve().parent == own.resolve() and rank() == 0:
-        for other in all_in(own):
+    if path.resolve().parent == checkpoints.resolve() and rank() == 0:
+        for other in all_in(checkpoints):
             if other.name > path.name:
                 set_aside(other, SUPERSEDED)
     return found

@@ -123,15 +123,15 @@ class DistillationModel(nn.Module):
     ) -> Any:
         first = objective if isinstance(objective, FirstPass) else None
         plan = objective.plan if isinstance(objective, FirstPass) else LossPlan.of(objective)
-        seen = supervised(batch)
+        chosen = supervised(batch)
         head = head_of(self.student)
         offload = self.offload and batch.input_ids.device.type != "cpu"
         with activations_offloaded(self.student) if offload else contextlib.nullcontext():
-            rows = hidden_rows(self.student, batch, seen.position)  # [n, d]
-        teacher = self.teacher(batch, seen.position) if plan.teacher is None else plan.teacher
+            hidden = hidden_rows(self.student, batch, chosen.position)  # [n, d]
+        teacher = self.teacher(batch, chosen.position) if plan.teacher is None else plan.teacher
         here = Forward(
-            rows, head, teacher, seen.labels, seen.sequence, seen.stream, uniform, self.options,
-            of_stream=seen.of_stream,
+            hidden, head, teacher, chosen.labels, chosen.sequence, chosen.stream, uniform, self.options,
+            of_stream=chosen.of_stream,
         )  # fmt: skip
         if first is not None:
             first.teacher = teacher

@@ -21,13 +21,13 @@ _ODD_1, _ODD_2 = (
 )  # 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9 as int64
 
 
-def draws(batch: Any, seen: Any, r: int, *, seed: int, step: int) -> Tensor:
+def draws(batch: Any, rows: Any, r: int, *, seed: int, step: int) -> Tensor:
     """Numbers in (0, 1) for each supervised row, [n, r]."""
-    n, device = seen.position.shape[0], seen.position.device
+    n, device = rows.position.shape[0], rows.position.device
     if r == 0 or n == 0:
         return torch.empty(n, r, device=device)
     return uniforms(
-        n, r, seed=seed, step=step, counter=sample_keys(batch)[seen.sequence] + seen.offset, device=device
+        n, r, seed=seed, step=step, counter=sample_keys(batch)[rows.sequence] + rows.offset, device=device
     )
 
 

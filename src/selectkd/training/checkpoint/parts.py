@@ -32,11 +32,11 @@ class Weights:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises IntegrityError where names or shapes are not the model's."""
-        own = self._tensors()
-        for name in sorted(set(own) ^ set(state)):
-            side = "the checkpoint lacks" if name in own else "the student has no"
+        tensors = self._tensors()
+        for name in sorted(set(tensors) ^ set(state)):
+            side = "the checkpoint lacks" if name in tensors else "the student has no"
             raise IntegrityError(f"{side} {name}: the checkpoint belongs to another student.")
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             if tensor.shape != state[name].shape:
                 raise IntegrityError(
                     f"{name} has shape {tuple(tensor.shape)}, {tuple(state[name].shape)} in the checkpoint: it is "
@@ -62,10 +62,10 @@ class OptimizerState:
                     entries[name] = like(value, parameters[index])
         self.optimizer.load_state_dict(state)
         for index, entries in state["state"].items():  # torch gives all of it its parameter's dtype
-            own = self.optimizer.state[parameters[index]]
+            kept = self.optimizer.state[parameters[index]]
             for name, value in entries.items():
-                if isinstance(value, Tensor) and own[name].dtype != value.dtype:
-                    own[name] = value.to(own[name].device)
+                if isinstance(value, Tensor) and kept[name].dtype != value.dtype:
+                    kept[name] = value.to(kept[name].device)
 
 
 class Named:

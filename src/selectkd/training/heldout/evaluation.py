@@ -152,17 +152,17 @@ def _measured(
         with precision.autocast(batch.input_ids.device):
             hidden = hidden_rows(student, batch, rows.position)  # [n, d]
         of_teacher = teacher(batch, rows.position)
-        own = theirs = math.nan
+        by_student = by_teacher = math.nan
         with precision.autocast(hidden.device):
             loss, sums = distillation_loss(
                 hidden, head, of_teacher, objective, uniform, chunk=chunk, labels=rows.labels,
                 sequence=rows.sequence,
             )  # fmt: skip
             if surprise:
-                own = negative_log_likelihood(hidden, head, rows.labels, chunk=chunk)
+                by_student = negative_log_likelihood(hidden, head, rows.labels, chunk=chunk)
         if surprise and isinstance(of_teacher, LiveRows):
-            theirs = negative_log_likelihood(of_teacher.hidden, of_teacher.head, rows.labels, chunk=chunk)
-        return _Measured(loss, sums, (own, theirs))
+            by_teacher = negative_log_likelihood(of_teacher.hidden, of_teacher.head, rows.labels, chunk=chunk)
+        return _Measured(loss, sums, (by_student, by_teacher))
 
     return inside(student, measure)
 

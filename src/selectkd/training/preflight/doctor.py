@@ -296,30 +296,36 @@ def _tar(assembly: Assembly, recipe: Any) -> str:
                 precision=assembly.precision,
             )
             found.append(f"k = {k}: {tar_of(verdicts, assembly.probe):.3f}")
-    own = tar_of(
+    tar = tar_of(
         probe(
             assembly.student, assembly.teacher, assembly.probe, assembly.objective, seed=recipe.training.seed,
             precision=assembly.precision,
         ),
         assembly.probe,
     )  # fmt: skip
-    text = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {own:.3f}."
-    return text + (f" {cold(own)}" if own < COLD_TAR and assembly.beta.start == assembly.beta.end < 1 else "")
+    text = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {tar:.3f}."
+    return text + (f" {cold(tar)}" if tar < COLD_TAR and assembly.beta.start == assembly.beta.end < 1 else "")
 
 
 @torch.no_grad()
 def _calibration(assembly: Assembly) -> str:
     """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
-    seen = supervised(assembly.probe)
+    chosen = supervised(assembly.probe)
     assembly.student.eval()
 
     def calibrations() -> list[str]:
         with assembly.precision.autocast(assembly.probe.input_ids.device):
-            hidden = hidden_rows(assembly.student, assembly.probe, seen.position)
-        rows = assembly.teacher(assembly.probe, seen.position)
-        own = _calibrated(hidden, head_of(assembly.student), seen.labels)
-        theirs = _calibrated(rows.hidden, rows.head, seen.labels) if isinstance(rows, LiveRows) else None
-        return [f"student {own}"] if theirs is None else [f"teacher {theirs}", f"student {own}"]
+            hidden = hidden_rows(assembly.student, assembly.probe, chosen.position)
+        rows = assembly.teacher(assembly.probe, chosen.position)
+        of_student = _calibrated(hidden, head_of(assembly.student), chosen.labels)
+        of_teacher = (
+            _calibrated(rows.hidden, rows.head, chosen.labels) if isinstance(rows, LiveRows) else None
+        )
+        return (
+            [f"student {of_student}"]
+            if of_teacher is None
+            else [f"teacher {of_teacher}", f"student {of_student}"]
+        )
 
     return "; ".join(inside(assembly.student, calibrations))
 
@@ -389,7 +395,7 @@ def _step(assembly: Assembly, recipe: Any, device: torch.device) -> str:
 
 def _ranks(assembly: Assembly) -> str:
     """After one step with averaged gradients every rank has the same weights, if the gradients were equal."""
-    own = int(weights_checksum(assembly.student)[:12], 16)
-    if total([own])[0] != own * ranks():
+    checksum = int(weights_checksum(assembly.student)[:12], 16)
+    if total([checksum])[0] != checksum * ranks():
         raise NumericsError("after one step the ranks' weights differ: their gradients were not averaged.")
     return f"{ranks()} ranks have the same weights after one step"

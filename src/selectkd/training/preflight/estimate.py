@@ -146,7 +146,7 @@ def activations(
     recomputed: with gradient checkpointing, the inputs of the layers and the inside of one of them. autocast: to bf16,
     the copies of fp32 weights included. offloaded: what ``activations_offloaded`` leaves on the device alone.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     AttentionInterface.register(COUNTED, _counted)
     text._attn_implementation = COUNTED
@@ -158,7 +158,7 @@ def activations(
     try:
         with _kept() as storages, Autocast() if autocast else nullcontext():
             backbone(model.train())(**inputs)
-        sizes = [size for storage, size in storages.items() if storage not in own]
+        sizes = [size for storage, size in storages.items() if storage not in weights]
     except UPSTREAM_ERRORS:
         width = next(model.parameters()).element_size() if not autocast else 2
         sizes = [KEPT_WIDTHS * b * t * text.hidden_size * width] * text.num_hidden_layers

@@ -116,7 +116,7 @@ def card_of(
         _plain(recipe.training.lora) or "full"
     )
     if recipe.method is not None:
-        overridden = {key: own for key, (_, own) in departures(recipe).items()}
+        overridden = {key: value for key, (_, value) in departures(recipe).items()}
         method = {"method": recipe.method, "overridden": overridden, **method}
     return model_card(
         teacher=assembly.teacher_plan.source,
@@ -136,7 +136,7 @@ def manifest_of(
     return {
         "config": recipe.model_dump(mode="json"),
         "overridden": {
-            key: {"method": methods, "recipe": own} for key, (methods, own) in departures(recipe).items()
+            key: {"method": methods, "recipe": value} for key, (methods, value) in departures(recipe).items()
         },
         "versions": versions(),
         "device": device_name(device),
