@@ -317,15 +317,10 @@ def _calibration(assembly: Assembly) -> str:
         with assembly.precision.autocast(assembly.probe.input_ids.device):
             hidden = hidden_rows(assembly.student, assembly.probe, chosen.position)
         rows = assembly.teacher(assembly.probe, chosen.position)
-        of_student = _calibrated(hidden, head_of(assembly.student), chosen.labels)
-        of_teacher = (
-            _calibrated(rows.hidden, rows.head, chosen.labels) if isinstance(rows, LiveRows) else None
-        )
-        return (
-            [f"student {of_student}"]
-            if of_teacher is None
-            else [f"teacher {of_teacher}", f"student {of_student}"]
-        )
+        student = f"student {_calibrated(hidden, head_of(assembly.student), chosen.labels)}"
+        if not isinstance(rows, LiveRows):
+            return [student]
+        return [f"teacher {_calibrated(rows.hidden, rows.head, chosen.labels)}", student]
 
     return "; ".join(inside(assembly.student, calibrations))
 
@@ -335,10 +330,8 @@ def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
     sure, right = torch.empty(n), torch.empty(n)
     for i in range(0, n, 64):
         best = head.logits(hidden[i : i + 64]).softmax(-1).max(-1)
-        sure[i : i + 64], right[i : i + 64] = (
-            best.values.cpu(),
-            (best.indices == labels[i : i + 64]).float().cpu(),
-        )
+        sure[i : i + 64] = best.values.cpu()
+        right[i : i + 64] = (best.indices == labels[i : i + 64]).float().cpu()
     of = torch.clamp((sure * BINS).long(), max=BINS - 1)
     gap = sum(float((sure[of == b] - right[of == b]).sum().abs()) for b in range(BINS)) / n
     perplexity = float(torch.tensor(negative_log_likelihood(hidden, head, labels) / n).exp())
