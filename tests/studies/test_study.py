@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_a_study_tunes_each_arm_runs_its_controls_and_runs_nothing_twice(
 
     before = (tmp_path / "first.jsonl").read_bytes()
     assert main(command) == 0
+    assert (tmp_path / "first.jsonl").read_bytes() == before
+
+    assert main([*command, "--background"]) == 0  # there is nothing left to run: it ends at once
+    log = tmp_path / "first.log"
+    for _ in range(600):
+        if "holds the rows" in log.read_text("utf-8"):
+            break
+        time.sleep(0.2)
+    assert "12 runs, 12 done, 0 to go" in log.read_text("utf-8")
     assert (tmp_path / "first.jsonl").read_bytes() == before
 
     page = tmp_path / "results.md"

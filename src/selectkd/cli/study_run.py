@@ -54,13 +54,27 @@ def run(
     if background:
         log = path.with_suffix(".log")
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = [one for one in sys.argv[1:] if one != "--background"]
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "selectkd", *words], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )  # fmt: skip
-        say(f"process {process.pid} goes on; {log} has its output, {path} its rows")
+        words = [
+            "study",
+            "run",
+            file,
+            "--rows",
+            path,
+            "--runs",
+            runs,
+            "--workers",
+            workers,
+            "--device",
+            device,
+        ]
+        words += [word for one in allow_plugin or () for word in ("--allow-plugin", one)]
+        # a shell starts it and ends, so that nothing here has to wait for it
+        started = subprocess.run(
+            ["sh", "-c", '"$@" >> "$0" 2>&1 < /dev/null & echo $!', log, sys.executable, "-m", "selectkd",
+             *map(str, words)],
+            start_new_session=True, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        say(f"process {started.stdout.strip()} goes on; {log} has its output, {path} its rows")
         return
 
     def show(row: dict[str, Any]) -> None:
