@@ -74,7 +74,7 @@ def check(
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
-    """Count records, tokens, lengths, duplicates, languages and held-out overlap."""
+    """Count records, tokens, duplicates, languages and held-out overlap."""
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
     if wanted.tokenizer is None:
         for spec in wanted.sources:
