@@ -54,6 +54,7 @@ def run(
     if background:
         log = path.with_suffix(".log")
         path.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()  # it is there from the start, for whoever follows it
         words = [
             "study",
             "run",
