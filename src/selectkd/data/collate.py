@@ -60,11 +60,6 @@ class Batch:
         copy.note("origin", self.in_memory)
         return copy
 
-    def pin_memory(self) -> Batch:
-        """The same batch in pinned memory, as torch's DataLoader asks for it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, Tensor)})
-
     @property
     def in_memory(self) -> Batch:
         """The batch in main memory where this is a copy of one, for what is read on the host; else this one."""

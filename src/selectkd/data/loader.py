@@ -48,7 +48,7 @@ def load(
     """The batches at (epoch, index) of ``places``, each with what stands beside its place, in order.
 
     workers: processes that make them, ``AHEAD`` batches each before they are wanted; with 0 each is made when it is
-    taken. The batches are the same. They come in pinned memory where CUDA is at work.
+    taken. The batches are the same.
     """
     made = (
         ((epochs[place], behind) for place, behind in places)
@@ -69,7 +69,6 @@ def _ahead(epochs: Epochs, places: Iterable[Any], workers: int) -> Iterator[tupl
         sampler=(place for place, _ in wanted),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=AHEAD,
-        pin_memory=torch.cuda.is_available() and torch.cuda.is_initialized(),
         generator=torch.Generator(),  # the global one's state belongs to the run
         worker_init_fn=_begin,
     )
