@@ -174,6 +174,13 @@ def test_a_recipe_that_cannot_have_such_a_teacher_is_refused_by_key(
         changed(recipe_for(pair, tmp_path / "run"), **sections)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_first_run(tmp_path_factory: Any) -> None:
+    """The first run of a process draws more from Python's generator, by the checks of shapes, than those after it."""
+    root = tmp_path_factory.mktemp("first")
+    train(recipe(write_dropping_pair(root), root / "run", max_steps=1))
+
+
 def test_a_run_leaves_the_bytes_of_one_beside_a_second_copy_of_the_base(pair: Path, tmp_path: Path) -> None:
     """Dropout in student and adapters, evaluations with their KL, a checkpoint: nothing tells the two apart."""
     own = train(recipe(pair, tmp_path / "own"))
