@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selectkd.config.extras import how_to_install
 from selectkd.data.examples import Examples
 from selectkd.data.prompts import groups, unpacked
 from selectkd.data.render import Example
@@ -104,7 +105,7 @@ def languages(examples: Sequence[Example], tokenizer: Any, *, most: int = 1000) 
     try:
         from py3langid import classify  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("Languages need py3langid: pip install 'selectkd[data]'.") from None
+        raise ConfigError(f"Languages need py3langid: {how_to_install('data')}.") from None
     counts: Counter[str] = Counter()
     for place in np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(int).tolist():
         example = examples[place]
