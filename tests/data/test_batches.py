@@ -164,7 +164,7 @@ def test_a_source_counts_what_it_kept_dropped_and_cut(tmp_path, tokenizer):
     bad = {"prompt": "hello", "completion": 5}
     path = write(tmp_path, [*rows, bad])
     source = dataset_source(
-        {"path": path, "weight": 2}, tokenizer, TextRules(64), on_bad_record="skip", stream=3
+        {"path": path, "weight": 2, "stream": 3}, tokenizer, TextRules(64, on_bad_record="skip")
     )
     assert source.name == "chat" and source.weight == 2 and source[0].stream == 3
     counts = {

@@ -60,10 +60,14 @@ def write(folder, kind: str):
 
 
 def source(
-    path: str, tokenizer: Any, tmp_path: Any, spec: dict[str, Any] | None = None, **options: Any
+    path: str,
+    tokenizer: Any,
+    tmp_path: Any,
+    spec: dict[str, Any] | None = None,
+    rules: TextRules | None = None,
 ) -> Source:
     cache = TextCache.at(tmp_path / "cache")
-    return streamed_source({"path": path, **(spec or {})}, tokenizer, TextRules(64), cache=cache, **options)
+    return streamed_source({"path": path, **(spec or {})}, tokenizer, rules or TextRules(64), cache=cache)
 
 
 def numbers(epoch: Any, tokenizer: Any) -> list[list[int]]:
@@ -145,8 +149,8 @@ def test_sources_are_mixed_by_their_weights(tmp_path, tokenizer):
     one.write_bytes(lines(rows(0, 60)))
     two.write_bytes(lines(rows(100, 160)))
     sources = [
-        source(str(one), tokenizer, tmp_path, {"weight": 0.5}, stream=0),
-        source(str(two), tokenizer, tmp_path, stream=1),
+        source(str(one), tokenizer, tmp_path, {"weight": 0.5}),
+        source(str(two), tokenizer, tmp_path, {"stream": 1}),
     ]
     both: Counter[int] = Counter()
     for epoch in range(2):
@@ -168,7 +172,7 @@ def test_records_that_are_dropped_or_skipped_make_a_batch_smaller_and_never_empt
     file.write_bytes(lines(rows(0, 1)) + b'{"prompt": "number 9", "completion": ""}\n' * 8 + b"nope\n")
     with pytest.raises(DataError, match=r"data\.jsonl:10: not valid JSON"):
         list(batches([source(str(file), tokenizer, tmp_path)], OPTIONS, 0))
-    text = source(str(file), tokenizer, tmp_path, on_bad_record="skip")
+    text = source(str(file), tokenizer, tmp_path, rules=TextRules(64, on_bad_record="skip"))
     made = list(batches([text], OPTIONS, 0))
     assert [int(batch.completion.any()) for batch in made].count(1) == 1 and len(made) == 3
     assert all(batch.input_ids.shape[0] == 1 for batch in made)

@@ -134,7 +134,7 @@ def test_several_processes_give_what_one_gives(tmp_path, tokenizer, small, limit
     for workers in (1, 2):
         cache = TextCache(tmp_path / str(workers), workers)
         spec = {"path": path, "limit": limit}
-        found.append(dataset_source(spec, tokenizer, TextRules(64), cache=cache, on_bad_record=policy))
+        found.append(dataset_source(spec, tokenizer, TextRules(64, on_bad_record=policy), cache=cache))
     one, two = found
     assert list(one.examples) == list(two.examples) and len(one) == (limit or 60)
     assert (one.counts, one.summary, one.problems) == (two.counts, two.summary, two.problems)

@@ -275,6 +275,7 @@ def test_a_disk_that_fills_up_during_a_build_ends_it_with_7_and_nothing_half_wri
         if written[0] == 2 * write - 1:  # a file is synced, then its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    assert main(["data", "check", building]) == 0  # the tokens of the text lie on the disk before
     monkeypatch.setattr(os, "fsync", full)
     assert main(["cache", "build", building]) == 7
     told = capsys.readouterr().err

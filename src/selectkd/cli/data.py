@@ -219,8 +219,8 @@ def _read(wanted: Wanted, tokenizer: Any, samples: int | None = None) -> tuple[l
     if wanted.recipe is None:
         ends = end_ids(str(wanted.tokenizer), tokenizer)
         spec = {"path": wanted.path, "limit": samples}
-        rules, on_bad = TextRules(wanted.max_length), _policy(wanted.on_bad_record)
-        return [dataset_source(spec, tokenizer, rules, eos_ids=ends, on_bad_record=on_bad)], None
+        rules = TextRules(wanted.max_length, on_bad_record=_policy(wanted.on_bad_record))
+        return [dataset_source(spec, tokenizer, rules, eos_ids=ends)], None
     recipe = wanted.recipe
     if samples is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluation": None})})

@@ -50,12 +50,12 @@ def load(
     workers: processes that make them, ``AHEAD`` batches each before they are wanted; with 0 each is made when it is
     taken. The batches are the same.
     """
-    made = (
+    batches = (
         ((epochs[place], behind) for place, behind in places)
         if not workers
         else _ahead(epochs, places, workers)
     )
-    for batch, behind in made:
+    for batch, behind in batches:
         if isinstance(batch, SelectKDError):
             raise batch
         yield batch, behind

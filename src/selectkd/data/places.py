@@ -80,16 +80,16 @@ class DataFile:
             values = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             return {"file": self.name, "stat": " ".join(map(str, values))}
         about = self.system.info(self.path)
-        said = {key: str(about[key]) for key in CHANGES if about.get(key) is not None}
-        if not said:
+        stated = {key: str(about[key]) for key in CHANGES if about.get(key) is not None}
+        if not stated:
             import xxhash
 
             digest = xxhash.xxh3_128()
             with self.plain() as stream:
                 while block := stream.read(BLOCK):
                     digest.update(block)
-            said = {"content": digest.hexdigest()}
-        return {"file": self.name, "size": str(about.get("size")), **said}
+            stated = {"content": digest.hexdigest()}
+        return {"file": self.name, "size": str(about.get("size")), **stated}
 
 
 class _Owning(io.BufferedReader):

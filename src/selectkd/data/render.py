@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from selectkd.data.chat import leaves_out_tools, tokenize_chat
+from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
@@ -94,13 +95,19 @@ class TextRules:
     max_length: int = 1024
     max_prompt_length: int | None = None
     on_too_long: OnTooLong = "truncate"
+    on_bad_record: OnBad = "error"
     train_on: TrainOn = "completion"
     train_turns: TrainTurns = "all"
     system: str | None = None
     tools: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in (("on_too_long", OnTooLong), ("train_on", TrainOn), ("train_turns", TrainTurns)):
+        for name, kinds in (
+            ("on_too_long", OnTooLong),
+            ("on_bad_record", OnBad),
+            ("train_on", TrainOn),
+            ("train_turns", TrainTurns),
+        ):
             if getattr(self, name) not in get_args(kinds):
                 known = ", ".join(get_args(kinds))
                 raise ConfigError(f"{name} is {getattr(self, name)!r}. What would work: {known}.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from selectkd.data.chunks import Chunk
 from selectkd.data.examples import batch_of
-from selectkd.data.files import SHOWN, Checked, Found, OnBad
+from selectkd.data.files import SHOWN, Checked, Found
 from selectkd.data.formats import to_sample
 from selectkd.data.render import Dropped, Example, TextRules, render
 from selectkd.data.routes import Routes
@@ -34,7 +34,6 @@ class Rendering:
     tokenizer: Any
     template: ChatTemplate
     rules: TextRules
-    on_bad_record: OnBad = "error"
     eos_ids: Collection[int] = ()
     written_by: str | None = None
     routes: Routes | None = None
@@ -45,7 +44,6 @@ class Rendering:
         special = {name: str(value) for name, value in self.template.special.items()}
         return {
             "rules": asdict(self.rules),
-            "on_bad_record": self.on_bad_record,
             "written_by": self.written_by,
             "format": self.format,
             "eos_ids": sorted(self.eos_ids),
@@ -107,7 +105,7 @@ def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: F
     Raises DataError with file:line for a record that cannot be trained on, unless such records are skipped.
     """
     checked = Checked(
-        chunk.items(), format=how.format, limit=limit, on_bad_record=how.on_bad_record, before=before
+        chunk.items(), format=how.format, limit=limit, on_bad_record=how.rules.on_bad_record, before=before
     )
     part, rules = Part(checked.found), how.rules
     counts, examples = part.counts, list[Example]()
@@ -115,23 +113,21 @@ def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: F
         try:
             found = how.examples(record, checked.found.format, origin)
         except DataError as error:
-            if how.on_bad_record == "error":
+            if how.rules.on_bad_record == "error":
                 raise
             counts["bad"] += 1
             if len(part.found.problems) < SHOWN:
                 part.found.problems.append(str(error).splitlines()[0])
             continue
-        for made in found:
-            if isinstance(made, Dropped):
-                counts[made.reason] += 1
+        for one in found:
+            if isinstance(one, Dropped):
+                counts[one.reason] += 1
                 continue
-            counts["truncated"] += made.truncated
-            counts[f"prompts cut to max_prompt_length {rules.max_prompt_length}"] += made.cut_prompt
-            counts[f"cut to max_length {rules.max_length}"] += (
-                made.truncated and len(made) == rules.max_length
-            )
-            counts[WITHOUT_TOOLS] += made.without_tools
-            examples.append(made)
+            counts["truncated"] += one.truncated
+            counts[f"prompts cut to max_prompt_length {rules.max_prompt_length}"] += one.cut_prompt
+            counts[f"cut to max_length {rules.max_length}"] += one.truncated and len(one) == rules.max_length
+            counts[WITHOUT_TOOLS] += one.without_tools
+            examples.append(one)
     part.examples = len(examples)
     part.ends = sorted(set().union(*how.template.ends.values()))
     if examples:

@@ -15,7 +15,7 @@ import xxhash
 from selectkd.data.chunks import Item, chunks, given
 from selectkd.data.detection import FORMATS
 from selectkd.data.examples import SCHEMA, Examples, Table
-from selectkd.data.files import Found, OnBad, check_reading
+from selectkd.data.files import Found, check_reading
 from selectkd.data.order import BatchOptions, Epoch, draw
 from selectkd.data.places import Place, Rows
 from selectkd.data.render import Example, TextRules
@@ -74,8 +74,6 @@ def dataset_source(
     tokenizer: Any,
     rules: TextRules,
     *,
-    on_bad_record: OnBad = "error",
-    stream: int = 0,
     eos_ids: Collection[int] = (),
     template: ChatTemplate | None = None,
     routes: Routes | None = None,
@@ -88,9 +86,9 @@ def dataset_source(
     given. routes: the teacher of a record. data: a ``datasets.Dataset`` or records, in place of those at ``path``.
     cache: where the tokens are kept. Its second reading takes the tokens of the first.
     Raises ConfigError for a key or weight that cannot be, DataError naming file:line for a record that cannot be
-    trained on (kept in ``problems`` instead under ``on_bad_record="skip"``), and DataError when nothing is left.
+    trained on (kept in ``problems`` instead under ``rules.on_bad_record="skip"``), and DataError when nothing is left.
     """
-    entry, weight, how = _read_as(spec, tokenizer, rules, on_bad_record, eos_ids, template, routes)
+    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes)
     path, limit = str(entry["path"]), entry.get("limit")
     cache = TextCache.at() if cache is None else cache
     if data is None:
@@ -100,7 +98,7 @@ def dataset_source(
         text = text_of(path, identity, partial(chunks, place), how, cache, limit=limit)
     else:
         text = text_of(path, _identity(data), lambda: given(_items(data, path)), how, cache, limit=limit)
-    return _source(text, how, path, _name(entry), weight, int(entry.get("stream", stream)))
+    return _source(text, how, path, _name(entry), weight, int(entry.get("stream", 0)))
 
 
 def streamed_source(
@@ -108,8 +106,6 @@ def streamed_source(
     tokenizer: Any,
     rules: TextRules,
     *,
-    on_bad_record: OnBad = "error",
-    stream: int = 0,
     eos_ids: Collection[int] = (),
     template: ChatTemplate | None = None,
     routes: Routes | None = None,
@@ -118,7 +114,7 @@ def streamed_source(
     """As ``dataset_source``, of records that are tokenised as training goes on. Its ``examples`` are those of its first
     records alone; the index of its chunks is kept in ``cache``. Raises ConfigError for a saved data set.
     """
-    entry, weight, how = _read_as(spec, tokenizer, rules, on_bad_record, eos_ids, template, routes)
+    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes)
     cache = TextCache.at() if cache is None else cache
     path = str(entry["path"])
     index = Index.of(_place(entry).files(), cache.folder)
@@ -134,10 +130,10 @@ def streamed_source(
         raise DataError(
             f"{path}: none of {len(index)} records can be trained on. Look at `selectkd data check`."
         )
-    stream = int(entry.get("stream", stream))
+    stream = int(entry.get("stream", 0))
     table = pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(part.rows), SCHEMA)])
-    told = "given" if how.format else "detected"
-    summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({told})"
+    named = "given" if how.format else "detected"
+    summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({named})"
     streamed = Streamed(read, how, replace(part.found, problems=[], aside=[], files=[]), stream)
     counts, first = {"read": len(index)}, Examples([Table(table, None, stream)])
     return Source(first, _name(entry), weight, part.found.format, summary, counts, (), streamed)
@@ -147,7 +143,6 @@ def _read_as(
     spec: Mapping[str, Any],
     tokenizer: Any,
     rules: TextRules,
-    on_bad_record: OnBad,
     eos_ids: Collection[int],
     template: ChatTemplate | None,
     routes: Routes | None,
@@ -159,13 +154,12 @@ def _read_as(
         problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
         raise ConfigError(f"data source {dict(spec)!r}: {problem}. Its keys: {', '.join(SPEC_KEYS)}.")
     weight = _weight(entry.get("weight", 1.0), str(entry["path"]))
-    check_reading(entry.get("format"), entry.get("limit"), on_bad_record)
+    check_reading(entry.get("format"), entry.get("limit"), rules.on_bad_record)
     template = ChatTemplate.of(tokenizer) if template is None else template
     how = Rendering(
         tokenizer,
         template,
         rules,
-        on_bad_record,
         eos_ids,
         entry.get("written_by"),
         routes,

@@ -219,21 +219,21 @@ class Streamed:
         checked = Checked(
             [self.chunks.item(chunk, record)],
             format=how.format,
-            on_bad_record=how.on_bad_record,
+            on_bad_record=how.rules.on_bad_record,
             before=self.before,
         )
-        made: list[Example | Dropped] = []
+        found: list[Example | Dropped] = []
         problems = checked.found.problems
         for origin, row in checked:
             try:
-                made = how.examples(row, checked.found.format, origin)
+                found = how.examples(row, checked.found.format, origin)
             except DataError as error:
-                if how.on_bad_record == "error":
+                if how.rules.on_bad_record == "error":
                     raise
                 problems.append(str(error).splitlines()[0])
         for message in problems:
             logging.getLogger("selectkd").warning(message)
-        return [replace(one, stream=self.stream) for one in made if isinstance(one, Example)]
+        return [replace(one, stream=self.stream) for one in found if isinstance(one, Example)]
 
 
 class StreamEpoch(Sequence[Batch]):

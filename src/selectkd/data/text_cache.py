@@ -142,14 +142,14 @@ def _finished(folder: Path) -> Part | None:
 def _alone(folder: Path, name: str, cache: TextCache) -> Iterator[None]:
     """Holds the lock of a text; while another process has it, says how far that one is."""
     with (folder / LOCK).open("a+b") as lock:
-        began = told = time.monotonic()
+        began = shown = time.monotonic()
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - told >= SECONDS or told == began:
-                    told = time.monotonic() + 1e-3
+                if time.monotonic() - shown >= SECONDS or shown == began:
+                    shown = time.monotonic() + 1e-3
                     cache.tell(f"{name}: another process tokenises this text; {_line(_journal(folder)[0])}")
                 time.sleep(0.1)
         yield
@@ -174,7 +174,7 @@ def _build(
     if end > (path.stat().st_size if path.is_file() else 0):
         (folder / JOURNAL).unlink()
         whole, count, end = Part(Found()), 0, 0
-    began = told = time.monotonic()
+    began = shown = time.monotonic()
     before, here = whole.found.good, time.monotonic()
     try:
         with path.open("r+b" if path.is_file() else "w+b") as file:
@@ -190,9 +190,9 @@ def _build(
                 add_lines(
                     folder / JOURNAL, [{"end": file.tell(), "part": part.as_dict()}], point="text chunk"
                 )
-                if time.monotonic() - told >= SECONDS:
-                    told = time.monotonic()
-                    rate = (whole.found.good - before) / (told - here)
+                if time.monotonic() - shown >= SECONDS:
+                    shown = time.monotonic()
+                    rate = (whole.found.good - before) / (shown - here)
                     cache.tell(f"{name}: {_line(whole)}, {rate:,.0f} records a second")
             file.write(END)
             file.flush()
@@ -220,7 +220,7 @@ def _rendered(
     waiting: deque[Future[Part]] = deque()
     claimed = found.good  # good records of the chunks so far, those at work included
     # how many of a chunk's records are good is known before it is rendered unless bad ones are skipped
-    most = 1 if limit is not None and how.on_bad_record == "skip" else cache.processes * AHEAD
+    most = 1 if limit is not None and how.rules.on_bad_record == "skip" else cache.processes * AHEAD
     number, processes = 0, cache.processes
     pool: ProcessPoolExecutor | None = None
     try:
@@ -255,7 +255,7 @@ def _rendered(
 
 
 _how: Rendering | None = None
-"""How a worker renders, which it is told once."""
+"""How a worker renders, which it is shown once."""
 
 
 def _pool(how: Rendering, processes: int) -> ProcessPoolExecutor:

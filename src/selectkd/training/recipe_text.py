@@ -62,7 +62,6 @@ def read_text(
     options: dict[str, Any] = dict(
         tokenizer=tokenizer,
         rules=rules_of(recipe),
-        on_bad_record=recipe.data.on_bad_record,
         eos_ids=ends,
         template=template,
         routes=routes,
@@ -74,7 +73,8 @@ def read_text(
 
     read = streamed_source if recipe.data.streaming else dataset_source
     sources = [
-        read(few(spec.reading), stream=index, **options) for index, spec in enumerate(recipe.data.sources)
+        read({**few(spec.reading), "stream": index}, **options)
+        for index, spec in enumerate(recipe.data.sources)
     ]
     evaluation = recipe.data.evaluation
     if evaluation is None:
@@ -91,6 +91,7 @@ def rules_of(recipe: Any) -> TextRules:
         max_length=recipe.training.max_length,
         max_prompt_length=recipe.prompt_limit,
         on_too_long=data.on_too_long,
+        on_bad_record=data.on_bad_record,
         train_on=data.train_on,
         train_turns=data.train_turns,
         system=data.system,
