@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu.pretended import pretended
 from selectkd.rollouts.few_rows import FewRows
-from selectkd.rollouts.generate import Request, generate
+from selectkd.rollouts.generate import Ends, Request, generate
 from selectkd.rollouts.rules import Draw, Interleaved, Mixed
 from selectkd.rollouts.sampling import Sampling
 from training.tiny import VOCABULARY, tiny_llama
@@ -46,7 +46,7 @@ def written(
 ) -> Any:
     requests = [Request(prompt, limit) for prompt, limit in zip(PROMPTS, limits, strict=True)]
     models = [model.to(device).eval() for model in models]
-    return generate(models, requests, rule, ends={2, 9}, width=VOCABULARY, seed=3, **options)
+    return generate(models, requests, rule, width=VOCABULARY, seed=3, **{"ends": {2, 9}, **options})
 
 
 def made(kind: str, **settings: Any) -> Any:
@@ -58,10 +58,10 @@ def made(kind: str, **settings: Any) -> Any:
 @pytest.mark.parametrize("name", RULES)
 def test_a_text_written_on_a_gpu_is_the_cpus(name):
     models = [tiny_llama(2), tiny_llama(1, hidden=48)][: RULES[name].models]
-    stops = {"stops": ["7 7"], "decode": lambda ids: " ".join(map(str, ids))}
-    here = written(models, RULES[name], "cpu", **stops)
+    ends = Ends({2, 9}, ["7 7"], lambda ids: " ".join(map(str, ids)))
+    here = written(models, RULES[name], "cpu", ends=ends)
     with pretended() as gpu:
-        there = written(models, RULES[name], "cuda", **stops)
+        there = written(models, RULES[name], "cuda", ends=ends)
         assert gpu.launches > 0
     assert there == here
 
