@@ -36,7 +36,7 @@ def divergence_of(beta: float) -> dict[str, Any]:
 
 
 def _sft() -> type[Any]:
-    from trl import SFTTrainer  # pyright: ignore[reportMissingImports]
+    from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     return distil(SFTTrainer)
 
@@ -92,7 +92,7 @@ def _gkd() -> type[Any]:
 
 @cache
 def _distillation() -> type[Any]:
-    from trl import DistillationTrainer  # pyright: ignore[reportMissingImports]
+    from trl import DistillationTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     class VerifiedDistillationTrainer(DistillationTrainer):
         """DistillationTrainer with the verified loss in place of its own; all else is TRL's.
@@ -106,9 +106,9 @@ def _distillation() -> type[Any]:
             self.verified = SelecTKDLoss(temperature=self.temperature, seed=self.args.seed)
             self.verified.objective = objective or Objective(divergence_of(self.beta))
 
-        def compute_loss(self, *given: Any, **named: Any) -> Any:
-            loss = super().compute_loss(*given, **named)
-            metrics = self._metrics["train" if self.model.training else "eval"]
+        def compute_loss(self, model: Any, *given: Any, **named: Any) -> Any:
+            loss = super().compute_loss(model, *given, **named)
+            metrics = self._metrics["train" if model.training else "eval"]
             metrics.pop("entropy", None)
             sums = self.verified.sums
             metrics["tar"].append((sums["accepted"] / sums["n"].clamp(min=1)).item())
