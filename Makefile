@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint lab studies results bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test lint lab studies results pages bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,12 @@ studies: $(STAMP)
 # docs/results.md and its figures, from the rows alone.
 results: $(STAMP)
 	$(BIN)/selectkd study results studies/*.yaml --allow-plugin lab_noise --markdown docs/results.md --figures docs/figures
+
+# The pages that are written from the code: every key, every command, every kind of teacher. Tests hold them current.
+pages: $(STAMP)
+	$(BIN)/selectkd schema --markdown > docs/recipe.md
+	$(BIN)/selectkd show teachers --markdown > docs/teachers.md
+	$(BIN)/selectkd show commands --markdown > docs/cli.md
 
 # The packages that the loss is measured against, away from the development environment. Four go in without their
 # requirements: those name an accelerator's compiler, or older versions of what is installed; the losses need neither.

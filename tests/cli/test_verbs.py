@@ -17,6 +17,8 @@ from selectkd.cli.app import ORDER, app
 from selectkd.cli.terminal import be_quiet, say, show_error, show_progress
 from selectkd.cli.verb import Verb
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 
 def verbs(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, command) of every verb, those of groups with the group's name before."""
@@ -155,3 +157,12 @@ def test_the_verbs_of_research_stand_in_a_group_and_are_found_by_their_old_names
 
 def test_the_version_is_a_verb_and_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == main(["--version"]) == 0 and capsys.readouterr().out == "0.1.0\n0.1.0\n"
+
+
+def test_the_page_of_commands_is_the_command_line_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "commands", "--markdown"]) == 0
+    assert (DOCS / "cli.md").read_text("utf-8") == capsys.readouterr().out, "make pages"
+    assert main(["show", "commands", "--json", "-"]) == 0
+    listed = {row["name"] for row in json.loads(capsys.readouterr().out)["commands"]}
+    assert listed == {name for name, command in verbs() if not command.hidden}
+    assert main(["show", "methods", "--markdown"]) == 2 and "show commands" in capsys.readouterr().err

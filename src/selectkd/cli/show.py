@@ -17,25 +17,36 @@ from selectkd.objective.registry import did_you_mean, parameters
 
 SINGULAR = {"policies": "policy", "label_losses": "label_loss"}
 """Kinds whose singular is not the word without its s."""
+PAGES = ("teachers", "commands")
+"""Kinds that no recipe names; each has a page of its own."""
 
 
 def show(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="divergences, label_losses, verifiers, selectors, extras, policies, methods, teachers, or a name."
+            help="divergences, label_losses, verifiers, selectors, extras, policies, methods, teachers, commands, "
+            "or a name."
         ),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One component, to show in full.")] = None,
     json_file: JsonFile = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/teachers.md.")] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="Of teachers or commands: print the page docs/teachers.md or docs/cli.md."
+        ),
+    ] = False,
 ) -> None:
     """List the components a recipe can name, with their parameters.
 
     `selectkd show teachers` lists what each kind of teacher data supports.
     """
-    if markdown and kind != "teachers":
-        raise ConfigError("--markdown prints one page: write `selectkd show teachers --markdown`.")
+    if markdown and kind not in PAGES:
+        raise ConfigError("--markdown prints one page: that of `show teachers` or that of `show commands`.")
+    if kind == "commands":
+        _commands(json_file, markdown)
+        return
     if kind == "teachers":
         _teachers(name, json_file, markdown)
         return
@@ -58,6 +69,18 @@ def show(
         say(title)
         for row in rows:
             say(f"  {row['name']}({_spelled(row['parameters'])})\n      {row['doc']}")
+
+
+def _commands(json_file: Path | None, markdown: bool) -> None:
+    """Every command of the command line, or the page about them."""
+    from selectkd.cli.reference import page, rows
+
+    write_answer(json_file, {"commands": rows()})
+    if markdown:
+        say(page())
+    else:
+        for row in rows():
+            say(f"{row['name']}\n      {row['doc']}")
 
 
 def _teachers(name: str | None, json_file: Path | None, markdown: bool) -> None:
@@ -228,11 +251,11 @@ def _chosen(
             return found
         every = [*rows, *(row["name"] for table in rows.values() for row in table)]
         raise ConfigError(
-            f"there is no {kind!r} to show.{did_you_mean(kind, every)} Kinds: {', '.join([*rows, 'teachers'])}."
+            f"there is no {kind!r} to show.{did_you_mean(kind, every)} Kinds: {', '.join([*rows, *PAGES])}."
         )
     if title is None:
         raise ConfigError(
-            f"there is no kind {kind!r}.{did_you_mean(str(kind), rows)} Kinds: {', '.join([*rows, 'teachers'])}."
+            f"there is no kind {kind!r}.{did_you_mean(str(kind), rows)} Kinds: {', '.join([*rows, *PAGES])}."
         )
     if name is None:
         return {title: rows[title]}
