@@ -13,7 +13,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint lab studies results pages bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test lint docs lab studies results pages bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,10 @@ lint: $(STAMP)
 # One thread a worker: two workers share the two cores.
 test: $(DEMO_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The documentation as a site, in site/; a broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Small language models for studies, in .cache/lab: hours for all of them; what is there is not made again.
 # make lab LAB="--small", or LAB="--corpora code --teachers 1M --students 0.2M"
