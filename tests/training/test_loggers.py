@@ -158,3 +158,20 @@ def test_held_out_measures_and_the_recipe_reach_the_loggers_and_measures_stay_on
         assert each["recipe.training.max_length"] == 24 and each["max_steps"] == 4
         assert each["recipe.data.evaluation"] == 0.25
     assert len(noted) == 3
+
+
+def test_each_stage_has_a_bar_of_its_own_and_a_pipe_a_line(tmp_path: Any) -> None:
+    from rich.console import Console
+
+    from selectkd.training.record.progress import TrainingProgress
+
+    with (tmp_path / "screen").open("w+") as screen:
+        progress = TrainingProgress(Console(file=screen))
+        shown = lambda: (progress.bar.tasks[0].completed, progress.bar.tasks[0].total)  # noqa: E731
+        progress.stage("choosing layers", 6)
+        progress.stage("choosing layers", 6, 2)
+        assert shown() == (2, 6)
+        progress.stage("measuring")
+        assert shown() == (0, None), "an old stage's total does not stay"
+        screen.seek(0)
+        assert screen.read().splitlines() == ["choosing layers", "measuring"]

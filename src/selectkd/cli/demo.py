@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +17,11 @@ from selectkd.cli.terminal import progress_console, say, show_progress, without_
 
 if TYPE_CHECKING:
     from selectkd.training.assembly import Assembly
+    from selectkd.training.record.progress import TrainingProgress
     from selectkd.training.record.result import RunResult
 
 ANSWER_TOKENS = 40
+ABOUT = "in about eight minutes on two cores"
 
 
 def demo(
@@ -56,31 +58,56 @@ def demo(
         changes.append(f"training.output_dir={json.dumps(str(folder))}")
     recipe = load_recipe(path, changes)
 
-    seen: dict[str, Any] = {}
-
-    def before_training(assembly: Assembly) -> None:
-        seen["assembly"] = assembly
-        seen["teacher"] = _answers(assembly.teacher_plan.loaded().model, assembly.tokenizer, prompts)
-        seen["before"] = _answers(assembly.student, assembly.tokenizer, prompts)
-
+    say(_plan(recipe, folder, quick))
+    answers: dict[str, list[str]] = {}
+    parts: list[Assembly] = []
     with TrainingProgress(progress_console()) as progress:
+
+        def ask(who: str, model: Any, tokenizer: Any) -> None:
+            answers[who] = _answers(model, tokenizer, prompts, who, progress)
+
+        def before_training(assembly: Assembly) -> None:
+            parts.append(assembly)
+            ask("teacher", assembly.teacher_plan.loaded().model, assembly.tokenizer)
+            ask("student before", assembly.student, assembly.tokenizer)
+
         result = train(recipe, progress=progress, on_assembled=before_training, device=on)
-    seen["after"] = _answers(seen["assembly"].student, seen["assembly"].tokenizer, prompts)
-    _report(result, prompts, seen)
+        ask("student after", parts[0].student, parts[0].tokenizer)
+    _report(result, recipe, prompts, answers)
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:
         say("FAILED: the held-out KL did not decrease")
         raise typer.Exit(1)
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+def _plan(recipe: Any, folder: Path, quick: bool) -> str:
+    """What the demo is about to do, in lines."""
+    layers, training = recipe.student.from_teacher.layers, recipe.training
+    who = "a tiny teacher, made just now," if quick else f"{recipe.teacher.model} (SmolLM2-135M-Instruct)"
+    return (
+        f"This distils {who} into a student of {layers} of its layers, {'in a minute' if quick else ABOUT}:\n"
+        "  1. choose the layers to keep, by the KL that each one's loss costs\n"
+        f"  2. train {training.max_steps} steps on {'help texts' if quick else 'real instructions'}; the teacher "
+        "verifies every token that the student proposes\n"
+        "  3. compare teacher, student before and student after on text that was not trained on\n"
+        f"Everything stays on this machine. The run folder is {folder}.\n"
+    )
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], who: str, progress: TrainingProgress
+) -> list[str]:
     """The model's greedy answer to each prompt, as chat where the tokenizer has a chat template."""
     from selectkd.evals.asking import Decoding, complete
     from selectkd.evals.prompts import prompt_ids
     from selectkd.models.load import Loaded
 
-    asked = [prompt_ids(one, tokenizer) for one in prompts]
-    answers = complete(Loaded(model, tokenizer, "the demo", None), asked, Decoding(ANSWER_TOKENS))
-    return [text.strip() for text in answers]
+    name = f"answers of the {who}"
+    progress.stage(name, len(prompts))
+    texts = complete(
+        Loaded(model, tokenizer, "the demo", None), [prompt_ids(one, tokenizer) for one in prompts],
+        Decoding(ANSWER_TOKENS), batch_size=1, on_progress=lambda done: progress.stage(name, len(prompts), done),
+    )  # fmt: skip
+    return [text.strip() for text in texts]
 
 
 def _new_folder(parent: Path, name: str) -> Path:
@@ -89,12 +116,13 @@ def _new_folder(parent: Path, name: str) -> Path:
     return next(folder for folder in tried if not folder.exists())
 
 
-def _report(result: RunResult, prompts: tuple[str, ...], seen: dict[str, Any]) -> None:
+def _report(
+    result: RunResult, recipe: Any, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+) -> None:
+    """A table, the texts, what was cut, and what to do next."""
     before, after = result.before, result.after
-    if result.kept is not None:
-        say(f"layers kept of the teacher, chosen by measured KL: {', '.join(map(str, result.kept))}")
     if before is not None and after is not None:
-        say("")
+        say()
         say(f"{'':<16}{'held-out KL':>12}{'perplexity':>12}{'TAR':>8}{'bite':>8}")
         for name, measured in (("student before", before), ("student after", after)):
             say(
@@ -104,10 +132,18 @@ def _report(result: RunResult, prompts: tuple[str, ...], seen: dict[str, Any]) -
             say(f"{'teacher':<16}{0:>12.4f}{after.teacher_perplexity:>12.3f}{1:>8.3f}{0:>8.3f}")
         say(f"({before.tokens} held-out tokens in {before.sequences} samples; KL in nats a token)")
     for i, prompt in enumerate(prompts):
-        say("")
-        say(f"prompt   {prompt!r}")
-        for who in ("teacher", "before", "after"):
-            say(f"{who:<9}{seen[who][i]!r}")
-    say("")
-    say(f"{result.steps} steps, {result.seconds:.0f} s in all; the run folder is {result.run_dir}")
-    say(f"the student is an ordinary model folder: {result.run_dir / 'student'}")
+        say()
+        say(f"{'prompt':<16}{prompt!r}")
+        for who, texts in answers.items():
+            say(f"{who:<16}{texts[i]!r}")
+    say()
+    if result.kept is not None:
+        say(
+            f"the student has layers {', '.join(map(str, result.kept))} of its teacher, chosen by measured KL"
+        )
+    say(f"{result.steps} steps, {result.seconds:.0f} s in all; the student is {result.run_dir / 'student'}")
+    for what, command in (
+        ("measure it", f"selectkd eval {result.run_dir}"),
+        ("your own text next", "selectkd init recipe.yaml"),
+    ):
+        say(f"{what + ':':<20}{command}")

@@ -21,6 +21,7 @@ from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
 from selectkd.models.cut import CutReport, cut_student
 from selectkd.models.head import head_of
+from selectkd.models.layers import layers_of
 from selectkd.models.load import DTYPES, check_local, load_model
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import FP32, Precision, bf16_warnings
@@ -200,7 +201,7 @@ def _cut(
     samples: Sequence[Any],
     dtype: str,
     device: torch.device | str,
-    say: Callable[[str], None],
+    say: Callable[..., None],
     kept: Sequence[int] | None,
 ) -> _Student:
     """A student of some layers of its teacher; kept: those that were chosen before, None to choose."""
@@ -208,14 +209,18 @@ def _cut(
     say("loading the teacher")
     loaded = plan.teacher.loaded()
     loaded.model.to(device)
-    say("choosing the student's layers")
     choose = spec.choose if kept is None else list(kept)
     measured = choose == "measured"
     texts = _cut_batches(samples[:CUT_SAMPLES], plan.tokenizer) if measured else None
 
-    def removed(layer: int, left: tuple[int, ...], kl: float) -> None:
-        say(f"choosing layers: {len(left)} left on the way to {spec.layers}, held-out KL {kl:.3f}")
+    whole = len(layers_of(loaded.model))
 
+    def removed(layer: int, left: tuple[int, ...], kl: float) -> None:
+        name = f"choosing layers: {len(left)} left on the way to {spec.layers}, held-out KL {kl:.3f}"
+        say(name, whole - spec.layers, whole - len(left))
+
+    if measured:
+        say(f"choosing {spec.layers} of {whole} layers by measured KL", whole - spec.layers)
     model, layers, report = cut_student(loaded.model, spec.layers, choose, texts, on_progress=removed)
     model.requires_grad_(True)
     model.to(DTYPES[dtype])

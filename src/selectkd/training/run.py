@@ -52,7 +52,7 @@ _LOG = logging.getLogger("selectkd")
 class Progress(Protocol):
     """A listener to a run while it goes on, such as ``training.record.progress.TrainingProgress``."""
 
-    def stage(self, name: str, total: int | None = None) -> None: ...
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None: ...
 
     def line(self, line: dict[str, Any]) -> None: ...
 
@@ -279,7 +279,7 @@ def steps_of(training: Any, feed: BatchFeed) -> int:
     return training.max_steps or feed.steps_in(training.epochs or 1, training.gradient_accumulation)
 
 
-def _silent(name: str, total: int | None = None) -> None:
+def _silent(name: str, total: int | None = None, done: int = 0) -> None:
     """Shows nobody what stage a run is at."""
 
 

@@ -20,6 +20,7 @@ class TrainingProgress:
     def __init__(self, console: Console | None = None) -> None:
         console = console if console is not None else Console(stderr=True)
         self.plain = None if console.is_terminal else console
+        self.name = ""
         self.total: int | None = None
         self.bar = Progress(
             TextColumn("[progress.description]{task.description}"),
@@ -41,12 +42,16 @@ class TrainingProgress:
     ) -> None:
         self.bar.stop()
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Says what is going on, and how many steps it has."""
-        self.bar.update(self.task, description=name, total=total, numbers="")
-        self.total = total
-        if self.plain is not None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Says what is going on, how many parts it has, and how many are done; the time left counts from part 0."""
+        if done:
+            self.bar.update(self.task, description=name, completed=done)
+        else:  # a task of its own: rich keeps the total of an old one
+            self.bar.remove_task(self.task)
+            self.task = self.bar.add_task(name, total=total, numbers="")
+        if self.plain is not None and name != self.name:
             self.plain.out(name)
+        self.name, self.total = name, total
 
     def line(self, line: dict[str, Any]) -> None:
         """Shows a line of metrics.jsonl; what held-out text says stays on the screen."""
