@@ -44,7 +44,13 @@ def names_of_others(page: Path) -> set[str]:
     if page.parent.name != "coming_from":
         return set()
     cells = re.findall(r"^\| (.*?) \|", page.read_text(encoding="utf-8"), re.M)
-    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    found = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    return {*found, *(word for name in found for word in re.findall(r"[\w.-]+", name))}
+
+
+@cache
+def program() -> Any:
+    return typer.main.get_command(app)
 
 
 def spans(page: Path) -> list[str]:
@@ -73,7 +79,7 @@ class Parsed(Exception):
 
 
 def parse_selectkd(words: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
+    command = program()
     while hasattr(command, "commands") and words:
         name = words.pop(0)
         if name.startswith("-"):
@@ -173,7 +179,7 @@ def flags() -> set[str]:
         for inner in getattr(command, "commands", {}).values():
             yield from of(inner)
 
-    return {*of(typer.main.get_command(app)), "--help"}
+    return {*of(program()), "--help"}
 
 
 OTHERS = {
