@@ -7,85 +7,87 @@ several texts of one conversation (``positions``).
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
+from selectkd.data.encoding import Encoded, Encoder, Joined
 from selectkd.data.formats import Sample
-from selectkd.data.positions import Layout, TrainTurns, lay_out, shaped
-from selectkd.data.renderer import Job
-from selectkd.data.template import ChatTemplate
+from selectkd.data.positions import Layout, TrainTurns, lay_out
+from selectkd.data.renderer import Answer, Job, Renderings
+from selectkd.data.rounds import Steps, Tokens, alone
+from selectkd.data.template import ChatTemplate, shaped
 from selectkd.data.windows import Window
 from selectkd.errors import DataError
 
 
 def tokenize_chat(
     sample: Sample,
-    tokenizer: Any,
+    encoder: Encoder,
     template: ChatTemplate,
     *,
     eos_ids: Collection[int],
     window: Window,
     train_turns: TrainTurns = "all",
-) -> list[tuple[list[int], list[bool]]]:
+) -> Steps[list[tuple[list[int], list[bool]]]]:
     """(ids, trained) of each text of a conversation, its trained turns marked, each with the token that ends it.
 
     eos_ids: what ends a turn beside what the template itself writes behind one. Raises DataError naming the row and the
     turn: see ``lay_out``; and where the tokenizer cannot say which characters a token covers.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    if not encoder.fast:
         raise DataError(
-            f"{sample.origin}: {type(tokenizer).__name__} gives no character positions, so its tokens cannot be "
-            "assigned to turns.\n"
+            f"{sample.origin}: {type(encoder.tokenizer).__name__} gives no character positions, so its tokens cannot "
+            "be assigned to turns.\n"
             "What would work: a fast tokenizer (a folder with tokenizer.json), or pre-tokenised "
             "input_ids + labels."
         )
-    ends = turn_ends(template, tokenizer, eos_ids, sample)
-    signs = frozenset(tokenizer.convert_ids_to_tokens(sorted(ends)))
-    layouts = lay_out(sample, template, ends=signs, train_turns=train_turns)
-    return [_tokens(layout, tokenizer, ends, window, sample) for layout in layouts]
+    ends = turn_ends(template, encoder.tokenizer, eos_ids, sample)
+    layouts = yield from lay_out(sample, template, ends=encoder.signs(ends), train_turns=train_turns)
+    texts: list[tuple[list[int], list[bool]]] = []
+    for layout in layouts:
+        text = yield from _tokens(layout, encoder, ends, window, sample)
+        texts.append(text)
+    return texts
 
 
 def _tokens(
-    layout: Layout, tokenizer: Any, ends: Collection[int], window: Window, sample: Sample
-) -> tuple[list[int], list[bool]]:
+    layout: Layout, encoder: Encoder, ends: Collection[int], window: Window, sample: Sample
+) -> Steps[tuple[list[int], list[bool]]]:
     """The tokens of a text, those trained that begin in a trained piece, and EOS behind a text that nothing ends."""
-    cut = window.of(layout.text, layout.pieces[0][0], tokenizer)
-    ids, starts = _encoded(cut.text, [cut.index(begin) for begin in layout.begins], tokenizer)
+    cut = window.of(layout.text, layout.pieces[0][0], encoder.tokenizer)
+    found = yield from _encoded(cut.text, [cut.index(begin) for begin in layout.begins])
+    ids, places = (
+        list(found.ids),
+        [found.first(cut.index(place)) for piece in layout.pieces for place in piece],
+    )
     trained = [False] * len(ids)
-    for begin, stop in layout.pieces:
-        first, last = (bisect_left(starts, cut.index(place)) for place in (begin, stop))
+    for first, last in zip(places[::2], places[1::2], strict=True):
         trained[first:last] = [True] * (last - first)
     whole = cut.stop == len(layout.text)
     if not any(trained) and whole:
         raise DataError(f"{sample.origin}: no token begins within a trained turn. Leave the row out.")
-    open_end = whole and trained[-1] and ids[-1] not in {*ends, *tokenizer.all_special_ids}
-    if open_end and isinstance(tokenizer.eos_token_id, int):
-        return [*ids, tokenizer.eos_token_id], [*trained, True]
+    open_end = whole and trained[-1] and ids[-1] not in ends and ids[-1] not in encoder.special
+    if open_end and isinstance(encoder.tokenizer.eos_token_id, int):
+        return [*ids, encoder.tokenizer.eos_token_id], [*trained, True]
     return ids, trained
 
 
-def _encoded(text: str, begins: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids of a text and the character each begins at.
+def _encoded(text: str, begins: Sequence[int]) -> Steps[Encoded]:
+    """The tokens of a text.
 
     Where a token would reach across the end of a generation prompt, the text is cut there first: a model is given the
     prompt's own tokens.
     """
-
-    def encode(begin: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
-        found = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
-        return found["input_ids"], [(begin + one, begin + two) for one, two in found["offset_mapping"]]
-
-    ids, spans = encode(0, len(text))
-    starts = [one for one, _ in spans]
-    before = [bisect_left(starts, begin) - 1 for begin in begins]
-    if any(i >= 0 and spans[i][1] > begin for i, begin in zip(before, begins, strict=True)):
-        cuts = [0, *(begin for begin in begins if 0 < begin < len(text)), len(text)]
-        parts = [encode(*pair) for pair in pairwise(cuts)]
-        ids = [index for some, _ in parts for index in some]
-        starts = [one for _, some in parts for one, _ in some]
-    return list(ids), starts
+    found: Encoded = yield Tokens(text)
+    if not any(found.crosses(begin) for begin in begins):
+        return found
+    parts: list[Encoded] = []
+    cuts = [0, *(begin for begin in begins if 0 < begin < len(text)), len(text)]
+    for begin, end in pairwise(cuts):
+        part: Encoded = yield Tokens(text[begin:end])
+        parts.append(part)
+    return Joined(parts, cuts)
 
 
 def rendered(
@@ -94,18 +96,19 @@ def rendered(
     """The template's text of ``messages``, with the generation prompt when ``prompt``. Raises DataError."""
     traits = template.traits(sample.origin, tools=bool(sample.tools))
     shown = [shaped(message, traits) for message in messages]
-    return template.rendered(sample.origin, [Job(shown, sample.tools, prompt)])[0]
+    steps = template.rendered(sample.origin, [Job(shown, sample.tools, prompt)])
+    return alone(steps, template.answers)[0]
 
 
-def leaves_out_tools(sample: Sample, template: ChatTemplate) -> bool:
+def leaves_out_tools(sample: Sample, template: ChatTemplate) -> Steps[bool]:
     """Whether a conversation with tool schemas reads as it would without them."""
     if not sample.tools or not template.source:
         return False
     traits = template.traits(sample.origin, tools=True)
     shown = [shaped(message, traits) for message in sample.messages or ()]
     text = template.text(sample.origin, tools=True)
-    written, without = template.answers(text, [Job(shown, sample.tools), Job(shown)])
-    return written == without
+    found: list[Answer] = yield Renderings(text, [Job(shown, sample.tools), Job(shown)])
+    return found[0] == found[1]
 
 
 def turn_ends(

@@ -57,26 +57,27 @@ def batch_of(examples: Sequence[Example]) -> pa.RecordBatch:
     """The rows of ``SCHEMA`` for examples."""
     ids = [np.asarray(example.input_ids, np.int32) for example in examples]
     masks = [np.asarray(example.completion, bool) for example in examples]
+    known: dict[str, list[Any]] = {"input_ids": ids, "completion": masks}
     columns: list[pa.Array] = []
     for name, kind in FIELDS.items():
-        values: list[Any] = ids if name == "input_ids" else [getattr(example, name) for example in examples]
-        if name in LISTS:
-            offsets = np.zeros(len(values) + 1, np.int32)
-            np.cumsum([len(one) for one in values], out=offsets[1:])
-            width = kind.value_type.to_pandas_dtype()
-            flat = (
-                np.concatenate([np.asarray(one, width) for one in values]) if values else np.empty(0, width)
-            )
-            columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type)))
-        else:
-            columns.append(pa.array(values, kind))
+        values = known.get(name) or [getattr(example, name) for example in examples]
+        columns.append(_lists(values, kind) if name in LISTS else pa.array(values, kind))
     columns += [
         pa.array([len(one) for one in ids], pa.int32()),
-        pa.array([int(mask.sum()) for mask in masks], pa.int32()),
+        pa.array([np.count_nonzero(mask) for mask in masks], pa.int32()),
         pa.array([record_key(one) for one in ids], pa.binary(16)),
         pa.array([_check(one, mask) for one, mask in zip(ids, masks, strict=True)], pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(values: Sequence[Any], kind: Any) -> pa.Array:
+    """A column of lists of numbers."""
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(one) for one in values], out=offsets[1:])
+    width = kind.value_type.to_pandas_dtype()
+    flat = np.concatenate([np.asarray(one, width) for one in values]) if values else np.empty(0, width)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type))
 
 
 class _Batch:

@@ -100,11 +100,8 @@ class Checked:
         for origin, item in self.items:
             problem = item if isinstance(item, DataError) else self._problem(origin, item)
             if problem is not None:
-                if self.on_bad_record == "error":
-                    raise problem
+                self.refuse(problem)
                 found.bad += 1
-                if len(found.problems) < SHOWN:
-                    found.problems.append(str(problem).splitlines()[0])
                 continue
             record: dict[str, Any] = item  # type: ignore[assignment]
             found.good += 1
@@ -114,6 +111,13 @@ class Checked:
             yield origin, record
             if found.good == self.limit:
                 return
+
+    def refuse(self, problem: DataError) -> None:
+        """Raises ``problem`` of a record, or keeps its message where bad records are skipped."""
+        if self.on_bad_record == "error":
+            raise problem
+        if len(self.found.problems) < SHOWN:
+            self.found.problems.append(str(problem).splitlines()[0])
 
     def _problem(self, origin: str, record: dict[str, Any]) -> DataError | None:
         """Why a record is bad; raises DataError where the source has a second format, or a row that of two."""

@@ -1,8 +1,9 @@
 """The process that renders chat templates: a program of its own that knows jinja2 and the standard library alone.
 
 A template comes with a model and may loop without end or ask for all memory, inside one call of C code too, where no
-exception reaches it. So each request has a limit of processor time, whose end is the end of the process, and one of
-memory. Requests and answers are JSON with their length before them, on standard input and output.
+exception reaches it. So each record has a limit of processor time, whose end is the end of the process, and each
+request, of a record or more, one of memory. Requests and answers are JSON with their length before them, on standard
+input and output.
 """
 
 from __future__ import annotations
@@ -76,25 +77,37 @@ def compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def rendered(request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """{text} of one job, or {error, message}."""
+def rendered(request: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each job of a record {text}, or {error, message}."""
     moment = datetime.fromisoformat(request["moment"])
+    variables = {**request["variables"], "strftime_now": partial(datetime.strftime, moment)}
+    turns = [_with_reasoning(turn) for turn in record["turns"]]
+    return [
+        _text(
+            record["template"],
+            [turns[number] for number in numbers],
+            tools,
+            prompt,
+            variables,
+            record["most"],
+        )
+        for numbers, tools, prompt in record["jobs"]
+    ]
+
+
+def _text(
+    template: str, messages: list[Any], tools: Any, prompt: bool, variables: dict[str, Any], most: int
+) -> dict[str, Any]:
     try:
-        text = compiled(request["template"]).render(
-            **{**request["variables"], "strftime_now": partial(datetime.strftime, moment)},
-            messages=[_with_reasoning(message) for message in job["messages"]],
-            tools=job["tools"],
-            documents=None,
-            add_generation_prompt=job["prompt"],
+        text = compiled(template).render(
+            **variables, messages=messages, tools=tools, documents=None, add_generation_prompt=prompt
         )
     except MemoryError:
         return {"error": "memory", "message": ""}
     except RAISED as error:
         name = type(error).__name__
         return {"error": "template" if isinstance(error, Refused) else name, "message": str(error)[:400]}
-    if len(text) > request["most"]:
-        return {"error": "memory", "message": ""}
-    return {"text": text}
+    return {"error": "memory", "message": ""} if len(text) > most else {"text": text}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -128,22 +141,29 @@ def read(stream: IO[bytes]) -> Any:
     return json.loads(body) if len(body) == size else None
 
 
-def send(stream: IO[bytes], message: Any) -> int:
-    """Writes a message; returns its size in bytes."""
-    body = json.dumps(message, ensure_ascii=True, default=lambda value: f"<{type(value).__name__}>").encode()
+def in_json(message: Any) -> bytes:
+    """A message as JSON, what JSON has no form for by the name of its type; lone surrogates stay what they are."""
+    return json.dumps(message, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>").encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+def send(stream: IO[bytes], body: bytes) -> None:
+    """Writes a message."""
     stream.write(struct.pack("<Q", len(body)))
     stream.write(body)
     stream.flush()
-    return len(body)
 
 
 def main() -> None:
     """Answers requests until the input ends."""
     while (request := read(sys.stdin.buffer)) is not None:
-        limit(request["seconds"], request["memory"])
-        answers = [rendered(request, job) for job in request["jobs"]]
+        answers = []
+        for record in request["records"]:
+            limit(record["seconds"], request["memory"])
+            answers.append(rendered(request, record))
         limit(0, request["memory"])
-        send(sys.stdout.buffer, answers)
+        send(sys.stdout.buffer, in_json(answers))
 
 
 if __name__ == "__main__":

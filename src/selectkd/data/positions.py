@@ -12,18 +12,19 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal, NoReturn
 
 from selectkd.data.formats import Sample
 from selectkd.data.jinja_process import CLOSE, OPEN, REASONING
 from selectkd.data.renderer import Job
-from selectkd.data.template import BEGIN, END, ChatTemplate, Traits, mark
+from selectkd.data.rounds import Steps
+from selectkd.data.template import BEGIN, END, ChatTemplate, mark, shaped
 from selectkd.errors import DataError
 
 TrainTurns = Literal["all", "last", "final_answer"]
 MARK = re.compile(f"{BEGIN}([0-9]+){END}")
-RESERVED = re.compile(f"[{BEGIN}{END}{OPEN}{CLOSE}]")
 GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 TAG = re.compile(r"\s*(</?[A-Za-z_]+>|\[/?[A-Z_]+\])\s*")
@@ -86,7 +87,7 @@ class _Turn:
 
 def lay_out(
     sample: Sample, template: ChatTemplate, *, ends: Collection[str], train_turns: TrainTurns = "all"
-) -> list[Layout]:
+) -> Steps[list[Layout]]:
     """The texts of a conversation with what is trained in each, in the order of its turns; empty for no such turn.
 
     ends: the tokens that end a turn. Raises DataError naming the row, the turn and the field: where the template cannot
@@ -97,15 +98,13 @@ def lay_out(
         return []
     talk = _conversation(sample, template, ends)
     jobs = [job for number in numbers for job in (talk.job(number, prompt=True), talk.job(number + 1))]
-    marked = [number for number in range(numbers[-1]) if talk.messages[number]["role"] != "assistant"]
-    *texts, shown = template.rendered(
-        sample.origin, [*jobs, talk.job(numbers[-1], marks=marked, prompt=True)]
-    )
-    _check_context(talk, numbers[-1], texts[-2], shown)
-    turns = [
-        _turn(talk, number, texts[2 * place], texts[2 * place + 1], answer=train_turns == "final_answer")
-        for place, number in enumerate(numbers)
-    ]
+    texts = yield from template.rendered(sample.origin, jobs)
+    yield from _check_context(talk, numbers[-1], texts[-2], prompt=True)
+    turns: list[_Turn] = []
+    for place, number in enumerate(numbers):
+        answer = train_turns == "final_answer"
+        turn = yield from _turn(talk, number, texts[2 * place], texts[2 * place + 1], answer=answer)
+        turns.append(turn)
     if not any(turn.pieces for turn in turns):
         raise DataError(
             f"{sample.origin}: the chat template marks no token of the assistant turns as generated.\n"
@@ -115,15 +114,15 @@ def lay_out(
     return _together([turn for turn in turns if turn.pieces], ends)
 
 
-def whole_text(sample: Sample, template: ChatTemplate) -> str:
+def whole_text(sample: Sample, template: ChatTemplate) -> Steps[str]:
     """The text of a conversation, its last turn as a model meets it; for ``train_on: all``. Raises DataError."""
     talk = _conversation(sample, template, ())
     count = len(talk.messages)
     if talk.messages[-1]["role"] == "assistant" and count - 1 in sample.trained:
-        return lay_out(sample, template, ends=(), train_turns="last")[-1].text
-    others = [number for number in range(count) if talk.messages[number]["role"] != "assistant"]
-    plain, shown = template.rendered(sample.origin, [talk.job(count), talk.job(count, marks=others)])
-    _check_context(talk, count, plain, shown)
+        layouts = yield from lay_out(sample, template, ends=(), train_turns="last")
+        return layouts[-1].text
+    (plain,) = yield from template.rendered(sample.origin, [talk.job(count)])
+    yield from _check_context(talk, count, plain, prompt=False)
     text, _ = _unmarked(plain)
     for number in sample.trained:
         _check(talk, number, text)
@@ -139,35 +138,23 @@ def chosen(sample: Sample, train_turns: TrainTurns) -> tuple[int, ...]:
     return tuple(found[-1:])
 
 
-def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    """A message in the shapes a template takes: content as text or parts, arguments as an object or JSON text."""
-    turn = dict(message)
-    content = turn.get("content")
-    if traits.parts and isinstance(content, str):
-        turn["content"] = [{"type": "text", "text": content}] if content else []
-    elif not traits.parts and isinstance(content, list):
-        turn["content"] = "".join(part["text"] for part in content)
-    if turn.get("tool_calls") and not traits.objects:
-        turn["tool_calls"] = [_in_text(call) for call in turn["tool_calls"]]
-    return turn
-
-
 def _conversation(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> _Conversation:
     traits = template.traits(sample.origin, tools=bool(sample.tools))
     messages = [shaped(message, traits) for message in sample.messages or ()]
-    if RESERVED.search(json.dumps(messages, ensure_ascii=False, default=str)):
+    written = json.dumps(messages, ensure_ascii=False, default=str)
+    if any(sign in written for sign in (BEGIN, END, OPEN, CLOSE)):
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
         )
-    source = COMMENT.sub("", template.text(sample.origin, tools=bool(sample.tools)))
-    thinks = any(closing in source for closing in CLOSING.values())
-    return _Conversation(sample, template, messages, GENERATION.search(source) is not None, thinks, ends)
+    marks, thinks = _reads(template.text(sample.origin, tools=bool(sample.tools)))
+    return _Conversation(sample, template, messages, marks, thinks, ends)
 
 
-def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _in_text(call["function"])}
-    return {**call, "arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
+@lru_cache(maxsize=8)
+def _reads(template: str) -> tuple[bool, bool]:
+    """Whether a template marks what is generated, and whether it knows reasoning."""
+    source = COMMENT.sub("", template)
+    return GENERATION.search(source) is not None, any(closing in source for closing in CLOSING.values())
 
 
 def _with_mark(message: dict[str, Any], number: int) -> dict[str, Any]:
@@ -212,27 +199,36 @@ def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), spans
 
 
-def _check_context(talk: _Conversation, stop: int, plain: str, marked: str) -> None:
+def _check_context(talk: _Conversation, stop: int, plain: str, *, prompt: bool) -> Steps[None]:
     """DataError where the text of a message before ``stop`` that is no assistant's is not in the rendering."""
+    others = [number for number in range(stop) if talk.messages[number]["role"] != "assistant"]
+    changed = [number for number in others if _content(talk.messages[number]) not in plain]
+    if not changed:
+        return
+    # A text that the template has changed is there when a mark behind it is.
+    (marked,) = yield from talk.template.rendered(
+        talk.sample.origin, [talk.job(stop, marks=others, prompt=prompt)]
+    )
     places = {int(number) for number in MARK.findall(marked)}
-    for number, message in enumerate(talk.messages[:stop]):
-        content = _content(message)
-        if message["role"] != "assistant" and number not in places and content and content not in plain:
-            _lost(talk.sample, number, "content", message["role"])
+    for number in changed:
+        if number not in places:
+            _lost(talk.sample, number, "content", talk.messages[number]["role"])
 
 
-def _turn(talk: _Conversation, number: int, prompt: str, whole: str, *, answer: bool) -> _Turn:
+def _turn(talk: _Conversation, number: int, prompt: str, whole: str, *, answer: bool) -> Steps[_Turn]:
     """A turn behind its generation prompt, with what is trained of it; ``answer``: from behind its reasoning."""
     message = talk.messages[number]
     prompt, (whole, spans) = _unmarked(prompt)[0], _unmarked(whole)
-    if CLOSED.search(prompt) and _reasoning(message):
+    opened, closed = _thought(prompt)
+    if closed and _reasoning(message):
         raise DataError(
             f"{talk.sample.origin}: turn {number} (assistant) has reasoning, but its generation prompt has the model "
             "answer at once.\nWhat would work: data.template_arguments that let the model think "
             "(enable_thinking: true), or a row without reasoning."
         )
-    written = whole[len(prompt) :] if whole.startswith(prompt) else _behind_prompt(talk, number)
-    opened = OPENED.search(prompt)
+    written = whole[len(prompt) :]
+    if not whole.startswith(prompt):
+        written = yield from _behind_prompt(talk, number)
     written = _with_reasoning(talk, message, opened, written)
     text, begin = prompt + written, len(prompt)
     _check(talk, number, text[begin if opened is None else opened.start() :])
@@ -260,16 +256,21 @@ def _end(text: str, known: int, last: int, ends: Collection[str]) -> tuple[int, 
     return min(found, key=lambda one: (one[0], -one[1])) if found else None
 
 
-def _behind_prompt(talk: _Conversation, number: int) -> str:
+def _thought(prompt: str) -> tuple[re.Match[str] | None, re.Match[str] | None]:
+    """Whether a generation prompt ends in a thought that it opens, and in an empty one."""
+    if not prompt.rstrip().endswith(("think>", "THINK]")):  # a search through all of a long prompt takes long
+        return None, None
+    return OPENED.search(prompt), CLOSED.search(prompt)
+
+
+def _behind_prompt(talk: _Conversation, number: int) -> Steps[str]:
     """A turn as it stands behind its generation prompt, where the two are not one rendering's beginning and rest."""
     if not number:
         _nowhere(talk.sample, number, "", "")
     before = number - 1
     jobs = [talk.job(number, marks=(before,), prompt=True), talk.job(number + 1, marks=(before,))]
-    asked, written = (
-        _unmarked(text)[0].rpartition(mark(before))
-        for text in talk.template.rendered(talk.sample.origin, jobs)
-    )
+    texts = yield from talk.template.rendered(talk.sample.origin, jobs)
+    asked, written = (_unmarked(text)[0].rpartition(mark(before)) for text in texts)
     if not asked[1] or not written[1]:
         _lost(talk.sample, before, "content", talk.messages[before]["role"])
     prompt, rest = asked[2], written[2]
@@ -334,7 +335,10 @@ def _check(talk: _Conversation, number: int, region: str) -> None:
     """DataError where a field of a trained turn is not in its part of the text."""
     message = talk.messages[number]
     thought = [(name, str(message[name]).strip()) for name in REASONING if message.get(name) is not None][:1]
-    spoken = [("content", NO_THOUGHT.sub("", _content(message)).strip())]
+    content = _content(message)
+    if "think>" in content or "THINK]" in content:
+        content = NO_THOUGHT.sub("", content).strip()
+    spoken = [("content", content)]
     calls = [(f"tool_calls[{index}].name", name) for index, name in enumerate(_calls(message))]
     for name, text in (*thought, *spoken, *calls):
         if _search(text, region, 0) is None:

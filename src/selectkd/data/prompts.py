@@ -31,6 +31,8 @@ LONGEST = 20_000
 _FACTORS = np.random.PCG64(0).random_raw((2, BANDS * ROWS, 1)) | np.uint64(1)
 """Odd factors and summands of the hash functions, [2, BANDS * ROWS, 1]. numpy keeps this stream for all time."""
 
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
 
 def prompt_of(sample: Sample) -> str:
     """The text that decides on which side of a split a sample is: the first turn that asks, or else its beginning."""
@@ -58,18 +60,21 @@ def prompt_keys(text: str) -> tuple[int, ...]:
     False
     """
     words = WORD.findall(unicodedata.normalize("NFKC", text).casefold()) or [text]
-    exact = _hash(" ".join(words).encode("utf-8", "surrogatepass"))
+    encoded = [word.encode("utf-8", "surrogatepass") for word in words]
+    exact = _hash(b" ".join(encoded))
     if len(words) < SHINGLE:
         return (exact,) * KEYS
-    shingles = (" ".join(words[place : place + SHINGLE]) for place in range(len(words) - SHINGLE + 1))
-    hashes = np.array(
-        [xxhash.xxh3_64_intdigest(one.encode("utf-8", "surrogatepass")) for one in shingles], np.uint64
-    )
+    # A shingle's hash is a polynomial in the hashes of its words, so that each word is hashed once.
+    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
+    shingles = hashes[: len(hashes) - SHINGLE + 1].copy()
+    for place in range(1, SHINGLE):
+        shingles *= _BASE
+        shingles += hashes[place : place + len(shingles)]
     # Multiply-shift: the upper half of a * x + b, wrapped at 64 bits, is universal enough. Dietzfelbinger et al. 1997.
-    signature = (
-        ((_FACTORS[0] * hashes + _FACTORS[1]) >> np.uint64(32)).min(axis=1).astype("<u4").reshape(BANDS, ROWS)
-    )
-    return exact, *(_hash(bytes([band]) + row.tobytes()) for band, row in enumerate(signature))
+    signature = ((_FACTORS[0] * shingles + _FACTORS[1]) >> np.uint64(32)).min(axis=1).astype("<u4")
+    rows = signature.tobytes()
+    width = len(rows) // BANDS
+    return exact, *(_hash(bytes([band]) + rows[band * width : (band + 1) * width]) for band in range(BANDS))
 
 
 def packed(keys: Sequence[int]) -> bytes:

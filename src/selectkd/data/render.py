@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from selectkd.data.chat import leaves_out_tools, tokenize_chat
+from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
+from selectkd.data.rounds import Steps, Tokens, alone
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
@@ -65,13 +67,6 @@ class Dropped:
 
     origin: str
     reason: str
-
-
-def eos_ids_of(tokenizer: Any, extra: Collection[int] = ()) -> frozenset[int]:
-    """The ids that end a turn: the tokenizer's EOS (one or a list) and ``extra`` (a model's list)."""
-    eos = getattr(tokenizer, "eos_token_id", None)
-    eos_of_tokenizer = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return frozenset((*eos_of_tokenizer, *extra))
 
 
 def pad_id_of(tokenizer: Any) -> int:
@@ -139,17 +134,27 @@ def render(
     gets no EOS. eos_ids: what ends a turn beside the tokenizer's EOS. template: the tokenizer's, unless given. Raises
     DataError naming the row.
     """
+    template = ChatTemplate.of(tokenizer) if template is None else template
+    encoder = Encoder(tokenizer)
+    found = alone(rendering(sample, encoder, rules, template, eos_ids), template.answers, encoder)
+    return [replace(one, stream=stream) if isinstance(one, Example) else one for one in found]
+
+
+def rendering(
+    sample: Sample, encoder: Encoder, rules: TextRules, template: ChatTemplate, eos_ids: Collection[int] = ()
+) -> Steps[list[Example | Dropped]]:
+    """``render``, together with other samples."""
     if sample.rejected:
         return [Dropped(sample.origin, "labelled false")]
     if sample.messages is not None and not sample.trained:
         replies = [message for message in sample.messages if message["role"] == "assistant"]
         return [Dropped(sample.origin, "empty completion" if replies else "no completion")]
-    template = ChatTemplate.of(tokenizer) if template is None else template
     sample = _with_defaults(sample, rules)
-    texts = _tokenize(sample, tokenizer, eos_ids_of(tokenizer, eos_ids), rules, template)
+    texts = yield from _tokenize(sample, encoder, encoder.ends(eos_ids), rules, template)
     if not texts:
         return [Dropped(sample.origin, "no final answer")]
-    without_tools, prompt = leaves_out_tools(sample, template), packed(prompt_keys(prompt_of(sample)))
+    without_tools = yield from leaves_out_tools(sample, template)
+    prompt = packed(prompt_keys(prompt_of(sample)))
     results: list[Example | Dropped] = []
     for ids, trained in texts:
         if ids:
@@ -157,9 +162,8 @@ def render(
         if not any(trained):
             results.append(Dropped(sample.origin, "nothing to train on"))
             continue
-        example = Example(ids, trained, stream, sample.origin, without_tools=without_tools, prompt=prompt)
-        keep_first = ids[0] == getattr(tokenizer, "bos_token_id", None)
-        results.append(_fit(example, rules, keep_first))
+        example = Example(ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt)
+        results.append(_fit(example, rules, ids[0] == encoder.bos))
     return results
 
 
@@ -179,26 +183,29 @@ def _with_defaults(sample: Sample, rules: TextRules) -> Sample:
 
 
 def _tokenize(
-    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], rules: TextRules, template: ChatTemplate
-) -> list[tuple[list[int], list[bool]]]:
+    sample: Sample, encoder: Encoder, eos_ids: frozenset[int], rules: TextRules, template: ChatTemplate
+) -> Steps[list[tuple[list[int], list[bool]]]]:
     """(ids, trained) of each text of a sample."""
     window = Window(rules.max_length, rules.max_prompt_length)
     if sample.input_ids is not None:
-        return [_pretokenised(sample, tokenizer, rules.train_on)]
+        return [_pretokenised(sample, encoder.tokenizer, rules.train_on)]
     if sample.text is not None:
         if not sample.text.strip():
             return [([], [])]
-        text = window.of(sample.text, 0, tokenizer).text
-        ids = with_start(_encode(tokenizer, text), tokenizer) + _end(tokenizer)
+        found: Encoded = yield Tokens(window.of(sample.text, 0, encoder.tokenizer).text)
+        ids = _behind_start(found.ids, encoder) + encoder.end
         return [_single_end(ids, [True] * len(ids), eos_ids)]
     if template.source or sample.completion is None:
         if rules.train_on == "all" and template.source:
-            ids = _encode(tokenizer, window.of(whole_text(sample, template), 0, tokenizer).text)
-            return [(ids, [True] * len(ids))]
-        return tokenize_chat(
-            sample, tokenizer, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
+            text = yield from whole_text(sample, template)
+            found = yield Tokens(window.of(text, 0, encoder.tokenizer).text)
+            return [(list(found.ids), [True] * len(found.ids))]
+        texts = yield from tokenize_chat(
+            sample, encoder, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
         )
-    return [_joined(sample, tokenizer, eos_ids, rules.train_on, window)]
+        return texts
+    joined = yield from _joined(sample, encoder, eos_ids, rules.train_on, window)
+    return [joined]
 
 
 def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
@@ -216,8 +223,8 @@ def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[i
 
 
 def _joined(
-    sample: Sample, tokenizer: Any, eos_ids: frozenset[int], train_on: str, window: Window
-) -> tuple[list[int], list[bool]]:
+    sample: Sample, encoder: Encoder, eos_ids: frozenset[int], train_on: str, window: Window
+) -> Steps[tuple[list[int], list[bool]]]:
     """Prompt and completion without a template: the boundary is the prompt's length in characters, then EOS.
 
     Where a token would reach across the boundary the two are tokenised apart, which is how generation sees
@@ -237,41 +244,33 @@ def _joined(
                 + layout.split("{instruction}")[1].replace("{input}", given)
             )
         )
-    part = window.of(prompt + completion, len(prompt), tokenizer)
+    part = window.of(prompt + completion, len(prompt), encoder.tokenizer)
     prompt, completion = (
         part.text[: part.head + len(prompt) - part.start],
         completion[: part.stop - len(prompt)],
     )
-    before = after = None
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        if all(end <= len(prompt) or start >= len(prompt) for start, end in offsets):
-            count = sum(start < len(prompt) for start, _ in offsets)
-            before, after = list(encoded["input_ids"][:count]), list(encoded["input_ids"][count:])
-    if before is None or after is None:
-        before, after = _encode(tokenizer, prompt), _encode(tokenizer, completion)
-    before = with_start(before, tokenizer)
-    ids = before + after + _end(tokenizer)
+    found: Encoded = yield Tokens(prompt + completion)
+    if encoder.fast and not found.crosses(len(prompt)):
+        count = found.first(len(prompt))
+        before, after = found.ids[:count], found.ids[count:]
+    else:
+        one: Encoded = yield Tokens(prompt)
+        other: Encoded = yield Tokens(completion)
+        before, after = one.ids, other.ids
+    before = _behind_start(before, encoder)
+    ids = [*before, *after, *encoder.end]
     return _single_end(ids, [train_on == "all"] * len(before) + [True] * (len(ids) - len(before)), eos_ids)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def with_start(ids: list[int], tokenizer: Any) -> list[int]:
     """The ids with the special tokens the tokenizer itself puts first (a BOS, say), unless they are there
     already.
     """
-    plain, full = _encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    places = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
-    start = full[: places[0]] if plain and places else []
-    return ids if ids[: len(start)] == start else start + ids
+    return _behind_start(ids, Encoder(tokenizer))
 
 
-def _end(tokenizer: Any) -> list[int]:
-    return sorted(eos_ids_of(tokenizer))[:1]
+def _behind_start(ids: list[int], encoder: Encoder) -> list[int]:
+    return list(ids) if ids[: len(encoder.start)] == encoder.start else encoder.start + ids
 
 
 def _single_end(ids: list[int], trained: list[bool], eos_ids: frozenset[int]) -> tuple[list[int], list[bool]]:

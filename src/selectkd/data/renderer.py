@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ from typing import Any
 from selectkd.data import jinja_process
 
 SECONDS = 1.0
-"""Processor time of a request whose messages are small: a template renders in microseconds to milliseconds."""
+"""Processor time of a record whose messages are small: a template renders in microseconds to milliseconds."""
 SECONDS_A_MEGABYTE = 0.3
 """More for long messages; plain templates need a tenth of it."""
 MEMORY = 512 * 2**20
 """Bytes of memory of the process beside what messages need; it holds some 60 MB itself."""
 MEMORY_A_BYTE = 40
 MOST, MOST_A_BYTE = 4_000_000, 16
-"""Characters a template may write: so many, and so many more for each byte it is given."""
+"""Characters a template may write: so many, and so many more for each one it is given."""
 
 START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
@@ -50,6 +50,25 @@ class Failure:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Renderings:
+    """Asks for the text of each job of a record by a template."""
+
+    template: str
+    jobs: Sequence[Job]
+
+    def in_json(self) -> tuple[bytes, float, int]:
+        """The record of a request, its seconds of processor time, and its size in bytes. A turn is in it once."""
+        turns: dict[int, Any] = {id(turn): turn for job in self.jobs for turn in job.messages}
+        numbers = {key: number for number, key in enumerate(turns)}
+        jobs = [([numbers[id(turn)] for turn in job.messages], job.tools, job.prompt) for job in self.jobs]
+        about = {"template": self.template, "turns": list(turns.values()), "jobs": jobs}
+        body = jinja_process.in_json(about)
+        seconds = SECONDS + SECONDS_A_MEGABYTE * len(body) / 1e6
+        limits = {"seconds": seconds, "most": MOST + MOST_A_BYTE * len(body)}
+        return body[:-1] + b", " + jinja_process.in_json(limits)[1:], seconds, len(body)
+
+
 Answer = str | Failure
 
 
@@ -62,24 +81,41 @@ class Renderer:
         self._owner = 0
 
     def __call__(
-        self, template: str, variables: Mapping[str, Any], moment: str, jobs: Sequence[Job]
-    ) -> list[Answer]:
-        """The text of each job, or why there is none. moment: ISO date and time that a template may ask for."""
-        size = len(template) + sum(_size(job.messages) + _size(job.tools) for job in jobs)
-        seconds = SECONDS + SECONDS_A_MEGABYTE * size / 1e6
-        request = {
-            "template": template,
+        self, asks: Sequence[Renderings], variables: Mapping[str, Any], moment: str
+    ) -> Iterator[list[Answer]]:
+        """For each record the text of each job, or why there is none, when it is wanted. moment: ISO date and time that
+        a template may ask for. Records whose request ends the process are asked for one by one.
+        """
+        found = self._ask(asks, variables, moment)
+        if not isinstance(found, Failure):
+            yield from found
+        elif len(asks) == 1:
+            yield [found] * len(asks[0].jobs)
+        else:
+            for ask in asks:
+                yield from self([ask], variables, moment)
+
+    def _ask(
+        self, asks: Sequence[Renderings], variables: Mapping[str, Any], moment: str
+    ) -> list[list[Answer]] | Failure:
+        """The answers to some records, or why they ended the process."""
+        bodies, seconds, sizes = zip(*(ask.in_json() for ask in asks), strict=True)
+        about = {
             "variables": dict(variables),
             "moment": moment,
-            "jobs": [{"messages": job.messages, "tools": job.tools, "prompt": job.prompt} for job in jobs],
-            "seconds": seconds,
-            "memory": MEMORY + MEMORY_A_BYTE * size,
-            "most": MOST + MOST_A_BYTE * size,
+            "memory": MEMORY + MEMORY_A_BYTE * sum(sizes),
         }
+        request = jinja_process.in_json(about)[:-1] + b', "records": [' + b",".join(bodies) + b"]}"
         with self._lock:
-            return self._ask(request, seconds)
+            answers = self._asked(request, sum(seconds))
+        if isinstance(answers, Failure):
+            return answers
+        return [
+            [each["text"] if "text" in each else Failure(each["error"], each["message"]) for each in record]
+            for record in answers
+        ]
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> list[Answer]:
+    def _asked(self, request: bytes, seconds: float) -> Any:
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         # Windows has no limit of processor time: there the clock on the wall ends the process.
@@ -101,10 +137,8 @@ class Renderer:
         if answers is None:
             code = process.wait()
             self._drop()
-            return [_ended(code)] * len(request["jobs"])
-        return [
-            each["text"] if "text" in each else Failure(each["error"], each["message"]) for each in answers
-        ]
+            return _failure(code)
+        return answers
 
     def _started(self) -> subprocess.Popen[bytes]:
         process = self._process
@@ -139,23 +173,12 @@ class Renderer:
                     pipe.close()
 
 
-def _ended(code: int) -> Failure:
+def _failure(code: int) -> Failure:
     if sys.platform == "win32" or -code in (signal.SIGPROF, signal.SIGXCPU):
         return Failure("time")
     return Failure(
         "memory" if -code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT) else "process", str(code)
     )
-
-
-def _size(value: Any) -> int:
-    """About how many bytes a value has as JSON."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(len(str(key)) + _size(each) + 6 for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return sum(_size(each) + 2 for each in value)
-    return 8
 
 
 render = Renderer()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from selectkd.data.chunks import Chunk
+from selectkd.data.chunks import Chunk, Item
+from selectkd.data.encoding import Encoder
 from selectkd.data.examples import batch_of
-from selectkd.data.files import SHOWN, Checked, Found
+from selectkd.data.files import Checked, Found
 from selectkd.data.formats import to_sample
-from selectkd.data.render import Dropped, Example, TextRules, render
+from selectkd.data.render import Dropped, Example, TextRules, rendering
+from selectkd.data.rounds import Steps, together
 from selectkd.data.routes import Routes
 from selectkd.data.template import ChatTemplate
 from selectkd.errors import DataError
@@ -25,6 +28,9 @@ WITHOUT_TOOLS = (
 )
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 """Packages whose versions may change the text or its tokens."""
+TOGETHER, LARGE = 64, 1 << 20
+"""Records that are rendered and tokenised together, and characters of their text: a question to another process costs
+less than a hundredth of what it asks for."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,25 @@ class Rendering:
             "versions": {name: metadata.version(name) for name in PACKAGES},
         }
 
-    def examples(self, record: Mapping[str, Any], format: str, origin: str) -> list[Example | Dropped]:
-        """The examples of a record, or why there are none. Raises DataError naming ``origin``."""
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer with what it remembers."""
+        return Encoder(self.tokenizer)
+
+    def examples(
+        self, records: Sequence[tuple[str, Mapping[str, Any]]], format: str, *, until_error: bool = False
+    ) -> list[list[Example | Dropped] | DataError]:
+        """The examples of each record, or why there are none; ``until_error``: up to the first record with an error,
+        which names its origin.
+        """
+        work = [self._steps(record, format, origin) for origin, record in records]
+        return together(work, self.template.answers, self.encoder, until_error=until_error)
+
+    def _steps(self, record: Mapping[str, Any], format: str, origin: str) -> Steps[list[Example | Dropped]]:
         if self.written_by is not None and record.get("written_by") != self.written_by:
             return [Dropped(origin, "by another writer")]
         sample = to_sample(record, format, origin=origin)
-        found = render(sample, self.tokenizer, self.rules, eos_ids=self.eos_ids, template=self.template)
+        found = yield from rendering(sample, self.encoder, self.rules, self.template, self.eos_ids)
         if self.routes is None:
             return found
         teacher = self.routes(record, origin)
@@ -109,17 +128,9 @@ def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: F
     )
     part, rules = Part(checked.found), how.rules
     counts, examples = part.counts, list[Example]()
-    for origin, record in checked:
-        try:
-            found = how.examples(record, checked.found.format, origin)
-        except DataError as error:
-            if how.rules.on_bad_record == "error":
-                raise
-            counts["bad"] += 1
-            if len(part.found.problems) < SHOWN:
-                part.found.problems.append(str(error).splitlines()[0])
-            continue
-        for one in found:
+    for found in rendered(checked, how):
+        counts["bad"] += found is None
+        for one in found or ():
             if isinstance(one, Dropped):
                 counts[one.reason] += 1
                 continue
@@ -133,6 +144,47 @@ def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: F
     if examples:
         part.rows = batch_of(examples).serialize().to_pybytes()
     return part
+
+
+def rendered(checked: Checked, how: Rendering) -> Iterator[list[Example | Dropped] | None]:
+    """What each good record becomes; None where it cannot be trained on, a DataError unless such are skipped."""
+    for records, problem in _together(checked):
+        strict = how.rules.on_bad_record == "error"
+        for found in how.examples(records, checked.found.format, until_error=strict):
+            if isinstance(found, DataError):
+                checked.refuse(found)
+            yield None if isinstance(found, DataError) else found
+        if problem is not None:
+            raise problem
+
+
+def _together(checked: Iterable[Item]) -> Iterator[tuple[list[Item], DataError | None]]:
+    """Records that are rendered together, and the error with which the reading of more of them ends."""
+    records: list[Item] = []
+    size = 0
+    try:
+        for origin, record in checked:
+            records.append((origin, record))
+            size += _characters(record)
+            if len(records) == TOGETHER or size > LARGE:
+                yield records, None
+                records, size = [], 0
+    except DataError as error:
+        yield records, error
+        return
+    if records:
+        yield records, None
+
+
+def _characters(value: Any) -> int:
+    """The characters of the texts of a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float):
+        return sum(map(_characters, value))
+    return 0
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:

@@ -27,8 +27,8 @@ from selectkd.data.durable import json_bytes, write_whole
 from selectkd.data.files import Checked, Found
 from selectkd.data.order import BatchOptions, draw, shuffled
 from selectkd.data.places import DataFile
-from selectkd.data.render import Dropped, Example
-from selectkd.data.rendering import Rendering, code_identity
+from selectkd.data.render import Example
+from selectkd.data.rendering import Rendering, code_identity, rendered
 from selectkd.errors import DataError
 
 WINDOW = 16
@@ -222,16 +222,8 @@ class Streamed:
             on_bad_record=how.rules.on_bad_record,
             before=self.before,
         )
-        found: list[Example | Dropped] = []
-        problems = checked.found.problems
-        for origin, row in checked:
-            try:
-                found = how.examples(row, checked.found.format, origin)
-            except DataError as error:
-                if how.rules.on_bad_record == "error":
-                    raise
-                problems.append(str(error).splitlines()[0])
-        for message in problems:
+        found = [one for each in rendered(checked, how) for one in each or ()]
+        for message in checked.found.problems:
             logging.getLogger("selectkd").warning(message)
         return [replace(one, stream=self.stream) for one in found if isinstance(one, Example)]
 

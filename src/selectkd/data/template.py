@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from selectkd.data.jinja_process import CLOSE, OPEN
-from selectkd.data.renderer import Answer, Failure, Job, render
+from selectkd.data.renderer import Answer, Failure, Job, Renderings, render
+from selectkd.data.rounds import Steps
 from selectkd.errors import ConfigError, DataError
 from selectkd.objective.registry import did_you_mean
 
@@ -99,14 +100,14 @@ class ChatTemplate:
             )
         return source
 
-    def answers(self, template: str, jobs: Sequence[Job]) -> list[Answer]:
-        """The renderings of jobs, each a text or the reason why there is none."""
-        return render(template, {**self.special, **self.arguments}, self.moment, jobs)
+    def answers(self, asks: Sequence[Renderings]) -> Iterator[list[Answer]]:
+        """The renderings of each record's jobs, each a text or the reason why there is none."""
+        return render(asks, {**self.special, **self.arguments}, self.moment)
 
-    def rendered(self, origin: str, jobs: Sequence[Job]) -> list[str]:
+    def rendered(self, origin: str, jobs: Sequence[Job]) -> Steps[list[str]]:
         """The text of each job; DataError naming ``origin`` where one cannot be rendered."""
         template = self.text(origin, tools=bool(jobs and jobs[0].tools))
-        found = self.answers(template, jobs)
+        found: list[Answer] = yield Renderings(template, jobs)
         for job, answer in zip(jobs, found, strict=True):
             if isinstance(answer, Failure):
                 _refuse(origin, job, answer)
@@ -121,7 +122,9 @@ class ChatTemplate:
 
     def _probed(self, template: str, origin: str) -> Traits:
         talk = [_turn("user", 0), _turn("assistant", 1), _turn("user", 2), _turn("assistant", 3)]
-        as_text, as_parts = self.answers(template, [Job(talk), Job([_in_parts(turn) for turn in talk])])
+        ((as_text, as_parts),) = self.answers(
+            [Renderings(template, [Job(talk), Job([_in_parts(turn) for turn in talk])])]
+        )
         if isinstance(as_text, Failure) and as_text.kind in ENDED:
             _refuse(origin, Job(talk), as_text)
         parts = not _holds(as_text, 4) and _holds(as_parts, 4)
@@ -142,7 +145,7 @@ class ChatTemplate:
         ]  # fmt: skip
         if parts:
             conversations = [[_in_parts(turn) for turn in each] for each in conversations]
-        by_object, by_text = self.answers(template, [Job(each) for each in conversations])
+        ((by_object, by_text),) = self.answers([Renderings(template, [Job(each) for each in conversations])])
         objects = _holds(by_object, 4) or not _holds(by_text, 4)
         called = by_object if objects else by_text
         return Traits(
@@ -152,6 +155,25 @@ class ChatTemplate:
             _after(shown, 3, None) if _holds(shown, 4) else "",
             _after(called, 1, 2) if _holds(called, 4) else "",
         )
+
+
+def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """A message in the shapes a template takes: content as text or parts, arguments as an object or JSON text."""
+    turn = dict(message)
+    content = turn.get("content")
+    if traits.parts and isinstance(content, str):
+        turn["content"] = [{"type": "text", "text": content}] if content else []
+    elif not traits.parts and isinstance(content, list):
+        turn["content"] = "".join(part["text"] for part in content)
+    if turn.get("tool_calls") and not traits.objects:
+        turn["tool_calls"] = [_in_text(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _in_text(call["function"])}
+    return {**call, "arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
 
 
 def mark(number: int) -> str:
