@@ -35,7 +35,6 @@ def by(pattern):
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
-KINDS = {"gpt2": (BYTES, None), "llama3": (by(LLAMA), None), "digits": (DIGITS, normalizers.NFC())}
 TEXTS = [
     "the quick brown fox isn't 12 years old, jumps   over\n\nthe lazy dog",
     "don't stop: été, naïve 漢字 <a b>",
@@ -59,10 +58,19 @@ def tokenizer_of(before, normalizer=None, *, added=(), model=None):
     return tokenizer
 
 
+KINDS = {
+    "gpt2": tokenizer_of(
+        BYTES, added=[AddedToken("<th>", normalized=True), AddedToken("end|><", normalized=True)]
+    ),
+    "llama3": tokenizer_of(by(LLAMA)),
+    "digits": tokenizer_of(DIGITS, normalizers.NFC()),
+}
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def encoder(request):
-    found = Encoder(tokenizer_of(*KINDS[request.param]))
-    assert found.apart is not None
+    found = Encoder(KINDS[request.param])
+    assert found.apart
     return found
 
 
@@ -74,6 +82,7 @@ PART = st.sampled_from(
 @given(st.lists(st.one_of(PART, st.text(max_size=3)), max_size=12).map("".join))
 @example("the fox <|end|> the  <|start|>\n fox  ")
 @example("")
+@example("<|end|><th> end|>< ")
 def test_a_text_cut_into_words_has_the_tokens_and_places_of_a_whole_one(encoder, text):
     text = text.encode("utf-8", "ignore").decode()
     (whole,), (cut, _) = encoder([text]), encoder([text, "the fox"])

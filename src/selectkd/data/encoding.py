@@ -12,7 +12,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from itertools import chain, product
+from itertools import accumulate, chain, product
 from typing import Any, Protocol
 
 CUT = re.compile(r" (?<=\S )(?=[A-Za-z])")
@@ -191,7 +191,7 @@ class Encoder:
             for text, ids, encoding in zip(texts, found["input_ids"], encodings, strict=True)
         ]
 
-    def _pieced(self, texts: Sequence[str], apart: re.Pattern[str]) -> list[Encoded]:
+    def _pieced(self, texts: Sequence[str], apart: Sequence[re.Pattern[str]]) -> list[Encoded]:
         if self._words.size > MOST:
             self._words = Words()
         cut = [_cut(text, apart) for text in texts]
@@ -237,8 +237,8 @@ class Encoder:
         return self._signs[key]
 
     @cached_property
-    def apart(self) -> re.Pattern[str] | None:
-        """The special tokens that part a text; None where the tokenizer may look further than a word."""
+    def apart(self) -> tuple[re.Pattern[str], ...] | None:
+        """What finds the special tokens that part a text; None where the tokenizer may look further than a word."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not self.fast or backend is None or getattr(self.tokenizer, "split_special_tokens", False):
             return None
@@ -250,12 +250,13 @@ class Encoder:
         if any(one["type"] not in FORMS for one in forms) or steps[-1]["type"] != "ByteLevel":
             return None
         added = list(backend.get_added_tokens_decoder().values())
-        if any(one.lstrip or one.rstrip or one.single_word or one.normalized for one in added):
+        if any(one.lstrip or one.rstrip or one.single_word or (one.normalized and forms) for one in added):
             return None
         if not _parts_at_words(backend):
             return None
-        longest_first = sorted((re.escape(one.content) for one in added), key=len, reverse=True)
-        apart = re.compile(f"({'|'.join(longest_first)})" if longest_first else r"(?!)()")
+        # those that a normalizer may not touch are looked for first, in all of a text
+        kinds = ([one.content for one in added if one.normalized == kind] for kind in (False, True))
+        apart = tuple(_any_of(kind) for kind in kinds if kind)
         # a subclass in Python may do anything to a text
         text = "".join(
             f"{left}{right}{one.content}" for one in added[:4] or [""] for left in LEFT for right in RIGHT[:9]
@@ -278,17 +279,22 @@ def _parts_at_words(backend: Any) -> bool:
     return all(pieces(one + two) == left[one] + right[two] for one in LEFT for two in RIGHT)
 
 
-def _cut(text: str, apart: re.Pattern[str]) -> tuple[list[int], list[list[str]]]:
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True)))})")
+
+
+def _cut(text: str, apart: Sequence[re.Pattern[str]]) -> tuple[list[int], list[list[str]]]:
     """Where each part of a text begins, and its pieces: special tokens, and what is between them cut into words."""
-    starts: list[int] = []
-    parts: list[list[str]] = []
-    here = 0
-    for number, part in enumerate(apart.split(text)):
-        if part or not text:
-            starts.append(here)
-            parts.append([part] if number % 2 else CUT.split(part))
-            here += len(part)
-    return starts, parts
+    parts = [(text, False)]
+    for pattern in apart:
+        parts = [
+            (one, whole or number % 2 == 1)
+            for part, whole in parts
+            for number, one in enumerate([part] if whole else pattern.split(part))
+            if one
+        ]
+    starts = [0, *accumulate(len(part) for part, _ in parts[:-1])]
+    return starts, [[part] if whole else CUT.split(part) for part, whole in parts or [("", False)]]
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
