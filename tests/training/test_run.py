@@ -81,12 +81,12 @@ def test_a_run_leaves_its_manifest_metrics_and_a_student_that_loads(
     heard = Heard()
     result = train(recipe(objective=PLAIN_KD), progress=heard)
     run = result.run_dir
-    names = [".lock", "manifest.json", "metrics.jsonl", "run.json", "student", "timings.jsonl"]
+    names = [".lock", "manifest.json", "metrics.jsonl", "probe", "run.json", "student", "timings.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == names
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [line | {"tokens_per_second": None} for line in heard.lines if "loss" in line] == [
-        line for line in lines if "loss" in line
-    ]
+    assert [
+        line | {"tokens_per_second": None, "peak_bytes": None} for line in heard.lines if "loss" in line
+    ] == [line for line in lines if "loss" in line]
     assert "training" in heard.stages
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]

@@ -24,6 +24,7 @@ from selectkd.cli import (
     eval,
     generate,
     init,
+    report,
     schema,
     serve,
     show,
@@ -41,7 +42,7 @@ INTERRUPTED = 130
 USAGE = 2
 
 ORDER = (
-    *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train", "eval"),
+    *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train", "eval", "report"),
     *("serve-teacher", "teacher", "study", "show", "schema", "env", "version"),
 )
 """Verbs in the order of a first project, as `selectkd --help` lists them; what is hidden comes after them."""
@@ -75,6 +76,7 @@ app.command("generate", cls=OfRecipe)(generate.generate)
 app.add_typer(cache.app, name="cache")
 app.command("train", cls=OfRecipe)(train.train)
 app.command("eval", cls=Verb)(eval.evaluate)
+app.command("report", cls=Verb)(report.report)
 app.command("serve-teacher", cls=Verb)(serve.serve_teacher)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(study.app, name="study")

@@ -5,35 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import unicodedata
 import warnings
 from typing import TYPE_CHECKING
+
+from selectkd.report.escapes import clean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_LINES = 6
-INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories that move the cursor, turn the direction of text or cannot be printed."""
-
 PROGRESS = logging.getLogger("selectkd.progress")
 """Its level is what --quiet sets."""
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-
-
-def clean(text: object, *, keep: str = "\n") -> str:
-    r"""``text`` with control and format characters as escapes, except those in ``keep``.
-
-    >>> clean("a\x1b[31mb\u202ec")
-    'a\\x1b[31mb\\u202ec'
-    """
-    return "".join(
-        letter
-        if letter in keep or unicodedata.category(letter) not in INVISIBLE
-        else letter.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for letter in str(text)
-    )
 
 
 def say(text: object = "") -> None:

@@ -35,6 +35,7 @@ def train(
 
     checked = load_recipe(recipe, changes or [])
 
+    from selectkd.report.page import NAME, write_report
     from selectkd.training.record.progress import TrainingProgress
     from selectkd.training.run import train as run
 
@@ -44,8 +45,9 @@ def train(
     log.propagate = False
     with TrainingProgress(progress_console()) as progress:
         result = run(
-            checked, progress=progress, resume=resume, allow_change=allow_change or [], device=device
-        )
+            checked, progress=progress, resume=resume, allow_change=allow_change or [], device=device,
+            report=write_report,
+        )  # fmt: skip
     if result.resumed_from is not None:
         over = result.resumed_from == result.steps and result.run_dir.joinpath("manifest.json").is_file()
         say("the run had already finished" if over else f"resumed from step {result.resumed_from}")
@@ -64,3 +66,6 @@ def train(
                 f"  TAR {measured.tar:.3f}  bite {measured.bite:.3f}"
             )
     say(f"run folder: {result.run_dir}")
+    page = result.run_dir / NAME
+    if page.is_file():
+        say(f"report: {page}")

@@ -125,6 +125,9 @@ class Training(Section):
     ] = []
     """Loggers that receive the metrics beside metrics.jsonl. Each needs its package."""
 
+    report: bool = True
+    """`true` writes the page report.html into the run folder at the end of `selectkd train`."""
+
     @field_validator("betas")
     @classmethod
     def _two_betas(cls, value: list[float] | None) -> list[float] | None:

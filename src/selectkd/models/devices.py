@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -106,6 +108,15 @@ def free_memory(device: torch.device | str) -> int | None:
         return None
     row = next((line for line in table.read_text().splitlines() if line.startswith("MemAvailable:")), None)
     return None if row is None else int(row.split()[1]) * 1024
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """The most bytes in use so far: of a CUDA device by this process, else main memory of this process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def wait_for(device: torch.device | str) -> None:

@@ -30,11 +30,20 @@ from selectkd.training.counts import rank, total
 from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.watch import Watch
 from selectkd.training.ledger import Ledger
-from selectkd.training.loggers import Loggers
+from selectkd.training.loggers import Loggers, written
 from selectkd.training.record.manifest import write_manifest
 from selectkd.training.record.metrics import MetricsLog
 from selectkd.training.record.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
-from selectkd.training.run_folder import CHECKPOINTS, FINISHED, Claim, claimed, facts, identity, same_servers
+from selectkd.training.run_folder import (
+    CHECKPOINTS,
+    FINISHED,
+    Claim,
+    claimed,
+    facts,
+    identity,
+    noting_errors,
+    same_servers,
+)  # fmt: skip
 from selectkd.training.sharding import as_launched, check_sharding, ranks_meet
 from selectkd.training.step import DistillationModel
 from selectkd.training.stopping import StopRequests
@@ -65,6 +74,7 @@ def train(
     resume: str = "auto",
     allow_change: Sequence[str] = (),
     device: torch.device | str = "auto",
+    report: Callable[[Path], Path] | None = None,
 ) -> RunResult:
     """Runs a recipe and leaves run.json, metrics.jsonl, checkpoints/, manifest.json and student/ in its output_dir.
 
@@ -72,7 +82,8 @@ def train(
     without the interruption; a finished run is left as it is. "never" takes a new folder only; a path is the checkpoint
     to go on from. allow_change: keys of the recipe that may differ from the run's. The student saved is the best one
     on held-out text with early stopping, else the last one. ``on_assembled`` sees the models before the first step.
-    device: where the run is, as of ``training_device``.
+    device: where the run is, as of ``training_device``. report: writes the page of the finished run folder and returns
+    its path, such as ``report.write_report``; where training.report is true. What it raises becomes a warning.
 
     Raises ConfigError, DataError before weights load, IntegrityError for a damaged checkpoint that was named,
     TeacherError (the state saved), NumericsError when numbers fail, ResourceError, Preempted, Interrupted.
@@ -88,11 +99,13 @@ def train(
             if finished:
                 return finished
             precision = precision_of(recipe.training.precision, device)
-            with precision.products(device), claim.threads(allow_change):
+            with noting_errors(run_dir), precision.products(device), claim.threads(allow_change):
                 run = _Run(recipe, claim, progress, allow_change, device, stop)
                 if on_assembled is not None:
                     on_assembled(run.assembly)
-                return run.finish(run.train(), started)
+                result = run.finish(run.train(), started)
+                run.report(report)
+                return result
 
 
 class _Run:
@@ -121,6 +134,7 @@ class _Run:
             opened=claim.opened, stop=stop,
         )  # fmt: skip
         self.watch = Watch(recipe, assembly, self.log, device)
+        self.loggers: Loggers | None = None
 
     def _assembled(self, allow_change: Sequence[str]) -> Assembly:
         """The parts of the run, compared with those it began with; the teacher is where it will work."""
@@ -148,6 +162,8 @@ class _Run:
         self._register()
         if self.claim.opened is None:
             self._measure_before()
+        else:
+            self.log.resumed(self.claim.opened.step)
         for message in [*self.claim.warnings, *self.origin.warnings]:
             _LOG.warning(message)
         self.stage("training", self.steps)
@@ -213,7 +229,8 @@ class _Run:
             self.stage("training, with the loss compiled (training.compile_loss)", self.steps)
         if training.report_to and rank() == 0:
             settings = {f"recipe.{key}": value for key, value in identity(self.recipe).items()}
-            trainer.add_callback(Loggers(training.report_to, settings))
+            self.loggers = Loggers(training.report_to, settings)
+            trainer.add_callback(self.loggers)
         trainer.train()
         return ledger
 
@@ -258,6 +275,13 @@ class _Run:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         return result
+
+    def report(self, write: Callable[[Path], Path] | None) -> None:
+        """Writes the page about the finished run, where the recipe wants one, and hands it to the loggers."""
+        wanted = rank() == 0 and self.recipe.training.report
+        path = written(write, self.claim.folder) if wanted and write is not None else None
+        if self.loggers is not None:
+            self.loggers.close(path)
 
 
 def feed_of(assembly: Assembly, workers: int = 0) -> BatchFeed:

@@ -12,8 +12,9 @@ import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 import xxhash
 
 from selectkd.data.alignment import tokenizer_fingerprint
-from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
+from selectkd.data.durable import json_bytes, sealed, unsealed, write_plain, write_whole
 from selectkd.data.sources import fingerprint_of
-from selectkd.errors import ConfigError, IntegrityError, abridged
+from selectkd.errors import ConfigError, IntegrityError, ResourceError, SelectKDError, abridged
 from selectkd.objective.registry import did_you_mean
 from selectkd.teachers.cache.origin import weights_checksum
 from selectkd.teachers.cache.plan import CachePlan
@@ -34,9 +35,15 @@ from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
 from selectkd.training.counts import rank, ranks, total
 
-RUN, LOCK, CHECKPOINTS, FINISHED = "run.json", ".lock", "checkpoints", "manifest.json"
+RUN, LOCK, CHECKPOINTS, FINISHED, STOPPED = (
+    "run.json",
+    ".lock",
+    "checkpoints",
+    "manifest.json",
+    "stopped.json",
+)
 FREE = (
-    *(f"training.{key}" for key in ("output_dir", "save_every", "keep", "report_to")),
+    *(f"training.{key}" for key in ("output_dir", "save_every", "keep", "report_to", "report")),
     *(
         f"teacher.{key}"
         for key in ("timeout", "wait", "retries", "concurrency", "check_every", "ca", "api_key_env")
@@ -271,6 +278,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def noting_errors(folder: Path) -> Iterator[None]:
+    """Around a run: an error that ends it is noted in stopped.json, until a command takes the run up again."""
+    if rank() == 0:
+        (folder / STOPPED).unlink(missing_ok=True)
+    try:
+        yield
+    except SelectKDError as error:
+        if rank() == 0 and (folder / RUN).is_file():
+            noted = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+            with suppress(ResourceError):  # a full disk keeps its own message
+                write_plain(folder / STOPPED, json_bytes({**noted, "time": round(time.time(), 3)}))
+        raise
 
 
 def identity(recipe: Any, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.loss.block_compiled import pays
 from selectkd.loss.plan import FirstPass
+from selectkd.models.devices import peak_memory
 from selectkd.models.sharded import is_sharded, plain_copy, whole
 from selectkd.training.arguments import check_arguments
 from selectkd.training.checkpoint import Checkpoints
@@ -159,6 +160,7 @@ class LedgerTrainer(Trainer):
         """The Trainer's log line with ours in it; the loss is the ledger's."""
         if "loss" in logs and "learning_rate" in logs:
             line = self.ledger.line() | {"lr": self._rate, "grad_norm": self.ledger.grad_norm}
+            line["peak_bytes"] = peak_memory(self.args.device)
             if self.on_line is not None and rank() == 0:
                 self.on_line(line)
             logs.update({k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})

@@ -6,7 +6,6 @@ import logging
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -107,10 +106,9 @@ def measured(
     """Trains the recipe of ``values`` in ``folder``, which is emptied first, and measures its student."""
     import json
 
-    import torch
-
     from selectkd.config import recipe_from
     from selectkd.evals.studies.measures import MEASURES
+    from selectkd.models.devices import peak_memory
     from selectkd.training.run import train
 
     empty(folder)
@@ -137,11 +135,10 @@ def measured(
         for heavy in ("student", "checkpoints"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
     on = next(kept[0].student.parameters()).device
-    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
     return {
         **held,
         "tokens_per_second": tokens / training if training else None,
-        "peak_bytes": peak,
+        "peak_bytes": peak_memory(on),
         "tokens": tokens,
         "steps": result.steps,
         "skipped": result.skipped,
@@ -193,8 +190,3 @@ def _bite(each: list[Any]) -> float:
 def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
     seen = [line[name] for line in lines if line.get(name) is not None]
     return sum(seen) / len(seen) if seen else None
-
-
-def _peak_of_process() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)

@@ -14,7 +14,9 @@ from selectkd.models.sharded import like
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.counts import rank, sequence_means
 from selectkd.training.heldout.breakdown import Breakdown, breakdown
-from selectkd.training.heldout.evaluation import Evaluation, evaluate, probe
+from selectkd.training.heldout.evaluation import Evaluation, evaluate
+from selectkd.training.heldout.tokens import look
+from selectkd.training.record.looks import LookLog
 from selectkd.training.record.metrics import MetricsLog
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Watch:
         self.worse, self.tar, self.looked_at = 0, 1.0, -1
         self.best: dict[str, Tensor] = {}
         self.before: Evaluation | None = None
+        self.looks = LookLog(log.path.parent, assembly.tokenizer)
 
     @property
     def stopped(self) -> bool:
@@ -60,6 +63,8 @@ class Watch:
             setattr(self, name, None if state[name] is None else Evaluation(**state[name]))
         if self.verdicts is not None:
             self.verdicts = self.verdicts.to(self.device)
+        if rank() == 0:
+            self.looks.forget_after(self.looked_at)
         if state["breakdown"] is not None:
             self.breakdown = Breakdown(**{key: t.to(self.device) for key, t in state["breakdown"].items()})
 
@@ -78,7 +83,7 @@ class Watch:
             if assembly.writer is not None:
                 assembly.writer.evaluated(math.log(self.latest.perplexity))
         if assembly.probe is not None:
-            line |= self._probed()
+            line |= self._probed(step)
         if self.latest is not None:
             self.tar = self.latest.tar
         if rank() == 0 and len(line) > 1:
@@ -90,12 +95,16 @@ class Watch:
             self.before = self.latest
         return self.latest
 
-    def _probed(self) -> dict[str, Any]:
+    def _probed(self, step: int) -> dict[str, Any]:
         assembly, training, line = self.assembly, self.recipe.training, {}
-        verdicts = probe(
-            assembly.student, assembly.teacher, assembly.probe, assembly.objective, seed=training.seed,
-            chunk=training.chunk, precision=assembly.precision,
+        columns = look(
+            assembly.student, assembly.teacher, assembly.probe,
+            replace(assembly.objective, beta=assembly.beta.end), reduction=self.recipe.objective.reduction,
+            seed=training.seed, chunk=training.chunk, precision=assembly.precision,
         )  # fmt: skip
+        if rank() == 0:
+            self.looks.write(step, columns, assembly.probe, assembly.streams)
+        verdicts = columns["acceptance"]
         line["probe_tar"] = tar_of(verdicts, assembly.probe)
         if self.breakdown is None:
             self.breakdown = breakdown(

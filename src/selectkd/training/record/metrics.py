@@ -19,8 +19,8 @@ from selectkd.training.counts import rank
 REQUIRED = ("step", "loss", "kl", "tar", "bite", "lr", "tokens", "tokens_per_second", "skipped")
 
 
-CLOCK = ("tokens_per_second", "writing_seconds")
-"""What depends on the machine's speed: null in metrics.jsonl, so that a run and its resumption leave the same bytes,
+CLOCK = ("tokens_per_second", "writing_seconds", "peak_bytes")
+"""What depends on the machine: null in metrics.jsonl, so that a run and its resumption leave the same bytes,
 and a number in timings.jsonl beside it.
 """
 
@@ -47,6 +47,11 @@ class MetricsLog:
             _append(self.timings, {"step": line["step"], "time": round(time.time(), 3), **clock})
         for listener in self.listeners:
             listener(line)
+
+    def resumed(self, step: int) -> None:
+        """Notes in timings.jsonl that the run went on from ``step``."""
+        if rank() == 0:
+            _append(self.timings, {"step": step, "time": round(time.time(), 3), "resumed": True})
 
     def state_dict(self) -> dict[str, int]:
         """The length of each file in bytes, which is on the disk by then."""
