@@ -92,7 +92,9 @@ def test_numbers_of_the_page_are_those_of_the_runs_files(run: Path) -> None:
     ):  # fmt: skip
         assert each in said, each
     tars = [line["probe_tar"] for line in read_run(run).evaluations]
-    shown = re.findall(r"(\d+) (0\.\d+) (?:-|\d+) (?:-|\d+)", said[said.index("Over the run") :])
+    shown = re.findall(
+        r"(\d+) (0\.\d+) (?:-|\d+) (?:-|\d+)", said[said.index("Over the run") : said.index("From the first")]
+    )
     assert [float(tar) for _, tar in shown] == pytest.approx(tars, abs=6e-4)
 
 

@@ -26,7 +26,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one page about runs: curves, tokens, texts and what was not measured."""
+    """Write a page that shows what one or more runs did.
+
+    It has curves, every token of the probe by its verdict, texts and results, and names what was not measured.
+    """
     from selectkd.report.page import write_report
 
     path = write_report(*runs, out=out, extra=results or [])
