@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.demo-teacher
+FEW_BITS := $(VENV)/few-bits
+FEW_BITS_STAMP := $(FEW_BITS)/.set-up
 BENCH := .venv-bench
 BENCH_PIP := $(BENCH)/bin/python -m pip --disable-pip-version-check
 BENCH_STAMP := $(BENCH)/.set-up
@@ -52,9 +54,15 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 
+# Beside the environment: peft imports both wherever they are installed, for seconds in every process.
+$(FEW_BITS_STAMP): $(STAMP)
+	$(PIP) install -q --no-deps --upgrade --target $(FEW_BITS) bitsandbytes==0.50.2 torchao==0.18.0
+	touch $@
+
 # One thread a worker: two workers share the two cores.
-test: $(DEMO_STAMP) lint
+test: $(DEMO_STAMP) $(FEW_BITS_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 PYTHONPATH=$(FEW_BITS) $(BIN)/python -m pytest -q tests/quantized
 
 # The documentation as a site, in site/; a broken link is an error.
 docs: $(STAMP)

@@ -262,8 +262,8 @@ def test_a_recipe_with_dtype_is_told_the_key_for_it(folders):
         recipe_from(recipe_of(folders, training=training))
 
 
-def test_a_student_with_a_teachers_quantization_is_told_what_saves_memory(folders):
+def test_a_student_with_a_teachers_quantization_says_what_a_student_takes(folders):
     content = recipe_of(folders, training={"output_dir": "unused", "max_steps": 1, "batch_size": 1})
-    content["student"]["quantization"] = "bitsandbytes-4bit"
-    with pytest.raises(ConfigError, match=r"student\.quantization.*student is never.*training\.lora.*bf16"):
+    content["student"]["load_in_4bit"] = True
+    with pytest.raises(ConfigError, match=r"a student takes bitsandbytes-4bit.*training\.lora"):
         recipe_from(content)

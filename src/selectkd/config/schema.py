@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from selectkd.config.expand import expanded
+from selectkd.config.quantization import check_trainable
 from selectkd.config.rollouts import DatasetPolicy, Policy
 from selectkd.config.section import (
     Arguments,
@@ -353,6 +354,11 @@ class Recipe(Section):
                 "teacher.adapters_off uses the student's own base model, but student.from_teacher cuts the student "
                 "from a teacher; name the student: {model: ...}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_quantised_base_has_adapters(self) -> Self:
+        check_trainable(self.student.quantization, self.training)
         return self
 
     @model_validator(mode="after")

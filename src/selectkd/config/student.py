@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from selectkd.config.quantization import Quantization
 from selectkd.config.section import Attention, Count, Dtype, Section, Text, Whole, refuse
 
 
@@ -51,6 +52,9 @@ class Student(Section):
     """Branch, tag or commit of a hub model. Left out: the hub's main branch."""
     from_teacher: FromTeacher | None = None
     """Cuts the student from the teacher, in place of model."""
+    quantization: Quantization | None = None
+    """Stores the student's base in 4 bits, for adapters to train on: `bitsandbytes-4bit`, or a mapping of the keys of
+    quantization. Needs training.lora. Left out: no quantization."""
     attn_implementation: Attention | None = None
     """How the student computes attention. Left out: the choice of transformers for the model."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from selectkd.config.quantization import FakeQuantization
 from selectkd.config.section import Count, Section, Share, Text, Whole, refuse
 from selectkd.config.sharding import Sharding
 
@@ -90,6 +91,9 @@ class Training(Section):
     rounds the inputs of fp32 products. `auto`: bf16 on a GPU that has it, tf32 on other GPUs, fp32 on a CPU."""
     lora: Lora | None = None
     """Trains adapters in place of the weights: a mapping of the keys of lora. Left out: every weight is trained."""
+    fake_quantization: FakeQuantization | None = None
+    """Trains the weights as they will be exported, rounded to few bits: `q8_0`, `q4_0`, `int8` or `int4`, or a mapping
+    of the keys of fake_quantization. Left out: no rounding."""
     gradient_checkpointing: bool = False
     """`true` computes activations again in the backward pass: less memory, more time."""
     activation_offload: bool = False
@@ -146,6 +150,12 @@ class Training(Section):
             raise refuse(
                 "gradient_checkpointing computes activations again and activation_offload keeps them in main memory; "
                 "set one of the two to false"
+            )
+        if self.fake_quantization is not None and (self.lora is not None or self.sharding is not None):
+            other = "lora" if self.lora is not None else "sharding"
+            raise refuse(
+                f"fake_quantization rounds whole weights that train themselves, so it does not go with {other}; leave "
+                "one of the two out"
             )
         if (self.max_steps is None) == (self.epochs is None):
             raise refuse("needs exactly one of max_steps and epochs; set the other to null")

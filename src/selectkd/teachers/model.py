@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from selectkd.data.alignment import align
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded, check_model, check_quantization, load_model, load_tokenizer
+from selectkd.models.load import Loaded, check_model, load_model, load_tokenizer
+from selectkd.models.quantized import check_quantization
 from selectkd.models.sharded import Spread
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.placement import PLACEMENT, Placement

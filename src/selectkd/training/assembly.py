@@ -17,14 +17,17 @@ from selectkd.data.render import pad_id_of
 from selectkd.data.sources import Source, batches
 from selectkd.data.streaming import StreamEpoch
 from selectkd.data.supervised import supervised
+from selectkd.errors import ConfigError
 from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
 from selectkd.models.cut import CutReport, cut_student
+from selectkd.models.fake_quantized import fake_quantize
 from selectkd.models.head import head_of
 from selectkd.models.layers import layers_of
 from selectkd.models.load import DTYPES, check_local, load_model
 from selectkd.models.lora import add_lora
-from selectkd.models.precision import FP32, Precision, bf16_warnings
+from selectkd.models.precision import FP32, Precision, bf16_warnings, precision_of
+from selectkd.models.quantized import BitsAndBytes, is_quantized, quantized
 from selectkd.models.sharded import Spread, shard
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
@@ -176,8 +179,15 @@ def _student(
         student = _loaded(recipe, dtype, device)
     else:
         student = _cut(recipe, plan, samples, dtype, device, say, kept)
+    if training.fake_quantization is not None:
+        fake_quantize(student.model, **training.fake_quantization.model_dump())
     if training.gradient_checkpointing:
         checkpoint_activations(student.model)
+    if training.lora is None and is_quantized(student.model):
+        raise ConfigError(
+            f"{student.source} is stored in few bits, which cannot train. Set training.lora, or name a student in "
+            "bfloat16 or float32."
+        )
     if training.lora is not None:
         in_fp32 = precision.weights == "float32"
         student.model = add_lora(student.model, **training.lora.model_dump(), in_fp32=in_fp32)
@@ -190,9 +200,20 @@ def _loaded(recipe: Any, dtype: str, device: torch.device | str) -> _Student:
     spec, spread = recipe.student, recipe.training.sharding and Spread.of(recipe.training.sharding)
     loaded = load_model(
         spec.model, dtype=dtype, revision=spec.revision, attn_implementation=spec.attn_implementation,
-        spread=spread,
+        spread=spread, quantization=_bits_of(recipe, device),
     )  # fmt: skip
-    return _Student(loaded.model if spread else loaded.model.to(device), loaded.source, loaded.revision)
+    model = loaded.model if spread else loaded.on(device).model
+    return _Student(model, loaded.source, loaded.revision)
+
+
+def _bits_of(recipe: Any, device: torch.device | str) -> BitsAndBytes | None:
+    """How the student's base is stored, None for whole weights; the products are as the run computes."""
+    spec = recipe.student.quantization
+    if spec is None:
+        return None
+    precision = precision_of(recipe.training.precision, device)
+    products = DTYPES[spec.compute_dtype or ("bfloat16" if precision.autocasts else precision.weights)]
+    return BitsAndBytes(spec.name, spec.type, spec.double, products, device)
 
 
 def _cut(
@@ -226,6 +247,8 @@ def _cut(
     model.to(DTYPES[dtype])
     sharding = recipe.training.sharding
     model = shard(model, Spread.of(sharding)) if sharding else model
+    bits = _bits_of(recipe, device)
+    model = model if bits is None else quantized(model, bits)
     source = f"{loaded.source} with layers {', '.join(map(str, layers))}"
     warnings = [NO_HELDOUT_TEXT] if measured and not plan.heldout else []
     return _Student(model, source, loaded.revision, layers, report, warnings)

@@ -17,6 +17,7 @@ from selectkd.loss.plan import Extra, StreamSpec
 from selectkd.models.load import check_model, load_tokenizer
 from selectkd.models.packing import check_packing
 from selectkd.models.precision import Precision, check_launched, precision_of
+from selectkd.models.quantized import check_quantization
 from selectkd.objective.objective import Objective
 from selectkd.objective.registry import name_of
 from selectkd.objective.schedules import BetaSchedule
@@ -70,7 +71,7 @@ def prepare(
     """
     precision = precision_of(recipe.training.precision, device)
     check_launched(precision)
-    check_optimizer(recipe.training.optimizer)
+    _check_packages(recipe)
     sharding = recipe.training.sharding
     teacher = teacher or plan_teacher(recipe.teacher, dtype=precision.frozen, sharding=sharding)
     if recipe.student.model is None and teacher.model is None:
@@ -115,6 +116,12 @@ def prepare(
         precision,
         text,
     )
+
+
+def _check_packages(recipe: Any) -> None:
+    """ConfigError for an optimizer, or a way to store the student, whose package is not installed."""
+    check_optimizer(recipe.training.optimizer)
+    check_quantization(recipe.student.quantization and recipe.student.quantization.name)
 
 
 def check_objective(objective: Objective, recipe: Any, teacher: TeacherPlan, *, width: int) -> None:

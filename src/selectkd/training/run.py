@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from selectkd.errors import ResourceError, TeacherError
 from selectkd.models.devices import training_device
 from selectkd.models.precision import precision_of
-from selectkd.models.save import save_student
+from selectkd.models.save import save_integers, save_student
 from selectkd.models.sharded import is_sharded
 from selectkd.objective.schedules import TaidSchedule
 from selectkd.teachers.protocol import HasWeights, ReadsAhead
@@ -76,7 +76,8 @@ def train(
     device: torch.device | str = "auto",
     report: Callable[[Path], Path] | None = None,
 ) -> RunResult:
-    """Runs a recipe and leaves run.json, metrics.jsonl, checkpoints/, manifest.json and student/ in its output_dir.
+    """Runs a recipe and leaves run.json, metrics.jsonl, checkpoints/, manifest.json and student/ in its output_dir,
+    student-int8/ or student-int4/ beside it where training.fake_quantization says so.
 
     resume: "auto" goes on with the run that is in output_dir, from its newest valid checkpoint, to the same bits as
     without the interruption; a finished run is left as it is. "never" takes a new folder only; a path is the checkpoint
@@ -193,6 +194,7 @@ class _Run:
         self.log.load_state_dict({})  # a run that was killed before its first checkpoint left lines
         self.stage("measuring the student before")
         self.watch.measure(0)
+        self.watch.measure_unrounded("before")
         beta = self.assembly.beta
         if self.watch.tar < COLD_TAR and beta.start == beta.end < 1:
             self.origin.warnings.append(cold(self.watch.tar))
@@ -251,6 +253,7 @@ class _Run:
         self.stage("measuring the student after")
         recipe, assembly, watch, folder = self.recipe, self.assembly, self.watch, self.claim.folder
         after = watch.finish(ledger.step)
+        watch.measure_unrounded("after")
         result = RunResult(
             run_dir=folder,
             before=watch.before,
@@ -263,6 +266,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             warnings=list(self.origin.warnings),
             resumed_from=None if self.claim.opened is None else self.claim.opened.step,
+            unrounded=dict(watch.unrounded),
         )
         if rank() == 0 or is_sharded(assembly.student):
             card = card_of(recipe, assembly, watch.before, after, ledger)
@@ -270,6 +274,9 @@ class _Run:
                 assembly.student, assembly.tokenizer, folder / "student", card, dtype=assembly.precision.saved
             )
         if rank() == 0:
+            scheme = recipe.training.fake_quantization
+            if scheme is not None and scheme.name.startswith("int"):
+                save_integers(assembly.student, assembly.tokenizer, folder / f"student-{scheme.name}")
             manifest = manifest_of(recipe, assembly, result, ledger, self.device, self.origin)
             write_manifest(folder / FINISHED, manifest)
         if dist.is_available() and dist.is_initialized():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selectkd.data.supervised import supervised
+from selectkd.models.fake_quantized import rounded_layers, unrounded
 from selectkd.models.sharded import like
 from selectkd.training.checkpoint.encoding import whole
 from selectkd.training.counts import rank, sequence_means
@@ -43,6 +44,7 @@ class Watch:
         self.best: dict[str, Tensor] = {}
         self.before: Evaluation | None = None
         self.looks = LookLog(log.path.parent, assembly.tokenizer)
+        self.unrounded: dict[str, float] = {}
 
     @property
     def stopped(self) -> bool:
@@ -53,12 +55,14 @@ class Watch:
         """The measures so far, the best student included."""
         state: dict[str, Any] = {name: vars(self)[name] for name in _PLAIN}
         state["breakdown"] = None if self.breakdown is None else asdict(self.breakdown)
+        state["unrounded"] = self.unrounded
         return state | {name: _as_dict(vars(self)[name]) for name in _EVALUATIONS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From here on measures are compared with the saved ones."""
         for name in _PLAIN:
             setattr(self, name, state[name])
+        self.unrounded = state.get("unrounded", {})
         for name in _EVALUATIONS:
             setattr(self, name, None if state[name] is None else Evaluation(**state[name]))
         if self.verdicts is not None:
@@ -70,15 +74,10 @@ class Watch:
 
     def measure(self, step: int) -> Evaluation | None:
         """Measures the student and writes a line; remembers the student where it is the best so far."""
-        assembly, training = self.assembly, self.recipe.training
+        assembly = self.assembly
         line: dict[str, Any] = {"step": step}
         if assembly.heldout:
-            self.latest = evaluate(
-                assembly.student, assembly.teacher, assembly.heldout,
-                replace(assembly.objective, beta=assembly.beta.end), seed=training.seed, streams=assembly.streams,
-                chunk=training.chunk, precision=assembly.precision,
-            )  # fmt: skip
-            self.latest_step = step
+            self.latest, self.latest_step = self._evaluated(), step
             line["evaluation"] = self.latest.as_dict()
             if assembly.writer is not None:
                 assembly.writer.evaluated(math.log(self.latest.perplexity))
@@ -94,6 +93,20 @@ class Watch:
         if step == 0:
             self.before = self.latest
         return self.latest
+
+    def _evaluated(self) -> Evaluation:
+        assembly, training = self.assembly, self.recipe.training
+        return evaluate(
+            assembly.student, assembly.teacher, assembly.heldout,
+            replace(assembly.objective, beta=assembly.beta.end), seed=training.seed, streams=assembly.streams,
+            chunk=training.chunk, precision=assembly.precision,
+        )  # fmt: skip
+
+    def measure_unrounded(self, when: str) -> None:
+        """Notes the held-out KL of a student that rounds its weights as if it did not, ``when``: before or after."""
+        if self.assembly.heldout and rounded_layers(self.assembly.student):
+            with unrounded(self.assembly.student):
+                self.unrounded[when] = self._evaluated().kl
 
     def _probed(self, step: int) -> dict[str, Any]:
         assembly, training, line = self.assembly, self.recipe.training, {}

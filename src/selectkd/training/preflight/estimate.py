@@ -22,11 +22,13 @@ from transformers import AttentionInterface
 from selectkd.config import AdaptersOffTeacher, CacheTeacher, ModelTeacher
 from selectkd.loss.by_device import chunk_rows
 from selectkd.models.cut import cut_shape
+from selectkd.models.fake_quantized import fake_quantize
 from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.layers import layers_of
-from selectkd.models.load import load_shape
+from selectkd.models.load import DTYPES, load_shape
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import precision_of
+from selectkd.models.quantized import quantized_weights, stored_bytes
 from selectkd.models.shape import UPSTREAM_ERRORS
 from selectkd.teachers.cache.index import read_index
 from selectkd.training.activations import LEAST_BYTES, checkpoint_activations
@@ -85,7 +87,7 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
     teacher = [model for model, _ in shapes]
     of_student = precision.weights if training.lora is None else precision.frozen
     student = _student_shape(recipe, teacher[0] if teacher else None, of_student)
-    weights = _bytes(student.parameters()) + _bytes(student.buffers())
+    weights, whole = _weights(recipe, student)
     head = head_of(student)
     if training.lora is not None:
         in_fp32 = precision.weights == "float32"
@@ -119,10 +121,10 @@ def estimate(recipe: Any, *, length: int | None = None, device: torch.device | s
         student=weights + adapters,
         gradient=_bytes(trained),
         optimizer=moments,
-        activations=kept,
+        activations=kept + whole,
         loss=loss,
         teacher=taught,
-        merging=max(0, weights - kept - loss - _bytes(trained)) if adapters else 0,
+        merging=max(0, _copied(recipe, student, weights, kind) - kept - loss - _bytes(trained)),
         best_student=_bytes(trained) if training.early_stopping is not None else 0,
         saved=_bytes(trained) + moments,
         offloaded=offloaded,
@@ -304,7 +306,7 @@ def _of_a_rank(memory: Memory, student: Any, training: Any) -> Memory:
 def check_student(recipe: Any) -> None:
     """ConfigError for a cut or for adapters that the student's model cannot have; reads no weight."""
     lora = recipe.training.lora
-    if recipe.student.model is None or lora is not None:
+    if recipe.student.model is None or lora is not None or recipe.training.fake_quantization is not None:
         shape = _student_shape(recipe, None, "float32")
         if lora is not None:
             add_lora(shape, **lora.model_dump())
@@ -319,9 +321,29 @@ def _student_shape(recipe: Any, teacher: Any, dtype: str) -> Any:
         named = _teacher_model(recipe) if teacher is None else teacher.config._name_or_path
         model = load_shape(named, dtype=dtype)
         model = cut_shape(model, spec.from_teacher.layers, spec.from_teacher.choose)
+    if recipe.training.fake_quantization is not None:
+        fake_quantize(model, **recipe.training.fake_quantization.model_dump())
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def _weights(recipe: Any, student: Any) -> tuple[int, int]:
+    """(bytes of the student's weights and buffers, those of the largest weight that 4 bits make whole for a moment)."""
+    bits = recipe.student.quantization
+    if bits is None:
+        return _bytes(student.parameters()) + _bytes(student.buffers()), 0
+    return stored_bytes(student, bits.double), max(_size(weight) for weight in quantized_weights(student))
+
+
+def _copied(recipe: Any, student: Any, weights: int, kind: str) -> int:
+    """Bytes of the copies of the student on the device while it is saved: merged, rounded, or none."""
+    if recipe.student.quantization is not None:
+        saved = DTYPES[precision_of(recipe.training.precision, kind).saved]
+        return sum(p.numel() for p in student.parameters()) * saved.itemsize if kind == "cpu" else 0
+    if recipe.training.fake_quantization is not None:
+        return 2 * weights
+    return weights if recipe.training.lora is not None else 0
 
 
 def _teacher_model(recipe: Any) -> Any:

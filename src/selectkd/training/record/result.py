@@ -26,7 +26,8 @@ from selectkd.training.run_folder import FINISHED, Claim, at_defaults, flat, ide
 @dataclass(frozen=True)
 class RunResult:
     """What a run came to. before, after: held-out measures, None without held-out text. kept: layers of a cut
-    student. resumed_from: the step it went on from.
+    student. resumed_from: the step it went on from. unrounded: KL before and after, of a student that
+    rounds its weights, as if it did not.
     """
 
     run_dir: Path
@@ -40,6 +41,7 @@ class RunResult:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     resumed_from: int | None = None
+    unrounded: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,7 +102,12 @@ def _read(folder: Path, content: dict[str, Any], recipe: Any) -> RunResult | Non
             for name in ("steps", "best_step", "stopped_early", "skipped", "seconds", "warnings")
         },
         resumed_from=content["steps"],
+        unrounded=_unrounded(content["student"].get("rounding")),
     )
+
+
+def _unrounded(rounding: dict[str, Any] | None) -> dict[str, float]:
+    return {} if rounding is None else {when: one["unrounded"] for when, one in rounding["kl"].items()}
 
 
 def _plain(spec: Any) -> Any:
@@ -115,6 +122,10 @@ def card_of(
     method["lora" if recipe.training.lora is not None else "fine-tuning"] = (
         _plain(recipe.training.lora) or "full"
     )
+    if recipe.training.fake_quantization is not None:
+        method["fake_quantization"] = _plain(recipe.training.fake_quantization)
+    if recipe.student.quantization is not None:
+        method["quantization"] = _plain(recipe.student.quantization)
     if recipe.method is not None:
         overridden = {key: value for key, (_, value) in departures(recipe).items()}
         method = {"method": recipe.method, "overridden": overridden, **method}
@@ -128,6 +139,20 @@ def card_of(
         steps=ledger.step,
         tokens=ledger.tokens,
     )
+
+
+def _rounding(recipe: Any, result: RunResult) -> dict[str, Any] | None:
+    """How the student's weights are rounded, and its held-out KL with and without that, before training and after."""
+    scheme = recipe.training.fake_quantization
+    if scheme is None:
+        return None
+    measured = {"before": result.before, "after": result.after}
+    kl = {
+        when: {"rounded": one.kl, "unrounded": result.unrounded.get(when)}
+        for when, one in measured.items()
+        if one is not None
+    }
+    return {**_plain(scheme), "kl": kl}
 
 
 def manifest_of(
@@ -148,6 +173,8 @@ def manifest_of(
             "source": assembly.student_source,
             "revision": assembly.student_revision,
             "cut": origin.cut,
+            "quantization": _plain(recipe.student.quantization),
+            "rounding": _rounding(recipe, result),
         },
         "data": {
             "fingerprint": fingerprint_of(assembly.sources),
