@@ -1,17 +1,19 @@
 """How long a run waits for its text, and how much memory that takes: records of about 500 tokens, made on the spot.
 
-``python benchmarks/text.py ours|trl|rows`` in a process each; ``all`` runs them and writes rows into results.csv.
+``python benchmarks/text.py all 50000 200000 --record`` measures both ways, each in a process of its own, and writes
+rows into results.csv. Ours and TRL's take turns. What was measured is kept in ``.cache/text``, so that a benchmark that
+was stopped goes on; ``--peer`` is the Python that has TRL.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 PROCESSES = 2
 LENGTH = 1024
-WORDS = 380
+WORDS = 478
 """Words of a record: some 500 tokens of the tokenizer below."""
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -72,52 +74,51 @@ def tokenizer(folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-def peak() -> dict[str, int]:
-    """The memory of this process and its children in bytes, sampled by a thread: anonymous, and with mapped files."""
+def anonymous(processes: list[Any]) -> int:
+    """Bytes of memory of processes that no file backs; pages that a fork shares with its parent count once."""
+    total = 0
+    for one in processes:
+        try:
+            rows = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss_Anon:"))
+        except OSError:  # it has ended
+            continue
+    return total
+
+
+def timed(work: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds, processor seconds and growth of memory in bytes at the most, of this process and those it starts, while
+    ``work`` is done; and what it says of itself. A thread takes samples of memory and processor time.
+    """
     import threading
 
     import psutil
 
-    found = {"anonymous": 0, "resident": 0}
-    me = psutil.Process()
+    me, used, most = psutil.Process(), dict[int, float](), [0]
 
     def look() -> None:
+        processes = [me, *me.children(recursive=True)]
+        most[0] = max(most[0], anonymous(processes))
+        for one in processes:
+            try:
+                times = one.cpu_times()
+                used[one.pid] = times.user + times.system
+            except psutil.Error:  # it has ended
+                continue
+
+    def look_on() -> None:
         while True:
-            anonymous = resident = 0
-            for one in [me, *me.children(recursive=True)]:
-                try:
-                    rows = dict(
-                        line.split(":", 1)
-                        for line in Path(f"/proc/{one.pid}/status").read_text().splitlines()
-                    )
-                    anonymous += int(rows["RssAnon"].split()[0]) * 1024
-                    resident += int(rows["VmRSS"].split()[0]) * 1024
-                except (OSError, KeyError, psutil.Error):
-                    continue
-            found["anonymous"] = max(found["anonymous"], anonymous)
-            found["resident"] = max(found["resident"], resident)
+            look()
             time.sleep(0.1)
 
-    before = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
-    found["begun"] = int(before) * 1024
-    threading.Thread(target=look, daemon=True).start()
-    return found
-
-
-def timed(work: Callable[[], Any]) -> dict[str, Any]:
-    """Seconds, processor seconds (children included) and peak memory growth of ``work``, and what it says of itself."""
-    memory = peak()
+    look()
+    begun, before = most[0], sum(used.values())
+    threading.Thread(target=look_on, daemon=True).start()
     began = time.perf_counter()
     about = work()
     seconds = time.perf_counter() - began
-    used = os.times()
-    return {
-        "seconds": seconds,
-        "processor": used.user + used.system + used.children_user + used.children_system,
-        "growth": memory["anonymous"] - memory["begun"],
-        "resident": memory["resident"],
-        **about,
-    }
+    look()
+    return {"seconds": seconds, "processor": sum(used.values()) - before, "growth": most[0] - begun, **about}
 
 
 def ours(folder: Path, cache: Path) -> dict[str, Any]:
@@ -141,11 +142,8 @@ def ours(folder: Path, cache: Path) -> dict[str, Any]:
         )
         epoch = batches([source], BatchOptions(8, 0), 0)
         first = epoch[0]
-        return {
-            "tokens": int(source.examples.lengths.sum()),
-            "batches": len(epoch),
-            "shape": list(first.input_ids.shape),
-        }
+        lengths = source.examples.lengths
+        return {"tokens": int(lengths.sum()), "batches": len(epoch), "shape": list(first.input_ids.shape)}
 
     return timed(work)
 
@@ -173,65 +171,79 @@ def trl(folder: Path, cache: Path) -> dict[str, Any]:
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=loaded)
         loader = trainer.get_train_dataloader()
         first = next(iter(loader))
-        tokens = -1
-        return {"tokens": tokens, "batches": len(loader), "shape": list(first["input_ids"].shape)}
+        prepared.append(trainer.train_dataset)
+        return {"batches": len(loader), "shape": list(first["input_ids"].shape)}
 
-    return timed(work)
+    prepared: list[Any] = []
+    found = timed(work)
+    lengths = prepared[0].with_format("arrow").map(  # outside what is measured
+        lambda rows: {"length": [len(one) for one in rows["input_ids"]]}, batched=True,
+        remove_columns=prepared[0].column_names, keep_in_memory=True,
+    )  # fmt: skip
+    return {**found, "tokens": sum(lengths.with_format(None)["length"])}
 
 
-def run(python: str, who: str, folder: Path, cache: Path) -> dict[str, Any]:
+def run(python: str, who: str, folder: Path) -> dict[str, Any]:
     """One way in a process of its own."""
     done = subprocess.run(
-        [python, __file__, who, str(folder), str(cache)], capture_output=True, text=True, check=False
+        [python, __file__, who, "--folder", str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(sizes: list[int], peer: str) -> None:
-    from record import record
+def measured(folder: Path, records: int, peer: str) -> dict[str, dict[str, Any]]:
+    """What is measured of so many records, by way and start; what is there from an earlier time is kept."""
+    file = folder / "found.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "data.jsonl", records)
+        tokenizer(folder / "tokenizer")
+    for start in ("first", "second"):
+        for who, python in (("ours", sys.executable), ("trl", peer)):
+            if f"{who}, {start}" in found:
+                continue
+            if start == "first":
+                shutil.rmtree(folder / f"cache-{who}", ignore_errors=True)
+            found[f"{who}, {start}"] = run(python, who, folder)
+            print(records, who, start, found[f"{who}, {start}"], flush=True)
+            file.write_text(json.dumps(found))
+    return found
 
-    for records in sizes:
-        folder = Path(tempfile.mkdtemp(prefix="text-"))
-        try:
-            write(folder / "data.jsonl", records)
-            tokenizer(folder / "tokenizer")
-            rows = []
-            for who, python in (("ours", sys.executable), ("trl", peer)):
-                for start in ("first", "second"):
-                    found = run(python, who, folder, folder / f"cache-{who}")
-                    print(records, who, start, found, flush=True)
-                    rows += [
-                        (f"{records} records, {start} start", who, "seconds", found["seconds"], 0, 1),
-                        (
-                            f"{records} records, {start} start",
-                            who,
-                            "processor seconds",
-                            found["processor"],
-                            0,
-                            1,
-                        ),
-                        (
-                            f"{records} records, {start} start",
-                            who,
-                            "peak growth, MB",
-                            found["growth"] / 1e6,
-                            0,
-                            1,
-                        ),
-                    ]
-                    if who == "ours" and start == "first":
-                        rate = found["tokens"] / found["seconds"]
-                        rows.append((f"{records} records, first start", who, "tokens a second", rate, 0, 1))
-            record("text", rows)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("way", choices=["ours", "trl", "all"])
+    parser.add_argument("sizes", type=int, nargs="*", default=[50_000, 200_000])
+    parser.add_argument("--folder", type=Path, default=Path(".cache/text"))
+    parser.add_argument("--peer", default=os.environ.get("PEER", sys.executable))
+    parser.add_argument("--record", action="store_true")
+    given = parser.parse_args()
+    if given.way != "all":
+        way = {"ours": ours, "trl": trl}[given.way]
+        print(json.dumps(way(given.folder, given.folder / f"cache-{given.way}")))
+        return
+    rows = []
+    for records in given.sizes:
+        for about, found in measured(given.folder / str(records), records, given.peer).items():
+            who, start = about.split(", ")
+            values = {
+                "seconds": found["seconds"],
+                "processor seconds": found["processor"],
+                "peak growth, MB": found["growth"] / 1e6,
+                **({"tokens a second": found["tokens"] / found["seconds"]} if start == "first" else {}),
+            }
+            case = f"{records} records of {found['tokens'] / records:.0f} tokens, {PROCESSES} processes, {start} start"
+            rows += [(case, who, name, value, 0, 1) for name, value in values.items()]
+            print(case, who, {name: round(value, 2) for name, value in values.items()}, flush=True)
+    if given.record:
+        from record import record
+
+        record("text", rows)
+        shutil.rmtree(given.folder)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("ours", "trl"):
-        way = {"ours": ours, "trl": trl}[sys.argv[1]]
-        print(json.dumps(way(Path(sys.argv[2]), Path(sys.argv[3]))))
-    else:
-        main([int(size) for size in sys.argv[2:]], os.environ.get("PEER", ".venv-bench/bin/python"))
+    main()

@@ -206,3 +206,20 @@ def test_a_batch_gives_back_its_samples_padded_or_packed() -> None:
     for batch in (collate(examples, pad_id=0), collate_packed(pack(examples, 8), pad_id=0)):
         found = sorted(ids.tolist() for ids in batch.samples())
         assert found == sorted(texts)
+
+
+def test_a_long_epoch_is_packed_in_windows_of_itself(monkeypatch):
+    monkeypatch.setattr("selectkd.data.order.PACKED", 16)
+    data = [example(size, seed=size) for size in range(2, 60)]
+    epoch = batches([Source.of(data)], BatchOptions(2, 3, packing=True, max_length=64), 0)
+    rows = [row for index in range(len(epoch)) for row in epoch.places(index)]
+    place = {one: index for index, one in enumerate(epoch.drawn.tolist())}
+    assert sorted(one for row in rows for one in row) == list(range(58))
+    assert all(sum(len(data[one]) for one in row) <= 64 for row in rows)
+    assert all(len({place[one] // 16 for one in row}) == 1 for row in rows)
+    monkeypatch.setattr("selectkd.data.order.PACKED", 64)
+    whole = batches([Source.of(data)], BatchOptions(2, 3, packing=True, max_length=64), 0)
+    bins = pack([data[one] for one in draw([58], [1.0], seed=3, epoch=0).tolist()], 64)
+    assert sorted(map(sorted, (row for i in range(len(whole)) for row in whole.places(i)))) == sorted(
+        sorted(data.index(one) for one in row) for row in bins
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from selectkd.cli import main
 from selectkd.data import text_cache
 from selectkd.data.chunks import given
 from selectkd.data.examples import Examples, record_key
@@ -303,3 +305,31 @@ def test_a_data_set_at_hand_is_kept_by_its_content(tmp_path, tokenizer):
 def test_rules_can_be_sent_to_a_process_that_is_not_a_fork(tokenizer):
     rules = Rendering(tokenizer, ChatTemplate.of(tokenizer), TextRules(64), routes=Routes(({"a": 1},)))
     assert pickle.loads(pickle.dumps(rules)).identity() == rules.identity()
+
+
+def test_texts_are_listed_and_the_least_used_are_deleted(tmp_path, tokenizer, capsys):
+    place, paths = tmp_path / "cache", [write(tmp_path, 5, size, f"d{size}.jsonl") for size in (3, 4, 5)]
+    cache = TextCache.at(place)
+
+    def read(number):
+        return dataset_source({"path": paths[number]}, tokenizer, TextRules(64), cache=cache).examples
+
+    folders = [read(number).tables[0].path.parent for number in range(3)]
+    for days, folder in zip((3, 2, 1), folders, strict=True):
+        os.utime(folder / DATA, (0, 0))
+        os.utime(folder / MANIFEST, (time.time() - days * 86400,) * 2)
+    mapped, answer = read(0), tmp_path / "answer.json"  # reading notes the use
+    with (folders[2] / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process builds it
+        assert main(["cache", "texts", str(place), "--keep-gb", "0.000001", "--json", str(answer)]) == 0
+    assert capsys.readouterr().out.count("deleted") == 2
+    found = {row["folder"]: row for row in json.loads(answer.read_text())["texts"]}
+    assert [found[str(folder)]["deleted"] for folder in folders] == [True, True, False]
+    assert [found[str(folder)]["samples"] for folder in folders] == [5, 5, 5]
+    assert [(folder / DATA).is_file() for folder in folders] == [False, False, True]
+    assert len(list(mapped)) == 5  # what is mapped stays
+    assert main(["cache", "texts", str(place), "--keep-days", "2"]) == 0
+    assert "1 texts" in capsys.readouterr().out and list(read(0)) == list(mapped)
+    assert main(["cache", "texts", str(place), "--keep-days", "0"]) == 0
+    assert "0 texts, 0.0 MB" in capsys.readouterr().out
+    assert main(["cache", "texts", str(tmp_path / "none")]) == 0

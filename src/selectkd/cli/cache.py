@@ -1,7 +1,8 @@
-"""``selectkd cache build|verify|repair|info``: a teacher's rows on disk."""
+"""``selectkd cache build|verify|repair|info|texts``: a teacher's rows on disk, and tokenised text."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    help="Store a teacher's outputs on disk.",
+    help="Store a teacher's outputs on disk; list and delete tokenised text.",
 )
 
 Target = Annotated[
@@ -137,6 +138,48 @@ def info(
 
     folder = _folder(target, changes)
     _describe(folder, read_index(folder / "index.json"), json_file)
+
+
+@app.command("texts")
+def texts(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="data.cache of a recipe. Default: $SELECTKD_CACHE or ~/.cache/selectkd/text."),
+    ] = None,
+    keep_days: Annotated[
+        float | None, typer.Option("--keep-days", min=0, help="Delete what was not used for so many days.")
+    ] = None,
+    keep_gb: Annotated[
+        float | None,
+        typer.Option("--keep-gb", min=0, help="Delete what was not used for longest, until this is left."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """List the tokenised texts that are kept, or delete old ones.
+
+    A text that is needed again is tokenised again.
+    """
+    from selectkd.data.kept_text import kept_texts, remove, superfluous
+    from selectkd.data.text_cache import TextCache
+
+    place = TextCache.at(folder).folder
+    found = kept_texts(place)
+    old = superfluous(found, days=keep_days, size=None if keep_gb is None else keep_gb * 1e9)
+    gone = [one for one in old if remove(one)]
+    rows = [
+        {
+            "folder": str(one.folder), "source": one.source, "samples": one.samples, "bytes": one.size,
+            "used": datetime.fromtimestamp(one.used).isoformat(" ", "minutes"), "deleted": one in gone,
+        }
+        for one in found
+    ]  # fmt: skip
+    write_answer(json_file, {"folder": str(place), "texts": rows})
+    left, size = len(found) - len(gone), sum(one.size for one in found if one not in gone)
+    for row in rows:
+        what = f"{row['samples']:,} samples of {row['source']}" if row["source"] else "not whole"
+        gone_now = "deleted " if row["deleted"] else ""
+        say(f"{gone_now}{row['used']}  {row['bytes'] / 1e6:,.1f} MB  {what}  {row['folder']}")
+    say(f"{place}: {left} texts, {size / 1e6:,.1f} MB")
 
 
 def _describe(folder: Path, index: dict[str, Any], json_file: Path | None) -> None:

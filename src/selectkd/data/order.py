@@ -6,8 +6,9 @@ it can be had without the rest. n examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -21,6 +22,9 @@ from selectkd.errors import ConfigError, DataError
 
 WINDOW = 50
 """Batches among which ``bucket`` puts examples of like length together."""
+
+PACKED = 8192
+"""Examples that are packed together: more fill bins no better, and take memory."""
 
 
 def shuffled(n: int, *about: int | str) -> NDArray[np.int64]:
@@ -58,6 +62,22 @@ def draw(sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: in
     return chosen[shuffled(len(chosen), "selectkd/epoch", seed, epoch)]
 
 
+def bins_in_windows(
+    lengths: NDArray[np.int32], max_length: int, at: Callable[[int], Example]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The bins of ``bins_of`` each PACKED examples one after the other: the examples [n] bin by bin, and where each bin
+    begins among them, with the end, [bins + 1].
+    """
+    order, sizes = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+    for start in range(0, len(lengths), PACKED):
+        found = bins_of(
+            lengths[start : start + PACKED].tolist(), max_length, lambda place, start=start: at(start + place)
+        )
+        order.append(start + np.fromiter(chain.from_iterable(found), np.int64))
+        sizes.append(np.fromiter(map(len, found), np.int64))
+    return np.concatenate(order), np.concatenate(sizes).cumsum()
+
+
 @dataclass(frozen=True)
 class BatchOptions:
     """How examples become batches: so many rows each, packed up to ``max_length`` tokens, or examples of like length
@@ -89,13 +109,13 @@ class Epoch(Sequence[Batch]):
             raise DataError("This epoch has no examples. Raise the sources' weight, or add data.")
         self.examples, self.options = examples, options
         size, about = options.batch_size, ("selectkd/batches", options.seed, epoch)
-        self._rows: list[list[int]] | None = None
+        self._bins: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         if options.packing:
             assert options.max_length is not None
-            bins = bins_of(
-                examples.lengths[drawn].tolist(), options.max_length, lambda i: examples[int(drawn[i])]
+            packed, bounds = bins_in_windows(
+                examples.lengths[drawn], options.max_length, lambda i: examples[int(drawn[i])]
             )
-            self._rows = [bins[i] for i in shuffled(len(bins), *about).tolist()]
+            drawn, self._bins = drawn[packed], (bounds, shuffled(len(bounds) - 1, *about))
         elif options.bucket:
             window = WINDOW * size
             lengths = examples.lengths[drawn]
@@ -106,7 +126,7 @@ class Epoch(Sequence[Batch]):
                 ]
             )
         self.drawn = drawn
-        count = -(-(len(drawn) if self._rows is None else len(self._rows)) // size)
+        count = -(-(len(drawn) if self._bins is None else len(self._bins[1])) // size)
         self._order = shuffled(count, *about) if options.bucket and not options.packing else np.arange(count)
 
     def __len__(self) -> int:
@@ -116,9 +136,10 @@ class Epoch(Sequence[Batch]):
         """The rows of a batch, a row being the numbers of its examples (one, unless packed)."""
         start = int(self._order[index]) * self.options.batch_size
         stop = start + self.options.batch_size
-        if self._rows is None:
+        if self._bins is None:
             return [[place] for place in self.drawn[start:stop].tolist()]
-        return [self.drawn[row].tolist() for row in self._rows[start:stop]]
+        bounds, order = self._bins
+        return [self.drawn[bounds[one] : bounds[one + 1]].tolist() for one in order[start:stop].tolist()]
 
     def rows(self, index: int) -> list[list[Example]]:
         """The examples of a batch, row by row."""

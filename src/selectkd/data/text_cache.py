@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -124,6 +124,8 @@ def text_of(
                     found = _build(folder, name, parts, how, cache, limit)
         except OSError as error:
             raise disk_error(error, folder) from error
+    with suppress(OSError):  # a folder of somebody else's; when it was last used is not noted there
+        os.utime(folder / MANIFEST)
     # the ends of turns that rendering found belong to the template, in a run that renders nothing as well
     how.template.ends[(str(folder),)] = frozenset(found.ends)
     return Text(Table.mapped(folder / DATA), found, folder)
