@@ -13,6 +13,7 @@ from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes, OfRecipe
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import say, show_progress
+from selectkd.cli.verb import Verb
 from selectkd.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    help="Store a teacher's outputs on disk; list and delete tokenised text.",
+    help="Store a teacher's outputs on disk.",
 )
 
 Target = Annotated[
@@ -140,7 +141,7 @@ def info(
     _describe(folder, read_index(folder / "index.json"), json_file)
 
 
-@app.command("texts")
+@app.command("texts", cls=Verb)
 def texts(
     folder: Annotated[
         Path | None,
