@@ -105,9 +105,44 @@ def test_tool_calls_are_supported_in_both_shapes():
     assert to_sample({"messages": [USER, openai]}, "messages").trained == (1,)
 
 
+USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "1"}]}
+
+
+def test_parts_that_call_tools_and_give_results_become_turns():
+    text = {"type": "text", "text": "more"}
+    turns = [
+        USER,
+        {"role": "assistant", "content": [text, USE]},
+        {"role": "user", "content": [RESULT, text]},
+        REPLY,
+    ]
+    sample = to_sample({"messages": turns}, "messages")
+    call = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert sample.messages == (
+        USER,
+        {"role": "assistant", "content": [text], "tool_calls": [call]},
+        {"role": "tool", "content": RESULT["content"], "tool_call_id": "c1", "name": "f"},
+        {"role": "user", "content": [text]},
+        REPLY,
+    )
+    assert sample.trained == (1, 4)
+    plain = {**RESULT, "content": "1", "tool_use_id": None}
+    alone = to_sample({"messages": [*turns[:2], {"role": "user", "content": [plain]}, REPLY]}, "messages")
+    assert alone.messages[2] == {"role": "tool", "content": "1"} and alone.trained == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("turns", "named"),
     [
+        ([{"role": "user", "content": [USE]}, REPLY], r"content\[0\].*tool_use"),
+        ([USER, {"role": "assistant", "content": [RESULT]}], r"messages\[1\].*tool_result"),
+        ([USER, {"role": "assistant", "content": [USE, "x"]}], r"content\[1\].*behind a tool_use"),
+        ([USER, {"role": "assistant", "content": [{**USE, "input": 3}]}], r"content\[0\].arguments"),
+        (
+            [USER, {"role": "assistant", "content": [USE]}, {"role": "user", "content": ["x", RESULT]}],
+            r"content\[1\]",
+        ),
         ([REPLY, USER], r"turn 0"),
         ([USER, REPLY, {"role": "system", "content": "s"}], r"turn 2"),
         ([USER, {"role": "narrator", "content": "x"}], r"messages\[1\]\.role.*narrator"),

@@ -22,7 +22,7 @@ from selectkd.data.detection import (
     present,
     verdict_of,
 )
-from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turn_of
+from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turns_of
 from selectkd.errors import DataError
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -99,7 +99,7 @@ def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
             turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
             turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
         else:
-            turns.append(turn_of(item, at))
+            turns += turns_of(item, at, before=turns)
     return turns
 
 

@@ -105,7 +105,7 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
             del turn["tool_calls"]
     if content is None and turn.get("tool_calls"):
         content = ""
-    turn["content"] = _content(content, at, turn)
+    turn["content"] = _content(content, at, turn, role)
     for name in ("name", "tool_call_id", *REASONING):
         if name in turn:
             plain_text(turn[name], where.at(name))
@@ -119,6 +119,34 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
     return {"role": role, **turn}
 
 
+def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """``turn_of`` an item; results of tools among the parts of a user's turn are turns of their own, before the rest.
+
+    before: the turns before it, whose calls give the results their names.
+    """
+    parts = item.get("content") if isinstance(item, Mapping) else None
+    if not isinstance(parts, list | tuple) or not any(_kind(part) == "tool_result" for part in parts):
+        return [turn_of(item, where)]
+    if ROLES.get(item.get("role")) != "user":
+        raise DataError(f"{where}: only a user's turn can have parts of type tool_result.")
+    calls = (call for turn in before for call in turn.get("tool_calls") or ())
+    names = {str(call.get("id")): {"name": call.get("function", call)["name"]} for call in calls}
+    turns: list[dict[str, Any]] = []
+    rest: list[Any] = []
+    for index, part in enumerate(parts):
+        at = where.at("content").at(index)
+        if _kind(part) != "tool_result":
+            rest.append(_part(part, at))
+        elif rest:
+            raise DataError(f"{at}: a tool_result behind other parts. Put the results of tools first.")
+        else:
+            result = {name: value for name, value in part.items() if name != "type" and value is not None}
+            call = result.pop("tool_use_id", None)
+            named = {} if call is None else {"tool_call_id": call, **names.get(str(call), {})}
+            turns.append(turn_of({"content": "", **result, "role": "tool", **named}, at))
+    return [*turns, turn_of({**item, "content": rest}, where)] if rest else turns
+
+
 def text_of(content: Any) -> str:
     """The text of a turn's content, of parts their texts together."""
     if isinstance(content, str):
@@ -126,25 +154,37 @@ def text_of(content: Any) -> str:
     return "".join(str(part.get("text", "")) for part in content or ())
 
 
-def _content(content: Any, where: Where, turn: dict[str, Any]) -> str | list[dict[str, Any]]:
-    """Text, or a list of text parts; parts of reasoning become the reasoning of ``turn``."""
+def _content(content: Any, where: Where, turn: dict[str, Any], role: str) -> str | list[dict[str, Any]]:
+    """Text, or a list of text parts; parts of reasoning and calls of tools become those of ``turn``."""
     if not isinstance(content, list | tuple):
         return plain_text(content, where)
-    parts, thoughts = [], []
+    parts, thoughts, calls = [], [], []
     for index, part in enumerate(content):
-        thought = _thought(part)
-        if thought is None:
-            parts.append(_part(part, where.at(index)))
+        thought, at = _thought(part), where.at(index)
+        if thought is not None:
+            thoughts.append(plain_text(thought, at))
+        elif _kind(part) == "tool_use" and role == "assistant":
+            about = {"name": part.get("name"), "arguments": part.get("input")}
+            name = {"id": plain_text(part["id"], at.at("id"))} if part.get("id") is not None else {}
+            calls.append({"type": "function", **name, "function": _function(about, at)})
+        elif calls:
+            raise DataError(f"{at}: a part behind a tool_use, where templates write none. Put calls last.")
         else:
-            thoughts.append(plain_text(thought, where.at(index)))
+            parts.append(_part(part, at))
+    if calls:
+        turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls]
     if thoughts and not any(name in turn for name in REASONING):
         turn[REASONING[0]] = "\n\n".join(thoughts)
     return parts
 
 
+def _kind(part: Any) -> Any:
+    return part.get("type") if isinstance(part, Mapping) else None
+
+
 def _thought(part: Any) -> Any:
     """The text of a part of reasoning, {type: thinking, thinking: text or text parts}; None for any other part."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = _kind(part)
     if kind not in ("thinking", "reasoning"):
         return None
     text = part.get(kind, part.get("text", ""))
