@@ -6,6 +6,7 @@ b rows, t tokens of what a collator gives.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectkd.config import Teacher as Section
 from selectkd.data.collate import Batch
+from selectkd.data.durable import json_bytes, write_whole
 from selectkd.data.supervised import supervised
-from selectkd.errors import ConfigError
+from selectkd.errors import ConfigError, IntegrityError
 from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import FirstPass
 from selectkd.models.head import head_of
@@ -30,6 +33,7 @@ from selectkd.teachers import exactness
 from selectkd.teachers.live import LiveTeacher
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.open import plan_teacher
+from selectkd.training.checkpoint.encoding import join, split
 from selectkd.training.counts import summed
 from selectkd.training.first_pass import MicroBatch
 from selectkd.training.ledger import Ledger
@@ -42,6 +46,10 @@ MICRO_BATCH = "selectkd"
 """Where a micro-batch keeps what the loss needs of it, and the argument by which a student is asked for the loss."""
 IGNORED = -100
 MEASURES = ("kl", "tar", "acceptance", "bite", "overlap")
+STATE = "selectkd.json"
+"""In a Trainer's checkpoint: the ledger's state."""
+BESIDE_TEXT = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
+"""How inputs that are no text begin."""
 
 
 @cache
@@ -75,7 +83,9 @@ class Distilling(Trainer):
     The loss is computed inside the student's wrapped forward pass. The log lines hold kl (KL(p || q), nats a token),
     tar, acceptance, bite and beta; ``evaluate`` gives eval_kl and the others over the tokens of the whole data set,
     and eval_loss is the mean of the objective a token. A step whose loss or gradient is not finite is left out.
-    Raises ConfigError for a teacher that does not fit, label smoothing, fp16, DeepSpeed and FSDP.
+    Checkpoints hold the state of the loss, so a run that is resumed draws and weighs as one without a stop.
+    Raises ConfigError for a teacher that does not fit, label smoothing, fp16, DeepSpeed, FSDP, metrics of logits and
+    another loss.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step; dividing again would be wrong
@@ -98,6 +108,7 @@ class Distilling(Trainer):
                 "selectkd.DistillTrainer, which shards, or replicas (DDP)."
             )
         self.args._n_gpu = min(self.args.n_gpu, 1)  # else the Trainer wraps the model in DataParallel
+        _check_unread(self, given)
         objective = objective or Objective()
         student: Any = self.accelerator.unwrap_model(self.model)
         options = options or LossOptions(also_kl=True)
@@ -108,6 +119,7 @@ class Distilling(Trainer):
             objective, reduction, beta, seed=self.args.seed, streams=("train",), device=self.args.device
         )
         self._measured: Tensor | None = None  # the sums of an evaluation
+        self.add_callback(_SavesLedger(self.ledger))
         gives_loss(student, self.distillation)
 
     def own_teacher(self) -> Any:
@@ -159,6 +171,11 @@ class Distilling(Trainer):
             self.ledger.reduce(model.parameters())
         return loss
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_ledger(self.ledger, Path(checkpoint))
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.ledger.close_step(norm):  # type: ignore[arg-type]
@@ -204,6 +221,45 @@ class Distilling(Trainer):
         super().log(logs, start_time)
 
 
+class _SavesLedger(TrainerCallback):
+    """Writes the ledger's state into each checkpoint of a Trainer."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_whole(folder / STATE, json_bytes(split(self.ledger.state_dict(), {})))
+
+
+def load_ledger(ledger: Ledger, checkpoint: Path) -> None:
+    """Sets a ledger to the state in a Trainer's checkpoint; one of a Trainer without our loss has none, and changes
+    nothing. IntegrityError for a damaged state.
+    """
+    path = checkpoint / STATE
+    if not path.is_file():
+        return
+    try:
+        ledger.load_state_dict(join(json.loads(path.read_bytes()), {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Resume from an older checkpoint."
+        ) from error
+
+
+def _check_unread(trainer: Any, given: Mapping[str, Any]) -> None:
+    """ConfigError for arguments that would be left unread: functions of logits that never exist, and another loss."""
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if getattr(trainer, name, None) is not None:
+            raise ConfigError(
+                f"{name} needs the logits of all held-out text, which are never built. Leave it out; evaluations hold "
+                f"{', '.join(MEASURES)}."
+            )
+    if given.get("compute_loss_func") is not None:
+        raise ConfigError("compute_loss_func is another loss. Leave it out, or pass objective=.")
+
+
 def batch_of(inputs: Mapping[str, Any]) -> Batch:
     """The batch of a Hugging Face collator's tensors: input_ids, labels [b, t], attention_mask and position_ids.
 
@@ -213,6 +269,13 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
     ids, labels = inputs["input_ids"], inputs.get("labels")
     if labels is None:
         raise ConfigError(f"a batch has {', '.join(inputs)} and no labels. Use a collator that gives them.")
+    beside = [name for name in inputs if name.startswith(BESIDE_TEXT)]
+    if beside:
+        raise ConfigError(f"a batch has {beside[0]}, and the loss reads text alone. Use a collator of text.")
+    if labels.shape != ids.shape:
+        raise ConfigError(
+            f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be [rows, tokens]."
+        )
     counts = labels != IGNORED
     if not bool((labels[counts] == ids[counts]).all()):
         raise ConfigError(
