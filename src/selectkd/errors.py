@@ -31,6 +31,12 @@ class TeacherError(SelectKDError):
     exit_code = 4
 
 
+class RemoteError(SelectKDError):
+    """A service, such as the hub, that cannot be reached or refuses a request: exit code 4."""
+
+    exit_code = 4
+
+
 class IntegrityError(SelectKDError):
     """Stored bytes that are not what was written: exit code 5."""
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selectkd.config import load_recipe, recipe_from
 from selectkd.config.departures import departure_warnings, departures
 from selectkd.errors import ConfigError
-from selectkd.training.record.card import model_card
+from selectkd.training.record.card import Facts, model_card
 from selectkd.training.record.metrics import REQUIRED
 from selectkd.training.run import train
 from training.tiny import VOCABULARY, WORDS, tiny_llama, tiny_tokenizer, write_pair
@@ -214,16 +214,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_card_with_hostile_names_parses_to_the_same_values() -> None:
     name = "x: [\n---\nlicense: stolen\n`<script>`"
-    card = model_card(
-        teacher=name,
-        student="s",
-        data=[name],
-        method={"k": name},
-        before={},
-        after={},
-        steps=1,
-        tokens=2,
+    facts = Facts(
+        teacher=name, student="s", data=[name], method={"k": name}, before={}, after={}, steps=1, tokens=2
     )
+    card = model_card(facts)
     end = card.index("\n---\n\n# A student")
     front = yaml.safe_load(card[4:end])
     assert front["selectkd"]["teacher"] == name and "license" not in front
@@ -245,7 +239,7 @@ def test_every_name_and_number_of_a_card_survives_both_versions_of_yaml() -> Non
     numbers = [1e-05, 1e20, 1.0, 0.1, 3, True, None, -2.5e-300]
     said = {"names": HOSTILE, "numbers": numbers, **{name: name for name in HOSTILE}}
     rest = {"before": {"tar": 1e-07}, "after": {}, "steps": 1, "tokens": 2}
-    card = model_card(teacher="no", student="on", data=HOSTILE, method=said, **rest)
+    card = model_card(Facts(teacher="no", student="on", data=HOSTILE, method=said, **rest))
     front = card[4 : card.index("\n---\n\n# A student")]
     for read in (yaml.safe_load(front), YAML(typ="safe", pure=True).load(front)):
         ours = read["selectkd"]

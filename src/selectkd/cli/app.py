@@ -22,8 +22,10 @@ from selectkd.cli import (
     env,
     estimate,
     eval,
+    export,
     generate,
     init,
+    push,
     report,
     schema,
     serve,
@@ -43,6 +45,7 @@ USAGE = 2
 
 ORDER = (
     *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train", "eval", "report"),
+    *("export", "push"),
     *("serve-teacher", "teacher", "study", "show", "schema", "env", "version"),
 )
 """Verbs in the order of a first project, as `selectkd --help` lists them; what is hidden comes after them."""
@@ -77,6 +80,8 @@ app.add_typer(cache.app, name="cache")
 app.command("train", cls=OfRecipe)(train.train)
 app.command("eval", cls=Verb)(eval.evaluate)
 app.command("report", cls=Verb)(report.report)
+app.command("export", cls=Verb)(export.export)
+app.command("push", cls=Verb)(push.push)
 app.command("serve-teacher", cls=Verb)(serve.serve_teacher)
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(study.app, name="study")

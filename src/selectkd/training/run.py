@@ -31,9 +31,10 @@ from selectkd.training.feed import BatchFeed
 from selectkd.training.heldout.watch import Watch
 from selectkd.training.ledger import Ledger
 from selectkd.training.loggers import Loggers, written
+from selectkd.training.record.card import model_card
 from selectkd.training.record.manifest import write_manifest
 from selectkd.training.record.metrics import MetricsLog
-from selectkd.training.record.result import Origin, RunResult, card_of, cut_of, finished_run, manifest_of
+from selectkd.training.record.result import Origin, RunResult, cut_of, facts_of, finished_run, manifest_of
 from selectkd.training.run_folder import (
     CHECKPOINTS,
     FINISHED,
@@ -268,8 +269,9 @@ class _Run:
             resumed_from=None if self.claim.opened is None else self.claim.opened.step,
             unrounded=dict(watch.unrounded),
         )
+        manifest = manifest_of(recipe, assembly, result, ledger, self.device, self.origin)
         if rank() == 0 or is_sharded(assembly.student):
-            card = card_of(recipe, assembly, watch.before, after, ledger)
+            card = model_card(facts_of(recipe, manifest))
             save_student(
                 assembly.student, assembly.tokenizer, folder / "student", card, dtype=assembly.precision.saved
             )
@@ -277,7 +279,6 @@ class _Run:
             scheme = recipe.training.fake_quantization
             if scheme is not None and scheme.name.startswith("int"):
                 save_integers(assembly.student, assembly.tokenizer, folder / f"student-{scheme.name}")
-            manifest = manifest_of(recipe, assembly, result, ledger, self.device, self.origin)
             write_manifest(folder / FINISHED, manifest)
         if dist.is_available() and dist.is_initialized():
             dist.barrier()

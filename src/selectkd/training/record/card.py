@@ -6,8 +6,10 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
@@ -25,35 +27,43 @@ _MEASURES = (
 )
 
 
-def model_card(
-    *,
-    teacher: str,
-    student: str,
-    data: Sequence[str],
-    method: Mapping[str, Any],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    steps: int,
-    tokens: int,
-) -> str:
-    """The README.md of a student: YAML front matter, method, data, teacher, and held-out numbers before and
-    after.
+@dataclass(frozen=True)
+class Facts:
+    """What a card says. before, after: held-out measures by name. base_model: the hub model that the student was made
+    of; teacher_revision: a commit or a file's sha-256. data_hashes: fingerprints by name of the text. license: of the
+    student, an identifier of the hub; license_note: where it comes from. recipe: YAML. files: what is uploaded beside
+    the model, with a word on each.
     """
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["distillation", "selectkd"],
-        "selectkd": {
-            "teacher": teacher,
-            "student": student,
-            "data": list(data),
-            "method": {key: value for key, value in method.items()},
-            "tar": {"before": before.get("tar"), "after": after.get("tar")},
-        },
-    }
+
+    teacher: str
+    student: str
+    data: Sequence[str]
+    method: Mapping[str, Any]
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    steps: int
+    tokens: int
+    name: str = "student"
+    base_model: str | None = None
+    teacher_revision: str | None = None
+    data_hashes: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
+    license_note: str | None = None
+    recipe: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_card(facts: Facts) -> str:
+    """The README.md of a student: YAML front matter, method, data, teacher, and held-out numbers before and after.
+
+    The front matter is huggingface_hub's, with the numbers as its model-index.
+    """
+    teacher, student, data, method = facts.teacher, facts.student, facts.data, facts.method
+    before, after, steps, tokens = facts.before, facts.after, facts.steps, facts.tokens
+    front = _front(facts)
     lines = [
         "---",
-        _yaml(front).rstrip(),
+        as_yaml(front).rstrip(),
         "---",
         "",
         "# A student distilled with selectkd",
@@ -77,8 +87,73 @@ def model_card(
         "",
         "TAR depends on the verifier and its k; compare it only at the same ones.",
         "",
+        *_provenance(facts),
     ]
     return "\n".join(lines)
+
+
+def _front(facts: Facts) -> dict[str, Any]:
+    """The front matter of a card, as huggingface_hub names its parts."""
+    data = ModelCardData(
+        base_model=facts.base_model,
+        license=facts.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["distillation", "selectkd"],
+        model_name=facts.name,
+        eval_results=_results(facts) or None,
+        selectkd={
+            "teacher": facts.teacher,
+            "student": facts.student,
+            "data": list(facts.data),
+            "method": {key: value for key, value in facts.method.items()},
+            "tar": {"before": facts.before.get("tar"), "after": facts.after.get("tar")},
+            **({"teacher_revision": facts.teacher_revision} if facts.teacher_revision else {}),
+            **({"data_hashes": dict(facts.data_hashes)} if facts.data_hashes else {}),
+        },
+    )
+    return data.to_dict()
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """The held-out measures of the student as the hub's evaluation results; numbers alone."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="heldout",
+            dataset_name=f"held-out text of {', '.join(facts.data)}",
+            metric_type=name,
+            metric_name=label,
+            metric_value=facts.after[name],
+        )
+        for name, label in _MEASURES
+        if isinstance(facts.after.get(name), int | float) and math.isfinite(facts.after[name])
+    ]
+
+
+def _provenance(facts: Facts) -> list[str]:
+    """The parts of a card that an upload adds: hashes, licence, files and the recipe."""
+    lines: list[str] = []
+    if facts.data_hashes or facts.teacher_revision:
+        lines += ["## Made of", ""]
+        lines += [f"- teacher: {plain(facts.teacher)}, {plain(str(facts.teacher_revision))}"] * bool(
+            facts.teacher_revision
+        )
+        lines += [f"- {plain(name)}: {plain(value)}" for name, value in facts.data_hashes.items()]
+        lines.append("")
+    if facts.license_note:
+        lines += ["## Licence", "", plain(facts.license_note), ""]
+    if facts.files:
+        lines += [
+            "## Files",
+            "",
+            *[f"- {plain(name)}: {plain(text)}" for name, text in facts.files.items()],
+            "",
+        ]
+    if facts.recipe:
+        fence = "`" * (max((len(run) for run in re.findall("`+", facts.recipe)), default=2) + 1)
+        lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
+    return lines
 
 
 def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -125,7 +200,8 @@ _Plainly.add_representer(str, _Plainly.represent_str)
 _Plainly.add_representer(float, _Plainly.represent_float)
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """YAML that version 1.1 and 1.2 read as the same values."""
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Plainly
     writer.default_flow_style = False

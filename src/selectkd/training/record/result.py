@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from selectkd.training.assembly import Assembly
 from selectkd.training.counts import ranks
 from selectkd.training.heldout.evaluation import Evaluation
 from selectkd.training.ledger import Ledger
-from selectkd.training.record.card import model_card
+from selectkd.training.record.card import Facts
 from selectkd.training.record.manifest import device_name, versions
 from selectkd.training.run_folder import FINISHED, Claim, at_defaults, flat, identity
 
@@ -114,9 +115,8 @@ def _plain(spec: Any) -> Any:
     return spec.model_dump(exclude_none=True) if isinstance(spec, BaseModel) else spec
 
 
-def card_of(
-    recipe: Any, assembly: Assembly, before: Evaluation | None, after: Evaluation | None, ledger: Ledger
-) -> str:
+def facts_of(recipe: Any, manifest: Mapping[str, Any]) -> Facts:
+    """What the card of a run says, from its recipe and its manifest."""
     objective = _plain(recipe.objective)
     method = {key: value for key, value in objective.items() if value not in (None, [], ())}
     method["lora" if recipe.training.lora is not None else "fine-tuning"] = (
@@ -129,15 +129,15 @@ def card_of(
     if recipe.method is not None:
         overridden = {key: value for key, (_, value) in departures(recipe).items()}
         method = {"method": recipe.method, "overridden": overridden, **method}
-    return model_card(
-        teacher=assembly.teacher_plan.source,
-        student=assembly.student_source,
-        data=assembly.streams,
+    return Facts(
+        teacher=manifest["teacher"]["source"],
+        student=manifest["student"]["source"],
+        data=manifest["data"]["streams"],
         method=method,
-        before={} if before is None else before.as_dict(),
-        after={} if after is None else after.as_dict(),
-        steps=ledger.step,
-        tokens=ledger.tokens,
+        before=manifest["before"] or {},
+        after=manifest["after"] or {},
+        steps=manifest["steps"],
+        tokens=manifest["tokens"],
     )
 
 

@@ -1,0 +1,213 @@
+"""`selectkd export`: measured before it is left, refused where it is not true, whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+
+from export.pairs import byte_level, student, tiny_model
+from selectkd.cli import main
+from selectkd.errors import ConfigError, IntegrityError
+from selectkd.evals.export import REPORT, Texts, check_out, export
+from selectkd.evals.exported import BOUNDS
+from selectkd.models.export import targets
+from selectkd.models.export.draft import check_pair
+from selectkd.models.export.gguf import tensors
+from selectkd.models.export.kinds import KINDS, kind_of
+from selectkd.models.export.ollama import CHATS, SHAPES, modelfile
+from selectkd.models.export.student import Options, Student
+from selectkd.models.export.targets import TARGETS
+from selectkd.models.load import Loaded
+
+PROMPTS = [[3, 50 + i, 60 + i, 70, 80 - i] for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Student:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [2, 4]
+    return student(model, byte_level())
+
+
+def write(tiny: Student, to: str, folder: Path, kind: str | None = None, **more: Any) -> Any:
+    bound = more.pop("bound", None)
+    options = Options(kind_of(to, kind), folder, **more)
+    texts = Texts(PROMPTS, ["<|im_start|>user\nHi 12<|im_end|>\n"], 6, "made")
+    return export(tiny, TARGETS[to], options, texts, about={"target": to}, bound=bound)
+
+
+def test_the_report_has_the_figures_and_the_hash_of_every_file(tiny: Student, tmp_path: Path) -> None:
+    report = write(tiny, "gguf", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / REPORT).read_bytes())
+    assert content == json.loads(json.dumps(report.content))
+    assert (
+        set(content["files"])
+        == {"student-f16.gguf", "Modelfile"}
+        == {path.name for path in (tmp_path / "out").iterdir() if path.name != REPORT}
+    )
+    found = content["fidelity"]
+    assert found["texts"] == 8 and found["greedy_same"] == 8 and found["different_ids"] == []
+    assert 0 < found["kl"]["low"] <= found["kl"]["value"] <= found["kl"]["high"] < BOUNDS["f16"]
+    assert content["notes"]["special_ids"] == {"bos": 1, "padding": 0, "eos": 2, "eot": 4}
+    assert content["read_back_by"] == "transformers" and content["versions"]["torch"]
+    write(tiny, "gguf", tmp_path / "out", "f32")  # an export may be replaced
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"student-f32.gguf", "Modelfile", REPORT}
+
+
+def refused(tiny: Student, folder: Path, **more: Any) -> str:
+    with pytest.raises(IntegrityError) as error:
+        write(tiny, "gguf", folder, **more)
+    assert not folder.exists() and not list(folder.parent.iterdir())
+    return str(error.value)
+
+
+def test_a_swapped_permutation_of_q_and_k_is_refused_with_its_kl(
+    tiny: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "interleaved", lambda rows, heads: rows)
+    message = refused(tiny, tmp_path / "out")
+    assert "its KL to the student is" in message and "the bound is 0.0001" in message
+
+
+def test_a_wrong_end_id_is_refused(tiny: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = targets.write_gguf
+
+    def wrong(one: Student, folder: Path, options: Options) -> dict[str, Any]:
+        notes = whole(one, folder, options)
+        field = GGUFReader(folder / notes["file"], "r+").fields["tokenizer.ggml.eot_token_id"]
+        field.parts[field.data[0]][:] = np.uint32(3)
+        return notes
+
+    monkeypatch.setitem(TARGETS, "gguf", targets.Target(wrong, targets.read_gguf))
+    assert "the ids [2, 3] end a text of the export, and [2, 4] one of the student" in refused(
+        tiny, tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        (
+            "tokenizer.chat_template",
+            lambda field: field.parts[field.data[0]].__setitem__(0, ord("!")),
+            "chat template",
+        ),
+        (
+            "llama.rope.freq_base",
+            lambda field: field.parts[field.data[0]].__setitem__(0, 5e4),
+            "rope.freq_base",
+        ),
+        (
+            "tokenizer.ggml.token_type",
+            lambda field: field.parts[field.data[3]].__setitem__(0, 1),
+            "other ids",
+        ),
+        (
+            "tokenizer.ggml.tokens",
+            lambda field: field.parts[field.data[70]].__setitem__(0, ord("~")),
+            "no tokenizer that can be read",
+        ),
+    ],
+)
+def test_a_changed_template_setting_or_token_is_refused(
+    key: str, change: Any, says: str, tiny: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = targets.write_gguf
+
+    def wrong(one: Student, folder: Path, options: Options) -> dict[str, Any]:
+        notes = whole(one, folder, options)
+        change(GGUFReader(folder / notes["file"], "r+").fields[key])
+        return notes
+
+    monkeypatch.setitem(TARGETS, "gguf", targets.Target(wrong, targets.read_gguf))
+    assert says in refused(tiny, tmp_path / "out")
+
+
+def test_a_bound_refuses_with_the_number(tiny: Student, tmp_path: Path) -> None:
+    assert "the bound is 0.05" in refused(tiny, tmp_path / "out", kind="q4_0", bound=0.05)
+
+
+@pytest.mark.parametrize("target", ["merged", "mlx"])
+def test_a_folder_is_written_in_its_format_and_the_student_stays_in_fp32(
+    target: str, tiny: Student, tmp_path: Path
+) -> None:
+    before = {name: weight.clone() for name, weight in tiny.model.named_parameters()}
+    write(tiny, target, tmp_path / "out", "bf16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["dtype"] == "bfloat16"
+    for name, weight in tiny.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_a_draft_has_its_servers_settings_and_its_acceptance_before_and_after(
+    tiny: Student, tmp_path: Path
+) -> None:
+    target = Loaded(tiny.model, tiny.tokenizer, "target", None)
+    report = write(tiny, "vllm-draft", tmp_path / "out", target=target, target_name="big", draft_length=2)
+    assert report.drafted.before.value == 1.0 and 0.5 < report.drafted.after.value <= 1.0
+    settings = json.loads((tmp_path / "out" / "speculative.json").read_bytes())
+    assert settings == {"method": "draft_model", "model": str(tmp_path / "out"), "num_speculative_tokens": 2}
+    assert report.content["notes"]["command"].startswith("vllm serve big --speculative-config '{")
+    other = write(tiny, "sglang-draft", tmp_path / "two", target=target, target_name="big", draft_length=3)
+    flags = other.content["notes"]["flags"]
+    assert flags[flags.index("--speculative-num-draft-tokens") + 1] == "4" and "STANDALONE" in flags
+
+
+def test_a_draft_of_another_width_or_tokenizer_is_refused(tiny: Student, tmp_path: Path) -> None:
+    import copy
+
+    wide = copy.deepcopy(tiny.model)
+    wide.resize_token_embeddings(384)
+    for model, tokenizer, says in (
+        (wide, tiny.tokenizer, "has 384 rows and the draft's 320"),
+        (tiny.model, byte_level("qwen2"), "cut text differently|different tokenizers|other merges"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            check_pair(tiny, Options("bf16", tmp_path, Loaded(model, tokenizer, "t", None)))
+
+
+def test_types_that_others_make_are_refused_with_their_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        ("--to gguf --type q4_k_m", "llama-quantize student-f16.gguf student-q4_k_m.gguf Q4_K_M"),
+        ("--to mlx --type q4_0", "mlx_lm.convert"),
+        ("--to hf --type q8_0", "Use one of: f32, f16, bf16"),
+        ("--to ggufs", "Did you mean 'gguf'?"),
+        ("--to vllm-draft", "needs --target"),
+    ):
+        assert main(["export", "no-such-run", *words.split(), "--out", "x"]) == 2
+        assert says in capsys.readouterr().err
+    assert set(KINDS) == set(TARGETS)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no export"):
+        check_out(tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        check_out(tmp_path / "a.txt")
+
+
+def test_a_modelfile_has_a_go_template_only_where_it_gives_the_same_chats() -> None:
+    made = byte_level()
+    text, notes = modelfile("x.gguf", made, 4096)
+    assert 'TEMPLATE """{{ range .Messages }}{{- if eq .Role "system" }}<|im_start|>system\n' in text
+    assert (
+        'PARAMETER stop "<|im_end|>"' in text and "SYSTEM" not in text and f"{len(CHATS)} chats" in notes[0]
+    )
+    made.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{'<|im_start|>system\nBe kind.<|im_end|>\n'}}{% endif %}"
+        + (made.chat_template)
+    )
+    assert 'SYSTEM """Be kind."""' in modelfile("x.gguf", made, 4096)[0]
+    made.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    text, notes = modelfile("x.gguf", made, 4096)
+    assert "TEMPLATE" not in text and "none that is written for Ollama" in notes[0]
+    made.chat_template = None
+    assert "TEMPLATE {{ .Prompt }}" in modelfile("x.gguf", made, 4096)[0]
+    assert all(shape.text(CHATS[0]).endswith(shape.answer) for shape in SHAPES)
