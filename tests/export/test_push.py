@@ -120,7 +120,7 @@ def test_an_upload_is_one_commit_that_a_second_call_completes(run: Path, push: A
         sent, hub.calls = hub.uploads, []
         assert push(url, str(run), "me/made", "--revision", "trial")[0] == 0
         assert hub.uploads == sent, "what the hub has is not sent again"
-        assert hub.tokens == {f"Bearer {TOKEN}"}
+        assert hub.tokens - {None} == {f"Bearer {TOKEN}"}  # a check of the card needs none
     assert TOKEN not in "".join([*broken, *whole])
     assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 

@@ -78,9 +78,10 @@ def export(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Export a student to another runtime, and refuse it unless it answers as the student does.
+    """Export a student to another runtime, and check the result.
 
     The export is read back and compared: ids, end tokens, chat template, KL, best tokens, greedy answers.
+    It is refused where it differs.
     """
     from selectkd.models.export.kinds import DRAFTS, kind_of
 
