@@ -294,3 +294,33 @@ def test_arguments_that_a_template_drops_are_told(written, kept, make_tokenizer)
     else:
         with pytest.raises(DataError, match=r"turn 1 \(assistant\).*tool_calls\[0\]\.arguments"):
             examples({"messages": messages}, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3.2", "phi4"])
+def test_a_prompt_that_is_too_long_loses_its_oldest_turns_and_keeps_its_system_prompt(name):
+    tokenizer = tokenizer_of(name)
+    pairs = [(("user", f"Question {n}? " + "word " * 9), ("assistant", f"Answer {n}.")) for n in range(6)]
+    talk = [turn for pair in pairs for turn in pair]
+    row = {"messages": turns(("system", "Be brief."), *talk)}
+    kept = {"messages": turns(("system", "Be brief."), *talk[-4:])}
+    (whole,) = examples(kept, tokenizer, train_turns="last")
+    limit = whole.completion.index(True)
+    (cut,) = examples(row, tokenizer, train_turns="last", max_prompt_length=limit)
+    assert (cut.input_ids, cut.completion) == (whole.input_ids, whole.completion)
+    assert cut.truncated and cut.cut_prompt and not whole.truncated
+    (one,) = examples(row, tokenizer, train_turns="last", max_prompt_length=limit - 1)
+    (last,) = examples({"messages": turns(("system", "Be brief."), *talk[-2:])}, tokenizer)
+    assert one.input_ids == last.input_ids
+    (part,) = examples(row, tokenizer, train_turns="last", max_prompt_length=last.completion.index(True) - 8)
+    text = tokenizer.decode(part.input_ids)
+    assert (
+        "Be brief." in text
+        and "Question 5" not in text
+        and text.endswith(tokenizer.decode(last.input_ids)[-40:])
+    )
+    assert examples(row, tokenizer, train_turns="last", max_prompt_length=4) == [
+        Dropped("d.jsonl:3", "prompt longer than max_prompt_length")
+    ]
+    assert examples(row, tokenizer, train_turns="last", max_prompt_length=9, on_too_long="drop") == [
+        Dropped("d.jsonl:3", "too long")
+    ]

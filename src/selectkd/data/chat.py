@@ -29,8 +29,8 @@ def tokenize_chat(
     eos_ids: Collection[int],
     window: Window,
     train_turns: TrainTurns = "all",
-) -> Steps[list[tuple[list[int], list[bool]]]]:
-    """(ids, trained) of each text of a conversation, its trained turns marked, each with the token that ends it.
+) -> Steps[list[tuple[list[int], list[bool], tuple[int, ...]]]]:
+    """(ids, trained, turns) of each text of a conversation, its trained turns marked, each with the token that ends it.
 
     eos_ids: what ends a turn beside what the template itself writes behind one. Raises DataError naming the row and the
     turn: see ``lay_out``; and where the tokenizer cannot say which characters a token covers.
@@ -44,10 +44,10 @@ def tokenize_chat(
         )
     ends = turn_ends(template, encoder.tokenizer, eos_ids, sample)
     layouts = yield from lay_out(sample, template, ends=encoder.signs(ends), train_turns=train_turns)
-    texts: list[tuple[list[int], list[bool]]] = []
+    texts: list[tuple[list[int], list[bool], tuple[int, ...]]] = []
     for layout in layouts:
-        text = yield from _tokens(layout, encoder, ends, window, sample)
-        texts.append(text)
+        ids, trained = yield from _tokens(layout, encoder, ends, window, sample)
+        texts.append((ids, trained, layout.numbers))
     return texts
 
 

@@ -44,12 +44,13 @@ WORD = re.compile(r"(?<![\\\w])(?!(?:true|false|null)\b)[a-zA-Z0-9]{2,}")
 @dataclass(frozen=True)
 class Layout:
     """A text and the parts of it that are trained, [begin, end) in characters, in their order. begins: the ends of the
-    generation prompts of its trained turns.
+    generation prompts of its trained turns; numbers: those turns.
     """
 
     text: str
     pieces: tuple[tuple[int, int], ...]
     begins: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class _Conversation:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A trained turn at the end of its own text, behind ``begin``, the end of its generation prompt. stop: where
-    nothing is read any more; ended: whether a token of the text ends the turn there.
+    """Trained turn ``number`` at the end of its own text, behind ``begin``, the end of its generation prompt. stop:
+    where nothing is read any more; ended: whether a token of the text ends the turn there.
     """
 
+    number: int
     text: str
     begin: int
     pieces: tuple[tuple[int, int], ...]
@@ -237,7 +239,7 @@ def _turn(talk: _Conversation, number: int, prompt: str, whole: str, *, answer: 
         shift = len(text) - len(whole)
         parts = [(max(begin, one + shift), two + shift) for one, two in spans if two + shift > begin]
     if not parts:
-        return _Turn(text, begin, (), len(text), False)
+        return _Turn(number, text, begin, (), len(text), False)
     last = parts[-1][1]
     thought = _search(_reasoning(message), text, begin)
     answers = begin if thought is None else thought[1]
@@ -247,7 +249,7 @@ def _turn(talk: _Conversation, number: int, prompt: str, whole: str, *, answer: 
     pieces = [(max(begin, one), min(two, place)) for one, two in parts if two > begin and one < place]
     if pieces:
         pieces[-1] = (pieces[-1][0], stop)
-    return _Turn(text, len(prompt), tuple(pieces), stop, stop > place)
+    return _Turn(number, text, len(prompt), tuple(pieces), stop, stop > place)
 
 
 def _end(text: str, known: int, last: int, ends: Collection[str]) -> tuple[int, int] | None:
@@ -369,10 +371,11 @@ def _together(turns: Sequence[_Turn], ends: Collection[str]) -> list[Layout]:
                 if not turn.ended:  # no token of its own ends it; the next turn's first one may
                     _, stop = _end(home.text, stop, stop, ends) or (stop, stop)
                 pieces = (*first, (begin, stop), *home.pieces)
-                layouts[place] = Layout(home.text, pieces, (turn.begin, *home.begins))
+                begins, numbers = (turn.begin, *home.begins), (turn.number, *home.numbers)
+                layouts[place] = Layout(home.text, pieces, begins, numbers)
                 break
         else:
-            layouts.append(Layout(turn.text, turn.pieces, (turn.begin,)))
+            layouts.append(Layout(turn.text, turn.pieces, (turn.begin,), (turn.number,)))
     return layouts[::-1]
 
 

@@ -18,6 +18,7 @@ from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
 from selectkd.data.rounds import Steps, Tokens, alone
+from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
@@ -67,6 +68,10 @@ class Dropped:
 
     origin: str
     reason: str
+
+
+_Text = tuple[list[int], list[bool], tuple[int, ...]]
+"""The ids of a text, which of them are trained, and the numbers of its trained turns."""
 
 
 def pad_id_of(tokenizer: Any) -> int:
@@ -129,10 +134,12 @@ def render(
     """The sample as one ``Example`` or more of at most ``max_length`` tokens; in place of one that is left out,
     ``Dropped`` with the reason.
 
-    A conversation is several examples where its template changes earlier turns (``data.positions``). Truncation cuts
-    the prompt on its left (a BOS stays) to ``max_prompt_length`` and the whole on its right; a completion that was cut
-    gets no EOS. eos_ids: what ends a turn beside the tokenizer's EOS. template: the tokenizer's, unless given. Raises
-    DataError naming the row.
+    A conversation is several examples where its template changes earlier turns (``data.positions``). A prompt is cut to
+    ``max_prompt_length``: a conversation loses its oldest turns and keeps its system prompt (``data.shorter``), other
+    text is cut on its left (a BOS stays). The whole is cut on its right; a completion that was cut gets no EOS.
+
+    eos_ids: what ends a turn beside the tokenizer's EOS. template: the tokenizer's, unless given. Raises DataError
+    naming the row.
     """
     template = ChatTemplate.of(tokenizer) if template is None else template
     encoder = Encoder(tokenizer)
@@ -156,15 +163,30 @@ def rendering(
     without_tools = yield from leaves_out_tools(sample, template)
     prompt = packed(prompt_keys(prompt_of(sample)))
     results: list[Example | Dropped] = []
-    for ids, trained in texts:
+    waiting = [(sample, text) for text in texts]
+    while waiting:
+        talk, (ids, trained, turns) = waiting.pop(0)
         if ids:
             trained[0] = False
         if not any(trained):
             results.append(Dropped(sample.origin, "nothing to train on"))
             continue
-        example = Example(ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt)
-        results.append(_fit(example, rules, ids[0] == encoder.bos))
+        excess = _excess(trained, rules)
+        if excess and turns and (less := shorter(talk, turns, excess)) is not None:
+            texts = yield from _tokenize(less, encoder, encoder.ends(eos_ids), rules, template)
+            waiting[:0] = [(less, text) for text in texts]
+        elif excess and turns and has_system(talk):
+            results.append(Dropped(sample.origin, "prompt longer than max_prompt_length"))
+        else:
+            example = Example(ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt)
+            results.append(_fit(example, rules, ids[0] == encoder.bos, cut_prompt=talk is not sample))
     return results
+
+
+def _excess(trained: list[bool], rules: TextRules) -> float:
+    """The share of a prompt that is cut: 0 where it fits, or is not cut but refused."""
+    prompt, most = trained.index(True), rules.max_prompt_length
+    return 0 if rules.on_too_long != "truncate" or most is None or prompt <= most else 1 - most / prompt
 
 
 def _with_defaults(sample: Sample, rules: TextRules) -> Sample:
@@ -184,28 +206,28 @@ def _with_defaults(sample: Sample, rules: TextRules) -> Sample:
 
 def _tokenize(
     sample: Sample, encoder: Encoder, eos_ids: frozenset[int], rules: TextRules, template: ChatTemplate
-) -> Steps[list[tuple[list[int], list[bool]]]]:
-    """(ids, trained) of each text of a sample."""
+) -> Steps[list[_Text]]:
+    """Each text of a sample."""
     window = Window(rules.max_length, rules.max_prompt_length)
     if sample.input_ids is not None:
-        return [_pretokenised(sample, encoder.tokenizer, rules.train_on)]
+        return [(*_pretokenised(sample, encoder.tokenizer, rules.train_on), ())]
     if sample.text is not None:
         if not sample.text.strip():
-            return [([], [])]
+            return [([], [], ())]
         found: Encoded = yield Tokens(window.of(sample.text, 0, encoder.tokenizer).text)
         ids = _behind_start(found.ids, encoder) + encoder.end
-        return [_single_end(ids, [True] * len(ids), eos_ids)]
+        return [(*_single_end(ids, [True] * len(ids), eos_ids), ())]
     if template.source or sample.completion is None:
         if rules.train_on == "all" and template.source:
             text = yield from whole_text(sample, template)
             found = yield Tokens(window.of(text, 0, encoder.tokenizer).text)
-            return [(list(found.ids), [True] * len(found.ids))]
+            return [(list(found.ids), [True] * len(found.ids), ())]
         texts = yield from tokenize_chat(
             sample, encoder, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
         )
         return texts
     joined = yield from _joined(sample, encoder, eos_ids, rules.train_on, window)
-    return [joined]
+    return [(*joined, ())]
 
 
 def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
@@ -279,13 +301,13 @@ def _single_end(ids: list[int], trained: list[bool], eos_ids: frozenset[int]) ->
     return (ids[:-1], trained[:-1]) if twice else (ids, trained)
 
 
-def _fit(example: Example, rules: TextRules, keep_first: bool) -> Example | Dropped:
-    """The example within its limits, by policy."""
+def _fit(example: Example, rules: TextRules, keep_first: bool, *, cut_prompt: bool) -> Example | Dropped:
+    """The example within its limits, by policy. cut_prompt: its prompt has been made shorter already."""
     max_length, max_prompt_length = rules.max_length, rules.max_prompt_length
     prompt = example.completion.index(True)
     long_prompt = max_prompt_length is not None and prompt > max_prompt_length
     if not long_prompt and len(example) <= max_length:
-        return example
+        return replace(example, truncated=cut_prompt, cut_prompt=cut_prompt)
     if rules.on_too_long == "error":
         what, limit = ("max_prompt_length", max_prompt_length) if long_prompt else ("max_length", max_length)
         size = prompt if long_prompt else len(example)
@@ -303,4 +325,6 @@ def _fit(example: Example, rules: TextRules, keep_first: bool) -> Example | Drop
     ids, trained = ids[:max_length], trained[:max_length]
     if not any(trained):
         return Dropped(example.origin, "prompt fills max_length")
-    return replace(example, input_ids=ids, completion=trained, truncated=True, cut_prompt=long_prompt)
+    return replace(
+        example, input_ids=ids, completion=trained, truncated=True, cut_prompt=long_prompt or cut_prompt
+    )
