@@ -127,7 +127,7 @@ def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = (
     parts = item.get("content") if isinstance(item, Mapping) else None
     if not isinstance(parts, list | tuple) or not any(_kind(part) == "tool_result" for part in parts):
         return [turn_of(item, where)]
-    if ROLES.get(item.get("role")) != "user":
+    if ROLES.get(str(item.get("role"))) != "user":
         raise DataError(f"{where}: only a user's turn can have parts of type tool_result.")
     calls = (call for turn in before for call in turn.get("tool_calls") or ())
     names = {str(call.get("id")): {"name": call.get("function", call)["name"]} for call in calls}
