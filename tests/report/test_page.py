@@ -239,3 +239,28 @@ def test_report_verb_writes_the_page_and_refuses_a_folder_that_is_no_run(
     assert f"report: {out}" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
     assert main(["report", str(run), "--results", str(tmp_path / "none.json")]) == 3
+
+
+def test_a_heat_map_for_a_readme_is_one_svg_with_every_token_of_its_text(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from xml.etree import ElementTree
+
+    out = tmp_path / "heat.svg"
+    assert main(["report", str(run), "--heatmap-svg", str(out), "--text", "2"]) == 0
+    tree = ElementTree.fromstring(out.read_text("utf-8"))
+    drawn = [one for one in tree.iter() if one.tag.endswith("rect")]
+    looks = read_run(run).looks
+    assert looks is not None
+    here = looks.last["sample"] == 1
+    rejected = [int((~look.accepted[here]).sum()) for look in (looks.first, looks.last)]
+    kinds = [one.get("class") for one in drawn]
+    # the page, a sample of each colour in the legend, and of each look 40 tokens
+    assert kinds.count("a") + kinds.count("r") == 80 + 2 and kinds.count("under") == sum(rejected) + 1
+    said = "".join(tree.itertext())
+    assert f"accepts {40 - rejected[1]} of 40 tokens" in said and "after 20 steps" in said
+    assert not [
+        one for one in tree.iter() if any(name.startswith("on") or "href" in name for name in one.attrib)
+    ]
+    assert main(["report", str(run), "--heatmap-svg", str(out), "--text", "9"]) == 2
+    assert "texts 1 to 6" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from selectkd.cli import (
     study,
     teacher,
     train,
+    watch,
 )
 from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.terminal import be_quiet, say, show_error, without_others
@@ -44,8 +45,8 @@ INTERRUPTED = 130
 USAGE = 2
 
 ORDER = (
-    *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train", "eval", "report"),
-    *("export", "push"),
+    *("demo", "init", "data", "doctor", "estimate", "cut", "generate", "cache", "train"),
+    *("watch", "runs", "eval", "report", "export", "push"),
     *("serve-teacher", "teacher", "study", "show", "schema", "env", "version"),
 )
 """Verbs in the order of a first project, as `selectkd --help` lists them; what is hidden comes after them."""
@@ -79,6 +80,8 @@ app.command("generate", cls=OfRecipe)(generate.generate)
 app.add_typer(cache.app, name="cache")
 app.command("train", cls=OfRecipe)(train.train)
 app.command("eval", cls=Verb)(eval.evaluate)
+app.command("watch", cls=Verb)(watch.watch)
+app.command("runs", cls=Verb)(watch.runs)
 app.command("report", cls=Verb)(report.report)
 app.command("export", cls=Verb)(export.export)
 app.command("push", cls=Verb)(push.push)

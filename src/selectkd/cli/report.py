@@ -25,11 +25,30 @@ def report(
             "--results", metavar="FILE", help="A JSON file of eval or study, to be shown. Repeatable."
         ),
     ] = None,
+    heatmap_svg: Annotated[
+        Path | None,
+        typer.Option(
+            "--heatmap-svg", metavar="FILE", help="Write one text of the first run as an SVG instead."
+        ),
+    ] = None,
+    text: Annotated[
+        int | None,
+        typer.Option("--text", min=1, help="The text for --heatmap-svg. Default: the one that changed most."),
+    ] = None,
 ) -> None:
     """Write a page that shows what one or more runs did.
 
     It has curves, every token of the probe by its verdict, texts and results, and names what was not measured.
     """
+    if heatmap_svg is not None:
+        from selectkd.data.durable import write_plain
+        from selectkd.report.heatmap_svg import heatmap_svg as drawn
+        from selectkd.report.run_files import read_run
+
+        write_plain(heatmap_svg, drawn(read_run(runs[0]), text).encode())
+        say(f"heat-map: {heatmap_svg}")
+        return
+
     from selectkd.report.page import write_report
 
     path = write_report(*runs, out=out, extra=results or [])

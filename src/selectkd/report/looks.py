@@ -102,10 +102,14 @@ class Looks:
         return np.arange(len(sample)) - starts
 
 
-def read_looks(folder: Path) -> Looks | None:
-    """The looks in a run's folder ``probe``; None where there are none, DataError where one is damaged."""
+def read_looks(folder: Path, *, newest: bool = False) -> Looks | None:
+    """The looks in a run's folder ``probe``; None where there are none, DataError where one is damaged.
+
+    newest: the newest alone.
+    """
     texts = folder / "texts.json"
     files = sorted(folder.glob("step-*.safetensors")) if folder.is_dir() else []
+    files = files[-1:] if newest else files
     if not files or not texts.is_file():
         return None
     try:

@@ -116,7 +116,9 @@ class RunFiles:
         return [at for (at, now), (_, before) in zip(counts, [(0, 0), *counts], strict=False) if now > before]
 
 
-def read_run(folder: str | os.PathLike[str], extra: Iterable[Path] = ()) -> RunFiles:
+def read_run(
+    folder: str | os.PathLike[str], extra: Iterable[Path] = (), *, with_looks: bool = True
+) -> RunFiles:
     """The run in ``folder`` with the results in ``extra``; ConfigError where it is no run folder."""
     path = Path(folder).expanduser()
     if not (path / METRICS).is_file() and not (path / RUN).is_file():
@@ -137,17 +139,21 @@ def read_run(folder: str | os.PathLike[str], extra: Iterable[Path] = ()) -> RunF
         manifest=manifest,
         settings=_settings(path / RUN, unread),
         stopped=stopped,
-        looks=_looks(path, unread),
+        looks=_looks(path, unread) if with_looks else None,
         checkpoints=_checkpoints(path / "checkpoints"),
         results=[*results, *((one.name, _named(one)) for one in extra)],
         unread=unread,
     )
 
 
-def state_of(folder: Path) -> str:
-    """running, finished, failed or broken off."""
-    unread: list[str] = []
-    return _state(folder, _json(folder / MANIFEST, unread), _json(folder / STOPPED, unread))
+def run_folders(folder: Path, depth: int = 3) -> list[Path]:
+    """The run folders in ``folder``, itself included, by name; nothing inside a run is looked at."""
+    if (folder / RUN).is_file() or (folder / METRICS).is_file():
+        return [folder]
+    inside = (
+        sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()) if depth else []
+    )
+    return [found for path in inside for found in run_folders(path, depth - 1)]
 
 
 def _state(folder: Path, manifest: Any, stopped: Any) -> str:

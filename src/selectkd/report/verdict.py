@@ -53,8 +53,8 @@ def tiles(run: RunFiles) -> list[Tile]:
         _change("TAR", before.get("tar"), after.get("tar"), "share of tokens the teacher accepts", lower=False),
         Tile("Bite", _percent(_mean(run, "bite")), "of the signal taken away by the gate", help="mean over training"),
         Tile("Speed", number(_median(run.clock("tokens_per_second"))), "supervised tokens a second"),
-        Tile("Peak memory", _bytes(max((v for _, v in run.clock("peak_bytes")), default=None)), _device(run)),
-        Tile("Time", _time(run.seconds), steps),
+        Tile("Peak memory", in_bytes(max((v for _, v in run.clock("peak_bytes")), default=None)), _device(run)),
+        Tile("Time", in_time(run.seconds), steps),
         Tile("Steps left out", number(len(run.skipped)), "a number was not finite", "bad" if run.skipped else ""),
     ]  # fmt: skip
     return found
@@ -186,7 +186,8 @@ def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
 
 
-def _bytes(value: float | None) -> str:
+def in_bytes(value: float | None) -> str:
+    """Bytes for people."""
     return (
         "not measured"
         if value is None
@@ -200,7 +201,8 @@ def _device(run: RunFiles) -> str:
     return str((run.manifest or {}).get("device") or "of this process")
 
 
-def _time(seconds: float | None) -> str:
+def in_time(seconds: float | None) -> str:
+    """Seconds for people."""
     if seconds is None:
         return "not measured"
     hours, rest = divmod(round(seconds), 3600)

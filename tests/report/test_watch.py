@@ -1,0 +1,100 @@
+"""Runs in a terminal: what state they are in, and how one goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from report.written_run import write_run
+from selectkd.cli import main
+from selectkd.errors import NumericsError
+from selectkd.report.live import screen, sparkline, time_left
+from selectkd.report.run_files import at_work, read_run
+from selectkd.training.run_folder import locked, noting_errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """Runs in the four states; the running one is held by this process."""
+    folder = tmp_path_factory.mktemp("all")
+    write_run(folder / "finished")
+    write_run(folder / "deep" / "broken", finished=False)
+    failed = write_run(folder / "failed", finished=False)
+    with pytest.raises(NumericsError), noting_errors(failed):
+        raise NumericsError("step 3: loss nan")
+    write_run(folder / "running", finished=False)
+    (folder / "no run").mkdir()
+    return folder
+
+
+@pytest.fixture
+def held(folder: Path) -> Iterator[Path]:
+    with locked(folder / "running"):
+        yield folder / "running"
+
+
+def test_runs_lists_every_run_with_its_state_and_verdict(folder: Path, held: Path, capsys: Any) -> None:
+    assert main(["runs", str(folder), "--json", "-"]) == 0
+    found = {Path(row["run"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: row["state"] for name, row in found.items()} == {
+        "finished": "finished", "broken": "broken off", "failed": "failed", "running": "running",
+    }  # fmt: skip
+    assert found["failed"]["verdict"][0] == "The run failed at step 20 of 20: step 3: loss nan"
+    assert found["finished"]["kl_after"] == 0.75 and found["finished"]["step"] == 20
+    assert main(["runs", str(folder)]) == 0
+    assert "broken off" in capsys.readouterr().out
+    assert main(["runs", str(folder / "no run")]) == 0 and main(["runs", str(folder / "none")]) == 2
+
+
+def test_a_lock_counts_while_its_process_holds_it(folder: Path, held: Path) -> None:
+    assert at_work(held)
+    left = folder / "deep" / "broken"
+    left.joinpath(".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    assert not at_work(left), "the process is alive, and holds another run"
+    left.joinpath(".lock").write_text("process 99999999 on elsewhere\n")
+    assert at_work(left), "another host, and the files are new"
+    os.utime(left / "metrics.jsonl", (1, 1))
+    os.utime(left / ".lock", (1, 1))
+    assert not at_work(left)
+
+
+def test_reading_a_lock_never_holds_it(held: Path) -> None:
+    """A reader that took the lock for a moment would make a run that begins then refuse its folder."""
+    at_work(held)
+    with pytest.raises(BlockingIOError), (held / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_watch_prints_a_line_a_step_in_a_pipe_and_ends_with_the_run(folder: Path, capsys: Any) -> None:
+    assert main(["watch", str(folder / "finished")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("held-out text: kl 2  perplexity 12")
+    assert lines[1].startswith("step 1/20  loss 2  TAR 0.32  101 tokens/s")
+    assert lines[-1] == "finished: finished at step 20" and len(lines) == 1 + 20 + 3
+    assert main(["watch", str(folder / "no run")]) == 2
+
+
+def test_the_screen_of_a_run_has_its_progress_curves_and_text(folder: Path, held: Path) -> None:
+    run = read_run(held, with_looks=False)
+    with (folder / "screen").open("w+") as file:
+        Console(file=file, width=100, color_system=None).print(screen(run))
+        file.seek(0)
+        said = file.read()
+    assert "step 20 of 20" in said and "3.00 GiB" in said and "held-out KL" in said
+    assert "█" in said and "France" in said
+
+
+def test_time_left_is_at_the_pace_of_the_newest_steps(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False)
+    rows = [{"step": step, "time": step * 2.0, "tokens_per_second": 1.0} for step in range(1, 11)]
+    run.joinpath("timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert time_left(read_run(run)) == pytest.approx((20 - 10) * 2.0)
+    assert sparkline([1.0] * 100) == "▁" * 34 and sparkline([]) == ""
