@@ -97,7 +97,7 @@ def test_tokens_answer_to_pointer_keys_and_slider_with_the_numbers_of_the_look(
     rejected = int(np.flatnonzero(~looks.last.accepted[2:])[0]) + 2
     check(rejected, looks.last)
     tab.locator("#look").fill("0")
-    tab.wait_for_function("document.getElementById('looked').textContent.startsWith('step 0')")
+    tab.locator("#looked", has_text="step 0:").wait_for()
     check(rejected, looks.first)
     assert f"TAR {looks.first.tar:.3g}" in tab.locator("#looked").text_content()
     kinds = tab.eval_on_selector_all(".tokens i", r"all => all.map(one => /\br\d/.test(one.className))")
