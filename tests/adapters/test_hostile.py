@@ -153,6 +153,19 @@ def test_an_evaluation_needs_no_text_to_train_on(tmp_path: Path) -> None:
     assert trainer.evaluate({"a": held_out, "b": held_out})["eval_b_kl"] == metrics["eval_kl"]
 
 
+def test_liger_s_kernels_leave_the_student_s_forward_pass_alone(tmp_path: Path) -> None:
+    """Its fused cross-entropy is another forward pass, set as training begins."""
+    args = TrainingArguments(
+        **arguments(tmp_path), use_liger_kernel=True, liger_kernel_config={"rope": False}
+    )
+    distil(Trainer)(model=tiny_llama(2), args=args, teacher=tiny_llama(1))
+    assert args.liger_kernel_config == {
+        "rope": False,
+        "fused_linear_cross_entropy": False,
+        "cross_entropy": False,
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -65,6 +65,43 @@ def test_the_sft_trainer_s_own_text_and_evaluation_are_read(tmp_path: Path) -> N
     assert all(line["eval_kl"] > 0 for line in history if "eval_loss" in line)
 
 
+def test_texts_that_trl_packs_into_one_row_are_read_as_each_is_alone(tmp_path: Path) -> None:
+    rows = Dataset.from_list(
+        [{"prompt": f"w1 w2 w{i}", "completion": f" w{i} w5" + " w9" * i} for i in range(6)]
+    )
+    found, tokens = [], set()
+    for packing in (False, True):
+        settings = SETTINGS | {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}
+        args = trl.SFTConfig(str(tmp_path), max_length=16, packing=packing, **settings)
+        trainer = adapters.SFTTrainer(
+            model=tiny_llama(2).double(), args=args, train_dataset=rows, processing_class=tiny_tokenizer(),
+            teacher=tiny_llama(1).double(), objective=GATES["greedy"],
+        )  # fmt: skip
+        found.append(trained_step(in_order(trainer)))
+        tokens.add(trainer.ledger.tokens)
+    assert len(tokens) == 1
+    for name, gradient in found[0].items():
+        # positions and masks are other tensors, and attention sums in fp32
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_turn_that_is_the_assistant_s_alone_counts(tmp_path: Path) -> None:
+    """assistant_only_loss, by the template's generation marks."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
+        "{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    turns = [("user", "w1 w2"), ("assistant", "w3 w4"), ("user", "w8"), ("assistant", "w9 w10 w11")]
+    rows = Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in turns]}] * 6)
+    args = trl.SFTConfig(str(tmp_path), assistant_only_loss=True, **SETTINGS)
+    trainer = adapters.SFTTrainer(
+        model=tiny_llama(2), args=args, train_dataset=rows, processing_class=tokenizer, teacher=tiny_llama(1)
+    )
+    trainer.train()
+    assert trainer.ledger.tokens == 6 * (3 + 4)  # with the end of each turn
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_gkd_is_the_mean_over_the_text_that_was_written(lmbda: float, tmp_path: Path) -> None:
     """Against our own engine on the very text; TRL's beta and temperature keep their meaning."""

@@ -46,6 +46,7 @@ MICRO_BATCH = "selectkd"
 """Where a micro-batch keeps what the loss needs of it, and the argument by which a student is asked for the loss."""
 IGNORED = -100
 MEASURES = ("kl", "tar", "acceptance", "bite", "overlap")
+WITHOUT_LOSS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 STATE = "selectkd.json"
 """In a Trainer's checkpoint: the ledger's state."""
 BESIDE_TEXT = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
@@ -108,6 +109,10 @@ class Distilling(Trainer):
                 "selectkd.DistillTrainer, which shards, or replicas (DDP)."
             )
         self.args._n_gpu = min(self.args.n_gpu, 1)  # else the Trainer wraps the model in DataParallel
+        if (
+            self.args.use_liger_kernel
+        ):  # its kernels of layers; its loss would take the place of the student's forward
+            self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | WITHOUT_LOSS
         _check_unread(self, given)
         objective = objective or Objective()
         student: Any = self.accelerator.unwrap_model(self.model)
