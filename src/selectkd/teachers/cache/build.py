@@ -31,6 +31,7 @@ from selectkd.teachers.cache.index import (
     SHARDS,
     TEXT,
     Record,
+    Records,
     cut_into_shards,
     fingerprint,
     read_index,
@@ -79,7 +80,7 @@ def plan_of(
     options: CacheOptions,
     template: ChatTemplate | None = None,
     ends: Collection[int] = (),
-) -> tuple[dict[str, Any], list[Record]]:
+) -> tuple[dict[str, Any], Records]:
     """(the index without its shards, the records): the teacher, the text, and the way its rows are stored.
 
     template, ends: of the rendered text; the tokenizer's template unless given.
@@ -116,10 +117,10 @@ def plan_of(
         **({"date": template.moment} if template.dated else {}),
         **({"ends": sorted(ends)} if ends else {}),
         "engine": {"selectkd": metadata.version("selectkd"), **origin.engine},
-        "data": xxhash.xxh3_128(b"".join(record.key for record in records)).hexdigest(),
+        "data": _hash_of_keys(records),
         "records": len(records),
-        "rows": sum(len(record.places) for record in records),
-        "tokens": sum(len(record.ids) for record in records),
+        "rows": int(records.counts.sum()),
+        "tokens": int(records.lengths.sum()),
         "shard_rows": 0,
         "text": {"size": len(text), "checksum": xxhash.xxh3_128(text).hexdigest()},
     }
@@ -128,10 +129,17 @@ def plan_of(
     return plan, records
 
 
+def _hash_of_keys(records: Records) -> str:
+    digest = xxhash.xxh3_128()
+    for record in records:
+        digest.update(record.key)
+    return digest.hexdigest()
+
+
 def build_cache(
     folder: Path,
     plan: Mapping[str, Any],
-    records: Sequence[Record],
+    records: Records,
     origin: Origin,
     *,
     rank: int = 0,
@@ -249,16 +257,16 @@ def compute_shard(
     )
 
 
-def estimate(origin: Origin, records: Sequence[Record], payload: Stored) -> float:
+def estimate(origin: Origin, records: Records, payload: Stored) -> float:
     """Seconds the teacher needs for all records, from one batch of middling length."""
     if not records:
         return 0.0
-    by_length = sorted(records, key=lambda record: len(record.ids))
-    middle = by_length[len(by_length) // 2 : len(by_length) // 2 + origin.batch]
+    by_length = np.argsort(records.lengths, kind="stable")
+    middle = [records[one] for one in by_length[len(by_length) // 2 :][: origin.batch].tolist()]
     started = time.perf_counter()
     origin.rows(middle, payload)
     took = time.perf_counter() - started
-    return took * sum(len(r.ids) for r in records) / sum(len(r.ids) for r in middle)
+    return took * int(records.lengths.sum()) / sum(len(record.ids) for record in middle)
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, under: str = "") -> list[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
-from selectkd.data.examples import record_key
+from selectkd.data.examples import Examples, record_key
 from selectkd.errors import CacheError
 
 INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.safetensors", "shards"
@@ -32,40 +33,86 @@ class Record:
         return record_key(self.ids)
 
 
-def records_of(examples: Iterable[Any]) -> list[Record]:
+class Records(Sequence[Record]):
+    """The records of a text, each made when it is wanted; a slice is a view.
+
+    lengths, counts: tokens and places of each, [n]. make: the record of a number, of which the first is ``start``.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Record], lengths: NDArray[Any], counts: NDArray[Any], start: int = 0
+    ) -> None:
+        self.lengths, self.counts = lengths, counts
+        self._make, self._start = make, start
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        if isinstance(index, slice):
+            start, _, step = index.indices(len(self))
+            assert step == 1  # nobody takes every other record
+            return Records(self._make, self.lengths[index], self.counts[index], self._start + start)
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._make(self._start + index % len(self))
+
+
+def records_of(examples: Iterable[Any]) -> Records:
     """A record for each different sample that trains a token; equal samples share one, with the places of all."""
-    found: dict[tuple[int, ...], set[int]] = {}
-    for example in examples:
-        places = {i - 1 for i, trained in enumerate(example.completion) if trained and i}
-        if places:
-            found.setdefault(tuple(example.input_ids), set()).update(places)
-    return [Record(list(ids), sorted(places)) for ids, places in found.items()]
+    text = Examples.of(examples)
+    counts = np.fromiter((len(_places(example)) for example in text), np.int64, len(text))
+    used = np.flatnonzero(counts)
+    keys = text.column("key")[used].view("V16").ravel()
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))  # in the order in which they first come
+    number = rank[group.ravel()]
+    rows = used[np.argsort(number, kind="stable")]
+    bounds = np.concatenate([np.zeros(1, np.int64), np.bincount(number, minlength=len(first)).cumsum()])
+
+    def make(index: int) -> Record:
+        same = [text[int(row)] for row in rows[bounds[index] : bounds[index + 1]]]
+        return Record(same[0].input_ids, sorted(set().union(*map(_places, same))))
+
+    found = counts[rows[bounds[:-1]]]
+    for index in np.flatnonzero(np.diff(bounds) > 1).tolist():
+        found[index] = len(make(index).places)
+    return Records(make, text.lengths[rows[bounds[:-1]]].astype(np.int64), found)
 
 
-def cut_into_shards(records: Sequence[Record], rows: int) -> list[list[Record]]:
+def _places(example: Any) -> set[int]:
+    return {place - 1 for place, trained in enumerate(example.completion) if trained and place}
+
+
+def cut_into_shards(records: Records, rows: int) -> list[Records]:
     """Consecutive records, a new shard where the next record would take one over ``rows`` rows."""
-    shards: list[list[Record]] = []
+    starts: list[int] = []
     left = 0
-    for record in records:
-        if not shards or len(record.places) > left:
-            shards.append([])
+    for number, count in enumerate(records.counts.tolist()):
+        if not starts or count > left:
+            starts.append(number)
             left = rows
-        shards[-1].append(record)
-        left -= len(record.places)
-    return shards
+        left -= count
+    return [records[start:stop] for start, stop in pairwise([*starts, len(records)])]
 
 
-def text_bytes(records: Sequence[Record]) -> bytes:
+def text_bytes(records: Records) -> bytes:
     """The records as bytes: lengths, ids and which places are stored, compressed."""
-    parts = [np.array([len(records), *(len(r.ids) for r in records)], "<u4")]
+    packer = zlib.compressobj(6)
+    parts = [packer.compress(np.array([len(records), *records.lengths], "<u4").tobytes())]
     for record in records:
         tokens = np.array(record.ids, "<u4")
         tokens[record.places] |= np.uint32(1 << 31)
-        parts.append(tokens)
-    return zlib.compress(np.concatenate(parts).tobytes(), 6)
+        parts.append(packer.compress(tokens.tobytes()))
+    return b"".join([*parts, packer.flush()])
 
 
-def text_of(folder: Path, index: Mapping[str, Any]) -> list[Record]:
+def text_of(folder: Path, index: Mapping[str, Any]) -> Records:
     """The records the cache was built for; CacheError where the file is missing or damaged."""
     path = folder / TEXT
     content = path.read_bytes() if path.is_file() else b""
@@ -73,14 +120,15 @@ def text_of(folder: Path, index: Mapping[str, Any]) -> list[Record]:
         raise CacheError(f"{path} is missing or damaged. `selectkd cache repair RECIPE` writes it again.")
     flat: NDArray[np.uint32] = np.frombuffer(zlib.decompress(content), "<u4")
     count = int(flat[0])
-    ends = 1 + count + np.cumsum(flat[1 : 1 + count], dtype=np.int64)
-    records, start = [], 1 + count
-    for end in ends.tolist():
-        tokens = flat[start:end]
-        ids = (tokens & 0x7FFFFFFF).tolist()
-        records.append(Record(ids, np.nonzero(tokens >> 31)[0].tolist()))
-        start = end
-    return records
+    lengths = flat[1 : 1 + count].astype(np.int64)
+    starts = 1 + count + np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+
+    def make(index: int) -> Record:
+        tokens = flat[starts[index] : starts[index + 1]]
+        return Record((tokens & 0x7FFFFFFF).tolist(), np.nonzero(tokens >> 31)[0].tolist())
+
+    counts = np.fromiter((np.count_nonzero(flat[a:b] >> 31) for a, b in pairwise(starts)), np.int64, count)
+    return Records(make, lengths, counts)
 
 
 def fingerprint(plan: Mapping[str, Any]) -> bytes:

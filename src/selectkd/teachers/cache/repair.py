@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from selectkd.teachers.cache.index import (
     PLAN,
     SHARDS,
     TEXT,
-    Record,
+    Records,
     cut_into_shards,
     described,
     fingerprint,
@@ -70,7 +70,7 @@ def verify(folder: Path) -> Findings:
         except CacheError as error:
             found.problems.append(str(error))
             return found
-    records: list[Record] | None = None
+    records: Records | None = None
     try:
         records = text_of(folder, index)
     except CacheError as error:
@@ -129,7 +129,7 @@ def _looked_over(
 def repair(
     folder: Path,
     *,
-    records: Sequence[Record] | None = None,
+    records: Records | None = None,
     origin: Origin | None = None,
     say: Callable[[str], None],
 ) -> Findings:
@@ -179,7 +179,7 @@ def _compute_again(
     folder: Path,
     index: Mapping[str, Any],
     found: Findings,
-    records: Sequence[Record],
+    records: Records,
     origin: Origin,
     say: Callable[[str], None],
 ) -> None:
