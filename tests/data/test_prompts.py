@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from selectkd.data.examples import Examples
 from selectkd.data.formats import to_sample
 from selectkd.data.inspect import check, languages
 from selectkd.data.prompts import BANDS, ROWS, groups, packed, prompt_keys, prompt_of, unpacked
@@ -92,3 +93,21 @@ def test_languages_are_counted_where_the_package_is_there(tokenizer, monkeypatch
             languages(examples, tokenizer)
     pytest.importorskip("py3langid")
     assert languages(examples, tokenizer) == {"en": 2, "de": 1}
+
+
+def test_the_keys_of_prompts_come_out_of_views_as_they_went_in():
+    data = [
+        Example([1, 2], [False, True], stream, f"f:{n // 2}", prompt=packed(prompt_keys(f"What is {n}?")))
+        for n, stream in enumerate((0, 1, 0, 1, 1))
+    ]
+    text = Examples.of(data)
+    for view, rows in (
+        (text, data),
+        (text[1:4], data[1:4]),
+        (Examples.joined([text[3:], text[:2]]), data[3:] + data[:2]),
+    ):
+        assert view.prompts.tolist() == [
+            list(unpacked(np.frombuffer(one.prompt, np.uint8))[0]) for one in rows
+        ]
+        assert view.records == len({one.origin for one in rows})
+    assert Examples.of([]).prompts.shape == (0, 1 + BANDS) and Examples.of([]).records == 0

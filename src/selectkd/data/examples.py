@@ -17,6 +17,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from selectkd.data.prompts import KEYS, unpacked
 from selectkd.data.render import Example
 from selectkd.errors import IntegrityError
 
@@ -151,6 +152,17 @@ class Table:
         ]
         return np.concatenate([*parts, np.empty(0, np.uint8)]).reshape(-1, 16)
 
+    @property
+    def prompts(self) -> NDArray[np.int64]:
+        """The keys of each example's prompt, [n, KEYS]."""
+        parts = [np.empty(0, np.uint8)]
+        for chunk in self.table.column("prompt").chunks:
+            _, offsets, values = chunk.buffers()
+            if len(chunk):
+                ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                parts.append(np.frombuffer(values, np.uint8)[ends[0] : ends[-1]])
+        return unpacked(np.concatenate(parts))
+
     def example(self, index: int) -> Example:
         """The example of a row. IntegrityError where its bytes are not those that were written."""
         number = bisect_right(self._starts, index) - 1
@@ -249,11 +261,18 @@ class Examples(Sequence[Example]):
             self._columns[name] = whole if self.rows is None else whole[self.rows]
         return self._columns[name]
 
-    def values(self, name: str) -> list[Any]:
-        """A column of texts or bytes, such as ``origin`` or ``prompt``, of each example."""
-        chunks = [chunk for table in self.tables for chunk in table.table.column(name).chunks]
-        whole = pa.chunked_array(chunks, FIELDS[name])
-        return (whole if self.rows is None else whole.take(pa.array(self.rows))).to_pylist()
+    @property
+    def prompts(self) -> NDArray[np.int64]:
+        """The keys of each example's prompt (``data.prompts``), [n, KEYS]."""
+        whole = np.concatenate([*(table.prompts for table in self.tables), np.empty((0, KEYS), np.int64)])
+        return whole if self.rows is None else whole[self.rows]
+
+    @property
+    def records(self) -> int:
+        """How many records the examples are of; one may be several examples."""
+        chunks = [chunk for table in self.tables for chunk in table.table.column("origin").chunks]
+        whole = pa.chunked_array(chunks, FIELDS["origin"])
+        return len((whole if self.rows is None else whole.take(pa.array(self.rows))).unique())
 
     @property
     def streams(self) -> NDArray[np.int64]:

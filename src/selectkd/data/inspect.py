@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from selectkd.config.extras import how_to_install
 from selectkd.data.examples import Examples
-from selectkd.data.prompts import groups, unpacked
+from selectkd.data.prompts import groups
 from selectkd.data.render import Example
 from selectkd.data.sources import Source
 from selectkd.errors import ConfigError
@@ -51,9 +51,7 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
     duplicates = len(examples) - len(np.unique(keys))
     overlap = int(np.isin(keys, _keys(held)).sum())
     lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes.tolist())
-    prompts, others = (
-        unpacked(np.frombuffer(b"".join(some.values("prompt")), np.uint8)) for some in (examples, held)
-    )
+    prompts, others = examples.prompts, held.prompts
     same = np.isin(prompts[:, 0], others[:, 0])
     near = np.isin(prompts, others).any(axis=1)
     warnings = []
@@ -93,8 +91,7 @@ def _keys(examples: Examples) -> NDArray[np.void]:
 
 def _near_duplicates(examples: Examples, prompts: NDArray[np.int64]) -> int:
     """Records beyond the first of each group of near prompts; a record may be several examples."""
-    records = len(set(examples.values("origin")))
-    return max(0, records - len(np.unique(groups(prompts))))
+    return max(0, examples.records - len(np.unique(groups(prompts))))
 
 
 def languages(examples: Sequence[Example], tokenizer: Any, *, most: int = 1000) -> dict[str, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from selectkd.config import CacheTeacher, ModelTeacher
 from selectkd.data.examples import Examples
-from selectkd.data.prompts import split, unpacked
+from selectkd.data.prompts import split
 from selectkd.data.render import TextRules
 from selectkd.data.routes import Routes
 from selectkd.data.sources import Source, dataset_source, streamed_source
@@ -142,8 +142,7 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], Exa
     Hashes of the prompts decide, so that a prompt, its duplicates and its rewordings stand on one side
     (``data.prompts.split``). Of n samples floor(n * share) are held out, or fewer.
     """
-    prompts = [b"".join(source.examples.values("prompt")) for source in sources]
-    found = split([unpacked(np.frombuffer(some, np.uint8)) for some in prompts], share)
+    found = split([source.examples.prompts for source in sources], share)
     kept, out = [], []
     for source, chosen in zip(sources, found.held_out, strict=True):
         held_out = np.asarray(chosen, bool)
