@@ -101,7 +101,8 @@ def export(
     check_out(out)
     student, about = _student(run, checkpoint, adapter=to == "adapter")
     texts = _texts(student, prompts, limit, tokens)
-    options = Options(kind, out.absolute(), target and load_model(target), target, draft_length)
+    drafts_for = None if target is None else load_model(target)
+    options = Options(kind, out.absolute(), drafts_for, target, draft_length)
     report = write(
         student, chosen, options, texts, about={"target": to, **about}, bound=bound, stage=show_progress
     )

@@ -33,15 +33,18 @@ def check_pair(student: Student, options: Options) -> Loaded:
             f"the target's head has {widths[0]} rows and the draft's {widths[1]}: servers take a draft of the target's "
             f"vocab_size alone. Resize the student's embeddings to {widths[0]} before training."
         )
-    lengths = [
-        model.config.get_text_config().max_position_embeddings for model in (target.model, student.model)
-    ]
+    lengths = [_length(model) for model in (target.model, student.model)]
     if lengths[1] < lengths[0]:
         raise ConfigError(
             f"the draft reads {lengths[1]} tokens and the target {lengths[0]}. Serve the target with "
             f"--max-model-len {lengths[1]}, after setting its max_position_embeddings so."
         )
     return target
+
+
+def _length(model: Any) -> int:
+    """The tokens that a model reads at most."""
+    return int(model.config.get_text_config().max_position_embeddings)
 
 
 def vllm_settings(folder: str, options: Options) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def check_packages() -> None:
 
 def write_onnx(student: Student, folder: Path, options: Options) -> dict[str, Any]:
     """``model.onnx`` with its weights, the configuration and the tokenizer; ConfigError where the trace fails."""
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     model = student.model
     ids = torch.randint(student.tokenizer.vocab_size, EXAMPLE, generator=torch.Generator().manual_seed(0))
@@ -66,7 +67,8 @@ def read_onnx(folder: Path, student: Student, options: Options) -> Exported:
     def logits(ids: Tensor) -> Tensor:
         rows = ids[None].cpu()
         feed = {"input_ids": rows.numpy(), "attention_mask": torch.ones_like(rows).numpy()}
-        return torch.from_numpy(session.run(["logits"], feed)[0][0]).float()
+        found: Any = session.run(["logits"], feed)[0]  # [1, t, v]
+        return torch.from_numpy(found[0]).float()
 
     return Exported(
         encode=encoder(tokenizer),

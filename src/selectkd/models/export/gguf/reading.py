@@ -32,9 +32,10 @@ READ_BY_TRANSFORMERS = frozenset({"llama", "qwen2", "qwen3", "phi3", "gemma2", "
 def read_gguf(path: Path, student: Loaded) -> Exported:
     """The model in a file, its weights taken back to fp32; IntegrityError where weights are missing."""
     reader = GGUFReader(path)
-    family = family_of(student.model.config)
-    own = student.model.config.model_type not in READ_BY_TRANSFORMERS
-    model = _read_here(reader, student.model, family) if own else _read_by_transformers(path, student.model)
+    source: Any = student.model
+    family = family_of(source.config)
+    own = source.config.model_type not in READ_BY_TRANSFORMERS
+    model = _read_here(reader, source, family) if own else _read_by_transformers(path, source)
     fields = {
         name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")
     }
@@ -47,8 +48,8 @@ def read_gguf(path: Path, student: Loaded) -> Exported:
         template=fields.get("tokenizer.chat_template"),
         read_by="selectkd" if own else "transformers",
         model=model,
-        differences=_settings(reader, family, student.model.config)
-        + ([] if own else _read_settings(path, student.model.config)),
+        differences=_settings(reader, family, source.config)
+        + ([] if own else _read_settings(path, source.config)),
     )
 
 
@@ -73,7 +74,10 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Any:
     """
     from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        convert_gguf_tokenizer,
+        get_gguf_tokenizer,
+    )
 
     try:
         with without_reports():
