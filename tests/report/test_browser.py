@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from report.opened import Opened
 from report.written_run import HOSTILE, write_run
 from selectkd.report.page import write_report
 from selectkd.report.run_files import read_run
-
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("screenshots", ROOT / "benchmarks" / "report_screenshots.py")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright", reason="the browser's tests need playwright")
-    assert SPEC is not None and SPEC.loader is not None
-    screenshots = importlib.util.module_from_spec(SPEC)
-    SPEC.loader.exec_module(screenshots)
-    path = screenshots.chromium()
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-class Opened:
-    """A page with what it asked for and what it wrote on the console."""
-
-    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
-        self.tab = browser.new_context(**options).new_page()
-        self.requests: list[str] = []
-        self.messages: list[str] = []
-        self.tab.on("request", lambda one: self.requests.append(one.url))
-        self.tab.on("console", lambda one: self.messages.append(one.text))
-        self.tab.on("pageerror", lambda one: self.messages.append(str(one)))
-        self.tab.goto(path.absolute().as_uri(), wait_until="load")
-
-    def quiet(self) -> bool:
-        return len(self.requests) == 1 and not self.messages
 
 
 @pytest.fixture(scope="module")

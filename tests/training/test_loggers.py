@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 from selectkd.training import loggers
@@ -175,3 +175,51 @@ def test_each_stage_has_a_bar_of_its_own_and_a_pipe_a_line(tmp_path: Any) -> Non
         assert shown() == (0, None), "an old stage's total does not stay"
         screen.seek(0)
         assert screen.read().splitlines() == ["choosing layers", "measuring"]
+
+
+def test_a_logger_gets_the_report_before_the_end_and_one_that_takes_none_is_told_of_once(
+    monkeypatch: Any, tmp_path: Any, caplog: Any
+) -> None:
+    heard: list[str] = []
+    let_go = threading.Event()
+
+    class Whole(TrainerCallback):
+        def on_train_end(self, args, state, control, **named):
+            heard.append("end")
+
+    def attached(kind: str) -> Callable[[Any, Any], None]:
+        def attach(callback: Any, report: Any) -> None:
+            if kind == "raises":
+                raise OSError(28, "no room")
+            if kind == "hangs":
+                let_go.wait(60)
+            heard.append(report.name)
+
+        return attach
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Whole)
+    for kind, expected, warned in (
+        ("takes", ["report.html", "end"], ""),
+        ("raises", [], "tensorboard failed, and hears no more: OSError"),
+        ("hangs", [], "has not answered the report"),
+    ):
+        heard.clear()
+        caplog.clear()
+        monkeypatch.setitem(loggers.ATTACH, "tensorboard", attached(kind))
+        callback: Any = loggers.Loggers(["tensorboard"], wait=0.3)
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        callback.on_train_end(args, TrainerState(), TrainerControl())
+        assert heard == [], "the end waits for the report"
+        callback.close(tmp_path / "report.html")
+        assert heard == expected and caplog.text.count("training.report_to") == (1 if warned else 0)
+        assert warned in caplog.text
+    let_go.set()
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(tmp_path: Any, caplog: Any) -> None:
+    def fails(folder: Any) -> Any:
+        raise ZeroDivisionError("nothing was measured")
+
+    assert loggers.written(fails, tmp_path) is None
+    assert caplog.text.count("no report was written: ZeroDivisionError: nothing was measured") == 1
+    assert loggers.written(lambda folder: folder / "page", tmp_path) == tmp_path / "page"

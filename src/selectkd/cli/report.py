@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from selectkd.cli.terminal import say
+from selectkd.config.extras import how_to_install
+from selectkd.errors import ConfigError
 
 
 def report(
@@ -23,6 +25,14 @@ def report(
         list[Path] | None,
         typer.Option(
             "--results", metavar="FILE", help="A JSON file of eval or study, to be shown. Repeatable."
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool | None,
+        typer.Option(
+            "--interactive/--plain",
+            help="Charts that answer the pointer. Default: where the extra `report` is installed.",
+            show_default=False,
         ),
     ] = None,
     heatmap_svg: Annotated[
@@ -49,7 +59,13 @@ def report(
         say(f"heat-map: {heatmap_svg}")
         return
 
+    from selectkd.report.interactive import available
     from selectkd.report.page import write_report
 
-    path = write_report(*runs, out=out, extra=results or [])
+    if interactive and not available():
+        raise ConfigError(
+            f"--interactive needs Altair. Install it: {how_to_install('report')}, or use --plain."
+        )
+    drawn_by_altair = available() if interactive is None else interactive
+    path = write_report(*runs, out=out, extra=results or [], interactive=drawn_by_altair)
     say(f"report: {path}")

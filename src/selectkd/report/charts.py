@@ -16,6 +16,8 @@ WIDTH, HEIGHT = 420.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 30.0
 MOST_POINTS = 600
 """Points of a drawn line: more than one a pixel are averaged."""
+ACROSS = ("resumed", "skipped")
+"""Marks that cross a chart; others stand at its foot."""
 SERIES = 6
 """Colours and dashes of the style sheet; a seventh series begins again."""
 
@@ -144,7 +146,7 @@ def _axes(chart: Chart, box: _Box) -> list[str]:
     )
     for kind, at in chart.marks:
         x, _ = box.at(at, 0.0)
-        top = TOP if kind in ("resumed", "skipped") else HEIGHT - BOTTOM - 5
+        top = TOP if kind in ACROSS else HEIGHT - BOTTOM - 5
         said = f"{kind} at step {number(at)}"
         place = f'x1="{x}" x2="{x}" y1="{top}" y2="{HEIGHT - BOTTOM}"'
         parts.append(f'<line class="mark {kind}" {place}><title>{said}</title></line>')

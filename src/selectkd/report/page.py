@@ -25,6 +25,7 @@ from selectkd.report import heatmap, provenance
 from selectkd.report.charts import draw, number
 from selectkd.report.curves import calibrations, of_probe, over_steps
 from selectkd.report.escapes import clean
+from selectkd.report.interactive import program, specification
 from selectkd.report.results import read_results
 from selectkd.report.run_files import RunFiles, read_run
 from selectkd.report.verdict import RULES, interval, paired, sentences, tiles
@@ -34,36 +35,49 @@ PAIRED = (("divergence", "divergence, nats a token"), ("acceptance", "share of t
 
 
 def write_report(
-    *runs: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, extra: Sequence[Path] = ()
+    *runs: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    extra: Sequence[Path] = (),
+    interactive: bool = False,
 ) -> Path:
     """Writes the page about run folders, by default report.html in the first one, and returns its path.
 
-    extra: JSON files of results, shown with the first run. ConfigError where one is no run folder, DataError for a
+    extra: JSON files of results, shown with the first run. interactive: charts that answer a pointer, by the extra
+    ``report``, which make the page 0.9 MB larger. ConfigError where one is no run folder, DataError for a
     file of ``extra`` that cannot be read, ResourceError where the page cannot be written.
     """
     read = [read_run(run, extra if not number_of else ()) for number_of, run in enumerate(runs)]
     path = Path(runs[0]).expanduser() / NAME if out is None else Path(out).expanduser()
-    write_plain(path, page(read).encode("utf-8", "backslashreplace"))
+    write_plain(path, page(read, interactive=interactive).encode("utf-8", "backslashreplace"))
     return path
 
 
-def page(runs: Sequence[RunFiles]) -> str:
+def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
     """The page about runs as HTML."""
     first = runs[0]
     results = read_results(first.results)
-    style, script = (_file(name) for name in ("page.css", "page.js"))
+    style, script, chart_script = (_file(name) for name in ("page.css", "page.js", "charts.js"))
     errors, calibration = ([], []) if first.looks is None else calibrations(first.looks)
+    curves, probe_charts = over_steps(runs), [] if first.looks is None else of_probe(first.looks)
+    every = [*curves, *probe_charts, *calibration, *results.charts] if interactive else []
+    specifications = {one.title: specification(one) for one in every if not one.empty}
+    program_script = program() if specifications else ""
+    scripts = [script, program_script, chart_script] if specifications else [script]
     return _template().render(
-        policy=_policy(style, script),
+        policy=_policy(style, scripts),
+        specifications=specifications,
+        specifications_json=_json(specifications),
+        program=Markup(program_script),
+        chart_script=Markup(chart_script),
         style=Markup(style),
         script=Markup(script),
         runs=[{"run": run, "tiles": tiles(run), "sentences": sentences(run), "of": _of(run)} for run in runs],
         rules=RULES,
-        curves=over_steps(runs),
+        curves=curves,
         paired=_paired(runs),
         differing=provenance.differing(runs) if len(runs) > 1 else [],
         probe=_probe(runs),
-        probe_charts=[] if first.looks is None else of_probe(first.looks),
+        probe_charts=probe_charts,
         streams=_streams(first),
         errors=errors,
         calibration=calibration,
@@ -179,9 +193,12 @@ def _file(name: str) -> str:
     return Path(__file__).with_name("template").joinpath(name).read_text("utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    of_style, *of_scripts = (
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (style, *scripts)
+    )
     return (
-        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        f"default-src 'none'; style-src {of_style}; script-src {' '.join(of_scripts)}; "
         "base-uri 'none'; form-action 'none'"
     )
