@@ -103,6 +103,7 @@ $(BENCH_STAMP): pyproject.toml constraints/pinned.txt
 KILLS ?= 200
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/chaos.py --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/sample_order.py --kills 10
 
 # Recipes, overrides, caches and servers' answers at random: a clear error or the right thing. A small form is in `make test`.
 fuzz: $(STAMP)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +160,90 @@ def test_settings_that_cannot_be_are_config_errors(tmp_path):
     for setting in ({"limit": 0}, {"format": "message"}, {"on_bad_record": "ignore"}):
         with pytest.raises(ConfigError):
             read_records(file, **setting)
+
+
+def test_a_json_array_is_read_in_parts_whatever_is_cut(tmp_path, monkeypatch):
+    rows = [
+        {"text": "é\n" * (i % 5) + "\\u12ab", "n": -i / 7, "v": [None, True, {"a": i}]} for i in range(40)
+    ]
+    for indent in (None, 1):
+        file = tmp_path / f"array{indent}.json"
+        file.write_text(json.dumps(rows, indent=indent, ensure_ascii=indent is None))
+        whole = read_records(file)
+        for size in (1, 7, 64):
+            monkeypatch.setattr("selectkd.data.json_array.BLOCK", size)
+            monkeypatch.setattr("selectkd.data.chunks.FIRST", size)
+            found = read_records(file)
+            assert found.rows == rows and found.origins == whole.origins
+    lines = json.dumps(rows, indent=1).replace('"n": -1.0', '"n": oops').encode()
+    number = lines[: lines.index(b"oops")].count(b"\n") + 1
+    for content, message in (
+        (lines, rf"bad\.json:{number}: the JSON array breaks off here: Expecting value"),
+        (lines[:-400].replace(b"oops", b"0"), "breaks off here"),
+        (lines.replace(b"oops", b"\xff"), rf"bad\.json:{number}: not UTF-8"),
+    ):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_records(tmp_path / "bad.json")
+
+
+def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path):
+    row = '{"prompt": "q", "completion": "a", "meta": {"x": 1, "x": 2}}'
+    for name, content in (("a.jsonl", row), ("a.json", f"[{row}]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=rf"{name}:1: .*the key 'x' stands twice"):
+            read_records(tmp_path / name)
+
+
+def test_parquet_with_bytes_that_are_not_utf8_names_its_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets = pa.array([0, 2, 4, 6], pa.int32()).buffers()[1]
+    prompts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"w1\xff\xfew3")])
+    pq.write_table(pa.table({"prompt": prompts, "completion": ["a"] * 3}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:row 1: not UTF-8"):
+        read_records(tmp_path / "a.parquet")
+    found = read_records(tmp_path / "a.parquet", on_bad_record="skip")
+    assert [row["prompt"] for row in found.rows] == ["w1", "w3"] and len(found.skipped) == 1
+
+
+def test_a_file_whose_name_is_no_text_is_read_under_a_name_that_is(tmp_path):
+    for name in ("a\udcff.jsonl", "b\n.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "q", "completion": "a"}\n')
+    found = read_records(tmp_path)
+    assert [Path(origin).name for origin in found.origins] == ["a\\udcff.jsonl:1", "b\\x0a.jsonl:1"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "arrow"])
+def test_a_file_is_never_all_in_memory(tmp_path, kind):
+    """A hundredth of what `benchmarks/large_text.py` reads. A reader that holds the file needs 20 MB and more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from selectkd.data.chunks import of_file
+    from selectkd.data.places import DataFile
+
+    file, rows = tmp_path / f"a.{kind}", [{"prompt": f"{n}", "completion": "x" * 2000} for n in range(10_000)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=5000, use_dictionary=False)
+    elif kind == "arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file.write_bytes(gzip.compress(text, 1) if kind.endswith("gz") else text)
+    del rows
+    text = None
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    held, good = 0, 0
+    for chunk in of_file(DataFile(str(file), str(file)), 1 << 20):
+        held = max(held, pa.total_allocated_bytes() - before)
+        good += sum(isinstance(row, dict) for _, row in chunk.items())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert good == 10_000 and peak + held < 10_000_000, (peak, held)

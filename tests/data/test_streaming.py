@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from selectkd.data.chunk_index import Chunks
+from selectkd.data.collate import collate
 from selectkd.data.order import BatchOptions
 from selectkd.data.render import TextRules
-from selectkd.data.sources import Source, batches, streamed_source
+from selectkd.data.sources import Source, batches, streamed_source, without_share
 from selectkd.data.text_cache import TextCache
 from selectkd.errors import ConfigError, DataError
 from selectkd.training.feed import BatchFeed
@@ -31,12 +33,9 @@ def lines(records: list[dict[str, str]]) -> bytes:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Chunks of some 5 records, windows of 3 chunks."""
-    monkeypatch.setattr("selectkd.data.chunks.FIRST", 200)
-    monkeypatch.setattr("selectkd.data.chunks.CHUNK", 200)
-    for module in ("chunks", "streaming"):
-        monkeypatch.setattr(f"selectkd.data.{module}.TABLE_ROWS", 5)
-    monkeypatch.setattr("selectkd.data.streaming.WINDOW", 3)
+    """Chunks of some 5 records, windows of 12 chunks in all."""
+    monkeypatch.setattr("selectkd.data.chunk_index.SIZE", 200)
+    monkeypatch.setattr("selectkd.data.lanes.WINDOW", 12)
 
 
 def write(folder, kind: str):
@@ -83,7 +82,7 @@ def numbers(epoch: Any, tokenizer: Any) -> list[list[int]]:
 def test_an_epoch_has_every_record_once_shuffled_and_epochs_differ(tmp_path, tokenizer, kind):
     text = source(write(tmp_path / "data", kind), tokenizer, tmp_path)
     first, again, later = (numbers(batches([text], OPTIONS, epoch), tokenizer) for epoch in (0, 0, 1))
-    assert first == again != later and [len(batch) for batch in first] == [4] * 17 + [2]
+    assert first == again != later and sorted(map(len, first)) == [2] + [4] * 17
     for order in (first, later):
         assert sorted(n for batch in order for n in batch) == list(range(70))
     flat = [n for batch in first for n in batch]
@@ -107,6 +106,77 @@ def test_going_on_reads_a_window_and_not_what_stands_before_it(tmp_path, tokeniz
     monkeypatch.setattr(type(chunks), "read", lambda self, chunk: (read.append(chunk), plain(self, chunk))[1])
     epoch[12]
     assert 0 < len(read) <= 6 and len(chunks.index.rows) > 12
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_an_epoch_reads_each_chunk_once_and_goes_on_in_a_file_where_it_was(
+    tmp_path, tokenizer, monkeypatch, kind
+):
+    path = write(tmp_path / "data", kind)
+    text = source(path, tokenizer, tmp_path)
+    read: Counter[int] = Counter()
+    began: list[int] = []
+    plain, unit = Chunks.read, Chunks._unit
+    monkeypatch.setattr(Chunks, "read", lambda self, chunk: (read.update([chunk]), plain(self, chunk))[1])
+    monkeypatch.setattr(Chunks, "_unit", lambda self, first: (began.append(first), unit(self, first))[1])
+    epoch = batches([text], OPTIONS, 0)
+    list(epoch)
+    units = len(text.streamed.chunks.index.units)
+    assert read == Counter(range(len(text.streamed.chunks.index.rows)))
+    assert len(began) <= (units + epoch.lanes.lanes if kind != "jsonl" else 0)
+
+
+def test_each_rank_reads_its_own_chunks_where_the_ranks_divide_the_lanes(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(rows(0, 2000)))
+    made = batches([source(str(path), tokenizer, tmp_path)], OPTIONS, 0)
+    whole = len(made.sources[0].chunks.index.rows)
+    assert made.lanes.lanes == 64 and whole > 256
+
+    def read_by(rank: int, ranks: int) -> set[int]:
+        return {chunk for index in range(rank, len(made), ranks) for _, chunk, _ in made.records(index)}
+
+    for ranks in (1, 2, 4, 64):
+        counts = [len(read_by(rank, ranks)) for rank in range(ranks)]
+        # a chunk that two lanes share is read by both
+        assert whole <= sum(counts) <= whole + ranks and max(counts) <= whole / ranks + 2
+    assert len(read_by(0, 3)) > whole / 2  # of 3 ranks each reads from all lanes
+    every = [place for index in range(len(made)) for place in made.records(index)]
+    assert len(set(every)) == len(every) == 2000
+
+
+def test_a_batch_is_packed_into_as_few_rows_as_hold_its_records(tmp_path, tokenizer):
+    path = write(tmp_path / "data", "jsonl")
+    text = source(path, tokenizer, tmp_path)
+    plain = batches([text], OPTIONS, 0)
+    made = batches([text], BatchOptions(4, 3, packing=True, max_length=64), 0)
+    assert len(made) == len(plain)
+    for one, other in zip(made, plain, strict=True):
+        assert one.packed and one.input_ids.shape[0] < max(2, other.input_ids.shape[0])
+        assert one.input_ids.shape[1] <= 64
+        assert sorted(ids.tolist() for ids in one.samples()) == sorted(
+            ids.tolist() for ids in other.samples()
+        )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_share_of_the_prompts_is_held_out_of_a_stream(tmp_path, tokenizer, kind):
+    text = source(write(tmp_path / "data", kind), tokenizer, tmp_path)
+    cache = TextCache.at(tmp_path / "cache")
+    kept, held = without_share(text, 0.2, 1000, cache)
+    out = numbers([collate(held[:], pad_id=0)], tokenizer)[0]
+    left = [
+        n
+        for batch in batches([kept], OPTIONS, 0)
+        if batch.completion.any()
+        for n in numbers([batch], tokenizer)[0]
+    ]
+    assert sorted(out + left) == list(range(70)) and 5 < len(out) < 25
+    few = without_share(text, 0.2, 4, cache)[1]
+    assert len(few) == 4 and set(numbers([collate(few[:], pad_id=0)], tokenizer)[0]) < set(out)
+    again = source(write(tmp_path / "other", "jsonl"), tokenizer, tmp_path)
+    same = without_share(again, 0.2, 1000, cache)[1]
+    assert sorted(numbers([collate(same[:], pad_id=0)], tokenizer)[0]) == sorted(out)
 
 
 def test_the_order_is_the_same_on_1_2_and_3_ranks_and_after_any_stop(tmp_path, tokenizer, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
+from selectkd.config.credentials import no_secrets, no_secrets_in_url
 from selectkd.config.expand import expanded
 from selectkd.config.quantization import check_trainable
 from selectkd.config.rollouts import DatasetPolicy, Policy
@@ -72,21 +73,10 @@ class StreamObjective(Section):
     """Factor of the loss on this text: a number, or a weight that changes. Left out: 1."""
 
 
-def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
-    """Refuses credentials, which would be written into the run's files."""
-    for name in options:
-        if any(part in name.lower() for part in ("secret", "password", "token", "key", "credential")):
-            raise refuse(
-                f"{name} may be a credential, which the run's files would show; set it in the environment, "
-                "such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://"
-            )
-    return options
-
-
 class SourceSection(Section):
     """One source of text."""
 
-    path: Text
+    path: Annotated[Text, AfterValidator(no_secrets_in_url)]
     """A file, a folder, a URL such as s3://BUCKET/FOLDER, or a hub data set id. Files are JSON Lines, JSON, CSV, TSV or
     plain text, each also .gz or .zst, Parquet or Arrow."""
     name: Name | None = None
@@ -100,7 +90,7 @@ class SourceSection(Section):
     """Configuration of a hub data set. Left out: its only one."""
     revision: Text | None = None
     """Revision of a hub data set: a branch, a tag or a commit. Left out: the newest."""
-    storage_options: Annotated[Arguments, AfterValidator(_no_secrets)] | None = None
+    storage_options: Annotated[Arguments, AfterValidator(no_secrets)] | None = None
     """Options of the file system behind a URL, such as {anon: true}. Credentials belong into the environment."""
     limit: Count | None = None
     """Most records that are read of it. Left out: all."""
@@ -144,7 +134,7 @@ class Data(Section):
     ) = None
     """Held-out text: a share of the sources, such as 0.05, or a source of its own. Left out: no evaluation."""
     evaluation_limit: Count | None = None
-    """Most held-out samples that are measured, the first ones. Left out: all."""
+    """Most held-out samples that are measured, the first ones. Left out: all; of a share of a stream 1,000 a source."""
     cache: Text | None = None
     """Folder in which tokenised text is kept for the next start. Left out: `$SELECTKD_CACHE`, or
     `~/.cache/selectkd/text`."""
@@ -163,11 +153,11 @@ class Data(Section):
     system: Text | None = None
     """System prompt of conversations that have none. Left out: the chat template's own, if any."""
     streaming: bool = False
-    """`true` reads and tokenises text while training goes on, for text that no disk holds. Files of JSON Lines are read
-    once before, to count their records; Parquet and Arrow files say how many they have."""
+    """`true` reads and tokenises text while training goes on, for text that no disk holds. Files are read once
+    before, to count their records; Parquet files say how many they have."""
     packing: bool = False
     """`true` puts several samples in one row, which saves padding. Attention reads each as it is alone; models that
-    carry a state from token to token are refused."""
+    carry a state from token to token are refused. With streaming the samples of a batch share its rows."""
     bucket: bool = False
     """`true` puts samples of like length in one batch, which saves padding."""
     chat_template: Annotated[str, Field(min_length=1, max_length=400_000)] | None = None
@@ -188,14 +178,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _streams_what_it_can(self) -> Self:
-        if self.streaming and (self.packing or self.bucket):
-            name = "packing" if self.packing else "bucket"
+        if self.streaming and self.bucket:
             raise refuse(
-                f"{name} needs the length of every text, which streaming does not know; set {name} to false"
-            )
-        if self.streaming and isinstance(self.evaluation, float | int):
-            raise refuse(
-                "streaming holds no share of the text out; name a source of its own: evaluation: {path: FILE}"
+                "bucket needs the length of every text, which streaming does not know; use packing: true instead"
             )
         return self
 

@@ -10,18 +10,19 @@ import codecs
 import csv
 import io
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from selectkd.data.formats import VERDICTS
+from selectkd.data.json_array import DECODER, ArrayItems, is_one_row, object_of
 from selectkd.data.places import DataFile, Place, Rows
-from selectkd.errors import DataError
+from selectkd.errors import DataError, SelectKDError
 
 Item = tuple[str, Any]  # (origin, record) or (origin, DataError)
 FIRST, CHUNK, TABLE_ROWS = 1 << 18, 1 << 22, 1024
@@ -69,12 +70,30 @@ class TableRows:
     rows: int
 
     def items(self) -> Iterator[Item]:
+        number = self.number
+        for batch in self.batches():
+            try:
+                rows = batch.to_pylist()
+            except UnicodeDecodeError:  # it does not say which row
+                yield from (self.item(batch, index, number + index) for index in range(batch.num_rows))
+            else:
+                yield from (
+                    (f"{self.name}:row {number + i}", without_nulls(row)) for i, row in enumerate(rows)
+                )
+            number += batch.num_rows
+
+    def batches(self) -> list[pa.RecordBatch]:
+        """The rows in Arrow."""
         with pa.ipc.open_stream(self.raw) as reader:
-            number = self.number
-            for batch in reader:
-                for row in batch.to_pylist():
-                    yield f"{self.name}:row {number}", without_nulls(row)
-                    number += 1
+            return list(reader)
+
+    def item(self, batch: pa.RecordBatch, index: int, number: int) -> Item:
+        """The item of a row of a batch; number: of it in the table."""
+        origin = f"{self.name}:row {number}"
+        try:
+            return origin, without_nulls(batch.slice(index, 1).to_pylist()[0])
+        except UnicodeDecodeError as error:
+            return origin, DataError(f"{origin}: not UTF-8: {error.reason}. Write the file with UTF-8 text.")
 
     def __len__(self) -> int:
         return self.rows
@@ -118,66 +137,64 @@ def given(items: Iterable[Item], size: int = TABLE_ROWS) -> Iterator[Given]:
         yield Given(tuple(part))
 
 
-def of_file(file: DataFile) -> Iterator[Chunk]:
-    """The chunks of one file."""
-    name, bare = file.name, file.kind
+def of_file(file: DataFile, size: int | None = None) -> Iterator[Chunk]:
+    """The chunks of one file, of about ``size`` bytes each."""
+    name, bare, size = file.name, file.kind, size or CHUNK
     try:
         if bare == ".parquet":
-            yield from _parquet(file)
+            yield from _parquet(file, size)
         elif bare == ".arrow":
-            yield from _arrow(file)
+            yield from _arrow(file, size)
         else:
             with file.stream() as stream:
                 if bare == ".txt":
-                    yield from _lines(name, stream, plain=True)
+                    yield from _lines(name, stream, size, plain=True)
                 elif bare in (".csv", ".tsv"):
-                    yield from given(_table(name, stream, "\t" if bare == ".tsv" else ","))
+                    yield from given(_table(name, stream, "\t" if bare == ".tsv" else ","), rows_of(size))
                 else:
-                    yield from _json(name, stream)
+                    yield from _json(name, stream, size)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read: {error}. Fetch or write the file again.") from error
+    except SelectKDError:
+        raise
+    except Exception as error:  # of the libraries behind a file system
+        if file.local:
+            raise
+        raise DataError(
+            f"{name}: cannot be read: {str(error)[:200]}. Check the network and try again."
+        ) from error
 
 
-def _json(name: str, stream: BinaryIO) -> Iterator[Chunk]:
-    number, offset = 0, 0
-    while raw := stream.readline():
-        number += 1
-        if number == 1 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+def _json(name: str, stream: BinaryIO, size: int) -> Iterator[Chunk]:
+    number, offset = 1, 0
+    while raw := stream.read(min(size, FIRST)):
+        if not offset and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise DataError(f"{name}:1: the file is UTF-16. Save it as UTF-8.")
-        body = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        body = raw if offset else raw.removeprefix(codecs.BOM_UTF8)
         if body.strip():
-            if body.lstrip()[:1] == b"[" and not _is_one_row(body):
-                yield from given(_array(name, body + stream.read(), number))
+            if body.lstrip()[:1] == b"[" and not is_one_row(body.lstrip().partition(b"\n")[0]):
+                yield from given(ArrayItems(name, stream, body, number), rows_of(size))
             else:
-                yield from _lines(name, stream, body, number, offset + len(raw) - len(body))
+                yield from _lines(name, stream, size, body, number, offset + len(raw) - len(body))
             return
-        offset += len(raw)
+        number, offset = number + raw.count(b"\n"), offset + len(raw)
 
 
 def _lines(
     name: str,
     stream: BinaryIO,
+    size: int,
     head: bytes = b"",
     number: int = 1,
     offset: int = 0,
     *,
     plain: bool = False,
 ) -> Iterator[Chunk]:
-    lines = [*([head] if head else []), *stream.readlines(max(1, FIRST - len(head)))]
-    while lines:
-        raw = b"".join(lines)
+    raw = head + stream.readline() if head else b"".join(stream.readlines(min(size, FIRST)))
+    while raw:
         yield Lines(name, number, offset, raw, plain)
-        number, offset = number + len(lines), offset + len(raw)
-        lines = stream.readlines(CHUNK)
-
-
-def _is_one_row(body: bytes) -> bool:
-    """Whether a first line with an opening bracket is a bad row of JSON Lines, not a JSON array of rows."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return not isinstance(value, list) or (bool(value) and not any(isinstance(item, dict) for item in value))
+        number, offset = number + raw.count(b"\n"), offset + len(raw)
+        raw = b"".join(stream.readlines(size))
 
 
 def _line(name: str, raw: bytes, number: int, offset: int, *, whole: bool, plain: bool) -> Item:
@@ -191,62 +208,13 @@ def _line(name: str, raw: bytes, number: int, offset: int, *, whole: bool, plain
     if plain:
         return origin, {"text": text.removeprefix("\ufeff").removesuffix("\r")}
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         cut = "" if whole else " (the last line may be cut short)"
         return origin, DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}{cut}.")
     except (ValueError, RecursionError) as error:
         return origin, DataError(f"{origin}: not usable JSON: {str(error)[:80]}.")
-    return origin, _object(value, origin)
-
-
-def _object(value: Any, origin: str) -> Any:
-    if isinstance(value, dict):
-        return value
-    return DataError(f"{origin}: needs a JSON object, not {type(value).__name__} {repr(value)[:40]}.")
-
-
-def _array(name: str, raw: bytes, number: int) -> Iterator[Item]:
-    """The items of a JSON array, each with the line it begins on; ``number`` is the line of the bracket."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = number + raw[: error.start].count(b"\n")
-        yield f"{name}:{line}", DataError(f"{name}:{line}: not UTF-8. Save the file as UTF-8.")
-        return
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[ \t\r\n]*")
-
-    def after_space(position: int) -> int:
-        match = space.match(text, position)
-        return match.end() if match else position
-
-    position, counted, line = text.index("[") + 1, 0, number
-    position = after_space(position)
-    while text[position : position + 1] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        origin = f"{name}:{line}"
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = line + (
-                text.count("\n", counted, error.pos) if isinstance(error, json.JSONDecodeError) else 0
-            )
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
-            yield f"{name}:{at}", DataError(f"{name}:{at}: the JSON array breaks off here: {reason}.")
-            return
-        yield origin, _object(value, origin)
-        position = after_space(position)
-        if text[position : position + 1] == ",":
-            position = after_space(position + 1)
-        elif text[position : position + 1] != "]":
-            at = f"{name}:{line + text.count(chr(10), counted, position)}"
-            yield at, DataError(f"{at}: the JSON array needs a comma or its closing bracket here.")
-            return
-    if text[position + 1 :].strip():
-        at = f"{name}:{line + text.count(chr(10), counted, position)}"
-        yield at, DataError(f"{at}: text after the end of the JSON array.")
+    return origin, object_of(value, origin)
 
 
 def _table(name: str, stream: BinaryIO, delimiter: str) -> Iterator[Item]:
@@ -278,28 +246,59 @@ def _table(name: str, stream: BinaryIO, delimiter: str) -> Iterator[Item]:
         text.detach()
 
 
-def _parquet(file: DataFile) -> Iterator[Chunk]:
+def rows_of(size: int, rows: int = TABLE_ROWS, held: int = 0) -> int:
+    """Rows of a chunk of about ``size`` bytes; ``rows`` rows have ``held`` bytes, 2 KB each where 0."""
+    return min(TABLE_ROWS, max(1, size * rows // (held or rows << 11)))
+
+
+def _parquet(file: DataFile, size: int) -> Iterator[Chunk]:
+    number, about = 0, footer_of(file)
+    for group, rows, step in row_groups(about, size):
+        yield from of_row_group(file, about, group, step, number)
+        number += rows
+
+
+def footer_of(file: DataFile) -> Any:
+    """What a Parquet file says of its row groups."""
     import pyarrow.parquet as pq
 
-    number = 0
-    try:
-        with file.plain() as stream, pq.ParquetFile(stream) as table:
-            for chunk in of_table(file.name, table.iter_batches(batch_size=TABLE_ROWS)):
-                number += len(chunk)
-                yield chunk
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}:row {number}: not readable as Parquet: {str(error)[:120]}.") from error
+    with _reading(file, "Parquet"), file.plain() as stream, pq.ParquetFile(stream) as table:
+        return table.metadata
 
 
-def _arrow(file: DataFile) -> Iterator[Chunk]:
-    number = 0
+def row_groups(footer: Any, size: int) -> Iterator[tuple[int, int, int]]:
+    """(number, rows, rows of a chunk) of each row group of a Parquet file."""
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        yield number, group.num_rows, rows_of(size, group.num_rows, group.total_byte_size)
+
+
+def of_row_group(file: DataFile, footer: Any, group: int, step: int, number: int) -> Iterator[Chunk]:
+    """The chunks of a row group of a Parquet file, ``step`` rows each; number: of its first row."""
+    import pyarrow.parquet as pq
+
+    with (
+        _reading(file, "Parquet", number),
+        file.plain() as stream,
+        pq.ParquetFile(stream, metadata=footer) as table,
+    ):
+        for batch in table.iter_batches(batch_size=step, row_groups=[group]):
+            yield _rows(file.name, number, batch)
+            number += batch.num_rows
+
+
+def _arrow(file: DataFile, size: int) -> Iterator[Chunk]:
+    with _reading(file, "Arrow"), file.plain() as stream:
+        yield from of_table(file.name, arrow_batches(stream), size)
+
+
+@contextmanager
+def _reading(file: DataFile, kind: str, row: int = 0) -> Iterator[None]:
     try:
-        with file.plain() as stream:
-            for chunk in of_table(file.name, arrow_batches(stream)):
-                number += len(chunk)
-                yield chunk
-    except pa.ArrowException as error:
-        raise DataError(f"{file.name}:row {number}: not readable as Arrow: {str(error)[:120]}.") from error
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        where = f"{file.name}:row {row}" if row else file.name
+        raise DataError(f"{where}: not readable as {kind}: {str(error)[:120]}.") from error
 
 
 def arrow_batches(stream: Any) -> Iterable[pa.RecordBatch]:
@@ -312,16 +311,21 @@ def arrow_batches(stream: Any) -> Iterable[pa.RecordBatch]:
     return map(reader.get_batch, range(reader.num_record_batches))
 
 
-def of_table(name: str, batches: Iterable[pa.RecordBatch], number: int = 0) -> Iterator[Chunk]:
-    """The chunks of a table; number: of its first row."""
+def of_table(name: str, batches: Iterable[pa.RecordBatch], size: int | None = None) -> Iterator[Chunk]:
+    """The chunks of a table, of about ``size`` bytes each."""
+    number = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, TABLE_ROWS):
-            part = batch.slice(start, TABLE_ROWS)
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, part.schema) as writer:
-                writer.write_batch(part)
-            yield TableRows(name, number, sink.getvalue().to_pybytes(), part.num_rows)
+        step = rows_of(size or CHUNK, batch.num_rows, batch.nbytes)
+        for start in range(0, batch.num_rows, step):
+            yield _rows(name, number, part := batch.slice(start, step))
             number += part.num_rows
+
+
+def _rows(name: str, number: int, batch: pa.RecordBatch) -> TableRows:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return TableRows(name, number, sink.getvalue().to_pybytes(), batch.num_rows)
 
 
 def without_nulls(value: Any) -> Any:

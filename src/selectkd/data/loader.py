@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import tee
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from selectkd.data.text_cache import end_with_parent
 from selectkd.errors import SelectKDError
 
 Behind = TypeVar("Behind")
@@ -79,3 +81,5 @@ def _ahead(epochs: Epochs, places: Iterable[Any], workers: int) -> Iterator[tupl
 def _begin(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the parent alone
     torch.set_num_threads(1)
+    # A worker has the lock of the run's folder too, which a run that goes on after a kill asks for at once.
+    threading.Thread(target=end_with_parent, daemon=True).start()

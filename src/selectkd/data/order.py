@@ -6,6 +6,7 @@ it can be had without the rest. n examples.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -98,8 +99,36 @@ class BatchOptions:
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs max_length, the size of a bin in tokens.")
 
+    def laid_out(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """The batch of ``rows``, which have several examples each only with packing."""
+        if self.packing:
+            return collate_packed(rows, pad_id=self.pad_id, pad_to_multiple_of=self.multiple)
+        return collate([row[0] for row in rows], pad_id=self.pad_id, pad_to_multiple_of=self.multiple)
 
-class Epoch(Sequence[Batch]):
+
+class Batches(Sequence[Batch]):
+    """Batches that are each made when they are asked for."""
+
+    @abstractmethod
+    def batch(self, index: int) -> Batch:
+        """The batch of an index from 0 to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self.batch(one) for one in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.batch(index)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(index) for index in range(len(self)))
+
+
+class Epoch(Batches):
     """The batches of one epoch, each made when it is asked for; how many there are follows from lengths alone."""
 
     def __init__(
@@ -145,25 +174,11 @@ class Epoch(Sequence[Batch]):
         """The examples of a batch, row by row."""
         return [[self.examples[place] for place in row] for row in self.places(index)]
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rows, options = self.rows(index), self.options
-        if options.packing:
-            return collate_packed(rows, pad_id=options.pad_id, pad_to_multiple_of=options.multiple)
-        return collate([row[0] for row in rows], pad_id=options.pad_id, pad_to_multiple_of=options.multiple)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[index] for index in range(len(self)))
+    def batch(self, index: int) -> Batch:
+        return self.options.laid_out(self.rows(index))
 
 
-class Padded(Sequence[Batch]):
+class Padded(Batches):
     """Examples in order as padded batches, each made when it is asked for."""
 
     def __init__(self, examples: Sequence[Example], *, pad_id: int, batch_size: int) -> None:
@@ -172,17 +187,6 @@ class Padded(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def batch(self, index: int) -> Batch:
         start = index * self.batch_size
         return collate(self.examples[start : start + self.batch_size], pad_id=self.pad_id)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[index] for index in range(len(self)))

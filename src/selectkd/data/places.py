@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,11 +16,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from selectkd.data.folders import KINDS, PACKED, SUFFIXES, files_of
-from selectkd.errors import ConfigError, DataError
+from selectkd.errors import ConfigError, DataError, SelectKDError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-CHANGES = ("ETag", "etag", "checksum", "sha256", "md5", "md5Hash", "crc32c", "blob_id", "oid", "LastModified",
-           "last_modified", "last_commit", "mtime", "created", "updated")  # fmt: skip
+CHANGES = ("ETag", "etag", "checksum", "sha256", "md5", "md5Hash", "Content-MD5", "Digest", "crc32c", "blob_id", "oid",
+           "LastModified", "Last-Modified", "last_modified", "last_commit", "mtime", "created", "updated")  # fmt: skip
 """What file systems call the values that change with a file's content."""
 BLOCK = 1 << 20
 """Bytes that are read at once of a file that is not on a local disk."""
@@ -27,12 +28,15 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file. url: where it is unless on a local disk, with the options of its file system. name: of it in messages."""
+    """A file. url: where it is unless on a local disk, with the options of its file system. name: of it in messages.
+    ranges: parts of it can be had; some servers of http send a file from its beginning alone.
+    """
 
     path: str
     name: str
     url: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    ranges: bool = True
 
     @property
     def local(self) -> bool:
@@ -55,11 +59,26 @@ class DataFile:
     @property
     def seekable(self) -> bool:
         """Whether any part of it can be read without what stands before."""
-        return not self.path.lower().endswith(PACKED)
+        return self.ranges and not self.path.lower().endswith(PACKED)
 
     def plain(self) -> Any:
-        """Its bytes as a file that can seek."""
-        return open(self.path, "rb") if self.local else self.system.open(self.path, "rb")
+        """Its bytes as a file, which can seek where parts can be had and in tables of Arrow and Parquet."""
+        if self.local:
+            return open(self.path, "rb")
+        if self.ranges:
+            return self.system.open(self.path, "rb")
+        if self.kind in (".parquet", ".arrow"):
+            return io.BytesIO(self.system.cat_file(self.path))
+        return self.system.open(self.path, "rb", block_size=0)
+
+    def part(self, start: int, size: int) -> bytes:
+        """Some of its bytes, fewer at its end. DataError where it cannot be read."""
+        with reading(self.name):
+            if not self.local:
+                return self.system.cat_file(self.path, start=start, end=start + size)
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                return file.read(size)
 
     def stream(self) -> BinaryIO:
         """Its bytes, unpacked."""
@@ -79,6 +98,10 @@ class DataFile:
             found = os.stat(self.path)
             values = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             return {"file": self.name, "stat": " ".join(map(str, values))}
+        with reading(self.name):
+            return {"file": self.name, **self._stated()}
+
+    def _stated(self) -> dict[str, str]:
         about = self.system.info(self.path)
         stated = {key: str(about[key]) for key in CHANGES if about.get(key) is not None}
         if not stated:
@@ -89,7 +112,44 @@ class DataFile:
                 while block := stream.read(BLOCK):
                     digest.update(block)
             stated = {"content": digest.hexdigest()}
-        return {"file": self.name, "size": str(about.get("size")), **stated}
+        return {"size": str(about.get("size")), **stated}
+
+
+@contextmanager
+def reading(name: str, what: str = "cannot be read") -> Iterator[None]:
+    """DataError about ``name`` for whatever a file system raises: each has errors of its own libraries."""
+    try:
+        yield
+    except SelectKDError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise DataError(
+            f"{name}: {what}: {reason}. Check the file, its address and the credentials."
+        ) from error
+
+
+def _in_parts(system: Any, path: str) -> bool:
+    """Whether a web server sends parts of a file."""
+    with system.open(path, "rb", cache_type="none") as file:
+        try:
+            file.seek(1)
+            file.read(1)
+        except ValueError:
+            return False
+    return True
+
+
+def _shown(name: str) -> str:
+    r"""A file's name in messages and in the cache, which take no byte that is not UTF-8 and no control character.
+
+    >>> print(_shown("a\udcff\n.jsonl"))
+    a\udcff\x0a.jsonl
+    """
+    return "".join(
+        one if one.isprintable() else (f"\\x{ord(one):02x}" if ord(one) < 256 else f"\\u{ord(one):04x}")
+        for one in name
+    )
 
 
 class _Owning(io.BufferedReader):
@@ -141,7 +201,7 @@ class Place:
                 return self._saved(self.path)
             names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
             chosen = files_of(names, self.path, self.split, self.config)
-            return [DataFile(str(place / name), str(place / name)) for name in chosen]
+            return [DataFile(str(place / name), _shown(str(place / name))) for name in chosen]
         if place.exists():
             return [self._one(DataFile(self.path, self.path))]
         if place.name.lower().endswith(KINDS) or place.is_absolute() or not HUB_ID.fullmatch(self.path):
@@ -168,7 +228,7 @@ class Place:
     def _remote(self) -> list[DataFile] | Rows:
         import fsspec
 
-        try:
+        with reading(self.path, "cannot be reached"), self._known():
             system, path = fsspec.core.url_to_fs(self.path, **self.options)
             if "*" in path:
                 found = sorted(system.glob(path))
@@ -181,21 +241,26 @@ class Place:
                 chosen = [below + name for name in files_of(names, self.path, self.split, self.config)]
             else:
                 chosen = [path] if system.exists(path) else []
+        if not chosen:
+            raise DataError(f"{self.path}: no such file. Check the address and credentials.")
+        return [self._one(self._far(system, one)) for one in chosen]
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        try:
+            yield
         except (ImportError, ValueError) as error:
-            if isinstance(error, ConfigError | DataError):
+            if isinstance(error, SelectKDError):
                 raise
             raise ConfigError(
                 f"{self.path}: {error}. Check the URL, or install what its kind needs."
             ) from error
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"{self.path}: cannot be reached: {reason}. Check the address and credentials."
-            ) from error
-        if not chosen:
-            raise DataError(f"{self.path}: no such file. Check the address and credentials.")
-        names = [(one, str(system.unstrip_protocol(one))) for one in chosen]
-        return [self._one(DataFile(one, name, name, self.options)) for one, name in names]
+
+    def _far(self, system: Any, path: str) -> DataFile:
+        url = str(system.unstrip_protocol(path))
+        with reading(url):
+            ranges = not url.startswith("http") or _in_parts(system, path)
+        return DataFile(path, _shown(url), url, self.options, ranges)
 
     def _saved(self, folder: str) -> Rows:
         """A data set written by ``save_to_disk``."""

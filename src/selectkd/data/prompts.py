@@ -87,6 +87,16 @@ def unpacked(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.ascontiguousarray(rows).view("<i8").reshape(-1, KEYS)
 
 
+def is_held_out(prompt: bytes, share: float) -> bool:
+    """Whether packed keys are of a prompt that is held out by itself, whatever other prompts there are.
+
+    >>> prompts = [packed(prompt_keys(f"What is {n} and {n}?")) for n in range(1000)]
+    >>> 60 < sum(is_held_out(prompt, 0.1) for prompt in prompts) < 140
+    True
+    """
+    return int.from_bytes(prompt[:8], "little") < share * 2**63
+
+
 def _hash(content: bytes) -> int:
     return xxhash.xxh3_64_intdigest(content) >> 1
 

@@ -9,19 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
+from selectkd.data.chunk_index import Chunks, Index
 from selectkd.data.chunks import Item, chunks, given
 from selectkd.data.detection import FORMATS
 from selectkd.data.examples import SCHEMA, Examples, Table
 from selectkd.data.files import Found, check_reading
 from selectkd.data.order import BatchOptions, Epoch, draw
 from selectkd.data.places import Place, Rows
+from selectkd.data.prompts import is_held_out
 from selectkd.data.render import Example, TextRules
 from selectkd.data.rendering import Part, Rendering, part_of
 from selectkd.data.routes import Routes
-from selectkd.data.streaming import Chunks, Index, Streamed, StreamEpoch
+from selectkd.data.streaming import Streamed, StreamEpoch
 from selectkd.data.template import ChatTemplate
 from selectkd.data.text_cache import Text, TextCache, text_of
 from selectkd.errors import ConfigError, DataError
@@ -127,8 +130,9 @@ def streamed_source(
         part.add(found := part_of(read.read(number), how, limit=FEW, before=part.found))
         part.rows, number = found.rows, number + 1
     if not part.examples:
+        first = f"; the first bad one: {part.found.problems[0].rstrip('.')}" if part.found.problems else ""
         raise DataError(
-            f"{path}: none of {len(index)} records can be trained on. Look at `selectkd data check`."
+            f"{path}: none of {len(index)} records can be trained on{first}. Look at `selectkd data check`."
         )
     stream = int(entry.get("stream", 0))
     table = pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(part.rows), SCHEMA)])
@@ -137,6 +141,20 @@ def streamed_source(
     streamed = Streamed(read, how, replace(part.found, problems=[], aside=[], files=[]), stream)
     counts, first = {"read": len(index)}, Examples([Table(table, None, stream)])
     return Source(first, _name(entry), weight, part.found.format, summary, counts, (), streamed)
+
+
+def without_share(source: Source, share: float, most: int, cache: TextCache) -> tuple[Source, Examples]:
+    """A streamed source without a share of its prompts, which hashes of their words decide, and the examples of at most
+    ``most`` records that have one of these prompts.
+    """
+    assert source.streamed is not None
+    streamed = replace(source.streamed, share=share)
+    about = {"index": source.fingerprint, "share": share, "most": most}
+    text = text_of(source.name, about, lambda: streamed.held_out(most), streamed.how, cache)
+    text.table.stream = streamed.stream
+    kept = np.array([not is_held_out(prompt, share) for prompt in source.examples.values("prompt")])
+    examples = source.examples.where(kept) if kept.any() else source.examples
+    return replace(source, examples=examples, streamed=streamed), Examples([text.table])
 
 
 def _read_as(
@@ -152,7 +170,9 @@ def _read_as(
     unknown = sorted(set(entry) - set(SPEC_KEYS))
     if unknown or "path" not in entry:
         problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
-        raise ConfigError(f"data source {dict(spec)!r}: {problem}. Its keys: {', '.join(SPEC_KEYS)}.")
+        raise ConfigError(
+            f"data source {spec.get('path', '')!r}: {problem}. Its keys: {', '.join(SPEC_KEYS)}."
+        )
     weight = _weight(entry.get("weight", 1.0), str(entry["path"]))
     check_reading(entry.get("format"), entry.get("limit"), rules.on_bad_record)
     template = ChatTemplate.of(tokenizer) if template is None else template

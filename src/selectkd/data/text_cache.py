@@ -280,10 +280,10 @@ def _begin(how: Rendering) -> None:
     global _how
     _how = how
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker when its parent has been killed: nobody else would."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -17,12 +17,15 @@ from selectkd.data.examples import Examples
 from selectkd.data.prompts import split
 from selectkd.data.render import TextRules
 from selectkd.data.routes import Routes
-from selectkd.data.sources import Source, dataset_source, streamed_source
+from selectkd.data.sources import Source, dataset_source, streamed_source, without_share
 from selectkd.data.template import ChatTemplate, source_of
 from selectkd.data.text_cache import TextCache
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.ends import end_ids
 from selectkd.teachers.cache.index import INDEX, PLAN, read_index
+
+MEASURED = 1000
+"""Held-out records of a streamed source, unless data.evaluation_limit says how many samples are measured."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ def read_text(
     evaluation = recipe.data.evaluation
     if evaluation is None:
         return Reading(template, ends, sources, Examples.of([]))
+    if isinstance(evaluation, int | float) and recipe.data.streaming:
+        most = recipe.data.evaluation_limit or MEASURED
+        return Reading(template, ends, *hold_out_streamed(sources, float(evaluation), most, options["cache"]))
     if isinstance(evaluation, int | float):
         return Reading(template, ends, *hold_out(sources, float(evaluation)))
     return Reading(template, ends, sources, dataset_source(few(evaluation.reading), **options).examples)
@@ -170,6 +176,21 @@ def hold_out(sources: Sequence[Source], share: float) -> tuple[list[Source], Exa
             f"data.evaluation = {share}: {found.too_many:,} samples of nearly one prompt are all trained on"
         )
     return kept, held, warnings
+
+
+def hold_out_streamed(
+    sources: Sequence[Source], share: float, most: int, cache: TextCache
+) -> tuple[list[Source], Examples]:
+    """A share of the prompts of each streamed source held out, and examples of at most ``most`` records of each that
+    have one. Equal words are one prompt, whatever their case and punctuation; rewordings are not looked for.
+    """
+    parts = [without_share(source, share, most, cache) for source in sources]
+    held = Examples.joined([examples for _, examples in parts])
+    if not held:
+        raise ConfigError(
+            f"data.evaluation = {share} holds none of the records out. Give a larger share, or a file of its own."
+        )
+    return [source for source, _ in parts], held
 
 
 def lost(source: Source) -> str | None:

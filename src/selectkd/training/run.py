@@ -14,7 +14,7 @@ from torch import distributed as dist
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from selectkd.errors import ResourceError, TeacherError
+from selectkd.errors import DataError, ResourceError, TeacherError
 from selectkd.models.devices import training_device
 from selectkd.models.precision import precision_of
 from selectkd.models.save import save_integers, save_student
@@ -172,7 +172,7 @@ class _Run:
         self.stop.at_once = False
         try:
             return self._trained()
-        except (TeacherError, ResourceError):
+        except (TeacherError, ResourceError, DataError):
             path = self.checkpoints.rescue()
             if path is not None:
                 _LOG.warning(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    _close_in_forks()
+    _HANDLES.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,7 +280,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        os.close(handle)
+        if handle in _HANDLES:
+            _HANDLES.remove(handle)
+            os.close(handle)
+
+
+_HANDLES: set[int] = set()
+"""Locks of this process."""
+
+
+@cache
+def _close_in_forks() -> None:
+    """Lets go of the locks in processes that are forked: one that outlives a killed run would hold its folder."""
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _let_go() -> None:
+    while _HANDLES:
+        os.close(_HANDLES.pop())
 
 
 @contextmanager
