@@ -149,7 +149,7 @@ def test_parts_that_call_tools_and_give_results_become_turns():
         ([USER, {"role": ["x"], "content": "x"}], r"messages\[1\]\.role"),
         ([USER, {"role": "assistant", "content": None}], r"messages\[1\]\.content.*NoneType"),
         ([USER, {"role": "assistant", "content": 7}], r"messages\[1\]\.content.*int"),
-        ([{"role": "user", "content": [{"type": "image"}]}, REPLY], r"content\[0\].*image"),
+        ([{"role": "user", "content": [{"type": "audio"}]}, REPLY], r"content\[0\].*audio"),
         ([USER, "text"], r"messages\[1\]"),
         ("text", r"messages: needs a list"),
         ([], r"messages"),

@@ -52,6 +52,8 @@ def cut(
         if assembly.cut and assembly.cut.kl
         else ""
     )
-    folder = save_student(assembly.student, assembly.tokenizer, out, f"# {assembly.student_source}\n")
+    folder = save_student(
+        assembly.student, assembly.tokenizer, out, f"# {assembly.student_source}\n", vision=assembly.vision
+    )
     say(f"{folder}: {assembly.student_source}{kl}")
     say(f"train it with --set student.from_teacher=null --set student.model={folder}")

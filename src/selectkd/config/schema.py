@@ -98,6 +98,13 @@ class SourceSection(Section):
     """How often each record is seen in an epoch: 2 twice, 0.5 every other epoch. Left out: 1."""
     written_by: Literal["teacher", "student"] | None = None
     """Of a file of `selectkd generate`, takes the records of this writer alone. Left out: all of them."""
+    image_folder: Text | None = None
+    """Folder in which the images lie that records name by path; no path may leave it. Left out: that of the file."""
+    image_urls: bool | None = None
+    """`true` fetches images that records name by URL, when the text is tokenised. Left out: URLs are refused."""
+    max_pixels: Count | None = None
+    """Larger images are scaled down to so many pixels; a record's own max_pixels counts more. Left out: the model's
+    processor alone decides."""
     policy: Policy | None = None
     """Who writes the text of this source. Left out: data.policy."""
     objective: StreamObjective | None = None

@@ -94,6 +94,9 @@ class Training(Section):
     fake_quantization: FakeQuantization | None = None
     """Trains the weights as they will be exported, rounded to few bits: `q8_0`, `q4_0`, `int8` or `int4`, or a mapping
     of the keys of fake_quantization. Left out: no rounding."""
+    freeze: list[Literal["vision_tower", "projector", "language_model"]] = []
+    """Parts of a student that sees images whose weights stay as they are. The default trains all, or with lora the
+    adapters of the language model."""
     gradient_checkpointing: bool = False
     """`true` computes activations again in the backward pass: less memory, more time."""
     activation_offload: bool = False
@@ -146,6 +149,12 @@ class Training(Section):
         for key, without in (("betas", WITHOUT_BETAS), ("eps", WITHOUT_EPS)):
             if getattr(self, key) is not None and self.optimizer in without:
                 raise refuse(f"optimizer = {self.optimizer} has no {key}; leave the key out", at=key)
+        if len(set(self.freeze)) == 3:
+            raise refuse(
+                "freeze names every part of the student, so nothing is trained; leave one out", at="freeze"
+            )
+        if self.lora is not None and self.freeze:
+            raise refuse("lora trains adapters of the language model alone; leave freeze out", at="freeze")
         if self.activation_offload and self.gradient_checkpointing:
             raise refuse(
                 "gradient_checkpointing computes activations again and activation_offload keeps them in main memory; "

@@ -8,17 +8,32 @@ several texts of one conversation (``positions``).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from selectkd.data.encoding import Encoded, Encoder, Joined
 from selectkd.data.formats import Sample
+from selectkd.data.images import ImageRules
 from selectkd.data.positions import Layout, TrainTurns, lay_out
 from selectkd.data.renderer import Answer, Job, Renderings
 from selectkd.data.rounds import Steps, Tokens, alone
 from selectkd.data.template import ChatTemplate, shaped
-from selectkd.data.windows import Window
+from selectkd.data.vision import Images, Vision, images_key
+from selectkd.data.windows import Part, Window
 from selectkd.errors import DataError
+
+Text = tuple[list[int], list[bool], tuple[int, ...], Images | None]
+"""Ids, which of them are trained, the numbers of its trained turns, and its images; None for models that see nothing.
+The numbers are left out where images stand in the turns, which then cannot be left out."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How images become tokens: the model's processor, and where images may lie."""
+
+    vision: Vision
+    rules: ImageRules = field(default_factory=ImageRules)
 
 
 def tokenize_chat(
@@ -29,8 +44,9 @@ def tokenize_chat(
     eos_ids: Collection[int],
     window: Window,
     train_turns: TrainTurns = "all",
-) -> Steps[list[tuple[list[int], list[bool], tuple[int, ...]]]]:
-    """(ids, trained, turns) of each text of a conversation, its trained turns marked, each with the token that ends it.
+    sight: Sight | None = None,
+) -> Steps[list[Text]]:
+    """Each text of a conversation, its trained turns marked, each with the token that ends it.
 
     eos_ids: what ends a turn beside what the template itself writes behind one. Raises DataError naming the row and the
     turn: see ``lay_out``; and where the tokenizer cannot say which characters a token covers.
@@ -44,18 +60,91 @@ def tokenize_chat(
         )
     ends = turn_ends(template, encoder.tokenizer, eos_ids, sample)
     layouts = yield from lay_out(sample, template, ends=encoder.signs(ends), train_turns=train_turns)
-    texts: list[tuple[list[int], list[bool], tuple[int, ...]]] = []
+    texts: list[Text] = []
+    if sight is not None:
+        texts = yield from _with_images(layouts, encoder, ends, window, sample, sight)
+        return texts
     for layout in layouts:
-        ids, trained = yield from _tokens(layout, encoder, ends, window, sample)
-        texts.append((ids, trained, layout.numbers))
+        ids, trained, _ = yield from _tokens(layout, encoder, ends, window, sample)
+        texts.append((ids, trained, layout.numbers, None))
     return texts
 
 
+def _with_images(
+    layouts: Sequence[Layout],
+    encoder: Encoder,
+    ends: Collection[int],
+    window: Window,
+    sample: Sample,
+    sight: Sight,
+) -> Steps[list[Text]]:
+    """The texts of a conversation with the tokens of its images, which are never trained.
+
+    A text that ends before the last turn has the images up to there; the last one has them all.
+    """
+    vision, texts = sight.vision, list[Text]()
+    refs = vision.opened(sample.images, sight.rules)
+    places = [part.place for part in sample.images]
+    for number, layout in enumerate(layouts):
+        last = number == len(layouts) - 1
+        count = len(refs) if last else min(len(refs), layout.text.count(vision.placeholder))
+        spans: list[int] = []
+        if count or vision.placeholder in layout.text:
+            wide = vision.widened(layout.text, refs[:count], places[:count], sample.origin)
+            pieces = tuple((wide.place(begin), wide.place(stop)) for begin, stop in layout.pieces)
+            begins = tuple(map(wide.place, layout.begins))
+            layout = replace(layout, text=wide.text, pieces=pieces, begins=begins)
+            spans = [place for span in wide.spans for place in span]
+        kept = None if spans else window
+        ids, trained, tokens = yield from _tokens(layout, encoder, ends, kept, sample, spans)
+        images = images_in(ids, trained, tokens, refs[:count], sample, vision)
+        texts.append((ids, trained, () if refs else layout.numbers, images))
+    return texts
+
+
+def images_in(
+    ids: Sequence[int],
+    trained: list[bool],
+    spans: Sequence[int],
+    refs: Sequence[Any],
+    sample: Sample,
+    vision: Vision,
+) -> Images:
+    """The images of a text whose tokens stand at ``spans``, which are taken out of what is trained.
+
+    DataError where a token that stands for an image lies elsewhere.
+    """
+    inside: set[int] = set()
+    for begin, end in zip(spans[::2], spans[1::2], strict=True):
+        trained[begin:end] = [False] * (end - begin)
+        inside.update(range(begin, end))
+    stray = [place for place, one in enumerate(ids) if one in vision.image_ids and place not in inside]
+    if stray:
+        raise DataError(
+            f"{sample.origin}: token {stray[0]} ({ids[stray[0]]}) stands for an image, and no image is there. Take "
+            f"{vision.placeholder} out of the text."
+        )
+    prefix = trained.index(True) if True in trained else len(ids)
+    packed = tuple(ref.packed() for ref in refs)
+    return Images(packed, images_key(refs, vision) if refs else b"", tuple(spans), prefix, vision)
+
+
 def _tokens(
-    layout: Layout, encoder: Encoder, ends: Collection[int], window: Window, sample: Sample
-) -> Steps[tuple[list[int], list[bool]]]:
-    """The tokens of a text, those trained that begin in a trained piece, and EOS behind a text that nothing ends."""
-    cut = window.of(layout.text, layout.pieces[0][0], encoder.tokenizer)
+    layout: Layout,
+    encoder: Encoder,
+    ends: Collection[int],
+    window: Window | None,
+    sample: Sample,
+    spans: Sequence[int] = (),
+) -> Steps[tuple[list[int], list[bool], list[int]]]:
+    """(ids, trained, the tokens that begin at ``spans``) of a text, with EOS behind one that nothing ends.
+
+    Those are trained that begin in a trained piece. window: what of the text is kept, None for all.
+    """
+    text = layout.text
+    cut = Part(text, 0, len(text))
+    if window is not None:
+        cut = window.of(text, layout.pieces[0][0], encoder.tokenizer)
     found = yield from _encoded(cut.text, [cut.index(begin) for begin in layout.begins])
     ids, places = (
         list(found.ids),
@@ -64,13 +153,14 @@ def _tokens(
     trained = [False] * len(ids)
     for first, last in zip(places[::2], places[1::2], strict=True):
         trained[first:last] = [True] * (last - first)
-    whole = cut.stop == len(layout.text)
+    whole = cut.stop == len(text)
     if not any(trained) and whole:
         raise DataError(f"{sample.origin}: no token begins within a trained turn. Leave the row out.")
+    tokens = [found.first(cut.index(place)) for place in spans]
     open_end = whole and trained[-1] and ids[-1] not in ends and ids[-1] not in encoder.special
     if open_end and isinstance(encoder.tokenizer.eos_token_id, int):
-        return [*ids, encoder.tokenizer.eos_token_id], [*trained, True]
-    return ids, trained
+        return [*ids, encoder.tokenizer.eos_token_id], [*trained, True], tokens
+    return ids, trained, tokens
 
 
 def _encoded(text: str, begins: Sequence[int]) -> Steps[Encoded]:

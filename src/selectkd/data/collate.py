@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selectkd.data.render import Example
+from selectkd.data.vision import Images, joined
 from selectkd.errors import ConfigError, DataError
 
 
@@ -36,7 +37,8 @@ class Batch:
     """The tensors of one step. ``sequence`` is the index of a token's sample in the batch, -1 on padding.
 
     ``completion`` says whether token i is trained, ``stream`` is the stream of each sample, ``route`` the teacher its
-    record names, -1 for none. ``extra`` passes to the model untouched.
+    record names, -1 for none. ``extra`` passes to the model untouched. ``images``: of each sample, in main memory, None
+    for a sample of a text without any; empty where no sample has one. ``extra`` has their tensors then.
     """
 
     input_ids: Tensor  # [b, t] int64
@@ -48,6 +50,7 @@ class Batch:
     packed: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     route: Tensor | None = None  # [samples] int64
+    images: tuple[Images | None, ...] = ()
     origin: Batch | None = field(default=None, init=False, repr=False, compare=False)
     found: Any = field(default=None, init=False, repr=False, compare=False)
     """origin: the batch in main memory that this one is a copy of; found: what ``supervised`` found. ``replace`` drops
@@ -55,7 +58,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; tensors of ``extra`` move too. The one it came from stays as ``origin``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "extra"}
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.init and f.name not in ("extra", "images")
+        }
         copy = replace(self, **moved(values, device), extra=moved(self.extra, device))
         copy.note("origin", self.in_memory)
         return copy
@@ -79,14 +86,37 @@ class Batch:
         ids, owner = here.input_ids.flatten(), here.sequence.flatten()
         return [ids[owner == sample] for sample in range(self.stream.shape[0])]
 
+    def keys(self) -> list[bytes]:
+        """What tells each sample from others of the same tokens: ``Images.identity``, empty without images."""
+        seen = self.images or (None,) * self.stream.shape[0]
+        return [b"" if one is None else one.identity for one in seen]
+
     def model_inputs(self) -> dict[str, Any]:
-        """The inputs of a Hugging Face model that reads one sample a row; ``models.forward`` reads packed rows too."""
-        return {
+        """The inputs of a Hugging Face model that reads one sample a row; ``models.forward`` reads packed rows too.
+
+        A model with places in three dimensions counts them itself, from the sizes of the images (``*_grid_thw``).
+        """
+        inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             **self.extra,
         }
+        if "image_grid_thw" in self.extra:
+            del inputs["position_ids"]
+        return inputs
+
+
+def repainted(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with ``change`` of each of its images (Pillow's) in its place, of the same size; tokens stay."""
+    images = [
+        one
+        if one is None or not one.refs
+        else replace(one, loaded=one.reader.features(list(map(change, one.shown()))))
+        for one in batch.images
+    ]
+    extra, kept = joined(images, [ids.tolist() for ids in batch.samples()], batch.input_ids.shape[1])
+    return replace(batch, extra=moved(extra, batch.input_ids.device), images=kept)
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, pad_to_multiple_of: int = 8) -> Batch:
@@ -129,7 +159,24 @@ def _lay_out(bins: Sequence[Sequence[Example]], pad_id: int, multiple: int, *, p
             route.append(example.route)
             start += len(example)
     streams, routes = (torch.tensor(each, dtype=torch.int64) for each in (stream, route))
-    return Batch(input_ids, attention_mask, completion, position_ids, sequence, streams, packed, route=routes)
+    extra, images = _seen(bins, width, packed=packed)
+    return Batch(
+        input_ids, attention_mask, completion, position_ids, sequence, streams, packed, extra, routes, images
+    )
+
+
+def _seen(
+    bins: Sequence[Sequence[Example]], width: int, *, packed: bool
+) -> tuple[dict[str, Any], tuple[Images | None, ...]]:
+    """The model inputs of the images of padded rows, and each sample's images."""
+    examples = [example for row in bins for example in row]
+    if not any(example.images is not None and example.images.refs for example in examples):
+        return {}, ()
+    if packed:
+        raise ConfigError(
+            "rows with images are not packed. Set data.packing to false; data.bucket saves padding too."
+        )
+    return joined([one.images for one in examples], [one.input_ids for one in examples], width)
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from selectkd.data.prompts import KEYS, unpacked
 from selectkd.data.render import Example
+from selectkd.data.vision import Images, Vision
 from selectkd.errors import IntegrityError
 
 TYPES = {
@@ -26,11 +27,19 @@ TYPES = {
     "list[float]": pa.list_(pa.float32()), "int": pa.int64(), "bool": pa.bool_(), "float": pa.float64(),
     "str": pa.string(), "bytes": pa.binary(),
 }  # fmt: skip
-FIELDS = {field.name: TYPES[str(field.type)] for field in fields(Example) if field.name != "stream"}
-"""The columns of ``Example``; its stream belongs to the recipe, not to the text."""
+ELSEWHERE = ("stream", "images")
+FIELDS = {field.name: TYPES[str(field.type)] for field in fields(Example) if field.name not in ELSEWHERE}
+"""The columns of ``Example``; its stream belongs to the recipe, not to the text, and images have ``IMAGES``."""
+IMAGES = {
+    "images": pa.list_(pa.large_binary()),
+    "images_key": pa.binary(),
+    "image_spans": pa.list_(pa.int32()),
+}
+"""The columns of a sample's images: references, what they are known by, and where their tokens stand."""
 SCHEMA = pa.schema(
     [
         *FIELDS.items(),
+        *IMAGES.items(),
         ("length", pa.int32()), ("trained", pa.int32()), ("key", pa.binary(16)), ("check", pa.uint64()),
     ]
 )  # fmt: skip
@@ -43,15 +52,32 @@ LISTS = {
 PLAIN = tuple(name for name in FIELDS if name not in LISTS)
 
 
-def record_key(ids: Sequence[int] | NDArray[Any]) -> bytes:
-    """What a sample is known by: the 16 bytes of the xxh3-128 of its token ids."""
-    return xxhash.xxh3_128(np.ascontiguousarray(ids, dtype="<i4").tobytes()).digest()
+def record_key(ids: Sequence[int] | NDArray[Any], images: bytes = b"") -> bytes:
+    """What a sample is known by: the 16 bytes of the xxh3-128 of its token ids and of ``Images.identity``."""
+    return xxhash.xxh3_128(np.ascontiguousarray(ids, dtype="<i4").tobytes() + images).digest()
 
 
-def _check(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> int:
+def sample_key(example: Example) -> bytes:
+    """``record_key`` of an example with its images."""
+    return record_key(example.input_ids, b"" if example.images is None else example.images.identity)
+
+
+def _check(ids: NDArray[np.int32], mask: NDArray[np.bool_], images: bytes = b"") -> int:
     digest = xxhash.xxh3_64(np.ascontiguousarray(ids, "<i4").tobytes())
     digest.update(np.packbits(mask, bitorder="little").tobytes())
+    digest.update(images)
     return digest.intdigest()
+
+
+def _of_images(example: Example) -> tuple[tuple[bytes, ...], bytes, tuple[int, ...]]:
+    """The columns ``IMAGES`` of an example."""
+    one = example.images
+    return ((), b"", ()) if one is None else (one.refs, one.key, one.spans)
+
+
+def _seen(refs: Sequence[bytes], key: bytes, spans: Sequence[int]) -> bytes:
+    """The columns ``IMAGES`` as bytes for ``_check``; empty without images."""
+    return b"".join([key, np.array(spans, "<i4").tobytes(), *refs])
 
 
 def batch_of(examples: Sequence[Example]) -> pa.RecordBatch:
@@ -63,11 +89,15 @@ def batch_of(examples: Sequence[Example]) -> pa.RecordBatch:
     for name, kind in FIELDS.items():
         values = known.get(name) or [getattr(example, name) for example in examples]
         columns.append(_lists(values, kind) if name in LISTS else pa.array(values, kind))
+    seen = [_of_images(example) for example in examples]
+    of_images = zip(*seen, strict=True) if seen else ((), (), ())
+    columns += [pa.array(list(some), kind) for some, kind in zip(of_images, IMAGES.values(), strict=True)]
+    checks = [_check(one, mask, _seen(*images)) for one, mask, images in zip(ids, masks, seen, strict=True)]
     columns += [
         pa.array([len(one) for one in ids], pa.int32()),
         pa.array([np.count_nonzero(mask) for mask in masks], pa.int32()),
-        pa.array([record_key(one) for one in ids], pa.binary(16)),
-        pa.array([_check(one, mask) for one, mask in zip(ids, masks, strict=True)], pa.uint64()),
+        pa.array([sample_key(example) for example in examples], pa.binary(16)),
+        pa.array(checks, pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -85,7 +115,7 @@ class _Batch:
     """One record batch as numpy views, nothing copied."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self.plain = {name: batch.column(name) for name in PLAIN}
+        self.plain = {name: batch.column(name) for name in (*PLAIN, *IMAGES)}
         self.check = batch.column("check").to_numpy()
         self.lists: dict[str, tuple[NDArray[Any], Any]] = {}
         for name in LISTS:
@@ -110,10 +140,12 @@ class _Batch:
 
 
 class Table:
-    """Examples of one text. path: the Arrow stream they are mapped from, None in memory."""
+    """Examples of one text. path: the Arrow stream they are mapped from, None in memory; vision: reads their images."""
 
-    def __init__(self, table: pa.Table, path: Path | None = None, stream: int = 0) -> None:
-        self.table, self.path, self.stream = table, path, stream
+    def __init__(
+        self, table: pa.Table, path: Path | None = None, stream: int = 0, vision: Vision | None = None
+    ) -> None:
+        self.table, self.path, self.stream, self.vision = table, path, stream, vision
         self._batches = table.to_batches()
         self._starts = [0]
         for batch in self._batches:
@@ -121,7 +153,7 @@ class Table:
         self._views: dict[int, _Batch] = {}
 
     @classmethod
-    def mapped(cls, path: Path, stream: int = 0) -> Table:
+    def mapped(cls, path: Path, stream: int = 0, vision: Vision | None = None) -> Table:
         """The examples of an Arrow stream on disk; the system reads its pages when they are wanted."""
         try:
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
@@ -130,15 +162,15 @@ class Table:
             raise _damaged(path) from error
         if table.schema != SCHEMA:
             raise _damaged(path)
-        return cls(table, path, stream)
+        return cls(table, path, stream, vision)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
-            return Table, (self.table, None, self.stream)
-        return Table.mapped, (self.path, self.stream)
+            return Table, (self.table, None, self.stream, self.vision)
+        return Table.mapped, (self.path, self.stream, self.vision)
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers, [n]; of keys, [n, 16] bytes."""
@@ -171,11 +203,17 @@ class Table:
             view = self._views[number] = _Batch(self._batches[number])
         place = index - self._starts[number]
         row = view.row(place)
-        if _check(row["input_ids"], row["completion"]) != int(view.check[place]):
+        refs, key, spans = (row.pop(name) for name in IMAGES)
+        if _check(row["input_ids"], row["completion"], _seen(refs, key, spans)) != int(view.check[place]):
             raise _damaged(self.path)
         for name, kind in LISTS.items():
             row[name] = kind(row[name].tolist())
-        return Example(stream=self.stream, **row)
+        images = None
+        if self.vision is not None:
+            trained = row["completion"]
+            prefix = trained.index(True) if True in trained else len(trained)
+            images = Images(tuple(refs), key, tuple(spans), prefix, self.vision)
+        return Example(stream=self.stream, images=images, **row)
 
 
 def _damaged(path: Path | None) -> IntegrityError:
@@ -204,8 +242,14 @@ class Examples(Sequence[Example]):
             return examples
         given = list(examples)
         streams = list(dict.fromkeys(example.stream for example in given))
+        vision = next((example.images.reader for example in given if example.images is not None), None)
         tables = [
-            Table(pa.Table.from_batches([batch_of([e for e in given if e.stream == stream])]), None, stream)
+            Table(
+                pa.Table.from_batches([batch_of([e for e in given if e.stream == stream])]),
+                None,
+                stream,
+                vision,
+            )
             for stream in streams
         ]
         order = np.array([streams.index(example.stream) for example in given], np.int64)

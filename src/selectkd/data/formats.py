@@ -22,6 +22,7 @@ from selectkd.data.detection import (
     present,
     verdict_of,
 )
+from selectkd.data.image_parts import ImagePart, images_of, placed
 from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turns_of
 from selectkd.errors import DataError
 
@@ -35,7 +36,7 @@ class Sample:
 
     ``trained`` holds the indices of the assistant turns that are learned. ``instruction`` is the row's own
     (instruction, input) pair, kept for tokenizers without a chat template. ``rejected``: its label says that it is no
-    good answer.
+    good answer. images: those of the messages' image parts, in order.
     """
 
     origin: str
@@ -50,17 +51,27 @@ class Sample:
     input_ids: tuple[int, ...] | None = None
     mask: tuple[bool, ...] | None = None
     rejected: bool = False
+    images: tuple[ImagePart, ...] = ()
 
 
 def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record") -> Sample:
     """The record as a ``Sample``; ``format`` is a key of FORMATS.
 
     Raises DataError naming ``origin`` and the field for a wrong role, role order or type, for text that is
-    not valid Unicode, and for token ids that are not integers.
+    not valid Unicode, for token ids that are not integers, and for images whose placeholders are more or fewer.
     """
     if format not in _READERS:
         raise DataError(f"{origin}: no format is called {format!r}. What would work: {', '.join(FORMATS)}.")
-    return _READERS[format](record, Where(origin))
+    sample = _READERS[format](record, Where(origin))
+    if sample.messages is not None:
+        messages, images = placed(sample.messages, record, origin)
+        return replace(sample, messages=messages, images=images) if images else sample
+    if images_of(record):
+        raise DataError(
+            f"{origin}: images beside {format}. What would work: messages, conversations, prompt + completion, or "
+            "instruction + output."
+        )
+    return sample
 
 
 def _refuse(where: Where, problem: str) -> NoReturn:

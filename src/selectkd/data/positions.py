@@ -163,8 +163,9 @@ def _with_mark(message: dict[str, Any], number: int) -> dict[str, Any]:
     """The message with a mark behind its text, before the space at its end, which some templates cut off."""
     content = message.get("content")
     if isinstance(content, list):
-        last = content[-1] if content else {"type": "text", "text": ""}
-        return {**message, "content": [*content[:-1], {**last, "text": _marked(last["text"], number)}]}
+        parts = content if content and "text" in content[-1] else [*content, {"type": "text", "text": ""}]
+        last = {**parts[-1], "text": _marked(parts[-1]["text"], number)}
+        return {**message, "content": [*parts[:-1], last]}
     return {**message, "content": _marked(content, number)} if isinstance(content, str) else message
 
 
@@ -177,7 +178,7 @@ def _content(message: Mapping[str, Any]) -> str:
     """The text of a message, of parts their texts together."""
     content = message.get("content")
     if isinstance(content, list):
-        return "".join(part["text"] for part in content).strip()
+        return "".join(part.get("text", "") for part in content).strip()
     return content.strip() if isinstance(content, str) else ""
 
 

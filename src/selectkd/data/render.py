@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from selectkd.data.chat import leaves_out_tools, tokenize_chat
+from selectkd.data.chat import Sight, Text, images_in, leaves_out_tools, tokenize_chat
 from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
@@ -20,6 +20,7 @@ from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
 from selectkd.data.rounds import Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
+from selectkd.data.vision import Images
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
 
@@ -45,7 +46,7 @@ class Example:
 
     truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its text leaves its tool schemas out.
     route: which of several teachers its record names, -1 where none is asked for. prompt: the keys of its record's
-    prompt (``data.prompts``), by which duplicates and rewordings are found.
+    prompt (``data.prompts``), by which duplicates and rewordings are found. images: those it shows.
     """
 
     input_ids: list[int]
@@ -57,6 +58,7 @@ class Example:
     without_tools: bool = False
     route: int = -1
     prompt: bytes = bytes(8 * KEYS)
+    images: Images | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -148,16 +150,28 @@ def render(
 
 
 def rendering(
-    sample: Sample, encoder: Encoder, rules: TextRules, template: ChatTemplate, eos_ids: Collection[int] = ()
+    sample: Sample,
+    encoder: Encoder,
+    rules: TextRules,
+    template: ChatTemplate,
+    eos_ids: Collection[int] = (),
+    sight: Sight | None = None,
 ) -> Steps[list[Example | Dropped]]:
-    """``render``, together with other samples."""
+    """``render``, together with other samples. sight: of a model that sees images; a sample that would lose one of them
+    is left out.
+    """
     if sample.rejected:
         return [Dropped(sample.origin, "labelled false")]
     if sample.messages is not None and not sample.trained:
         replies = [message for message in sample.messages if message["role"] == "assistant"]
         return [Dropped(sample.origin, "empty completion" if replies else "no completion")]
+    if sample.images and sight is None:
+        raise DataError(
+            f"{sample.origin}: has {len(sample.images)} images, and the model sees none, or its folder has no "
+            "processor. Use a model that sees images, or leave the row out."
+        )
     sample = _with_defaults(sample, rules)
-    texts = yield from _tokenize(sample, encoder, encoder.ends(eos_ids), rules, template)
+    texts = yield from _texts(sample, encoder, encoder.ends(eos_ids), rules, template, sight)
     if not texts:
         return [Dropped(sample.origin, "no final answer")]
     without_tools = yield from leaves_out_tools(sample, template)
@@ -165,7 +179,7 @@ def rendering(
     results: list[Example | Dropped] = []
     waiting = [(sample, text) for text in texts]
     while waiting:
-        talk, (ids, trained, turns) = waiting.pop(0)
+        talk, (ids, trained, turns, images) = waiting.pop(0)
         if ids:
             trained[0] = False
         if not any(trained):
@@ -173,12 +187,16 @@ def rendering(
             continue
         excess = _excess(trained, rules)
         if excess and turns and (less := shorter(talk, turns, excess)) is not None:
-            texts = yield from _tokenize(less, encoder, encoder.ends(eos_ids), rules, template)
+            texts = yield from _texts(less, encoder, encoder.ends(eos_ids), rules, template, sight)
             waiting[:0] = [(less, text) for text in texts]
         elif excess and turns and has_system(talk):
             results.append(Dropped(sample.origin, "prompt longer than max_prompt_length"))
         else:
-            example = Example(ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt)
+            if images is not None and images.refs:  # one question about two images is two questions
+                prompt = packed(prompt_keys(f"{prompt_of(sample)} {images.key.hex()}")[:1] * KEYS)
+            example = Example(
+                ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt, images=images
+            )
             results.append(_fit(example, rules, ids[0] == encoder.bos, cut_prompt=talk is not sample))
     return results
 
@@ -204,6 +222,61 @@ def _with_defaults(sample: Sample, rules: TextRules) -> Sample:
     return replace(sample, messages=(first, *messages), trained=trained, completion=None)
 
 
+def _texts(
+    sample: Sample,
+    encoder: Encoder,
+    eos_ids: frozenset[int],
+    rules: TextRules,
+    template: ChatTemplate,
+    sight: Sight | None,
+) -> Steps[list[Text]]:
+    """The tokens of each text of a sample, with its images where the model sees."""
+    if sight is None:
+        plain = yield from _tokenize(sample, encoder, eos_ids, rules, template)
+        return [(*text, None) for text in plain]
+    if sample.messages is not None and (template.source or sample.completion is None):
+        if rules.train_on == "all":
+            raise DataError(
+                f"{sample.origin}: data.train_on: all is not read for a model that sees images. Use completion."
+            )
+        window = Window(rules.max_length, rules.max_prompt_length)
+        texts = yield from tokenize_chat(
+            sample,
+            encoder,
+            template,
+            eos_ids=eos_ids,
+            window=window,
+            train_turns=rules.train_turns,
+            sight=sight,
+        )
+        return texts
+    if sample.images:
+        joined = yield from _joined_to_images(sample, encoder, eos_ids, sight)
+        return [joined]
+    if sight.vision.token_types == "prefix":
+        raise DataError(
+            f"{sample.origin}: has no image, and a prompt of {type(sight.vision.processor).__name__} begins with one. "
+            "Leave the row out."
+        )
+    plain = yield from _tokenize(sample, encoder, eos_ids, rules, template)
+    return [
+        (ids, trained, turns, images_in(ids, trained, (), (), sample, sight.vision))
+        for ids, trained, turns in plain
+    ]
+
+
+def _joined_to_images(sample: Sample, encoder: Encoder, eos_ids: frozenset[int], sight: Sight) -> Steps[Text]:
+    """Images, prompt and completion without a template, as the model's processor lays out a prompt (PaliGemma's)."""
+    vision = sight.vision
+    refs = vision.opened(sample.images, sight.rules)
+    prompt = sample.instruction[0] if sample.instruction is not None else sample.prompt
+    before, spans = vision.prompt_tokens(prompt, refs, sample.origin)
+    answer: Encoded = yield Tokens(sample.completion or "")
+    after = [*answer.ids, *encoder.end]
+    ids, trained = _single_end([*before, *after], [False] * len(before) + [True] * len(after), eos_ids)
+    return ids, trained, (), images_in(ids, trained, spans, refs, sample, vision)
+
+
 def _tokenize(
     sample: Sample, encoder: Encoder, eos_ids: frozenset[int], rules: TextRules, template: ChatTemplate
 ) -> Steps[list[_Text]]:
@@ -225,7 +298,7 @@ def _tokenize(
         texts = yield from tokenize_chat(
             sample, encoder, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
         )
-        return texts
+        return [(ids, trained, turns) for ids, trained, turns, _ in texts]
     joined = yield from _joined(sample, encoder, eos_ids, rules.train_on, window)
     return [(*joined, ())]
 
@@ -317,14 +390,25 @@ def _fit(example: Example, rules: TextRules, keep_first: bool, *, cut_prompt: bo
         )
     if rules.on_too_long == "drop":
         return Dropped(example.origin, "too long")
-    ids, trained = example.input_ids, example.completion
+    ids, trained, images = example.input_ids, example.completion, example.images
     if long_prompt and max_prompt_length is not None:
         head = 1 if keep_first and max_prompt_length > 1 else 0
         cut = prompt - max_prompt_length + head
         ids, trained = ids[:head] + ids[cut:], trained[:head] + trained[cut:]
+        if images is not None:
+            if any(begin < cut and end > head for begin, end in images.places):
+                return Dropped(example.origin, "image would be cut")
+            images = images.moved(cut - head, head)
     ids, trained = ids[:max_length], trained[:max_length]
+    if images is not None and any(end > max_length for _, end in images.places):
+        return Dropped(example.origin, "image would be cut")
     if not any(trained):
         return Dropped(example.origin, "prompt fills max_length")
     return replace(
-        example, input_ids=ids, completion=trained, truncated=True, cut_prompt=long_prompt or cut_prompt
+        example,
+        input_ids=ids,
+        completion=trained,
+        truncated=True,
+        cut_prompt=long_prompt or cut_prompt,
+        images=images,
     )

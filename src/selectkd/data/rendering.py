@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from selectkd.data.chat import Sight
 from selectkd.data.chunks import Chunk, Item
 from selectkd.data.encoding import Encoder
 from selectkd.data.examples import batch_of
@@ -44,6 +45,7 @@ class Rendering:
     written_by: str | None = None
     routes: Routes | None = None
     format: str | None = None
+    sight: Sight | None = None
 
     def identity(self) -> dict[str, Any]:
         """All that an example rests on beside its record, as plain data."""
@@ -59,6 +61,7 @@ class Rendering:
             "date": self.template.moment if self.template.dated else None,
             "tokenizer": _tokenizer_identity(self.tokenizer),
             "code": code_identity(),
+            **({} if self.sight is None else {"images": _sight_identity(self.sight)}),
             "versions": {name: metadata.version(name) for name in PACKAGES},
         }
 
@@ -80,7 +83,9 @@ class Rendering:
         if self.written_by is not None and record.get("written_by") != self.written_by:
             return [Dropped(origin, "by another writer")]
         sample = to_sample(record, format, origin=origin)
-        found = yield from rendering(sample, self.encoder, self.rules, self.template, self.eos_ids)
+        found = yield from rendering(
+            sample, self.encoder, self.rules, self.template, self.eos_ids, self.sight
+        )
         if self.routes is None:
             return found
         teacher = self.routes(record, origin)
@@ -198,6 +203,11 @@ def _tokenizer_identity(tokenizer: Any) -> str:
         about = sorted(tokenizer.get_vocab().items())
     parts = [type(tokenizer).__name__, about, str(tokenizer.special_tokens_map)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _sight_identity(sight: Sight) -> dict[str, Any]:
+    rules = {**asdict(sight.rules), "folder": str(sight.rules.folder.expanduser().resolve())}
+    return {**rules, "processor": sight.vision.fingerprint, "pillow": metadata.version("pillow")}
 
 
 def code_identity() -> str:

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from selectkd.data.chat import Sight
 from selectkd.data.chunk_index import Chunks, Index
 from selectkd.data.chunks import Item, chunks, given
 from selectkd.data.detection import FORMATS
 from selectkd.data.examples import SCHEMA, Examples, Table
 from selectkd.data.files import Found, check_reading
+from selectkd.data.images import ImageRules
 from selectkd.data.order import BatchOptions, Epoch, draw
 from selectkd.data.places import Place, Rows
 from selectkd.data.prompts import is_held_out
@@ -27,11 +29,12 @@ from selectkd.data.routes import Routes
 from selectkd.data.streaming import Streamed, StreamEpoch
 from selectkd.data.template import ChatTemplate
 from selectkd.data.text_cache import Text, TextCache, text_of
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError, DataError
 
 SPEC_KEYS = (
     "path", "name", "format", "weight", "split", "limit", "config", "revision", "storage_options", "stream",
-    "written_by",
+    "written_by", "image_folder", "image_urls", "max_pixels",
 )  # fmt: skip
 FEW = 256
 """Records of a streamed source that are tokenised at its start, for the probe and for checks."""
@@ -82,6 +85,7 @@ def dataset_source(
     routes: Routes | None = None,
     data: Any = None,
     cache: TextCache | None = None,
+    vision: Vision | None = None,
 ) -> Source:
     """The Source a recipe's entry describes: {path, name, format, weight, split, limit, config, written_by, ...}.
 
@@ -91,7 +95,7 @@ def dataset_source(
     Raises ConfigError for a key or weight that cannot be, DataError naming file:line for a record that cannot be
     trained on (kept in ``problems`` instead under ``rules.on_bad_record="skip"``), and DataError when nothing is left.
     """
-    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes)
+    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes, vision)
     path, limit = str(entry["path"]), entry.get("limit")
     cache = TextCache.at() if cache is None else cache
     if data is None:
@@ -113,11 +117,12 @@ def streamed_source(
     template: ChatTemplate | None = None,
     routes: Routes | None = None,
     cache: TextCache | None = None,
+    vision: Vision | None = None,
 ) -> Source:
     """As ``dataset_source``, of records that are tokenised as training goes on. Its ``examples`` are those of its first
     records alone; the index of its chunks is kept in ``cache``. Raises ConfigError for a saved data set.
     """
-    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes)
+    entry, weight, how = _read_as(spec, tokenizer, rules, eos_ids, template, routes, vision)
     cache = TextCache.at() if cache is None else cache
     path = str(entry["path"])
     index = Index.of(_place(entry).files(), cache.folder)
@@ -139,7 +144,7 @@ def streamed_source(
     named = "given" if how.format else "detected"
     summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({named})"
     streamed = Streamed(read, how, replace(part.found, problems=[], aside=[], files=[]), stream)
-    counts, first = {"read": len(index)}, Examples([Table(table, None, stream)])
+    counts, first = {"read": len(index)}, Examples([Table(table, None, stream, vision)])
     return Source(first, _name(entry), weight, part.found.format, summary, counts, (), streamed)
 
 
@@ -164,6 +169,7 @@ def _read_as(
     eos_ids: Collection[int],
     template: ChatTemplate | None,
     routes: Routes | None,
+    vision: Vision | None,
 ) -> tuple[dict[str, Any], float, Rendering]:
     """A source's entry without what it leaves out, its weight, and how its records become examples."""
     entry = {key: value for key, value in spec.items() if value is not None}
@@ -184,8 +190,22 @@ def _read_as(
         entry.get("written_by"),
         routes,
         entry.get("format"),
+        None if vision is None else Sight(vision, _image_rules(entry)),
     )
     return entry, weight, how
+
+
+def _image_rules(entry: Mapping[str, Any]) -> ImageRules:
+    """Where the images of a source may lie: its own image_folder, else where its file is."""
+    place = Path(str(entry["path"])).expanduser()
+    folder = place if place.is_dir() else place.parent
+    if "image_folder" in entry:
+        folder = Path(entry["image_folder"]).expanduser()
+    if "image_folder" in entry and not folder.is_dir():
+        raise ConfigError(
+            f"data source {place}: image_folder {str(folder)!r} is no folder. Name the images' folder."
+        )
+    return ImageRules(folder, bool(entry.get("image_urls", False)), entry.get("max_pixels"))
 
 
 def _place(entry: Mapping[str, Any]) -> Place:
@@ -222,6 +242,7 @@ def _source(text: Text, how: Rendering, path: str, name: str, weight: float, str
             f", {counts[name]} {name}" for name in cuts if counts[name]
         )
     text.table.stream = stream
+    text.table.vision = None if how.sight is None else how.sight.vision
     examples = Examples([text.table])
     return Source(examples, name, weight, found.format, summary, counts, tuple(found.problems))
 

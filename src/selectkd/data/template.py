@@ -157,13 +157,18 @@ class ChatTemplate:
         )
 
 
+def has_image(content: Any) -> bool:
+    """Whether the content of a message has an image among its parts."""
+    return isinstance(content, list) and any(part.get("type") == "image" for part in content)
+
+
 def shaped(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     """A message in the shapes a template takes: content as text or parts, arguments as an object or JSON text."""
     turn = dict(message)
     content = turn.get("content")
     if traits.parts and isinstance(content, str):
         turn["content"] = [{"type": "text", "text": content}] if content else []
-    elif not traits.parts and isinstance(content, list):
+    elif not traits.parts and isinstance(content, list) and not has_image(content):
         turn["content"] = "".join(part["text"] for part in content)
     if turn.get("tool_calls") and not traits.objects:
         turn["tool_calls"] = [_in_text(call) for call in turn["tool_calls"]]

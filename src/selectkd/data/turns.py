@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selectkd.data.image_parts import image_part
 from selectkd.data.jinja_process import REASONING
 from selectkd.errors import DataError
 
@@ -155,7 +156,7 @@ def text_of(content: Any) -> str:
 
 
 def _content(content: Any, where: Where, turn: dict[str, Any], role: str) -> str | list[dict[str, Any]]:
-    """Text, or a list of text parts; parts of reasoning and calls of tools become those of ``turn``."""
+    """Text, or a list of parts, text and images; parts of reasoning and calls of tools become those of ``turn``."""
     if not isinstance(content, list | tuple):
         return plain_text(content, where)
     parts, thoughts, calls = [], [], []
@@ -197,8 +198,11 @@ def _part(part: Any, where: Where) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("type") == "text":
         plain_text(part.get("text"), where.at("text"))
         return {str(name): value for name, value in part.items() if value is not None}
+    image = image_part(part, where) if isinstance(part, Mapping) else None
+    if image is not None:
+        return image
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise DataError(f"{where}: a part of type {repr(kind)[:40]}; only text parts can be trained on.")
+    raise DataError(f"{where}: a part of type {repr(kind)[:40]}; what is read is text and images.")
 
 
 def _spoken_call(text: str, where: Where) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from selectkd.models.attention import plain_attention
 from selectkd.models.forward import evaluating
 from selectkd.models.head import backbone, head_of, unwrapped
 from selectkd.models.sharded import inside
+from selectkd.models.vision import answer_types
 
 PROBE_IDS = 8
 """Token ids that ``check_head`` reads, spread evenly over the vocabulary."""
@@ -29,11 +30,12 @@ def check_head(model: nn.Module) -> None:
     ids = torch.linspace(1, head.width - 1, PROBE_IDS, device=head.weight.device).long()[None]
     with evaluating(model), torch.no_grad(), plain_attention(unwrapped(model)), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of transformers' own calls of torch
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        types = answer_types(unwrapped(model).config, ids)
+        theirs = model(input_ids=ids, use_cache=False, **types).logits.float()
         other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
-        before = model(input_ids=other, use_cache=False).logits.float()
+        before = model(input_ids=other, use_cache=False, **types).logits.float()
         # last: it takes a sharded model apart again, and who freezes a weight must find its parts
-        ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids))).float()
+        ours = inside(model, lambda: head_of(model).logits(backbone(model)(input_ids=ids, **types))).float()
     # a missed scale or cap is off by far more than a rounding of the dtype the logits were computed in
     finite = theirs.isfinite()  # logits that are not finite are another fault, found elsewhere
     largest = theirs[finite].abs().max().item() if finite.any() else 0.0

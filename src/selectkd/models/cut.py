@@ -22,7 +22,7 @@ from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
 from selectkd.models.forward import evaluating
-from selectkd.models.head import decoder_of, head_of, unwrapped
+from selectkd.models.head import decoder_of, head_of, text_decoder_of, unwrapped
 from selectkd.models.layers import check_cut, cut_config, layers_of
 
 Inputs = Mapping[str, Tensor]
@@ -244,8 +244,10 @@ class _Piece:
     def __init__(self, teacher: nn.Module, inputs: Inputs, rows: Tensor) -> None:
         decoder = decoder_of(teacher)
         self.layers = layers_of(teacher)
-        self.norm = _final_norm(decoder)
-        self.project = getattr(decoder, "project_out", None)  # OPT's, to the width of its embeddings
+        self.norm = _final_norm(text_decoder_of(teacher))
+        self.project = getattr(
+            text_decoder_of(teacher), "project_out", None
+        )  # OPT's, to the width of its embeddings
         self.head: Head = head_of(teacher)
         self.rows = rows
         self.calls: list[tuple[str | None, tuple[Any, ...], dict[str, Any]]] = []
@@ -325,9 +327,14 @@ def _split(teacher: nn.Module, batches: Iterable[HeldOut]) -> Iterable[tuple[Inp
             mask = inputs.get("attention_mask")
             used = mask if mask is not None and mask.shape == (b, t) else torch.ones(b, t)
             rows = used.flatten().nonzero().flatten()
-        step = max(1, PIECE_POSITIONS // t)
+        # images have no row of their own in their tensors, so their batches stay whole
+        step = max(1, PIECE_POSITIONS // t) if "pixel_values" not in inputs else b
         for first in range(0, b, step):
             here = rows[(rows >= first * t) & (rows < min(first + step, b) * t)] - first * t
             if len(here):
-                piece = {name: value[first : first + step].to(device) for name, value in inputs.items()}
+                rest = step < b
+                piece = {
+                    name: (value[first : first + step] if rest else value).to(device)
+                    for name, value in inputs.items()
+                }
                 yield piece, here.to(device)

@@ -25,6 +25,7 @@ from selectkd.data.collate import Batch, collate_packed
 from selectkd.data.render import Example
 from selectkd.errors import ConfigError
 from selectkd.models.attention import BY_SAMPLE, kind_of
+from selectkd.models.devices import out_of_memory
 from selectkd.models.head import backbone, unwrapped
 
 Lengths = tuple[tuple[int, ...], ...]
@@ -42,13 +43,30 @@ def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
 
     A model that computes attention by sdpa does it by ``sample_attention`` from its first packed batch on, which is
     sdpa for every other input. Positions of padding hold finite numbers without a meaning.
-    ConfigError at a model's first packed batch where two short samples in a row are not read as they are alone.
+    ConfigError at a model's first packed batch where two short samples in a row are not read as they are alone, and
+    where a model cannot join a batch's images with its tokens.
     """
+    if batch.images:
+        return _seen(model, batch)
     if not batch.packed:
         return backbone(model)(**batch.model_inputs())
     by_sample = _by_sample(unwrapped(model))
     _try(model)
     return _packed_hidden(model, batch, by_sample)
+
+
+def _seen(model: nn.Module, batch: Batch) -> Tensor:
+    """The hidden states of a batch with images, through tower, projector and language model."""
+    try:
+        return backbone(model)(**batch.model_inputs())
+    except (ValueError, RuntimeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{type(unwrapped(model)).__name__} cannot join the images of a batch with their tokens: "
+            f"{' '.join(str(error).split())[:160]}. Look at the processor's files: they are another model's, or a "
+            "placeholder is widened twice."
+        ) from error
 
 
 def hidden_rows(model: nn.Module, batch: Batch, position: Tensor) -> Tensor:

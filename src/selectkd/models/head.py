@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
 from selectkd.models.fake_quantized import multiplied
+from selectkd.models.vision import sees_images
 
 LOGITS_SCALING_MULTIPLIES = frozenset({"hyperclovax"})
 """Model types whose ``logits_scaling`` multiplies; everywhere else (Granite and its kin) it divides."""
@@ -70,13 +71,23 @@ def backbone(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that turns ids into hidden states: the model without its head and without peft's wrapper."""
+    """The module that turns ids into hidden states: the model without its head and without peft's wrapper.
+
+    Of a model that sees images it is all of tower, projector and language model.
+    """
     plain = unwrapped(model)
     head = plain.get_output_embeddings()
-    for found in (plain.get_decoder(), plain.base_model, getattr(plain, "model", None)):
+    own = () if sees_images(plain.config) else (plain.get_decoder(),)
+    for found in (*own, plain.base_model, getattr(plain, "model", None)):
         if isinstance(found, nn.Module) and found is not plain and found is not head:
             return found
     raise ConfigError(f"{type(plain).__name__} does not keep its backbone apart from its head.")
+
+
+def text_decoder_of(model: nn.Module) -> nn.Module:
+    """The module that has the layers: ``decoder_of``, of a model that sees images its language model."""
+    plain = unwrapped(model)
+    return plain.get_decoder() if sees_images(plain.config) else decoder_of(model)
 
 
 def unwrapped(model: nn.Module) -> Any:

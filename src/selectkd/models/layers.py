@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from selectkd.errors import ConfigError
-from selectkd.models.head import decoder_of
+from selectkd.models.head import text_decoder_of
 
 NUMBERED = frozenset(
     {"mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers"}
@@ -34,7 +34,7 @@ PLACE = re.compile(r"(^|_)(idx|index|id|number)$|^_[a-z]|^training$")
 
 def layers_of(model: Any) -> nn.ModuleList:
     """The decoder's list of layers; ConfigError for an architecture without one."""
-    decoder = decoder_of(model)
+    decoder = text_decoder_of(model)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from selectkd.data.durable import disk_error, replace_folder, sync_folder
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.attention import attention_options, check_attention
 from selectkd.models.check import check_head
@@ -23,6 +24,7 @@ from selectkd.models.folder import check_folder, configuration
 from selectkd.models.quantized import BitsAndBytes, options_of
 from selectkd.models.shape import check_found, check_weights, config_of, refused, shape_of, without_reports
 from selectkd.models.sharded import Spread, parts_of
+from selectkd.models.vision import auto_class, vision_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -86,7 +88,7 @@ def load_model(
         options["distributed_config"] = parts_of(spread, load_shape(folder))
     tokenizer, config = _tokenizer(folder), config_of(folder)
     with refused(folder), without_reports():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **options,
         )  # fmt: skip
@@ -132,6 +134,16 @@ def load_tokenizer(
         return _tokenizer(cached) if cached.is_dir() else _gguf_tokenizer(path)
     folder, _ = _locate(spec, revision, gguf_cache, weights=False)
     return _tokenizer(folder)
+
+
+def load_vision(spec: str | os.PathLike[str], *, revision: str | None = None) -> Vision | None:
+    """The processor of the model behind ``spec``, None for one that sees no images; reads no weight."""
+    path = _local(spec)
+    if path is not None and path.is_file():
+        return None
+    folder, _ = _locate(spec, revision, None, weights=False)
+    with refused(folder):
+        return vision_of(folder)
 
 
 def packaged_teacher() -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from selectkd.errors import ConfigError
+from selectkd.models.vision import text_layers
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama-like block, all of which are adapted by default."""
@@ -30,7 +31,8 @@ def add_lora(
 ) -> nn.Module:
     """The model with W + (alpha / r) B A in place of each named linear W; only A and B are trainable.
 
-    target_modules: names of ``linear_layers``, or "all-linear" for all of them. in_fp32: A and B are fp32 on a narrower
+    target_modules: names of ``linear_layers``, or "all-linear" for all of them; of a model that sees images those of
+    its language model. in_fp32: A and B are fp32 on a narrower
     base, too; otherwise in the base's dtype.
     B starts at zero, so the outputs are unchanged. ConfigError for a name that is no linear layer of the
     model, for the head (its weight is used by reference), and for r, alpha or dropout out of range.
@@ -46,6 +48,7 @@ def add_lora(
     available = linear_layers(model)
     if target_modules == "all-linear":
         target_modules = available
+    within = text_layers(model)
     unknown = [name for name in target_modules if name not in available]
     if unknown or not target_modules:
         wrong = f"names {', '.join(map(repr, unknown))}, not" if unknown else "is empty: it needs"
@@ -61,12 +64,17 @@ def add_lora(
             r=r,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            target_modules=list(target_modules),
+            target_modules=_full_names(model, target_modules, within) if within else list(target_modules),
             bias="none",
             task_type="CAUSAL_LM",
         ),
         in_fp32=in_fp32,
     )
+
+
+def _full_names(model: Any, names: Sequence[str], within: set[str]) -> list[str]:
+    """The modules of a language model that have one of these names, whatever a vision tower calls its own."""
+    return sorted(name for name in within if name.rpartition(".")[2] in names)
 
 
 def adapted(model: Any, config: Any, *, in_fp32: bool = False) -> nn.Module:
@@ -151,7 +159,10 @@ def linear_layers(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     names: dict[str, None] = {}
     others = set()
+    within = text_layers(model)
     for path, module in model.named_modules():
+        if within and path not in within:
+            continue
         above, _, name = path.rpartition(".")
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.isdigit():
             names[name] = None

@@ -23,25 +23,35 @@ from selectkd.data.durable import (
     replace_folder,
     sync_folder,
 )
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError
 from selectkd.models.fake_quantized import integers, rounded, rounded_layers
 from selectkd.models.load import DTYPES
 from selectkd.models.lora import merge
 from selectkd.models.quantized import dequantized, is_quantized
 from selectkd.models.sharded import is_sharded, plain_copy
+from selectkd.models.vision import save_processor
 
 
 def save_student(
-    model: Any, tokenizer: Any, folder: str | os.PathLike[str], card: str, *, dtype: str | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: str | os.PathLike[str],
+    card: str,
+    *,
+    dtype: str | None = None,
+    vision: Vision | None = None,
 ) -> Path:
-    """Write weights (safetensors), configuration, tokenizer, chat template and README.md (= card).
+    """Write weights (safetensors), configuration, tokenizer, chat template, processor and README.md (= card).
 
-    AutoModelForCausalLM.from_pretrained(folder) gives the same model back. Everything is written beside the
-    folder first and renamed when complete; a model folder that stood there is replaced. An adapter is merged
-    in a copy, so the model in memory goes on training. dtype: fp32 weights are written as this, default as they are.
-    A sharded model is put together first, a collective call, and rank 0 alone writes. A base in 4 bits is
-    written whole, adapters merged; weights that are rounded as they train are written rounded, in fp32 whatever dtype
-    is. ConfigError where ``folder`` is a file or holds anything but a model, ResourceError where the disk is full.
+    vision: the processor of a model that sees images.
+    from_pretrained(folder) of AutoModelForCausalLM, or of AutoModelForImageTextToText, gives the same model back.
+    Everything is written beside the folder first and renamed when complete; a model folder that stood there is
+    replaced. An adapter is merged in a copy, so the model in memory goes on training. dtype: fp32 weights are written
+    as this, default as they are. A sharded model is put together first, a collective call, and rank 0 alone writes. A
+    base in 4 bits is written whole, adapters merged; weights that are rounded as they train are written rounded, in
+    fp32 whatever dtype is. ConfigError where ``folder`` is a file or holds anything but a model, ResourceError where
+    the disk is full.
     """
     folder = Path(folder)
     check_target(folder)
@@ -60,6 +70,8 @@ def save_student(
     def write(partial: Path) -> None:
         _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)
+        if vision is not None:
+            save_processor(vision, tokenizer, partial)
         fault_point("student")
         (partial / "README.md").write_text(card, encoding="utf-8")
 

@@ -13,11 +13,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from selectkd.errors import ConfigError, IntegrityError, ResourceError, SelectKDError
 from selectkd.models.folder import Stored, configuration, entries, headers, weight_files
+from selectkd.models.vision import auto_class
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -46,14 +47,15 @@ def config_of(folder: Path) -> Any:
 
 
 def shape_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model of a folder's configuration, every tensor on the meta device.
+    """The causal language model of a folder's configuration, every tensor on the meta device; with its vision tower
+    where it is of ``models.vision.FAMILIES``.
 
-    ConfigError for a model that is none (encoder-decoders, some that see images) and for sizes that do not fit.
+    ConfigError for a model that is none (encoder-decoders, others that see images) and for sizes that do not fit.
     """
     config = config_of(folder)
     config._attn_implementation = None  # no shape depends on it
     with refused(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def check_weights(folder: Path) -> None:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from selectkd.errors import ConfigError
 from selectkd.loss.head import Head
-from selectkd.models.head import decoder_of, unwrapped
+from selectkd.models.head import text_decoder_of, unwrapped
 from selectkd.models.lora import adapted
+from selectkd.models.vision import auto_class
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def parts_of(spread: Spread, shape: Any) -> DistributedConfig:
     shape: the model itself, or one on the meta device. ConfigError for a model without a list of layers.
     """
     check_transformers()
-    decoder = decoder_of(shape)
+    decoder = text_decoder_of(shape)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
@@ -174,7 +174,7 @@ def whole_while(model: nn.Module) -> Iterator[None]:
         return
     plain = unwrapped(model)
     parts = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    layers: Any = decoder_of(model).layers
+    layers: Any = text_decoder_of(model).layers
     freed = {*layers}
     if not plain.all_tied_weights_keys:
         freed.add(plain.get_input_embeddings())
@@ -242,7 +242,7 @@ def plain_copy(model: Any) -> Any:
     config = copy.deepcopy(plain.config)
     vars(config).pop("distributed_config", None)
     with torch.device("meta"):
-        whole_model: Any = AutoModelForCausalLM.from_config(config, dtype=plain.dtype)
+        whole_model: Any = auto_class(config).from_config(config, dtype=plain.dtype)
         if model is not plain:
             whole_model = adapted(whole_model, copy.deepcopy(model.active_peft_config))
     whole_model.load_state_dict(held, assign=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectkd.data.vision import Images
 from selectkd.models.devices import free_memory
 from selectkd.models.head import head_of, unwrapped
 from selectkd.rollouts.kv_decoder import GROWTH
@@ -26,11 +27,14 @@ LOGITS = 40
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as ids, and how many tokens may follow. copy: 0, 1, ... for several texts of one prompt."""
+    """A prompt as ids, and how many tokens may follow. copy: 0, 1, ... for several texts of one prompt; images: those
+    that the prompt shows.
+    """
 
     prompt: Sequence[int]
     limit: int
     copy: int = 0
+    images: Images | None = None
 
 
 @dataclass(frozen=True)

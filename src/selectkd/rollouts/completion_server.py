@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from selectkd.errors import ConfigError
 from selectkd.rollouts.generate import Completion, Request, prompt_key
 from selectkd.rollouts.sampling import Sampling
 from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object, of_length, token_id
@@ -74,7 +75,12 @@ class CompletionServer:
     def question(
         self, request: Request, sampling: Sampling, tokenizer: Any, end: int | None, seed: int
     ) -> Question[Completion]:
-        """The HTTP question for one request."""
+        """The HTTP question for one request; ConfigError for one that shows images."""
+        if request.images is not None and request.images.refs:
+            raise ConfigError(
+                f"{self.url} gets token ids, and a prompt has images. Have the student write them itself: leave the "
+                "policy's server out."
+            )
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(request.prompt),

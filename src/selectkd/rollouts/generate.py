@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from selectkd.data.collate import sent
+from selectkd.data.vision import Images
 from selectkd.errors import ConfigError
 from selectkd.models.devices import out_of_memory
 from selectkd.models.forward import evaluating
@@ -71,9 +72,10 @@ class Ends:
         return any(stop in text for stop in self.stops)
 
 
-def prompt_key(prompt: Sequence[int], copy: int = 0) -> int:
-    """A 64-bit number of a prompt's ids, signed."""
-    digest = hashlib.blake2b(repr((list(map(int, prompt)), copy)).encode(), digest_size=8).digest()
+def prompt_key(prompt: Sequence[int], copy: int = 0, images: Images | None = None) -> int:
+    """A 64-bit number of a prompt's ids and images, signed."""
+    seen = b"" if images is None else images.identity
+    digest = hashlib.blake2b(repr((list(map(int, prompt)), copy)).encode() + seen, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -148,10 +150,11 @@ def _batch(
 ) -> list[Completion]:  # fmt: skip
     written: list[list[int]] = [[] for _ in requests]
     replaced, ended = [0] * len(requests), [False] * len(requests)
-    decoders = [kv_decoder(model, [request.prompt for request in requests], width=width) for model in models]
+    prompts, images = [request.prompt for request in requests], [request.images for request in requests]
+    decoders = [kv_decoder(model, prompts, width=width, images=images) for model in models]
     shared = min(one.width for one in decoders)
     device = decoders[0].logits.device
-    keys = [prompt_key(request.prompt, request.copy) for request in requests]
+    keys = [prompt_key(request.prompt, request.copy, request.images) for request in requests]
     counter = sent(torch.tensor(keys, dtype=torch.int64), device)
     here = list(range(len(requests)))  # the request of each row that is still read
     active = [request.limit > 0 for request in requests]

@@ -6,7 +6,8 @@ b texts, v vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from selectkd.data.collate import sent
+from selectkd.data.collate import moved, sent
+from selectkd.data.vision import Images, joined
 from selectkd.errors import ConfigError
 from selectkd.loss.head import product_dtype
 from selectkd.models.attention import BY_SAMPLE, kind_of
@@ -27,6 +29,7 @@ PROBES = (5, 2)
 PAD = 0
 """The id of a padded place: masked, so any would do."""
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_tried_on_images: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 GROWTH = 1.5
 """A full buffer grows by this factor: copies are then a third of a token's cost on the average, and memory half idle at
@@ -50,13 +53,25 @@ class KVDecoder(Protocol):
         """Goes on with the texts ``rows`` [m] alone."""
 
 
-def kv_decoder(model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> KVDecoder:
+def kv_decoder(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    width: int,
+    images: Sequence[Images | None] = (),
+) -> KVDecoder:
     """A decoder of ``prompts`` whose logits equal those of a full forward pass over each text alone.
 
     It reads one token a step from the model's cache. The first call for a model compares the cache with full passes on
-    a few tokens; a model whose cache gives other logits reads each whole text again for every token.
+    a few tokens; a model whose cache gives other logits reads each whole text again for every token. images: of each
+    prompt; the first prompts with some are what such a model's cache is tried on.
     """
     plain = unwrapped(model)
+    if any(one is not None and one.refs for one in images):
+        if plain not in _tried_on_images:
+            _tried_on_images[plain] = _holds_images(model, prompts[:2], images[:2], width)
+        kind = CachedDecoder if _tried_on_images[plain] else RecomputingDecoder
+        return kind(model, prompts, width=width, images=images)
     if plain not in _tried:
         _tried[plain] = holds(CachedDecoder, model)
         if not _tried[plain] and not holds(RecomputingDecoder, model):
@@ -98,6 +113,25 @@ def holds(kind: type[CachedDecoder] | type[RecomputingDecoder], model: nn.Module
     return same
 
 
+def _holds_images(
+    model: nn.Module, prompts: Sequence[Sequence[int]], images: Sequence[Images | None], width: int
+) -> bool:
+    """Whether prompts with images, and a token behind each, have the logits of full passes when read from a cache."""
+    dtype = product_dtype(head_of(model).weight)
+    whole = RecomputingDecoder(model, prompts, width=width, images=images)
+    try:
+        read = CachedDecoder(model, prompts, width=width, images=images)
+        same = agree(read.logits, whole.logits, dtype)
+        token = whole.logits.argmax(-1)
+        for one in (read, whole):
+            one.append(token)
+        return same and agree(read.logits, whole.logits, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except UPSTREAM_ERRORS:  # a model given a cache that it cannot use
+        return False
+
+
 def agree(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     """Whether logits that were computed in ``dtype`` are ``wanted`` in half of their digits."""
     if logits.shape != wanted.shape:
@@ -110,7 +144,14 @@ class RecomputingDecoder:
     """Every text from its beginning for each token, padded on the right, where no token of a causal model looks."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        width: int,
+        images: Sequence[Images | None] = (),
+    ) -> None:
         self.model, self.decode = model, backbone(model)
         head = head_of(model)
         self.head = None if is_sharded(model) else head  # whole within a pass alone
@@ -120,6 +161,7 @@ class RecomputingDecoder:
         self.ids = torch.full((len(prompts), max(map(len, prompts))), PAD, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
+        self.images = _ending(images, map(len, prompts))
         self.ids = sent(self.ids, device)
         self.logits = self._read()
 
@@ -131,15 +173,17 @@ class RecomputingDecoder:
         self.logits = self._read()
 
     def keep(self, rows: Tensor) -> None:
+        self.images = [self.images[row] for row in rows.tolist()] if self.images else []
         rows = sent(rows, self.ids.device)
         self.ids, self.length, self.logits = self.ids[rows], self.length[rows], self.logits[rows]
 
     def _read(self) -> Tensor:
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
         mask = (places < self.length[:, None]).long()
+        seen = _inputs(self.images, self.ids, self.ids.shape[1])
 
         def read() -> Tensor:
-            hidden = self.decode(input_ids=self.ids, attention_mask=mask)  # [b, t, d]
+            hidden = self.decode(input_ids=self.ids, attention_mask=mask, **seen)  # [b, t, d]
             last = hidden[torch.arange(len(hidden), device=hidden.device), self.length - 1]  # [b, d]
             return (self.head or head_of(self.model)).logits(last, self.width)
 
@@ -150,7 +194,14 @@ class CachedDecoder:
     """The texts padded on the left, beside the model's own kind of cache."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, width: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        width: int,
+        images: Sequence[Images | None] = (),
+    ) -> None:
         self.model, self.decode = model, backbone(model)
         head = head_of(model)
         self.head, self.dtype = (
@@ -171,29 +222,36 @@ class CachedDecoder:
         self.hides = min(map(len, prompts)) < longest or device.type == "cpu"
         self.mask = sent(self.mask, device)
         self.position = (self.mask.cumsum(-1) - 1).clamp(min=0)  # [b, t]
-        self.logits = self._read(sent(ids, device), self.position)
+        ids = sent(ids, device)
+        seen = _inputs(_ending(images, [longest] * len(prompts)), ids, longest)
+        own = (
+            "image_grid_thw" in seen
+        )  # the model counts places in three dimensions, fewer than there are tokens
+        self.logits = self._read(ids, None if own else self.position, seen)
         self.position = self.position[:, -1:]
+        if own:
+            self.position = self.position + decoder_of(model).rope_deltas.to(device)  # type: ignore[operator]
 
     @torch.no_grad()
     def append(self, token: Tensor) -> None:
         token = token.to(self.mask.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], 1)
         self.position = self.position + 1
-        self.logits = self._read(token[:, None], self.position)
+        self.logits = self._read(token[:, None], self.position, {})
 
     def keep(self, rows: Tensor) -> None:
         rows = sent(rows, self.mask.device)
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
-    def _read(self, ids: Tensor, position: Tensor) -> Tensor:
+    def _read(self, ids: Tensor, position: Tensor | None, seen: Mapping[str, Tensor]) -> Tensor:
         def read() -> Tensor:
             hidden = self.decode(
                 input_ids=ids,
                 attention_mask=self._mask(ids.shape[1]),
                 position_ids=position,
                 use_cache=True,
-                **{self.cache_name: self.cache},
+                **{self.cache_name: self.cache, **seen},
             )  # [b, t, d]
             return (self.head or head_of(self.model)).logits(hidden[:, -1], self.width)
 
@@ -220,6 +278,18 @@ class CachedDecoder:
         return torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill_(
             ~visible, torch.finfo(self.dtype).min
         )
+
+
+def _ending(images: Sequence[Images | None], ends: Iterable[int]) -> list[Images | None]:
+    """The images of prompts that end at these places, behind which an answer begins."""
+    pairs = zip(images, ends, strict=False)
+    return [None if one is None else replace(one, prefix=end) for one, end in pairs]
+
+
+def _inputs(images: Sequence[Images | None], ids: Tensor, width: int) -> dict[str, Tensor]:
+    """The model inputs of texts' images, [b, width] where they are of tokens; empty without images. ids: [b, width]."""
+    extra, _ = joined(images, ids.tolist(), width)
+    return moved(extra, ids.device)
 
 
 class RoomyLayer(DynamicLayer):

@@ -124,7 +124,9 @@ class RolloutWriter:
             )
             return [[*one, *other] for one, other in zip(by_teacher, by_student, strict=True)]
         if name == "student":
-            keys = torch.tensor([prompt_key(turn.prompt) for turn in turns], dtype=torch.int64)
+            keys = torch.tensor(
+                [prompt_key(turn.prompt, 0, turn.images) for turn in turns], dtype=torch.int64
+            )
             number = uniforms(len(turns), 1, seed=self.seed, step=step, rank=CHOICE, counter=keys)[:, 0]
             chosen = [i for i, one in enumerate(number.tolist()) if one < policy.probability]
             texts = self._fresh(source, [turns[i] for i in chosen], step)
@@ -177,7 +179,7 @@ class RolloutWriter:
         return [buffer.at(one) for one in self._places(turns, step)]
 
     def _places(self, turns: Sequence[Rollout], step: int) -> list[float]:
-        keys = torch.tensor([prompt_key(turn.prompt) for turn in turns], dtype=torch.int64)
+        keys = torch.tensor([prompt_key(turn.prompt, 0, turn.images) for turn in turns], dtype=torch.int64)
         return uniforms(len(turns), 1, seed=self.seed, step=step, rank=REPLAY, counter=keys)[:, 0].tolist()
 
     def _fresh(self, source: int, turns: Sequence[Rollout], step: int) -> list[Text]:
@@ -188,7 +190,10 @@ class RolloutWriter:
 
     def _by_teacher(self, policy: Any, turns: Sequence[Rollout]) -> list[Text]:
         """The teacher's text of each prompt, written once for each way of writing it: its sampling and its limit."""
-        keys = [(prompt_key(turn.prompt), _sampling(policy), self._most(policy, turn)) for turn in turns]
+        keys = [
+            (prompt_key(turn.prompt, 0, turn.images), _sampling(policy), self._most(policy, turn))
+            for turn in turns
+        ]
         new = {key: turn for key, turn in zip(keys, turns, strict=True) if key not in self._teacher_text}
         if new:
             rule = Draw(_sampling(policy))
@@ -212,7 +217,7 @@ class RolloutWriter:
         """Each turn with a new completion; None where the prompt fills ``max_length``."""
         limits = [self._most(policy, turn) for turn in turns]
         able = [i for i, one in enumerate(limits) if one > 0 and turns[i].prompt]
-        requests = [Request(turns[i].prompt, limits[i]) for i in able]
+        requests = [Request(turns[i].prompt, limits[i], images=turns[i].images) for i in able]
         if served is not None:
             end = min(self.ends, default=None)
             texts = served.complete(requests, _sampling(policy), end=end, seed=self.seed, step=step)

@@ -51,6 +51,11 @@ class ModelPlan:
         """The commit or checksum that was loaded; before that, the one asked for."""
         return self.wanted_revision if self._loaded is None else self._loaded.revision
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._loaded is not None
+
     def tokenizer(self) -> Any:
         return load_tokenizer(self.model, revision=self.wanted_revision)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from selectkd.errors import ConfigError
-from selectkd.models.head import decoder_of
+from selectkd.models.head import text_decoder_of
 from selectkd.models.sharded import Spread, is_sharded, shard
 from selectkd.teachers.offloaded import OffloadedLayers
 
@@ -34,7 +34,7 @@ def place_on(model: Any, device: torch.device, placement: Placement = "device") 
         if not is_sharded(model):
             shard(model, Spread.of(None, PLACEMENT))
         return
-    decoder = decoder_of(model)
+    decoder = text_decoder_of(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(

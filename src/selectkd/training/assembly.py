@@ -17,6 +17,7 @@ from selectkd.data.render import pad_id_of
 from selectkd.data.sources import Source, batches
 from selectkd.data.streaming import StreamEpoch
 from selectkd.data.supervised import supervised
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError
 from selectkd.loss.options import LossOptions
 from selectkd.loss.plan import Extra, StreamSpec
@@ -29,6 +30,7 @@ from selectkd.models.lora import add_lora
 from selectkd.models.precision import FP32, Precision, bf16_warnings, precision_of
 from selectkd.models.quantized import BitsAndBytes, is_quantized, quantized
 from selectkd.models.sharded import Spread, shard
+from selectkd.models.vision import freeze
 from selectkd.objective.objective import Objective
 from selectkd.objective.schedules import BetaSchedule
 from selectkd.rollouts.from_recipe import writer_for
@@ -89,6 +91,11 @@ class Assembly:
     writer: RolloutWriter | None = None
     precision: Precision = FP32
     text: Reading | None = None
+
+    @property
+    def vision(self) -> Vision | None:
+        """The processor of a student that sees images."""
+        return None if self.text is None else self.text.vision
 
 
 def assemble(
@@ -181,6 +188,7 @@ def _student(
         student = _cut(recipe, plan, samples, dtype, device, say, kept)
     if training.fake_quantization is not None:
         fake_quantize(student.model, **training.fake_quantization.model_dump())
+    freeze(student.model, training.freeze)
     if training.gradient_checkpointing:
         checkpoint_activations(student.model)
     if training.lora is None and is_quantized(student.model):

@@ -31,6 +31,7 @@ from selectkd.teachers.protocol import TeacherPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.optimizer import check_optimizer
 from selectkd.training.recipe_text import Reading, read_text
+from selectkd.training.vision import check_images
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,9 @@ def prepare(
     teacher: in place of the recipe's, for a cache that is still to be built. device: where the run will be. date,
     stage: as of ``read_text``.
     """
-    precision = precision_of(recipe.training.precision, device)
+    precision, sharding = precision_of(recipe.training.precision, device), recipe.training.sharding
     check_launched(precision)
     _check_packages(recipe)
-    sharding = recipe.training.sharding
     teacher = teacher or plan_teacher(recipe.teacher, dtype=precision.frozen, sharding=sharding)
     if recipe.student.model is None and teacher.model is None:
         raise ConfigError(
@@ -89,7 +89,9 @@ def prepare(
     exactness.check_edge(objective, teacher.payload, k=teacher.k)
     _check_models(recipe, teacher, tokenizer, objective)
     routes = teacher.routes if isinstance(teacher, SeveralPlan) else None
-    text = read_text(recipe, tokenizer, date=date, routes=routes, stage=stage)
+    text = read_text(
+        recipe, tokenizer, date=date, routes=routes, stage=stage, vision=check_images(recipe, teacher)
+    )
     streams = streams_of(
         [source.name for source in text.sources],
         recipe.data.policies,
@@ -103,19 +105,8 @@ def prepare(
     check_references([objective, *of_streams], recipe)
     _check_text(recipe, teacher, text, streams)
     return Plan(
-        objective,
-        beta,
-        taid,
-        tokenizer,
-        teacher,
-        text.sources,
-        text.heldout,
-        streams,
-        losses,
-        extras,
-        precision,
-        text,
-    )
+        objective, beta, taid, tokenizer, teacher, text.sources, text.heldout, streams, losses, extras, precision, text
+    )  # fmt: skip
 
 
 def _check_packages(recipe: Any) -> None:
@@ -173,6 +164,7 @@ def _check_text(recipe: Any, teacher: TeacherPlan, text: Reading, streams: Seque
     for plan in teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]:
         if isinstance(plan, CachePlan):
             plan.check_template(text.template)
+            plan.check_images(text.vision)
     examples = Examples.joined([source.examples for source in text.sources])
     if not examples.column("trained").any():
         raise DataError("no sample has a token to train on. Look at the masks with `selectkd data show`.")

@@ -20,6 +20,7 @@ from selectkd.data.routes import Routes
 from selectkd.data.sources import Source, dataset_source, streamed_source, without_share
 from selectkd.data.template import ChatTemplate, source_of
 from selectkd.data.text_cache import TextCache
+from selectkd.data.vision import Vision
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.ends import end_ids
 from selectkd.teachers.cache.index import INDEX, PLAN, read_index
@@ -31,7 +32,7 @@ MEASURED = 1000
 @dataclass(frozen=True)
 class Reading:
     """The text of a recipe: its sources without what is held out, and that. ends: the tokens that end a turn, beside
-    those its template writes itself.
+    those its template writes itself. vision: the processor of a student that sees images.
     """
 
     template: ChatTemplate
@@ -39,6 +40,7 @@ class Reading:
     sources: list[Source]
     heldout: Examples
     split: list[str] = field(default_factory=list)  # warnings
+    vision: Vision | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -54,8 +56,11 @@ def read_text(
     routes: Routes | None = None,
     limit: int | None = None,
     stage: Callable[[str], None] | None = None,
+    vision: Vision | None = None,
 ) -> Reading:
     """The text of ``recipe`` in tokens of its student. Reads no weights.
+
+    vision: the processor of a student that sees images.
 
     date: what templates are given where neither the recipe nor its cache says one; default now. routes: the
     teacher of a record, where several are distinguished by it. limit: records of a source at most. stage: hears how
@@ -68,6 +73,7 @@ def read_text(
         eos_ids=ends,
         template=template,
         routes=routes,
+        vision=vision,
         cache=TextCache.at(recipe.data.cache, workers=recipe.data.workers, say=stage),
     )
 
@@ -81,13 +87,15 @@ def read_text(
     ]
     evaluation = recipe.data.evaluation
     if evaluation is None:
-        return Reading(template, ends, sources, Examples.of([]))
+        return Reading(template, ends, sources, Examples.of([]), vision=vision)
     if isinstance(evaluation, int | float) and recipe.data.streaming:
         most = recipe.data.evaluation_limit or MEASURED
-        return Reading(template, ends, *hold_out_streamed(sources, float(evaluation), most, options["cache"]))
+        kept = hold_out_streamed(sources, float(evaluation), most, options["cache"])
+        return Reading(template, ends, *kept, vision=vision)
     if isinstance(evaluation, int | float):
-        return Reading(template, ends, *hold_out(sources, float(evaluation)))
-    return Reading(template, ends, sources, dataset_source(few(evaluation.reading), **options).examples)
+        return Reading(template, ends, *hold_out(sources, float(evaluation)), vision=vision)
+    held_out = dataset_source(few(evaluation.reading), **options).examples
+    return Reading(template, ends, sources, held_out, vision=vision)
 
 
 def rules_of(recipe: Any) -> TextRules:

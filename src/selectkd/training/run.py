@@ -273,7 +273,12 @@ class _Run:
         if rank() == 0 or is_sharded(assembly.student):
             card = model_card(facts_of(recipe, manifest))
             save_student(
-                assembly.student, assembly.tokenizer, folder / "student", card, dtype=assembly.precision.saved
+                assembly.student,
+                assembly.tokenizer,
+                folder / "student",
+                card,
+                dtype=assembly.precision.saved,
+                vision=assembly.vision,
             )
         if rank() == 0:
             scheme = recipe.training.fake_quantization

@@ -83,6 +83,11 @@ def write(
     seed, room = recipe.training.seed, recipe.training.max_length
     plan = prepare(recipe, device=device)
     pad = pad_id_of(plan.tokenizer)
+    if plan.text.vision is not None:
+        raise ConfigError(
+            "selectkd generate writes token ids, which hold no images. Use a policy that writes during training, such "
+            "as data.policy: student, or a text model."
+        )
     turns: dict[int, Rollout] = {}
     examples = plan.examples
     for example in examples:

@@ -45,7 +45,7 @@ def completions(assembly: Any, recipe: Any) -> Numbers:
     ends = ends_of(assembly.tokenizer, assembly.student)
     written = generate(
         [assembly.student],
-        [Request(tuple(turn.prompt), len(turn.completion) + ROOM) for turn in turns],
+        [Request(tuple(turn.prompt), len(turn.completion) + ROOM, images=turn.images) for turn in turns],
         Draw(Sampling(0.0, 1.0)), ends=ends, width=len(assembly.tokenizer),
     )  # fmt: skip
 

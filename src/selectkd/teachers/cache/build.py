@@ -116,6 +116,7 @@ def plan_of(
         "template": template.fingerprint,
         **({"date": template.moment} if template.dated else {}),
         **({"ends": sorted(ends)} if ends else {}),
+        **_images(records),
         "engine": {"selectkd": metadata.version("selectkd"), **origin.engine},
         "data": _hash_of_keys(records),
         "records": len(records),
@@ -134,6 +135,16 @@ def _hash_of_keys(records: Records) -> str:
     for record in records:
         digest.update(record.key)
     return digest.hexdigest()
+
+
+def _images(records: Records) -> dict[str, str]:
+    """The processor of the records' images, where they have some."""
+    for record in records:
+        if record.images is not None and record.seen:
+            return {"images": record.images.reader.fingerprint}
+        if record.images is None:  # of a model that sees nothing
+            break
+    return {}
 
 
 def build_cache(

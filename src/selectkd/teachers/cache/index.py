@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from selectkd.data.durable import json_bytes, sealed, unsealed, write_whole
 from selectkd.data.examples import Examples, record_key
+from selectkd.data.vision import Images
 from selectkd.errors import CacheError
 
 INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.safetensors", "shards"
@@ -23,14 +24,19 @@ INDEX, PLAN, TEXT, HEAD, SHARDS = "index.json", "plan.json", "text.bin", "head.s
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of the text: its token ids and the places whose hidden state predicts a trained token."""
+    """One sample of the text: its token ids, the places whose hidden state predicts a trained token, its images.
+
+    seen: ``Images.identity``, also where the images themselves are not at hand.
+    """
 
     ids: list[int]
     places: list[int]
+    images: Images | None = None
+    seen: bytes = b""
 
     @property
     def key(self) -> bytes:
-        return record_key(self.ids)
+        return record_key(self.ids, self.seen)
 
 
 class Records(Sequence[Record]):
@@ -77,7 +83,9 @@ def records_of(examples: Iterable[Any]) -> Records:
 
     def make(index: int) -> Record:
         same = [text[int(row)] for row in rows[bounds[index] : bounds[index + 1]]]
-        return Record(same[0].input_ids, sorted(set().union(*map(_places, same))))
+        places = sorted(set().union(*map(_places, same)))
+        images = same[0].images
+        return Record(same[0].input_ids, places, images, b"" if images is None else images.identity)
 
     found = counts[rows[bounds[:-1]]]
     for index in np.flatnonzero(np.diff(bounds) > 1).tolist():
@@ -102,13 +110,18 @@ def cut_into_shards(records: Records, rows: int) -> list[Records]:
 
 
 def text_bytes(records: Records) -> bytes:
-    """The records as bytes: lengths, ids and which places are stored, compressed."""
+    """The records as bytes: lengths, ids and which places are stored, then what tells images apart; compressed."""
     packer = zlib.compressobj(6)
     parts = [packer.compress(np.array([len(records), *records.lengths], "<u4").tobytes())]
+    seen: list[bytes] = []
     for record in records:
         tokens = np.array(record.ids, "<u4")
         tokens[record.places] |= np.uint32(1 << 31)
         parts.append(packer.compress(tokens.tobytes()))
+        seen.append(record.seen)
+    if any(seen):
+        sizes = np.array([len(one) for one in seen], "<u4").tobytes()
+        parts.append(packer.compress(b"".join([sizes, *seen])))
     return b"".join([*parts, packer.flush()])
 
 
@@ -123,9 +136,15 @@ def text_of(folder: Path, index: Mapping[str, Any]) -> Records:
     lengths = flat[1 : 1 + count].astype(np.int64)
     starts = 1 + count + np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
 
+    last = int(starts[-1])
+    sizes = flat[last : last + count] if len(flat) > last else np.zeros(count, "<u4")
+    images = flat[last + count :].tobytes()
+    ends = sizes.astype(np.int64).cumsum()
+
     def make(index: int) -> Record:
         tokens = flat[starts[index] : starts[index + 1]]
-        return Record((tokens & 0x7FFFFFFF).tolist(), np.nonzero(tokens >> 31)[0].tolist())
+        seen = images[int(ends[index]) - int(sizes[index]) : int(ends[index])]
+        return Record((tokens & 0x7FFFFFFF).tolist(), np.nonzero(tokens >> 31)[0].tolist(), None, seen)
 
     counts = np.fromiter((np.count_nonzero(flat[a:b] >> 31) for a, b in pairwise(starts)), np.int64, count)
     return Records(make, lengths, counts)

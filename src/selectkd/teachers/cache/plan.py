@@ -11,7 +11,9 @@ import numpy as np
 from torch import nn
 
 from selectkd.data.alignment import tokenizer_fingerprint
+from selectkd.data.examples import sample_key
 from selectkd.data.template import ChatTemplate
+from selectkd.data.vision import Vision
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.head import head_of
 from selectkd.models.load import Loaded, load_tokenizer
@@ -75,13 +77,18 @@ class CachePlan:
             rendering["date"] = template.moment
         self._refuse(differences(self.index, rendering))
 
+    def check_images(self, vision: Vision | None) -> None:
+        """CacheError where the cache's images were made by another processor than this run's."""
+        if "images" in self.index:
+            self._refuse(differences(self.index, {"images": None if vision is None else vision.fingerprint}))
+
     def check_text(self, examples: Sequence[Any]) -> None:
         """CacheError unless every trained token has its row; more in the cache than in the text is fine."""
         reader = CacheReader(self.folder, self.index)
         for number, example in enumerate(examples):
             places = np.nonzero(example.completion)[0] - 1
             if (places >= 0).any():
-                reader.find(example.input_ids, places[places >= 0], f"sample {number} of the text")
+                reader.find(sample_key(example), places[places >= 0], f"sample {number} of the text")
 
     def loaded(self) -> Loaded:
         """The model the cache was built with: only a cut needs it."""

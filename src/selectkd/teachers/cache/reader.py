@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,9 @@ class CacheReader:
             self.open.popitem(last=False)[1].close()
         return found
 
-    def find(
-        self, ids: Sequence[int] | NDArray[Any], places: NDArray[np.int64], origin: str
-    ) -> tuple[int, int, NDArray[np.int64]]:
-        """(shard, record, rows of the shard) of a sample's places; CacheError for one that the cache does not hold."""
-        at = self.where.get(record_key(ids))
+    def find(self, key: bytes, places: NDArray[np.int64], origin: str) -> tuple[int, int, NDArray[np.int64]]:
+        """(shard, record, rows of the shard) of the places of a sample; CacheError for one that is not there."""
+        at = self.where.get(key)
         if at is None:
             raise CacheError(
                 f"the cache {self.folder} does not hold {origin}. Build one for this text: selectkd cache build RECIPE."
@@ -87,12 +84,10 @@ class CacheReader:
         place = here.position_ids.flatten()[position].cpu().numpy()
         out = np.empty((len(owner), self.payload.row_bytes), np.uint8)
         found = []
-        for sample, ids in enumerate(batch.samples()):
+        for sample, key in enumerate(_keys(batch)):
             chosen = np.nonzero(owner == sample)[0]
             if len(chosen):
-                found.append(
-                    (chosen, *self.find(ids.cpu().numpy(), place[chosen], f"sample {sample} of the batch"))
-                )
+                found.append((chosen, *self.find(key, place[chosen], f"sample {sample} of the batch")))
         for chosen, number, record, rows in found:
             self._examine(number, record)
             out[chosen] = self.shard(number).rows(rows)
@@ -111,8 +106,8 @@ class CacheReader:
 
     def ahead(self, batch: Any) -> None:
         """Has the system read the rows of a batch's samples into memory, and returns at once; no thread, no copy."""
-        for ids in batch.samples():
-            at = self.where.get(record_key(ids.cpu().numpy()))
+        for key in _keys(batch):
+            at = self.where.get(key)
             if at is not None:  # else ``rows`` says what is missing
                 shard = self.shard(at[0])
                 shard.ahead(int(shard.first[at[1]]), int(shard.first[at[1] + 1]))
@@ -132,6 +127,13 @@ class CacheReader:
             fault = wrong or f"is {tuple(head.weight.shape)}, not {(entry['vocabulary'], entry['width'])}"
             raise CacheError(f"{path} {fault}. Build the cache again: selectkd cache build RECIPE.")
         return head
+
+
+def _keys(batch: Any) -> list[bytes]:
+    """What each sample of a batch is known by."""
+    return [
+        record_key(ids.cpu().numpy(), seen) for ids, seen in zip(batch.samples(), batch.keys(), strict=True)
+    ]
 
 
 class CachedTeacher:

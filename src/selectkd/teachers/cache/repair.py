@@ -21,6 +21,7 @@ from selectkd.teachers.cache.index import (
     PLAN,
     SHARDS,
     TEXT,
+    Record,
     Records,
     cut_into_shards,
     described,
@@ -156,7 +157,7 @@ def repair(
                 "Name the recipe the cache was built from: selectkd cache repair RECIPE."
             )
         write_whole(folder / TEXT, text_bytes(records))
-    records = text_of(folder, index)
+    records = _with_images(text_of(folder, index), records if "images" in index else None)
     if found.shards or HEAD in found.files:
         _compute_again(
             folder, index, found, records, _origin(folder, index) if origin is None else origin, say
@@ -173,6 +174,20 @@ def repair(
                 there.append(asdict(shard.entry))
         write_index(folder / INDEX, {**plan, "shards": there})
     return found
+
+
+def _with_images(text: Records, given: Records | None) -> Records:
+    """The records of a cache with the images that the recipe's own have: no cache keeps any."""
+    if given is None:
+        return text
+    number = {record.key: index for index, record in enumerate(given)}
+
+    def make(index: int) -> Record:
+        record = text[index]
+        place = number.get(record.key)
+        return record if place is None else given[place]
+
+    return Records(make, text.lengths, text.counts)
 
 
 def _compute_again(

@@ -41,6 +41,7 @@ from selectkd.training.heldout.evaluation import negative_log_likelihood, probe
 from selectkd.training.heldout.watch import tar_of
 from selectkd.training.ledger import Ledger
 from selectkd.training.preflight.estimate import Memory, estimate
+from selectkd.training.preflight.images import images_matter
 from selectkd.training.record.metrics import check_loggers
 from selectkd.training.run import COLD_TAR, cold, feed_of, steps_of
 from selectkd.training.run_folder import (
@@ -139,6 +140,8 @@ def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         True,
         ". ".join([named, *(assembly.cut.searched if assembly.cut else []), *assembly.warnings]),
     )
+    if assembly.vision is not None:
+        yield tried("images", lambda: images_matter(assembly))
     yield tried("teacher", lambda: _teacher(assembly))
     yield tried("tar", lambda: _tar(assembly, recipe))
     yield tried("calibration", lambda: _calibration(assembly))

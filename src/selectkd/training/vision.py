@@ -1,0 +1,79 @@
+"""Images in a recipe: whose processor makes them, and what a run with images cannot have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selectkd.config import ModelTeacher
+from selectkd.data.vision import Vision
+from selectkd.errors import ConfigError
+from selectkd.models.load import load_vision
+from selectkd.teachers.aligned import AlignedPlan
+from selectkd.teachers.model import ModelPlan
+from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.several import SeveralPlan
+
+
+def vision_of(recipe: Any, teacher: TeacherPlan) -> Vision | None:
+    """The processor of a recipe's student, of a cut one its teacher's; None where it sees no images."""
+    if recipe.student.model is not None:
+        return load_vision(recipe.student.model, revision=recipe.student.revision)
+    return None if teacher.model is None else load_vision(teacher.model, revision=teacher.revision)
+
+
+def check_images(recipe: Any, teacher: TeacherPlan) -> Vision | None:
+    """``vision_of``, and ConfigError where a teacher would see other images, or for keys that images do not go with."""
+    vision = vision_of(recipe, teacher)
+    if vision is None:
+        if recipe.training.freeze:
+            raise ConfigError(
+                f"training.freeze = {recipe.training.freeze} names parts of a model that sees images, and the student "
+                "sees none. Leave training.freeze out."
+            )
+        return None
+    plans = teacher.plans if isinstance(teacher, SeveralPlan) else [teacher]
+    for plan in plans:
+        if isinstance(plan, AlignedPlan):
+            raise ConfigError(
+                f"{plan.source} has another tokenizer, whose image tokens are others. Use a teacher of the student's "
+                "tokenizer and processor."
+            )
+        if isinstance(plan, ModelPlan):
+            check_processor(plan, vision)
+    sharded = [t for t in recipe.teachers if isinstance(t, ModelTeacher) and t.placement != "device"]
+    if recipe.training.sharding is not None or sharded:
+        key = "training.sharding" if recipe.training.sharding is not None else "teacher.placement"
+        raise ConfigError(f"{key} takes no model that sees images. Leave it out, or use a text model.")
+    if recipe.data.packing:
+        raise ConfigError(
+            "data.packing takes no model that sees images. Set it to false; data.bucket: true saves padding too."
+        )
+    return vision
+
+
+def check_processor(plan: ModelPlan, vision: Vision) -> None:
+    """ConfigError unless a teacher's own processor makes the tensors and token counts of the student's."""
+    if plan.is_loaded and not Path(plan.model).exists():
+        return  # a model in memory has no processor of its own
+    theirs = load_vision(plan.model, revision=plan.wanted_revision)
+    if theirs is None:
+        raise ConfigError(
+            f"{plan.model} sees no images, and the student does. Use a teacher that sees them, or a text student."
+        )
+    if theirs.fingerprint != vision.fingerprint:
+        differ = _differences(theirs.settings, vision.settings)
+        raise ConfigError(
+            f"the processor of {plan.model} makes other images than the student's: {'; '.join(differ[:4])}. Use a pair "
+            "with one processor, or copy the teacher's processor files into the student's folder."
+        )
+
+
+def _differences(one: Any, other: Any, under: str = "") -> list[str]:
+    """``key: teacher's, not student's`` for each setting that differs."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [f"{under.lstrip('.')}: {one} of the teacher, {other} of the student"]
+    found = []
+    for key in sorted({*one, *other}):
+        found += _differences(one.get(key), other.get(key), f"{under}.{key}")
+    return found
