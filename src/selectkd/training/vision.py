@@ -45,6 +45,11 @@ def check_images(recipe: Any, teacher: TeacherPlan) -> Vision | None:
     if recipe.training.sharding is not None or sharded:
         key = "training.sharding" if recipe.training.sharding is not None else "teacher.placement"
         raise ConfigError(f"{key} takes no model that sees images. Leave it out, or use a text model.")
+    if recipe.data.streaming and isinstance(recipe.data.evaluation, float | int):
+        raise ConfigError(
+            "data.evaluation: a share of streamed text is held out by its words, which say nothing of images. Name a "
+            "file: evaluation: {path: FILE}."
+        )
     if recipe.data.packing:
         raise ConfigError(
             "data.packing takes no model that sees images. Set it to false; data.bucket: true saves padding too."
