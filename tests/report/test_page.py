@@ -192,6 +192,10 @@ def test_two_runs_are_compared_with_paired_intervals_and_the_keys_that_differ(
     changed = int((first.first.accepted != first.last.accepted).sum())
     assert re.search(rf"other minus first .*\[.*\] {changed} ", said)
     assert "What differs" in said and said.count("better") >= 6
+    broken = write_run(tmp_path / "broken", finished=False)
+    said = " ".join(parsed(run, broken, out=tmp_path / "both.html").all_text().split())
+    said = said[said.index("What differs") : said.index("Curves")]
+    assert "teacher.model" not in said, "a recipe is the same whether its run came to an end or not"
 
 
 def test_a_run_that_broke_off_says_so_and_what_is_damaged_is_named(tmp_path: Path) -> None:

@@ -100,7 +100,10 @@ def _asked(folder: str) -> Sequence[tuple[str, str, str]]:
 
 def differing(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the recipe keys and facts that are not the same in all runs."""
-    every = [_flat((run.manifest or {}).get("config") or {}) or dict(run.settings) for run in runs]
+    noted = all(
+        run.settings for run in runs
+    )  # run.json is there from the first step on, the manifest at the end alone
+    every = [run.settings if noted else _flat((run.manifest or {}).get("config") or {}) for run in runs]
     keys = dict.fromkeys(key for one in every for key in one)
     return [
         (key, [_shown(one.get(key)) for one in every])

@@ -43,7 +43,9 @@ def tiles(run: RunFiles) -> list[Tile]:
     before, after = run.before or {}, run.after or {}
     of_teacher = after.get("teacher_perplexity")
     teacher = f"teacher {number(of_teacher)}" if of_teacher else "of held-out text"
-    steps = f"{number(run.last_step)} steps" + (f", resumed {len(run.resumes)} times" if run.resumes else "")
+    steps = f"{number(run.last_step)} steps" + (
+        f", resumed {_times(len(run.resumes))}" if run.resumes else ""
+    )
     found = [
         _change("Held-out KL", before.get("kl"), after.get("kl"), "nats a token; 0 is the teacher", lower=True),
         _change(
@@ -184,6 +186,10 @@ def _median(points: list[tuple[int, float]]) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
 
 
 def in_bytes(value: float | None) -> str:
