@@ -73,7 +73,7 @@ def demo(
 
         result = train(recipe, progress=progress, on_assembled=before_training, device=on)
         ask("student after", parts[0].student, parts[0].tokenizer)
-    _report(result, recipe, prompts, answers)
+    _show(result, prompts, answers, _page(result.run_dir, prompts, answers))
     if result.before is None or result.after is None or not result.after.kl < result.before.kl:
         say("FAILED: the held-out KL did not decrease")
         raise typer.Exit(1)
@@ -116,8 +116,21 @@ def _new_folder(parent: Path, name: str) -> Path:
     return next(folder for folder in tried if not folder.exists())
 
 
-def _report(
-    result: RunResult, recipe: Any, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+def _page(folder: Path, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> Path:
+    """The page of the run, with the answers that are put beside it."""
+    from selectkd.data.durable import write_plain
+    from selectkd.report.page import write_report
+
+    texts = [
+        {"prompt": prompt, **{who.removeprefix("student "): found[i] for who, found in answers.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+    write_plain(folder / "answers.json", json.dumps({"texts": texts}, ensure_ascii=False).encode())
+    return write_report(folder)
+
+
+def _show(
+    result: RunResult, prompts: Sequence[str], answers: Mapping[str, Sequence[str]], page: Path
 ) -> None:
     """A table, the texts, what was cut, and what to do next."""
     before, after = result.before, result.after
@@ -142,6 +155,7 @@ def _report(
             f"the student has layers {', '.join(map(str, result.kept))} of its teacher, chosen by measured KL"
         )
     say(f"{result.steps} steps, {result.seconds:.0f} s in all; the student is {result.run_dir / 'student'}")
+    say(f"{page} shows the run: curves, texts, and each token by the teacher's verdict")
     for what, command in (
         ("measure it", f"selectkd eval {result.run_dir}"),
         ("your own text next", "selectkd init recipe.yaml"),
