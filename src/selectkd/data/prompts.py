@@ -94,7 +94,12 @@ def is_held_out(prompt: bytes, share: float) -> bool:
     >>> 60 < sum(is_held_out(prompt, 0.1) for prompt in prompts) < 140
     True
     """
-    return int.from_bytes(prompt[:8], "little") < share * 2**63
+    return int.from_bytes(prompt[:8], "little") < bound_of(share)
+
+
+def bound_of(share: float) -> int:
+    """The hash below which a prompt's first key has it held out."""
+    return int(share * 2**63)
 
 
 def _hash(content: bytes) -> int:

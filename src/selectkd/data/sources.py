@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -22,7 +21,7 @@ from selectkd.data.files import Found, check_reading
 from selectkd.data.images import ImageRules
 from selectkd.data.order import BatchOptions, Epoch, draw
 from selectkd.data.places import Place, Rows
-from selectkd.data.prompts import is_held_out
+from selectkd.data.prompts import bound_of
 from selectkd.data.render import Example, TextRules
 from selectkd.data.rendering import Part, Rendering, part_of
 from selectkd.data.routes import Routes
@@ -157,7 +156,7 @@ def without_share(source: Source, share: float, most: int, cache: TextCache) -> 
     about = {"index": source.fingerprint, "share": share, "most": most}
     text = text_of(source.name, about, lambda: streamed.held_out(most), streamed.how, cache)
     text.table.stream = streamed.stream
-    kept = np.array([not is_held_out(prompt, share) for prompt in source.examples.values("prompt")])
+    kept = source.examples.prompts[:, 0] >= bound_of(share)
     examples = source.examples.where(kept) if kept.any() else source.examples
     return replace(source, examples=examples, streamed=streamed), Examples([text.table])
 
