@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,13 +20,15 @@ from selectkd.cli import main
 from selectkd.data import text_cache
 from selectkd.data.chunks import given
 from selectkd.data.examples import Examples, record_key
+from selectkd.data.order import BatchOptions
 from selectkd.data.render import Example, TextRules
 from selectkd.data.rendering import Rendering
 from selectkd.data.routes import Routes
-from selectkd.data.sources import dataset_source
+from selectkd.data.sources import batches, dataset_source
 from selectkd.data.template import ChatTemplate
 from selectkd.data.text_cache import DATA, MANIFEST, TextCache
 from selectkd.errors import DataError, IntegrityError, ResourceError
+from selectkd.training.recipe_text import hold_out
 
 EXAMPLES = [
     Example(
@@ -333,3 +336,32 @@ def test_texts_are_listed_and_the_least_used_are_deleted(tmp_path, tokenizer, ca
     assert main(["cache", "texts", str(place), "--keep-days", "0"]) == 0
     assert "0 texts, 0.0 MB" in capsys.readouterr().out
     assert main(["cache", "texts", str(tmp_path / "none")]) == 0
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path, tokenizer, monkeypatch):
+    """Ten times the records: index arrays and the file's map are added, no text and no token."""
+    monkeypatch.setattr("selectkd.data.chunks.FIRST", 1 << 14)
+    monkeypatch.setattr("selectkd.data.chunks.CHUNK", 1 << 14)
+    options = BatchOptions(4, 0)
+
+    def peak(count):
+        path, cache = (
+            write(tmp_path, count, 20, f"d{count}.jsonl"),
+            TextCache.at(tmp_path / "cache", workers=1),
+        )
+        found = []
+        for _ in range(2):  # the building of the text, then the reading
+            tracemalloc.start()
+            source = dataset_source(
+                {"path": path, "format": "prompt_completion"}, tokenizer, TextRules(128), cache=cache
+            )
+            (kept,), held, _ = hold_out([source], 0.1)
+            epoch = batches([kept], options, 0)
+            assert len(held) and len(epoch[0].stream) == 4 and len(kept) > 0.8 * count
+            found.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return np.array(found)
+
+    peak(50)  # what is imported or remembered at first
+    few, many = peak(80), peak(800)
+    assert (many - few < 720 * 300).all(), (few, many)
