@@ -67,8 +67,17 @@ def final_number(text: str) -> Fraction | None:
         sentence = SENTENCE_END.split(text[phrases[-1].end() :], maxsplit=1)[0]
         if (found := _of_equation(plain(sentence), first=True)) is not None:
             return found
-    numbers = _numbers(plain(text))
+    numbers = numbers_of(text)
     return numbers[-1] if numbers else None
+
+
+def numbers_of(text: str) -> list[Fraction]:
+    """Every number of a text, in order.
+
+    >>> numbers_of("1,200 of 3 1/2")
+    [Fraction(1200, 1), Fraction(7, 2)]
+    """
+    return _numbers(plain(text))
 
 
 def last_boxed(text: str) -> str | None:
