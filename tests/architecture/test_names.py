@@ -13,6 +13,9 @@ FOREIGN = {"connection_made"}
 JUDGES = (
     "evals/judging/",
     "evals/suites.py",
+    "evals/vision/judged.py",
+    "evals/vision/run.py",
+    "evals/vision/benchmarks.py",
     "cli/eval.py",
     "cli/eval_suites.py",
     "teachers/remote/settings.py",

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (tables of answers, one line for several; full-width letters are among them)
 """Options that an answer names: written by hand, with the traps that a reader of letters falls into."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF001  (tables of answers, one line for several; full-width letters are among them)
 """Yes or no that an answer says, and groups of questions that are right together: written by hand."""
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a model that sees images is worth: answers read by published rules, benchmarks from local files, drawn scenes."""
+"""Evaluation with images: answers read by published rules, benchmarks from local files, scenes that are drawn."""

@@ -37,7 +37,9 @@ def open_answer_matches(answer: str, right: Sequence[str]) -> bool | None:
     given = [value for one in (*parts, *numbers) for value in _values(one)]
     wanted = [value for one in right for value in _values(one)]
     return any(
-        any(isinstance(other, str) and other in one for other in wanted) if isinstance(one, str) else one in wanted
+        any(isinstance(other, str) and other in one for other in wanted)
+        if isinstance(one, str)
+        else one in wanted
         for one in given
     )
 

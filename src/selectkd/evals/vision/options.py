@@ -24,7 +24,7 @@ LATEX = (
 )
 MARKS = re.compile(r"\*\*|__|`|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)")
 """Emphasis and code of Markdown."""
-OPENED, CLOSED = r"[\s(\[{<\"'“‘]*", r"[\s)\]}>\"'”’.:,;!。]*"
+OPENED, CLOSED = r"[\s(\[{<\"'\u201c\u2018]*", r"[\s)\]}>\"'\u201d\u2019.:,;!。]*"
 STATEMENT = (
     r"(?P<subject>(?:\b(?P<kind>\w+)\s+)?\banswer\b|\b(?:correct|right|best|final)\s+(?:option|choice|letter)\b|"
     r"\bI\s+(?:would\s+|will\s+)?(?:choose|pick|select|go\s+with)\b|答案|选择|选)"
@@ -93,10 +93,15 @@ def chosen_option(answer: str, options: Mapping[str, str]) -> str | None:
 def legible(text: str) -> str:
     r"""A text without Markdown's and LaTeX's marks, its full-width characters as plain ones.
 
-    >>> legible(r"**Ｂ** is $\frac{3}{4}$").strip()
+    >>> legible("**\uff22** is " + r"$\frac{3}{4}$")
     'B is  3/4'
     """
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u2019", "'").replace("\u2212", "-")
+    text = (
+        unicodedata.normalize("NFKC", text)
+        .replace("\u2044", "/")
+        .replace("\u2019", "'")
+        .replace("\u2212", "-")
+    )
     for pattern, meant in LATEX:
         text = re.sub(pattern, meant, text)
     return MARKS.sub("", text).strip()
@@ -105,12 +110,14 @@ def legible(text: str) -> str:
 def folded(text: str) -> str:
     """A text as options are compared: small letters, one space, no thousands separators, no punctuation around it."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", legible(text).casefold())
-    return re.sub(r"\s+", " ", text).strip(" .,;:!。\"'“”()[]")
+    return re.sub(r"\s+", " ", text).strip(" .,;:!。\"'\u201c\u201d()[]")
 
 
 def _alone(text: str, options: Mapping[str, str]) -> str | None:
     """The option whose letter or text the whole answer is."""
-    whole = re.fullmatch(rf"{OPENED}(?:(?:option|choice|answer)\s+)?{OPENED}([A-Za-z]){CLOSED}", text, re.IGNORECASE)
+    whole = re.fullmatch(
+        rf"{OPENED}(?:(?:option|choice|answer)\s+)?{OPENED}([A-Za-z]){CLOSED}", text, re.IGNORECASE
+    )
     if whole is not None and whole[1].upper() in options:
         return whole[1].upper()
     same = [letter for letter, of in options.items() if folded(of) == folded(text)]
@@ -120,7 +127,8 @@ def _alone(text: str, options: Mapping[str, str]) -> str | None:
 def _stated(text: str, options: Mapping[str, str]) -> tuple[bool, str | None]:
     """(whether the answer states which option is right, which one); the last statement counts."""
     pattern = re.compile(
-        rf"{STATEMENT}(?P<open>[\"'(\[]*)(?P<letter>[{_class(options)}])(?![\w'])(?P<close>[\"')\]]*)", re.IGNORECASE
+        rf"{STATEMENT}(?P<open>[\"'(\[]*)(?P<letter>[{_class(options)}])(?![\w'])(?P<close>[\"')\]]*)",
+        re.IGNORECASE,
     )
     last: tuple[int, str | None] | None = None
     for found in pattern.finditer(text):
@@ -158,11 +166,14 @@ def _stated_text(text: str, options: Mapping[str, str]) -> tuple[bool, str | Non
 
 def _leading(text: str, options: Mapping[str, str]) -> tuple[bool, str | None]:
     """(whether the answer begins with a letter set off from what follows, the letter)."""
-    mark = rf"(?:\((?P<a>[{_class(options)}])\)|(?P<b>[{_class(options)}])(?:\)|[.:](?=\s)|,\s|\s+[-–—]+\s|\s*\n))"
-    found = re.match(rf"[\s\"'“-]*(?:option\s+)?{mark}", text, re.IGNORECASE)
+    dash = "[-\u2013\u2014]+"
+    mark = rf"(?:\((?P<a>[{_class(options)}])\)|(?P<b>[{_class(options)}])(?:\)|[.:](?=\s)|,\s|\s+{dash}\s|\s*\n))"
+    found = re.match(rf"[\s\"'\u201c-]*(?:option\s+)?{mark}", text, re.IGNORECASE)
     if found is None:
         # a capital letter that a reason follows: "B because ..."
-        found = re.match(rf"(?:option\s+)?(?P<a>[{_class(options)}])(?P<b>)\s+(?:because|since|as|due)\b", text)
+        found = re.match(
+            rf"(?:option\s+)?(?P<a>[{_class(options)}])(?P<b>)\s+(?:because|since|as|due)\b", text
+        )
         if found is None:
             return False, None
     letter, rest = (found["a"] or found["b"]).upper(), text[found.end() :]
@@ -170,7 +181,9 @@ def _leading(text: str, options: Mapping[str, str]) -> tuple[bool, str | None]:
         return True, None
     listed = {
         (one["a"] or one["b"]).upper()
-        for one in re.finditer(rf"(?<![\w'])(?:\((?P<a>[{_class(options)}])\)|(?P<b>[{_class(options)}])[).:](?=\s))", rest)
+        for one in re.finditer(
+            rf"(?<![\w'])(?:\((?P<a>[{_class(options)}])\)|(?P<b>[{_class(options)}])[).:](?=\s))", rest
+        )
         if not _denied(rest, one.start(), one.end())
     }
     named = [other for other, of in options.items() if folded(of) == folded(rest)]
@@ -187,7 +200,9 @@ def _letters(text: str, options: Mapping[str, str]) -> set[str]:
     for found in group.finditer(text):
         if _denied(text, found.start(), found.end()):
             continue
-        letters = {letter.upper() for letter in re.findall(r"[A-Za-z](?!\w)(?<!\w\w)", found[0])} & set(options)
+        letters = {letter.upper() for letter in re.findall(r"[A-Za-z](?!\w)(?<!\w\w)", found[0])} & set(
+            options
+        )
         after = re.match(r"\s+(\w+)", text[found.end() :])
         if found[0] in ("A", "I") and after is not None and after[1].lower() not in GOES_ON:
             continue
@@ -238,7 +253,8 @@ def _denied(text: str, start: int, stop: int) -> bool:
 def _has_alternative(rest: str, options: Mapping[str, str]) -> bool:
     """Whether another letter is offered beside the one that ends before ``rest``: "or C", "and C."."""
     other = rf"(?:option\s+)?\(?[{_class(options)}](?![\w'])\)?"
-    offered = rf"[\s)\]\"']*(?:(?:,?\s*\bor\b|/)\s*{other}|(?:,\s*(?:and\b)?|&|\band\b)\s*{other}\s*(?:$|[.,;!\n]|and\b|or\b))"
+    ends = r"\s*(?:$|[.,;!\n]|and\b|or\b)"
+    offered = rf"[\s)\]\"']*(?:(?:,?\s*\bor\b|/)\s*{other}|(?:,\s*(?:and\b)?|&|\band\b)\s*{other}{ends})"
     return re.match(offered, rest) is not None
 
 

@@ -21,13 +21,27 @@ from selectkd.evals.numbers import (
 from selectkd.evals.vision.options import legible
 
 Kind = Literal["integer", "float", "list"]
-WORDS = {
-    word: number
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+WORDS: dict[str, int] = dict(
+    zip(
+        (
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ),
+        range(13),
+        strict=True,
     )
-}
+)
 STATED_WORD = re.compile(
     rf"(?:\banswer\s*(?:is|:)\s*:?\s*|\bthere\s+(?:is|are)\s+(?:exactly\s+|only\s+)?|^\W*)({'|'.join(WORDS)})\b(?![\s-]+(?:of|or|to|"
     r"hundred|thousand|million)\b)",
@@ -35,7 +49,7 @@ STATED_WORD = re.compile(
 )
 LAST_NUMBER = re.compile(r"[\d½¾¼}][\s)°%$€£\"']*(?:[A-Za-zµ°/²³^]+\d?[\s)]*){0,2}[.!\s]*$")
 """A text that ends on a number, with at most two words of a unit behind it."""
-SEVERAL = re.compile(r"\d.*?(?:-|–|\bto\b|\bor\b|\band\b).*?\d", re.IGNORECASE)
+SEVERAL = re.compile(r"\d.*?(?:-|\u2013|\bto\b|\bor\b|\band\b).*?\d", re.IGNORECASE)
 """A range, or numbers to choose from."""
 RESULT = re.compile(
     r"\b(?:so|thus|hence|therefore|totals?|altogether|is|are|equals|gives|makes|leaves)\b|=", re.IGNORECASE
@@ -74,7 +88,8 @@ def _result(text: str) -> Fraction | None:
     sentence = re.split(r"\n|(?<=[^\s.][.!?])\s", text)[-1]
     tail = RESULT.split(sentence)[-1] if RESULT.search(sentence) else ""
     numbers = numbers_of(tail)
-    return numbers[0] if len(numbers) == 1 and LAST_NUMBER.search(tail) else None
+    alone = len(numbers) == 1 and ", " not in tail
+    return numbers[0] if alone and LAST_NUMBER.search(tail) else None
 
 
 def stated_list(answer: str) -> list[Fraction] | None:
@@ -96,7 +111,7 @@ def same_value(answer: str, reference: str, kind: Kind, decimals: int | None = N
     integer: both cut to whole numbers; float: the answer is rounded to ``decimals``; list: number by number.
     Source: Lu et al., MathVista (arXiv 2310.02255), its published ``calculate_score``.
 
-    >>> same_value("about 1.449", "1.45", "float", 2), same_value("14.0", "14", "integer"), same_value("?", "1", "integer")
+    >>> same_value("about 1.449", "1.45", "float", 2), same_value("14.0", "14", "integer"), same_value("?", "1", "list")
     (True, True, None)
     """
     if kind == "list":
@@ -107,7 +122,9 @@ def same_value(answer: str, reference: str, kind: Kind, decimals: int | None = N
         return None
     right = numbers_of(reference)
     if len(right) != 1:
-        raise DataError(f"the right answer {reference[:40]!r} is no number, and the question asks for a {kind}.")
+        raise DataError(
+            f"the right answer {reference[:40]!r} is no number, and the question asks for a {kind}."
+        )
     if kind == "integer":
         return int(value) == int(right[0])
     places = 1 if decimals is None else decimals
@@ -129,7 +146,9 @@ def literal_list(text: str) -> list[str] | None:
 def _reference_list(reference: str) -> list[Fraction]:
     found = stated_list(reference)
     if found is None:
-        raise DataError(f"the right answer {reference[:40]!r} is no list of numbers, and the question asks for one.")
+        raise DataError(
+            f"the right answer {reference[:40]!r} is no list of numbers, and the question asks for one."
+        )
     return found
 
 

@@ -10,10 +10,14 @@ from selectkd.evals.judging.question import without_thinking
 from selectkd.evals.vision.options import legible
 
 BOTH = re.compile(r"\byes\s*(?:/|or|and|\|)\s*no\b|\bno\s*(?:/|or|and|\|)\s*yes\b")
-STATED = re.compile(r"\b(?:final\s+answer|answer)\s*(?:is|:|=|would\s+be|should\s+be)\s*:?\s*[\"'(]*(yes|no)\b(?!\s+\w)")
+STATED = re.compile(
+    r"\b(?:final\s+answer|answer)\s*(?:is|:|=|would\s+be|should\s+be)\s*:?\s*[\"'(]*(yes|no)\b(?!\s+\w)"
+)
 WORD = re.compile(r"\b(?:yes|no)\b")
 BEFORE_NO = re.compile(r"(?:\bnot|\bneither|n't)\s+(?:a\s+)?$")
-AFTER_NO = re.compile(r"\s+(?!(?:it|there|they|the|this|that|these|those|he|she|we|you|i|because|since|as)\b)\w")
+AFTER_NO = re.compile(
+    r"\s+(?!(?:it|there|they|the|this|that|these|those|he|she|we|you|i|because|since|as)\b)\w"
+)
 """A word after ``no`` that makes it a determiner: "no people", "no longer", "no one"."""
 
 
@@ -30,13 +34,13 @@ def yes_or_no(answer: str) -> str | None:
     stated = STATED.findall(text)
     if stated:
         return stated[-1]
-    said = {
+    words = {
         found[0]
         for found in WORD.finditer(text)
         if not BEFORE_NO.search(text[: found.start()])
         and not (found[0] == "no" and AFTER_NO.match(text, found.end()))
     }
-    return said.pop() if len(said) == 1 else None
+    return words.pop() if len(words) == 1 else None
 
 
 def all_right(scores: Sequence[float], groups: Iterable[str]) -> list[float]:

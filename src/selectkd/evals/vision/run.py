@@ -1,0 +1,84 @@
+"""Benchmarks and drawn scenes through one answerer: rows with intervals, and answers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from selectkd.errors import ConfigError
+from selectkd.evals.judging.judges import Judge
+from selectkd.evals.memory import Memory
+from selectkd.evals.run_suite import Scores
+from selectkd.evals.vision.asking import Answerer, Problem, graded, scores_of
+from selectkd.evals.vision.benchmarks import BENCHMARKS, Benchmark, file_of, messages
+from selectkd.evals.vision.judged import Item, judged_scores
+from selectkd.evals.vision.questions import read_questions
+
+
+@dataclass(frozen=True)
+class VisionRun:
+    """What is asked. folder: with the benchmarks' files; limit: questions of each; judge: for MM-Vet alone."""
+
+    tasks: tuple[str, ...]
+    folder: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    judge: Judge | None = None
+
+    def check(self) -> dict[str, Path]:
+        """The file of each benchmark; ConfigError, before anything is asked, for what is missing."""
+        named = [one for one in self.tasks if one != "synthetic"]
+        if named and self.folder is None:
+            raise ConfigError(
+                f"--tasks {','.join(named)} needs --data, the folder with the benchmarks' files."
+            )
+        if "mmvet" in named and self.judge is None:
+            raise ConfigError("--tasks mmvet is graded by a judge. Name one with --judge and --judge-model.")
+        return {one: file_of(one, self.folder) for one in named if self.folder is not None}
+
+
+def run_benchmark(
+    name: str,
+    task: str,
+    path: Path,
+    answerer: Answerer,
+    run: VisionRun,
+    memory: Memory,
+    *,
+    on_progress: Callable[[str], None] | None = None,
+) -> list[Scores]:
+    """One benchmark's file asked and scored: a ``Scores`` for each of its metrics."""
+    benchmark = BENCHMARKS[task]
+    asked: list[Item] = []
+    found = graded(
+        _problems(benchmark, path, run.limit, asked), answerer, batch_size=run.batch_size, memory=memory,
+        on_progress=None if on_progress is None else lambda done: on_progress(f"{name}, {task}: {done} answers"),
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "data": str(path),
+        "circular": benchmark.circular,
+        "batch_size": run.batch_size,
+    }
+    if benchmark.grade is None:
+        assert run.judge is not None  # VisionRun.check
+        items = [Item(one.question, one.right, reply.answer) for one, reply in zip(asked, found, strict=True)]
+        scores = judged_scores(items, run.judge, memory)
+        found = [replace(one, score=score) for one, score in zip(found, scores, strict=True)]
+        settings["judge"] = run.judge.name
+    return scores_of(name, task, found, dict(benchmark.metrics), settings)
+
+
+def _problems(benchmark: Benchmark, path: Path, limit: int | None, asked: list[Item]) -> Iterator[Problem]:
+    for one in read_questions(path, limit=limit, circular=benchmark.circular, split=benchmark.split):
+        if benchmark.grade is None:
+            asked.append(Item(one.text, one.answer, ""))
+        bare = replace(one, images=())  # what is kept of a question until its answer is there
+        grade = partial(benchmark.grade, bare) if benchmark.grade is not None else _later
+        yield Problem(one.origin, messages(one, benchmark.ask(one)), grade, dict(one.groups))
+
+
+def _later(answer: str) -> None:
+    """A judge grades, when all answers are there."""
