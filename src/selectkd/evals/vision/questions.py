@@ -20,8 +20,8 @@ from selectkd.data.places import Place, Rows
 from selectkd.errors import DataError
 from selectkd.evals.vision.values import literal_list
 
-SMALL = 1
-"""Bytes of a chunk, of which a table then has one row: images are large."""
+SMALL = 1 << 12
+"""Bytes of a chunk, of which a table then has a row or two: images are large."""
 REFERENCE = 64
 """An image cell of at most so many characters is the index of the row that has the image (VLMEvalKit's rule)."""
 MOST_BYTES = 1 << 26
