@@ -252,7 +252,7 @@ def _looks(folder: Path, unread: list[str]) -> Looks | None:
     try:
         return read_looks(folder / "probe")
     except DataError as error:
-        unread.append(str(error))
+        unread.append(str(error).rstrip("."))
         return None
 
 
