@@ -15,7 +15,9 @@ import torch
 from faults.test_resume import StopsAt
 from faults.tiny_run import recipe_for, write_dropping_pair
 from selectkd.errors import ConfigError, Preempted
-from selectkd.models.fake_quantized import GGUF_TYPES, fake_quantize, rounded_layers, unrounded
+from selectkd.models.export.gguf.families import family_of
+from selectkd.models.export.gguf.tensors import quantized, stored_as, tensors_of
+from selectkd.models.fake_quantized import GGUF_TYPES, fake_quantize, rounded, rounded_layers, unrounded
 from selectkd.models.head import head_of
 from selectkd.models.load import load_model
 from selectkd.models.save import save_student
@@ -62,6 +64,22 @@ def test_a_weight_is_rounded_as_gguf_rounds_it_and_once_is_enough(name: str) -> 
     assert np.array_equal(gguf.quants.dequantize(again, kind), ours.numpy())
     assert torch.equal(GGUF_TYPES[name](ours), ours)
     assert (ours != weight).any()
+
+
+@pytest.mark.parametrize("name", GGUF_TYPES)
+def test_an_export_of_that_type_has_the_very_numbers_that_were_trained(name: str) -> None:
+    model = tiny_llama(0)
+    fake_quantize(model, name)
+    student = rounded(model)
+    stored = 0
+    for tensor_name, tensor in tensors_of(student, family_of(student.config)):
+        kind = stored_as(tensor_name, tensor, name)
+        if kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+            stored += 1
+            assert np.array_equal(gguf.quants.dequantize(quantized(tensor, kind), kind), tensor.numpy()), (
+                tensor_name
+            )
+    assert stored == 2 * 7 + 1  # linear layers of two blocks, and the tied head
 
 
 def test_the_gradient_is_that_of_a_model_of_the_rounded_weights() -> None:
