@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 from selectkd.models.export.exported import Exported, encoder, template_of
 from selectkd.models.export.student import Options, Student
@@ -30,7 +31,7 @@ def check_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing or importlib.util.find_spec("transformers.exporters") is None:
         name = missing[0] if missing else "transformers.exporters, new in transformers 5.23,"
-        raise ConfigError(f"--to onnx needs {name}. Install it: pip install 'selectkd[onnx]'.")
+        raise ConfigError(f"--to onnx needs {name}. Install it: {how_to_install('onnx')}.")
 
 
 def write_onnx(student: Student, folder: Path, options: Options) -> dict[str, Any]:
