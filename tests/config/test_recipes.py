@@ -62,18 +62,18 @@ def test_there_is_a_recipe_for_each_pair_of_the_paper() -> None:
         "google/gemma-2-2b",
         "Qwen/Qwen2-Math-1.5B",
         "deepseek-ai/deepseek-coder-1.3b-base",
+        "models/InternVL2-2B-hf",
     }
 
 
 def test_full_size_recipes_carry_the_papers_numbers() -> None:
-    for recipe in map(load_recipe, RECIPES.glob("*-to-*.yaml")):
+    for path in RECIPES.glob("*-to-*.yaml"):
+        recipe = load_recipe(path)
         training, lora = recipe.training, recipe.training.lora
-        assert (training.learning_rate, training.seed, training.max_length, training.max_prompt_length) == (
-            5e-5,
-            42,
-            1024,
-            512,
-        )
+        assert (training.learning_rate, training.seed) == (5e-5, 42)
+        # an image of a few patches is more than the paper's 1,024 tokens
+        lengths = (4096, None) if path.stem.startswith("internvl") else (1024, 512)
+        assert (training.max_length, training.max_prompt_length) == lengths
         assert lora is not None and (lora.r, lora.alpha, lora.dropout) == (16, 128, 0.05)
         assert training.batch_size * training.gradient_accumulation in (32, 128)
         assert recipe.objective.beta == 0.01 and recipe.objective.gate == {"name": "greedy_topk", "k": 5}

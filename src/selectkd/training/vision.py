@@ -9,7 +9,9 @@ from selectkd.config import ModelTeacher
 from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError
 from selectkd.models.load import load_vision
+from selectkd.teachers.adapters_off import AdaptersOffPlan
 from selectkd.teachers.aligned import AlignedPlan
+from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
 from selectkd.teachers.several import SeveralPlan
@@ -41,6 +43,11 @@ def check_images(recipe: Any, teacher: TeacherPlan) -> Vision | None:
             )
         if isinstance(plan, ModelPlan):
             check_processor(plan, vision)
+        elif not isinstance(plan, CachePlan | AdaptersOffPlan):
+            raise ConfigError(
+                f"{plan.source} gets token ids, and the student's prompts have images. Use a teacher in memory, or a "
+                "cache of one."
+            )
     sharded = [t for t in recipe.teachers if isinstance(t, ModelTeacher) and t.placement != "device"]
     if recipe.training.sharding is not None or sharded:
         key = "training.sharding" if recipe.training.sharding is not None else "teacher.placement"
