@@ -14,7 +14,7 @@ from selectkd.cli.options import ApiKeyEnv, Device, Dtype
 from selectkd.cli.terminal import say, without_other_bars
 from selectkd.errors import ConfigError
 
-SuiteName = Literal["own", "quick", "math", "code", "instruct", "perplexity", "harness"]
+SuiteName = Literal["own", "quick", "math", "code", "instruct", "perplexity", "harness", "vision"]
 
 
 def evaluate(
@@ -32,7 +32,11 @@ def evaluate(
         typer.Option("--compare", help="Another model to measure on the same problems. Repeatable."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="A file with the problems, texts or requests.")
+        Path | None,
+        typer.Option(
+            "--data",
+            help="A file with the problems, texts or requests; vision: the folder with the benchmarks' files.",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Use at most this many problems.")
@@ -108,7 +112,10 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="harness: tasks of lm-evaluation-harness, separated by commas."),
+        typer.Option(
+            "--tasks",
+            help="harness: tasks of lm-evaluation-harness; vision: benchmarks, or synthetic. Separated by commas.",
+        ),
     ] = None,
     task_folder: Annotated[
         Path | None, typer.Option("--task-folder", help="harness: a folder with your own task files.")

@@ -97,6 +97,14 @@ def check(options: EvalOptions) -> None:
         )
     if suite == "harness" and not options.harness.tasks:
         raise ConfigError("--suite harness needs --tasks, for example --tasks hellaswag,arc_easy.")
+    if suite == "vision":
+        from selectkd.evals.vision.benchmarks import chosen_benchmarks
+
+        named = chosen_benchmarks(options.harness.tasks or "synthetic")
+        if "mmvet" in named and judge.url is None and judge.model is None:
+            raise ConfigError(
+                "--tasks mmvet is graded by a judge: add --judge URL with --judge-model NAME, or a local --judge-model."
+            )
     if options.memory.is_dir():
         raise ConfigError(
             f"--memory {options.memory} is a folder. Name a file, for example {options.memory / 'eval-memory.jsonl'}."
@@ -292,6 +300,31 @@ def _win_rates(protocol: str, first: str, second: str, contests: dict[str, Any])
     }  # fmt: skip
 
 
+def vision(names: list[str], options: EvalOptions, here: Here) -> Results:
+    """Questions about images: benchmarks of a folder, and drawn scenes."""
+    from selectkd.evals.asking import Decoding
+    from selectkd.evals.memory import Memory
+    from selectkd.evals.vision.benchmarks import chosen_benchmarks
+    from selectkd.evals.vision.leaderboard import average_row
+    from selectkd.evals.vision.model import VisionModel
+    from selectkd.evals.vision.run import VisionRun, run_tasks
+
+    tasks = tuple(chosen_benchmarks(options.harness.tasks or "synthetic"))
+    load_judge = _judge_loader(options, here) if "mmvet" in tasks else None
+    run = VisionRun(tasks, options.data, options.limit, here.batch_size, options.seed, load_judge)
+    files, memory = run.check(), Memory.opened(options.memory)
+    scored: dict[str, list[Any]] = {}
+    averages = []
+    for name in names:
+        model = VisionModel.of(name, Decoding(options.tokens), dtype=options.dtype, device=here.device)
+        rows = run_tasks(name, files, model, run, memory, on_progress=show_progress)
+        averages.append(average_row(name, rows, {"data": str(options.data)}))
+        for one in rows:
+            scored.setdefault(f"{one.task} {one.metric}", []).append(one)
+    found, pairs = _kept_and_compared(scored, options.answers)
+    return [*found, *(one for one in averages if one is not None)], pairs
+
+
 SUITES: dict[str, Callable[[list[str], EvalOptions, Here], Results]] = {
     "own": own,
     "quick": problems,
@@ -300,4 +333,5 @@ SUITES: dict[str, Callable[[list[str], EvalOptions, Here], Results]] = {
     "perplexity": perplexity,
     "instruct": instruct,
     "harness": harness,
+    "vision": vision,
 }

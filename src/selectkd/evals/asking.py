@@ -73,7 +73,7 @@ def complete(
             memory.keep({keys[i]: written[i] for i in chosen}, model=loaded.source)
         if on_progress is not None:
             on_progress(len(written))
-    texts = [_text(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
+    texts = [text_of(written[i], tokenizer, ends, decoding.stop) for i in range(len(requests))]
     if cut is not None:
         cut += [
             len(ids) >= decoding.max_new_tokens
@@ -90,7 +90,8 @@ def identity(loaded: Loaded) -> list[str]:
     return [loaded.revision or weights_checksum(loaded.model), dtype]
 
 
-def _text(ids: Sequence[int], tokenizer: Any, ends: Collection[int], stop: Sequence[str]) -> str:
+def text_of(ids: Sequence[int], tokenizer: Any, ends: Collection[int], stop: Sequence[str]) -> str:
+    """What a model wrote, up to its end and to the first of the stop strings."""
     plain = [token for token in ids if token not in ends]
     return until(tokenizer.decode(plain, skip_special_tokens=True), stop)
 

@@ -60,15 +60,16 @@ def graded(
     ``memory`` are not asked again, and the others are in it as soon as their batch is there.
     """
     found: list[Graded] = []
+    about = list(answerer.identity)  # a checksum of weights, once
     for batch in _batches(problems, batch_size):
-        keys = [_key(answerer, one.chat) for one in batch]
+        keys = [_key(about, one.chat) for one in batch]
         known = memory.known if memory is not None else {}
         replies = {key: str(known[key]) for key in keys if key in known}
         todo = {key: one for key, one in zip(keys, batch, strict=True) if key not in replies}
         if todo:
             fresh = dict(zip(todo, answerer([one.chat for one in todo.values()]), strict=True))
             if memory is not None:
-                memory.keep(fresh, model=str(answerer.identity))
+                memory.keep(fresh, model=str(about[0]))
             replies |= fresh
         for key, one in zip(keys, batch, strict=True):
             score = one.grade(replies[key])
@@ -113,7 +114,7 @@ def _batches(problems: Iterable[Problem], size: int) -> Iterator[list[Problem]]:
         yield batch
 
 
-def _key(answerer: Answerer, chat: Sequence[Message]) -> str:
+def _key(about: Sequence[Any], chat: Sequence[Message]) -> str:
     """Of everything an answer rests on: the answerer, the texts, and the bytes of the images."""
     parts = [
         [
@@ -124,4 +125,4 @@ def _key(answerer: Answerer, chat: Sequence[Message]) -> str:
         for message in chat
         for part in message["content"]
     ]
-    return key_of(__version__, list(answerer.identity), parts)
+    return key_of(__version__, about, parts)

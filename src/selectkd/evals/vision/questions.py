@@ -5,8 +5,6 @@ One record is held at a time. The names of fields are those of either format; do
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import string
 import tempfile
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.data.chunks import of_file
+from selectkd.data.images import ImageRules
+from selectkd.data.images import found as found_image
 from selectkd.data.places import Place, Rows
 from selectkd.errors import DataError
 from selectkd.evals.vision.values import literal_list
@@ -24,8 +24,8 @@ SMALL = 1 << 12
 """Bytes of a chunk, of which a table then has a row or two: images are large."""
 REFERENCE = 64
 """An image cell of at most so many characters is the index of the row that has the image (VLMEvalKit's rule)."""
-MOST_BYTES = 1 << 26
-"""Bytes of an encoded image, 64 MiB."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""How a cell ends that is a path and no base64, which has no dots."""
 TURN = 1_000_000
 """VLMEvalKit's index of a rotated question is the index of the question plus so many for each turn."""
 INLINE_OPTIONS = re.compile(r"\s*\bOptions:\s*(?=A[:.]\s)", re.IGNORECASE)
@@ -148,38 +148,18 @@ def _images(record: Mapping[str, Any], origin: str, path: Path, spool: Path) -> 
 def image_bytes(source: Any, origin: str, folder: Path, spool: Path) -> bytes:
     """An encoded image of a cell: bytes, {bytes, path}, base64, a path inside ``folder``, or another row's index.
 
-    The bytes are not decoded here. DataError with file:line for anything else, and for more than MOST_BYTES.
+    The bytes are not decoded here. DataError with file:line for anything else (``data.images.found``).
     """
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
         kept = spool / _name(source)
-        suffix = Path(source).suffix.lower() if len(source) < 1024 else ""
         if kept.is_file():
-            source = kept.read_bytes()
-        elif suffix in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
-            file = (folder / source).resolve()
-            if not file.is_relative_to(folder.resolve()) or not file.is_file():
-                raise DataError(f"{origin}: no image {source[:80]!r} in {folder}. Put it there.")
-            source = file.read_bytes() if file.stat().st_size <= MOST_BYTES else b"\0" * (MOST_BYTES + 1)
-        elif len(source) <= REFERENCE:
+            return kept.read_bytes()
+        if len(source) <= REFERENCE and not Path(source).suffix:
             raise DataError(
                 f"{origin}: the image is that of row {source!r}, and no row before has this index."
             )
-        elif len(source) > MOST_BYTES * 4 // 3 + 4:
-            source = b"\0" * (MOST_BYTES + 1)
-        else:
-            try:
-                source = base64.b64decode(source, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise DataError(
-                    f"{origin}: the image is no base64: {error}. Write the table again."
-                ) from error
-    if not isinstance(source, bytes) or not source:
-        raise DataError(f"{origin}: an image is base64, bytes or a path, not {type(source).__name__}.")
-    if len(source) > MOST_BYTES:
-        raise DataError(f"{origin}: the image has more than {MOST_BYTES:,} bytes. Scale it down.")
-    return source
+        source = source if Path(source[-8:]).suffix.lower() in SUFFIXES else {"base64": source}
+    return found_image(source, ImageRules(folder), origin).content()
 
 
 def _question(record: Mapping[str, Any], origin: str, index: str, images: tuple[bytes, ...]) -> Question:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,22 @@ from selectkd.evals.vision.asking import Answerer, Problem, graded, scores_of
 from selectkd.evals.vision.benchmarks import BENCHMARKS, Benchmark, file_of, messages
 from selectkd.evals.vision.judged import Item, judged_scores
 from selectkd.evals.vision.questions import read_questions
+from selectkd.evals.vision.synthetic import SCENES, run_synthetic
 
 
 @dataclass(frozen=True)
 class VisionRun:
-    """What is asked. folder: with the benchmarks' files; limit: questions of each; judge: for MM-Vet alone."""
+    """What is asked. folder: with the benchmarks' files; limit: questions of each, or scenes; seed: of the scenes.
+
+    load_judge: gives the judge of MM-Vet, called when all answers to it are there.
+    """
 
     tasks: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
     batch_size: int = 8
-    judge: Judge | None = None
+    seed: int = 0
+    load_judge: Callable[[], Judge] | None = None
 
     def check(self) -> dict[str, Path]:
         """The file of each benchmark; ConfigError, before anything is asked, for what is missing."""
@@ -35,9 +40,31 @@ class VisionRun:
             raise ConfigError(
                 f"--tasks {','.join(named)} needs --data, the folder with the benchmarks' files."
             )
-        if "mmvet" in named and self.judge is None:
+        if "mmvet" in named and self.load_judge is None:
             raise ConfigError("--tasks mmvet is graded by a judge. Name one with --judge and --judge-model.")
         return {one: file_of(one, self.folder) for one in named if self.folder is not None}
+
+
+def run_tasks(
+    name: str,
+    files: Mapping[str, Path],
+    answerer: Answerer,
+    run: VisionRun,
+    memory: Memory,
+    *,
+    on_progress: Callable[[str], None] | None = None,
+) -> list[Scores]:
+    """Every task of a run in its order; files: as ``VisionRun.check`` gives them."""
+    rows: list[Scores] = []
+    for task in run.tasks:
+        if task == "synthetic":
+            rows += run_synthetic(
+                name, answerer, memory, scenes=run.limit or SCENES, seed=run.seed, batch_size=run.batch_size,
+                on_progress=on_progress,
+            )  # fmt: skip
+        else:
+            rows += run_benchmark(name, task, files[task], answerer, run, memory, on_progress=on_progress)
+    return rows
 
 
 def run_benchmark(
@@ -63,11 +90,12 @@ def run_benchmark(
         "batch_size": run.batch_size,
     }
     if benchmark.grade is None:
-        assert run.judge is not None  # VisionRun.check
+        assert run.load_judge is not None  # VisionRun.check
+        judge = run.load_judge()
         items = [Item(one.question, one.right, reply.answer) for one, reply in zip(asked, found, strict=True)]
-        scores = judged_scores(items, run.judge, memory)
+        scores = judged_scores(items, judge, memory)
         found = [replace(one, score=score) for one, score in zip(found, scores, strict=True)]
-        settings["judge"] = run.judge.name
+        settings["judge"] = judge.name
     return scores_of(name, task, found, dict(benchmark.metrics), settings)
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from selectkd.config.extras import how_to_install
-from selectkd.errors import ConfigError
+from selectkd.data.images import pillow
 
 Split = Literal["train", "heldout", "test"]
 COLOURS = {
@@ -191,8 +190,7 @@ def _png(image: Any) -> bytes:
 
 
 def _pillow() -> tuple[Any, Any, Any]:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise ConfigError(f"Drawn scenes need Pillow: {how_to_install('vision')}.") from None
+    Image, _ = pillow()
+    from PIL import ImageDraw, ImageFont
+
     return Image, ImageDraw, ImageFont
