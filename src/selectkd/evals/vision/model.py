@@ -54,9 +54,13 @@ class VisionModel:
             )
         return cls(load_student(spec, dtype=dtype, device=device), vision, decoding)
 
-    @cached_property
+    @property
     def identity(self) -> list[Any]:
         """Weights, dtype, processor, template and decoding."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> list[Any]:
         tokenizer = self.loaded.tokenizer
         template = template_fingerprint(tokenizer) if tokenizer.chat_template else None
         return [*identity(self.loaded), self.vision.fingerprint, template, asdict(self.decoding)]
