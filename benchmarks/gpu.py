@@ -38,7 +38,7 @@ from torch import nn
 
 from selectkd import DIVERGENCES, Objective
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling

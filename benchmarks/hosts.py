@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from selectkd import Objective
 from selectkd.adapters.trl import SFTTrainer
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model
 from selectkd.teachers import LiveTeacher

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import flex_attention_mask, packed_sequence_mask_function
 
 from selectkd.data.collate import Batch, collate_packed
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.models.forward import flash_inputs, last_hidden
 from selectkd.models.head import backbone
 

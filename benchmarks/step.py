@@ -41,7 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from selectkd import DIVERGENCES, Objective
 from selectkd.data.collate import Batch, collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.loss.options import LossOptions
 from selectkd.models.cut import cut_student
 from selectkd.models.load import load_model

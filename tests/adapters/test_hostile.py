@@ -14,7 +14,7 @@ from adapters.hf_programs import arguments, collated, columns, started
 from adapters.test_hf import GATES, plain_step, same, trained_step
 from selectkd import BetaSchedule, Objective
 from selectkd.adapters.hf import STATE, distil
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.errors import ConfigError, IntegrityError
 from teachers.served import Served, on_a_port
 from training.tiny import VOCABULARY, padded, texts, tiny_llama, tiny_tokenizer, write_pair

@@ -14,7 +14,7 @@ from adapters.test_hf import GATES, plain_step, same, trained_step
 from selectkd import Objective
 from selectkd.adapters import trl as adapters
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.supervised import supervised
 from training.tiny import padded, texts, tiny_llama, tiny_tokenizer
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from selectkd.data.collate import collate, collate_packed, pack
+from selectkd.data.example import Example
 from selectkd.data.inspect import check
 from selectkd.data.order import BatchOptions, draw
-from selectkd.data.render import Example, TextRules
+from selectkd.data.render import TextRules
 from selectkd.data.sources import Source, batches, dataset_source
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError

@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 
+from selectkd.data.example import Example
 from selectkd.data.examples import Examples
 from selectkd.data.formats import to_sample
 from selectkd.data.inspect import check, languages
 from selectkd.data.prompts import BANDS, ROWS, groups, packed, prompt_keys, prompt_of, unpacked
-from selectkd.data.render import Example, TextRules, render
+from selectkd.data.render import TextRules, render
 from selectkd.errors import ConfigError
 
 

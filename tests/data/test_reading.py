@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 
 from selectkd.config.load import recipe_from
 from selectkd.config.yaml_text import read
+from selectkd.data.example import Example
 from selectkd.data.inspect import pieces
 from selectkd.data.prompts import packed, prompt_keys
-from selectkd.data.render import Example
 from selectkd.data.sources import Source
 from selectkd.errors import ConfigError, DataError
 from selectkd.models.packing import check_packing, problem

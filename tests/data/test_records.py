@@ -8,9 +8,10 @@ import json
 import pytest
 
 from selectkd.data.detection import FORMATS
+from selectkd.data.example import Dropped
 from selectkd.data.files import read_records
 from selectkd.data.formats import to_sample
-from selectkd.data.render import Dropped, TextRules, render
+from selectkd.data.render import TextRules, render
 from selectkd.data.sources import dataset_source
 from selectkd.errors import ConfigError, DataError, SelectKDError
 

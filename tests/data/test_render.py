@@ -5,9 +5,10 @@ import time
 import pytest
 
 from selectkd.data.detection import detect_format
+from selectkd.data.example import Dropped, Example
 from selectkd.data.formats import to_sample
 from selectkd.data.inspect import pieces
-from selectkd.data.render import Dropped, Example, TextRules, render
+from selectkd.data.render import TextRules, render
 from selectkd.errors import ConfigError, DataError
 
 MARKED = (

@@ -19,9 +19,10 @@ import pytest
 from selectkd.cli import main
 from selectkd.data import text_cache
 from selectkd.data.chunks import given
+from selectkd.data.example import Example
 from selectkd.data.examples import Examples, record_key
 from selectkd.data.order import BatchOptions
-from selectkd.data.render import Example, TextRules
+from selectkd.data.render import TextRules
 from selectkd.data.rendering import Rendering
 from selectkd.data.routes import Routes
 from selectkd.data.sources import batches, dataset_source

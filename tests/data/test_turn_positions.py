@@ -22,9 +22,10 @@ from data.template_zoo import (
     tokenizer_of,
     turns,
 )
+from selectkd.data.example import Dropped
 from selectkd.data.formats import to_sample
 from selectkd.data.inspect import pieces
-from selectkd.data.render import Dropped, TextRules, render
+from selectkd.data.render import TextRules, render
 from selectkd.data.template import ChatTemplate
 from selectkd.errors import DataError
 

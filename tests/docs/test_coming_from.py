@@ -22,7 +22,7 @@ from selectkd import CachedRows, LiveRows, Objective, distillation_loss
 from selectkd.config import Recipe
 from selectkd.config.load import recipe_from
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.supervised import supervised
 
 ROOT = Path(__file__).parents[2]

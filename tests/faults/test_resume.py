@@ -357,7 +357,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(pair: Path,
 HOLDS = """
 import time
 from pathlib import Path
-from selectkd.training.run_folder import locked
+from selectkd.training.run_lock import locked
 with locked(Path({folder!r})):
     print("held", flush=True)
     time.sleep(60)

@@ -259,7 +259,7 @@ def test_the_loss_is_divided_by_the_tokens_that_were_written_not_by_the_labels_o
     length: int, reduction: str, teacher: Any
 ) -> None:
     """The fault of TRL's GKD: 8 labels of the data set with 16 or 67 tokens of the student give another loss."""
-    from selectkd.data.render import Example
+    from selectkd.data.example import Example
 
     model = tiny_llama(2)
     model.config.max_position_embeddings = 128

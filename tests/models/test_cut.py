@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.errors import ConfigError
 from selectkd.models.cut import cut_student, even_layers
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from selectkd.data.collate import collate, collate_packed
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.errors import ConfigError
 from selectkd.evals.speculative.decode import decode, decode_alone
 from selectkd.models.check import check_head

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils as flash
 
 from selectkd.data.collate import collate_packed, pack
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.errors import ConfigError
 from selectkd.models.attention import BY_SAMPLE, kind_of
 from selectkd.models.forward import flash_inputs, last_hidden

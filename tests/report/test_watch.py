@@ -18,7 +18,8 @@ from selectkd.cli import main
 from selectkd.errors import NumericsError
 from selectkd.report.live import screen, sparkline, time_left
 from selectkd.report.run_files import at_work, read_run
-from selectkd.training.run_folder import locked, noting_errors
+from selectkd.training.run_folder import noting_errors
+from selectkd.training.run_lock import locked
 
 
 @pytest.fixture(scope="module")

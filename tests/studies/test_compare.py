@@ -20,7 +20,8 @@ from selectkd.errors import ConfigError
 from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
 from selectkd.evals.studies.compare import compare, differences, read_rows
 from selectkd.evals.studies.one_run import empty, measured
-from selectkd.training.run_folder import locked, write_run
+from selectkd.training.run_folder import write_run
+from selectkd.training.run_lock import locked
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 

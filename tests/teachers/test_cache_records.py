@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 import xxhash
 
+from selectkd.data.example import Example
 from selectkd.data.examples import Examples
-from selectkd.data.render import Example
 from selectkd.teachers.cache.index import TEXT, Record, cut_into_shards, records_of, text_bytes, text_of
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from selectkd.data.example import Example
 from selectkd.data.order import BatchOptions
-from selectkd.data.render import Example
 from selectkd.data.sources import Source, batches
 from selectkd.errors import DataError
 from selectkd.training.feed import BatchFeed

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 
 VOCABULARY = 64
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]

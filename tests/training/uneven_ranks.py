@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.loss.plan import StreamSpec
 from selectkd.models.sharded import CAN_SHARD, Spread, shard, whole
 from selectkd.objective.objective import Objective

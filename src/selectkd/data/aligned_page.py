@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from selectkd.data.crossing import Crossing
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.vision import Images, joined
 from selectkd.errors import ConfigError, DataError
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from selectkd.data.example import Example
 from selectkd.data.prompts import KEYS, unpacked
-from selectkd.data.render import Example
 from selectkd.data.vision import Images, Vision
 from selectkd.errors import IntegrityError
 

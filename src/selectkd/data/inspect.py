@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selectkd.config.extras import how_to_install
+from selectkd.data.example import Example
 from selectkd.data.examples import Examples
 from selectkd.data.prompts import groups
-from selectkd.data.render import Example
 from selectkd.data.sources import Source
 from selectkd.errors import ConfigError
 

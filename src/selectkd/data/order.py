@@ -17,8 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from selectkd.data.collate import Batch, bins_of, collate, collate_packed
+from selectkd.data.example import Example
 from selectkd.data.examples import Examples
-from selectkd.data.render import Example
 from selectkd.errors import ConfigError, DataError
 
 WINDOW = 50

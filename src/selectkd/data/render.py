@@ -13,14 +13,14 @@ from typing import Any, Literal, get_args
 
 from selectkd.data.chat import Sight, Text, images_in, leaves_out_tools, tokenize_chat
 from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
+from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
-from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
+from selectkd.data.prompts import packed, prompt_keys, prompt_of
 from selectkd.data.rounds import Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
-from selectkd.data.vision import Images
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
 
@@ -38,38 +38,6 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training row: ``completion[i]`` says whether token i is trained; token 0 never is, nothing precedes it.
-
-    truncated: tokens are missing, cut_prompt: of its prompt. without_tools: its text leaves its tool schemas out.
-    route: which of several teachers its record names, -1 where none is asked for. prompt: the keys of its record's
-    prompt (``data.prompts``), by which duplicates and rewordings are found. images: those it shows.
-    """
-
-    input_ids: list[int]
-    completion: list[bool]
-    stream: int = 0
-    origin: str = ""
-    truncated: bool = False
-    cut_prompt: bool = False
-    without_tools: bool = False
-    route: int = -1
-    prompt: bytes = bytes(8 * KEYS)
-    images: Images | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that is left out by policy, and why; reasons are counted, never silent."""
-
-    origin: str
-    reason: str
 
 
 _Text = tuple[list[int], list[bool], tuple[int, ...]]

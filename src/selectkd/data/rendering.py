@@ -15,10 +15,11 @@ from typing import Any
 from selectkd.data.chat import Sight
 from selectkd.data.chunks import Chunk, Item
 from selectkd.data.encoding import Encoder
+from selectkd.data.example import Dropped, Example
 from selectkd.data.examples import batch_of
 from selectkd.data.files import Checked, Found
 from selectkd.data.formats import to_sample
-from selectkd.data.render import Dropped, Example, TextRules, rendering
+from selectkd.data.render import TextRules, rendering
 from selectkd.data.rounds import Steps, together
 from selectkd.data.routes import Routes
 from selectkd.data.template import ChatTemplate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from selectkd.data.collate import Batch, collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.vision import Images
 from selectkd.errors import DataError
 

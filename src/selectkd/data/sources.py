@@ -16,13 +16,14 @@ from selectkd.data.chat import Sight
 from selectkd.data.chunk_index import Chunks, Index
 from selectkd.data.chunks import Item, chunks, given
 from selectkd.data.detection import FORMATS
+from selectkd.data.example import Example
 from selectkd.data.examples import SCHEMA, Examples, Table
 from selectkd.data.files import Found, check_reading
 from selectkd.data.images import ImageRules
 from selectkd.data.order import BatchOptions, Epoch, draw
 from selectkd.data.places import Place, Rows
 from selectkd.data.prompts import bound_of
-from selectkd.data.render import Example, TextRules
+from selectkd.data.render import TextRules
 from selectkd.data.rendering import Part, Rendering, part_of
 from selectkd.data.routes import Routes
 from selectkd.data.streaming import Streamed, StreamEpoch

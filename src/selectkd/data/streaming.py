@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from selectkd.data.chunk_index import Chunks
 from selectkd.data.chunks import Chunk, Given
 from selectkd.data.collate import Batch, bins_of
+from selectkd.data.example import Example
 from selectkd.data.files import Checked, Found
 from selectkd.data.formats import to_sample
 from selectkd.data.lanes import Lanes, lanes_for
 from selectkd.data.order import Batches, BatchOptions, draw, shuffled
 from selectkd.data.prompts import is_held_out, packed, prompt_keys, prompt_of
-from selectkd.data.render import Example
 from selectkd.data.rendering import Rendering, rendered
 from selectkd.errors import DataError
 

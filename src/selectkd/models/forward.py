@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from selectkd.data.collate import Batch, collate_packed
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.errors import ConfigError
 from selectkd.models.attention import BY_SAMPLE, kind_of
 from selectkd.models.devices import out_of_memory

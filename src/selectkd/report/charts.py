@@ -93,7 +93,7 @@ def draw(chart: Chart) -> Markup:
     if not lines:
         return Markup("")
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(_said(chart))}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(_label(chart))}">'
     ]
     box = _Box.around(chart, lines)
     parts += [*_axes(chart, box), *(_bars if chart.groups else _lines)(lines, box, chart)]
@@ -147,9 +147,9 @@ def _axes(chart: Chart, box: _Box) -> list[str]:
     for kind, at in chart.marks:
         x, _ = box.at(at, 0.0)
         top = TOP if kind in ACROSS else HEIGHT - BOTTOM - 5
-        said = f"{kind} at step {number(at)}"
+        title = f"{kind} at step {number(at)}"
         place = f'x1="{x}" x2="{x}" y1="{top}" y2="{HEIGHT - BOTTOM}"'
-        parts.append(f'<line class="mark {kind}" {place}><title>{said}</title></line>')
+        parts.append(f'<line class="mark {kind}" {place}><title>{title}</title></line>')
     if chart.level is not None:
         name, value = chart.level
         _, y = box.at(0.0, value)
@@ -171,9 +171,9 @@ def _lines(lines: Sequence[Line], box: _Box, chart: Chart) -> list[str]:
         )
         if line.dots or len(points) == 1:
             for (x, y), (step, value) in zip(points, line.points, strict=True):
-                said = f"{line.name}, {chart.x} {number(step)}: {number(value)}"
+                title = f"{line.name}, {chart.x} {number(step)}: {number(value)}"
                 parts.append(
-                    f'<circle class="dot {style}" cx="{x}" cy="{y}" r="3"><title>{escape(said)}</title></circle>'
+                    f'<circle class="dot {style}" cx="{x}" cy="{y}" r="3"><title>{escape(title)}</title></circle>'
                 )
     return parts
 
@@ -184,11 +184,11 @@ def _bars(lines: Sequence[Line], box: _Box, chart: Chart) -> list[str]:
         for group, value in line.points:
             left, top = box.at(group - 0.4 + width * number_of, value)
             right, foot = box.at(group - 0.4 + width * (number_of + 1), max(box.y[0], 0.0))
-            said = f"{line.name}, {chart.groups[int(group)]}: {number(value)}"
+            title = f"{line.name}, {chart.groups[int(group)]}: {number(value)}"
             parts.append(
                 f'<rect class="bar s{line.style % SERIES}" x="{left}" y="{min(top, foot)}" '
                 f'width="{max(right - left - 1, 0.5):.1f}" height="{abs(foot - top):.1f}">'
-                f"<title>{escape(said)}</title></rect>"
+                f"<title>{escape(title)}</title></rect>"
             )
     return parts
 
@@ -202,7 +202,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in pieces]
 
 
-def _said(chart: Chart) -> str:
+def _label(chart: Chart) -> str:
     ends = [
         f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}"
         for line in chart.lines

@@ -68,10 +68,10 @@ def heatmap_svg(run: RunFiles, text: int | None = None) -> str:
     lines += parts
     lines.append(_legend(height + LINE * 0.6))
     width, tall = WIDE * LETTER + 2 * MARGIN, height + LINE * 1.4
-    said = f"Tokens the teacher accepts and rejects, {' and '.join(name for name, _ in panels)}"
+    label = f"Tokens the teacher accepts and rejects, {' and '.join(name for name, _ in panels)}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {tall:g}" '
-        f'role="img" aria-label="{escape(said)}">'
+        f'role="img" aria-label="{escape(label)}">'
         f'<style>{STYLE}</style><rect class="page" width="{width:g}" height="{tall:g}" rx="10"/>'
         + "\n".join(lines)
         + "</svg>\n"

@@ -40,13 +40,16 @@ def specification(chart: Chart) -> dict[str, Any]:
     scale = alt.Scale(domain=names)
     y = alt.Y("y:Q", title=None, scale=alt.Scale(zero=chart.low == 0.0))
     colour = alt.Color("series:N", sort=None, scale=scale, legend=legend)
-    said = [alt.Tooltip("series:N", title=chart.title), alt.Tooltip("y:Q", title=chart.unit, format=".4~g")]
+    tooltip = [
+        alt.Tooltip("series:N", title=chart.title),
+        alt.Tooltip("y:Q", title=chart.unit, format=".4~g"),
+    ]
     if chart.groups:
         rows = [{**row, "x": chart.groups[int(row["x"])]} for row in data["rows"]]
         x = alt.X("x:N", sort=list(chart.groups), title=chart.x, axis=alt.Axis(labelAngle=0))
         beside, where = alt.XOffset("series:N", sort=names), alt.Tooltip("x:N", title=chart.x)
         drawn: Any = alt.Chart(alt.Data(values=rows)).mark_bar()
-        drawn = drawn.encode(x=x, y=y, color=colour, xOffset=beside, tooltip=[*said, where])
+        drawn = drawn.encode(x=x, y=y, color=colour, xOffset=beside, tooltip=[*tooltip, where])
         return drawn.properties(width="container", height=HEIGHT).to_dict()
     chosen = alt.selection_point(fields=["series"], bind="legend")
     drawn = alt.Chart(alt.Data(values=data["rows"])).mark_line(point=alt.OverlayMarkDef(size=22))
@@ -54,7 +57,7 @@ def specification(chart: Chart) -> dict[str, Any]:
         x=alt.X("x:Q", title=chart.x), y=y, color=colour,
         strokeDash=alt.StrokeDash("series:N", sort=None, legend=legend, scale=scale),
         opacity=alt.condition(chosen, alt.value(1.0), alt.value(0.15)),
-        tooltip=[*said, alt.Tooltip("x:Q", title=chart.x)],
+        tooltip=[*tooltip, alt.Tooltip("x:Q", title=chart.x)],
     ).add_params(chosen, alt.selection_interval(bind="scales", encodings=["x"]))  # fmt: skip
     return alt.layer(drawn, *_marks(chart)).properties(width="container", height=HEIGHT).to_dict()
 
@@ -68,8 +71,8 @@ def _marks(chart: Chart) -> list[Any]:
         rows = [{"mark": kind, "step": at} for one, at in chart.marks if one == kind]
         rule = alt.Chart(alt.Data(values=rows)).mark_rule(color=MARKS[kind], strokeWidth=3)
         top = alt.value(0 if kind in ACROSS else HEIGHT - 8)
-        said = [alt.Tooltip("mark:N", title="mark"), alt.Tooltip("step:Q", title=chart.x)]
+        tooltip = [alt.Tooltip("mark:N", title="mark"), alt.Tooltip("step:Q", title=chart.x)]
         layers.append(
-            rule.encode(x=alt.X("step:Q", title=chart.x), y=top, y2=alt.value(HEIGHT), tooltip=said)
+            rule.encode(x=alt.X("step:Q", title=chart.x), y=top, y2=alt.value(HEIGHT), tooltip=tooltip)
         )
     return layers

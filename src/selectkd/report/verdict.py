@@ -64,8 +64,8 @@ def tiles(run: RunFiles) -> list[Tile]:
 
 def sentences(run: RunFiles) -> list[str]:
     """What it means, the most important first."""
-    said = [_state(run)] if run.state != "finished" else []
-    return [one for one in [*said, _closer(run), _gate(run), _cold(run), _skipped(run)] if one]
+    state = [_state(run)] if run.state != "finished" else []
+    return [one for one in [*state, _closer(run), _gate(run), _cold(run), _skipped(run)] if one]
 
 
 def _state(run: RunFiles) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selectkd.data.collate import Batch
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.rewrite import Rollout, examples_of, last_turns, rebuilt
 from selectkd.errors import ConfigError
 from selectkd.models.precision import FP32, Precision

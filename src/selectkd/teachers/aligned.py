@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selectkd.data.collate import collate, sent
 from selectkd.data.crossing import Crossing, Reading, Span, cross
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.supervised import in_memory
 from selectkd.errors import ConfigError
 from selectkd.loss.aligned_rows import AlignedRows, Side, Spans, Vocabularies

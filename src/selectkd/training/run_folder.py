@@ -6,17 +6,12 @@ path, the tokenizer, the revisions that were loaded). Two commands mean the same
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +30,9 @@ from selectkd.teachers.remote.plan import ServerPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.checkpoint.folder import SUPERSEDED, Found, all_in, check, find, set_aside
 from selectkd.training.counts import rank, ranks, total
+from selectkd.training.run_lock import LOCK, locked
 
-RUN, LOCK, CHECKPOINTS, FINISHED, STOPPED = (
-    "run.json",
-    ".lock",
-    "checkpoints",
-    "manifest.json",
-    "stopped.json",
-)
+RUN, CHECKPOINTS, FINISHED, STOPPED = "run.json", "checkpoints", "manifest.json", "stopped.json"
 FREE = (
     *(f"training.{key}" for key in ("output_dir", "save_every", "keep", "report_to", "report")),
     *(
@@ -253,51 +243,6 @@ def same_servers(plan: Any, noted: Any, allowed: Sequence[str] = ()) -> None:
             same_servers(each, one)
     elif isinstance(plan, ServerPlan):
         plan.went_on(noted)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process; ConfigError where another one does.
-
-    The lock goes with the process that holds it, however that ends, so a killed run leaves none behind.
-    """
-    path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    _close_in_forks()
-    _HANDLES.add(handle)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            who = os.read(handle, 200).decode("utf-8", "replace").strip()
-            raise ConfigError(
-                f"training.output_dir = {folder} is in use by {who or 'another process'}. "
-                "Wait for it, stop it, or name another folder."
-            ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        if handle in _HANDLES:
-            _HANDLES.remove(handle)
-            os.close(handle)
-
-
-_HANDLES: set[int] = set()
-"""Locks of this process."""
-
-
-@cache
-def _close_in_forks() -> None:
-    """Lets go of the locks in processes that are forked: one that outlives a killed run would hold its folder."""
-    os.register_at_fork(after_in_child=_let_go)
-
-
-def _let_go() -> None:
-    while _HANDLES:
-        os.close(_HANDLES.pop())
 
 
 @contextmanager

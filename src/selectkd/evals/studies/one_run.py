@@ -87,7 +87,8 @@ def _end_with_parent() -> None:
 def empty(folder: Path) -> None:
     """Takes away the rest of a run that never came to its row; ConfigError where a process works in it, or where
     the folder holds no run."""
-    from selectkd.training.run_folder import check_output_dir, locked
+    from selectkd.training.run_folder import check_output_dir
+    from selectkd.training.run_lock import locked
 
     check_output_dir(folder)
     if folder.exists():

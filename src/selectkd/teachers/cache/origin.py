@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from selectkd.data.collate import collate
-from selectkd.data.render import Example
+from selectkd.data.example import Example
 from selectkd.data.supervised import supervised
 from selectkd.errors import CacheError
 from selectkd.loss.head import Head

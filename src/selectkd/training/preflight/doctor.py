@@ -20,7 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from selectkd.config.departures import as_call, departure_warnings
 from selectkd.data import inspect
-from selectkd.data.render import Example, eos_ids_of
+from selectkd.data.example import Example
+from selectkd.data.render import eos_ids_of
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
 from selectkd.loss.head import Head
