@@ -17,7 +17,7 @@ from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
-from selectkd.data.prompts import packed, prompt_keys, prompt_of
+from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
 from selectkd.data.rounds import Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate

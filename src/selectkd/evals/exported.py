@@ -139,8 +139,9 @@ def id_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, bool]]:
 def _composes(tokenizer: Any) -> Callable[[str], str] | None:
     """The normalizer of a tokenizer that composes letters; llama.cpp has none, so texts are compared composed."""
     normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    composes = normalizer is not None and type(normalizer).__name__ == "NFC"
-    return normalizer.normalize_str if composes else None
+    if normalizer is None or type(normalizer).__name__ != "NFC":
+        return None
+    return normalizer.normalize_str
 
 
 def _differences(student: Student, exported: Exported) -> list[str]:

@@ -229,7 +229,8 @@ def integers(model: Any) -> Any:
             quantization_config=TorchAoConfig(rounding.config()),
         )
     for name, layer in of.items():
-        stored = found.get_submodule(name).weight.dequantize()
+        weight: Any = found.get_submodule(name).weight
+        stored = weight.dequantize()
         if not torch.equal(stored, layer.rounding(layer.weight).to(stored.device)):
             raise RuntimeError(f"torchao stores {name} otherwise than it was trained")
     return found
