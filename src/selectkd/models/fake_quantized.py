@@ -231,6 +231,7 @@ def integers(model: Any) -> Any:
     for name, layer in of.items():
         weight: Any = found.get_submodule(name).weight
         stored = weight.dequantize()
-        if not torch.equal(stored, layer.rounding(layer.weight).to(stored.device)):
+        trained: Any = layer.rounding
+        if not torch.equal(stored, trained(layer.weight).to(stored.device)):
             raise RuntimeError(f"torchao stores {name} otherwise than it was trained")
     return found
