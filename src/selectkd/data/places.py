@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from selectkd.config.extras import how_to_install
 from selectkd.data.folders import KINDS, PACKED, SUFFIXES, files_of
 from selectkd.errors import ConfigError, DataError, SelectKDError
 
@@ -123,6 +124,8 @@ def reading(name: str, what: str = "cannot be read") -> Iterator[None]:
     except SelectKDError:
         raise
     except Exception as error:
+        if isinstance(error, ImportError) and name.startswith(("s3://", "s3a://")):
+            raise ConfigError(f"{name} needs s3fs. Install it: {how_to_install('s3')}.") from error
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise DataError(
             f"{name}: {what}: {reason}. Check the file, its address and the credentials."

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 from selectkd.models.shape import without_reports
 
@@ -93,8 +94,8 @@ def check_package() -> None:
     """ConfigError where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            "training.fake_quantization: int8 and int4 need another package. Install it: pip install torchao; q8_0 and "
-            "q4_0 need none."
+            "training.fake_quantization: int8 and int4 need torchao; q8_0 and q4_0 do not. Install it: "
+            f"{how_to_install('qat')}."
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from selectkd.config.extras import how_to_install
 from selectkd.errors import ConfigError
 from selectkd.models.shape import without_reports
 
@@ -62,7 +63,7 @@ def check_quantization(quantization: str | BitsAndBytes | None) -> None:
         raise ConfigError(f"quantization = {name!r} is not known. Use one of: {', '.join(QUANTIZATIONS)}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"quantization = {name!r} needs another package. Install it: pip install bitsandbytes."
+            f"quantization = {name!r} needs bitsandbytes. Install it: {how_to_install('qlora')}."
         )
 
 

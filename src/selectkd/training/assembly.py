@@ -102,7 +102,7 @@ def assemble(
     recipe: Any,
     *,
     device: torch.device | str = "cpu",
-    stage: Callable[[str], None] | None = None,
+    stage: Callable[..., None] | None = None,
     kept: Sequence[int] | None = None,
     plan: Plan | None = None,
     date: str | None = None,
@@ -114,7 +114,7 @@ def assemble(
     the one that its templates were given.
     Raises ConfigError for names, parameters and tokenizers that cannot work, DataError for text that cannot.
     """
-    say = stage if stage is not None else lambda _: None
+    say = stage if stage is not None else lambda *_: None
     check_loggers(recipe.training.report_to)
     check_local(*recipe.models)
     say("reading tokenizers and text")
