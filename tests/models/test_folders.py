@@ -114,7 +114,7 @@ IMPOSSIBLE = {
     "weights of a method nobody knows": {"quantization_config": {"quant_method": "evil"}},
     "weights of no method": {"quantization_config": [1]},
     "an encoder-decoder": {"model_type": "t5"},
-    "an image model": {"model_type": "llava"},
+    "an image model": {"model_type": "vit"},
 }
 
 
