@@ -15,7 +15,7 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint docs lab studies results pages bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test long lint docs lab studies results pages bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -61,8 +61,12 @@ $(FEW_BITS_STAMP): $(STAMP)
 
 # One thread a worker: two workers share the two cores.
 test: $(DEMO_STAMP) $(FEW_BITS_STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(FEW_BITS) $(BIN)/python -m pytest -q tests/quantized
+
+# Tests of a minute or more, before a release.
+long: $(DEMO_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 # The documentation as a site, in site/; a broken link is an error.
 docs: $(STAMP)

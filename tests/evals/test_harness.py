@@ -73,7 +73,7 @@ def write_tasks(folder: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_harness
 @pytest.mark.skipif(
     importlib.util.find_spec(PACKAGED) is None, reason="the demo teacher's weights are not installed"
@@ -123,7 +123,7 @@ def test_our_numbers_are_those_of_the_harness_own_command_line(tmp_path: Path) -
     assert sum(row["score"] for row in scores if row["metric"] == "acc") / len(CHOICES) == choice["value"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_harness
 def test_a_killed_harness_goes_on_and_asks_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
