@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from selectkd.training.record.result import RunResult
 
 ANSWER_TOKENS = 40
-ABOUT = "in 8 to 15 minutes on two cores"
+ABOUT = "in 7.5 minutes on two Xeon cores, longer on slower ones"
 
 
 def demo(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from selectkd.errors import ConfigError, IntegrityError
+from selectkd.errors import ConfigError
 from selectkd.models.cut import cut_student
 from selectkd.models.load import Loaded, load_model
 from selectkd.models.lora import add_lora
 from selectkd.training.checkpoint import read_part
 from selectkd.training.checkpoint.folder import PREFIX, Found, all_in, check, name_of, newest
 from selectkd.training.checkpoint.parts import Weights
+from selectkd.training.record.manifest import read_manifest
 from selectkd.training.run_folder import CHECKPOINTS, FINISHED, RUN, read_run
 
 
@@ -118,16 +118,3 @@ def _checkpoint(folder: Path, wanted: str | None) -> Found:
         there = ", ".join(str(int(one.name.removeprefix(PREFIX))) for one in all_in(folder))
         raise ConfigError(f"--checkpoint {wanted}: the run has checkpoints of the steps {there or 'none'}.")
     return Found(path, check(path))
-
-
-def read_manifest(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """A run's manifest.json; ConfigError where there is none, IntegrityError where it is not whole."""
-    path = Path(run).expanduser() / "manifest.json"
-    if not path.is_file():
-        raise ConfigError(f"{run} has no manifest.json, so it is no finished run. Name a run's output_dir.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise IntegrityError(
-            f"{path} is not valid JSON: {error}. The run's other files are not harmed."
-        ) from error

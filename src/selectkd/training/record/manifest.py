@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from selectkd.data.durable import write_whole
+from selectkd.errors import ConfigError, IntegrityError
 
 PACKAGES = (
     "selectkd",
@@ -49,3 +51,16 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
     written = {"written": datetime.now(timezone.utc).isoformat(timespec="seconds"), **content}
     text = json.dumps(written, indent=2, ensure_ascii=False, default=str) + "\n"
     write_whole(path, text.encode("utf-8", "surrogatepass"))
+
+
+def read_manifest(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """A run's manifest.json; ConfigError where there is none, IntegrityError where it is not whole."""
+    path = Path(run).expanduser() / "manifest.json"
+    if not path.is_file():
+        raise ConfigError(f"{run} has no manifest.json, so it is no finished run. Name a run's output_dir.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(
+            f"{path} is not valid JSON: {error}. The run's other files are not harmed."
+        ) from error

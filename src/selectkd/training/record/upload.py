@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.config import recipe_from
-from selectkd.errors import ConfigError, IntegrityError, RemoteError
+from selectkd.errors import ConfigError, RemoteError
 from selectkd.models.folder import weight_files
 from selectkd.models.load import PACKAGED
 from selectkd.training.record.card import Facts, as_yaml, model_card
+from selectkd.training.record.manifest import read_manifest
 from selectkd.training.record.result import facts_of
 
 CARD = "README.md"
@@ -53,7 +54,7 @@ def plan_upload(run: Path, repo: str, *, export: Path | None = None, license: st
     """
     if not REPOSITORY.fullmatch(repo):
         raise ConfigError(f"{repo!r} is no repository of the hub. Name it OWNER/NAME.")
-    manifest = _manifest(run)
+    manifest = read_manifest(run)
     student = run / "student"
     if not (student / "config.json").is_file():
         raise ConfigError(f"the run {run} has left no student. Finish it first.")
@@ -111,18 +112,6 @@ def upload(plan: Upload, repo: str, *, revision: str | None = None, private: boo
     except RuntimeError as error:  # how the client reports a file that did not arrive
         raise _refused(error.__cause__ or error, repo) from error
     return str(done.commit_url)
-
-
-def _manifest(run: Path) -> dict[str, Any]:
-    path = run / "manifest.json"
-    if not path.is_file():
-        raise ConfigError(f"{run} has no manifest.json, so it is no finished run. Name a run's output_dir.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise IntegrityError(
-            f"{path} is not valid JSON: {error}. The run's other files are not harmed."
-        ) from error
 
 
 def _facts(manifest: Mapping[str, Any], repo: str, files: Mapping[str, str], license: str | None) -> Facts:
