@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from adapters.hf_programs import arguments, columns, started
+from faults.on_two_ranks import run_on_two_ranks
 from faults.tiny_cache import build
 from selectkd import LossOptions, Objective
 from selectkd.adapters.hf import batch_of, distil
@@ -134,22 +132,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """DistributedDataParallel over gloo, uneven counts of tokens on the two ranks; and, of the module, logits whose
     vocabulary lies in parts over them."""
-    script = Path(__file__).with_name("hf_programs.py")
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env=room | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                        "MASTER_ADDR": "localhost", "MASTER_PORT": str(20000 + os.getpid() % 20000)},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        assert [one.wait(timeout=300) for one in both] == [0, 0]
-    finally:
-        for one in both:
-            one.kill()
-            one.wait()
+    run_on_two_ranks(Path(__file__).with_name("hf_programs.py"), str(tmp_path))
     one = trained_step(
         started(tmp_path, tiny_llama(2).double(), tiny_llama(1).double(), texts(8), size=8, accumulation=1)
     )

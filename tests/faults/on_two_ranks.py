@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
+
+from faults.forked import Forked
 
 
 def free_port() -> str:
@@ -24,22 +23,17 @@ def run_on_two_ranks(script: Path, *arguments: str, codes: tuple[int, int] = (0,
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
         }
-        room = {**os.environ, **said, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, str(script), *arguments]
-        both.append(
-            subprocess.Popen(command, env=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    told = []
+        both.append(Forked(str(script), *arguments, environment=said))
     try:
-        for one in both:
-            told.append(one.communicate(timeout=600))
-        ended = [one.returncode for one in both]
-        assert ended == list(codes), "\n".join([str(ended), *(text[-3000:] for _, text in told)])
+        told = [one.end(600) for one in both]
+        ended = [one.returncode for one in told]
+        assert ended == list(codes), "\n".join([str(ended), *(one.stderr[-3000:] for one in told)])
     finally:
         for one in both:
             one.kill()
-            one.wait()
-    return told[0][0]
+    return told[0].stdout

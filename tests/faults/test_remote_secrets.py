@@ -182,18 +182,8 @@ def test_an_address_is_meant_with_and_without_its_v1(end: str) -> None:
 def test_speculate_asks_a_server_named_with_its_v1(pair: Path, capsys: Any) -> None:
     served = Served(load_model(str(pair / "teacher")).model, "vllm")
     with on_a_port(served) as url:
-        main(
-            [
-                "study",
-                "speculate",
-                "--target",
-                str(pair / "teacher"),
-                "--server",
-                f"{url}/v1",
-                "--server-model",
-                "tiny",
-            ]
-        )
+        target = ["--target", str(pair / "teacher"), "--tokens", "4", "--temperature", "0"]
+        assert main(["study", "speculate", *target, "--server", f"{url}/v1", "--server-model", "tiny"]) == 0
     capsys.readouterr()
     assert served.requests and {path for path, _, _ in served.requests} <= {"/v1/completions", "/metrics"}
 

@@ -130,7 +130,7 @@ def test_arguments_that_cannot_work_say_what_would(folder):
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_quantised_loading_without_its_package_says_what_to_install(folder):
     for name in ("bitsandbytes-4bit", "bitsandbytes-8bit"):
-        with pytest.raises(ConfigError, match="pip install .bitsandbytes>="):
+        with pytest.raises(ConfigError, match=r"pip install .bitsandbytes>="):
             load_model(folder, quantization=name)
 
 

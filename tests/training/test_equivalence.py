@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, get_scheduler
 
+from faults.on_two_ranks import run_on_two_ranks
 from selectkd.data.collate import collate_packed, pack
 from selectkd.loss.plan import StreamSpec
 from selectkd.objective.objective import Objective
@@ -201,15 +199,7 @@ def test_two_ranks_have_the_gradient_of_one(
     teacher_model.save_pretrained(tmp_path / "teacher")
     new_student().save_pretrained(tmp_path / "student")
     script = Path(__file__).with_name("two_ranks.py")
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    commands = [[sys.executable, str(script), str(rank), str(tmp_path), *REDUCTIONS] for rank in (0, 1)]
-    both = [subprocess.Popen(command, env=room) for command in commands]
-    try:
-        assert [one.wait(timeout=600) for one in both] == [0, 0]
-    finally:
-        for one in both:
-            one.kill()
-            one.wait()
+    run_on_two_ranks(script, str(tmp_path), *REDUCTIONS)
     for reduction in REDUCTIONS:
         one = step_of(new_student(), teacher_model, padded(examples, 2), reduction=reduction)
         for rank, kind in itertools.product((0, 1), KINDS):

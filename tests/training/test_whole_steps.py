@@ -5,9 +5,6 @@ and however its texts are cut into micro-batches and dealt to ranks.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from faults.on_two_ranks import run_on_two_ranks
 from selectkd.data.collate import collate
 from selectkd.data.supervised import supervised
 from selectkd.training.uniforms_of_text import draws, sample_keys
@@ -76,17 +74,7 @@ def test_a_step_is_the_plain_programs() -> None:
 
 
 def test_a_step_of_two_ranks_is_the_plain_programs(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("whole_steps.py")
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], env=room) for rank in (0, 1)
-    ]
-    try:
-        assert [one.wait(timeout=900) for one in both] == [0, 0]
-    finally:
-        for one in both:
-            one.kill()
-            one.wait()
+    run_on_two_ranks(Path(__file__).with_name("whole_steps.py"), str(tmp_path))
     cases = {case.name: case for case in CASES if case.ranks == 2}
     wrong = []
     for rank in (0, 1):

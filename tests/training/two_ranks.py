@@ -25,11 +25,11 @@ from training.tiny import padded, texts
 KINDS = ("ddp", "fsdp") if CAN_SHARD else ("ddp",)
 
 
-def main(rank: int, folder: Path, reductions: list[str]) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meeting"), 2), rank=rank, world_size=2)
+def main(folder: Path, reductions: list[str]) -> None:
+    dist.init_process_group("gloo")
     for reduction in reductions:
         for kind in KINDS:
-            one_step(rank, folder, reduction, kind)
+            one_step(dist.get_rank(), folder, reduction, kind)
     gc.collect()  # torch hangs where the last DistributedDataParallel goes after its process group
     dist.barrier()
     dist.destroy_process_group()
@@ -58,4 +58,4 @@ def one_step(rank: int, folder: Path, reduction: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])
