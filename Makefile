@@ -14,6 +14,8 @@ DEMO_TEXT := .cache/demo/alpaca_en_demo.json
 
 # Beside another busy process, spinning OpenMP threads are slower than one thread.
 export OMP_WAIT_POLICY := PASSIVE
+# A hundred processes of the tests import the package: compiled once, not by each of them.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test long lint docs lab studies results pages bench gpu oldest newest chaos fuzz pins clean
 

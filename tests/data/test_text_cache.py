@@ -9,13 +9,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from faults.forked import run_forked
 from selectkd.cli import main
 from selectkd.data import text_cache
 from selectkd.data.chunks import given
@@ -171,18 +171,8 @@ print(len(source), source.fingerprint)
 
 
 def build(tmp_path, folder: str, *, fault: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"SELECTKD_FAULT": fault} if fault else {})
-    command = [
-        sys.executable,
-        "-c",
-        BUILD,
-        tmp_path / "tokenizer",
-        tmp_path / "data.jsonl",
-        tmp_path / folder,
-    ]
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=100
-    )
+    paths = (str(tmp_path / name) for name in ("tokenizer", "data.jsonl", folder))
+    return run_forked("-c", BUILD, *paths, **({"SELECTKD_FAULT": fault} if fault else {}))
 
 
 def test_a_build_that_was_killed_goes_on_and_leaves_the_bytes_of_one_that_was_not(tmp_path, tokenizer):

@@ -1,14 +1,13 @@
 """The compiled way through a block of rows gives what the plain one gives."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from faults.forked import run_forked
 from numerics.test_oracle import STATED
 from selectkd import LiveRows, Objective
 from selectkd.errors import ConfigError
@@ -24,16 +23,7 @@ N, V = 6, 40
 
 def run_cases(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The cases in a process of its own, nothing compiled before."""
-    return subprocess.run(
-        [sys.executable, str(CASES)],
-        env=os.environ
-        | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
-        | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    return run_forked(str(CASES), TORCHINDUCTOR_CACHE_DIR=str(cache), **environment)
 
 
 @pytest.mark.skipif(
@@ -97,14 +87,8 @@ def test_a_run_compiles_where_that_pays(monkeypatch, steps, kind, compiler, expe
 
 def test_whether_a_program_can_be_compiled_is_tried(tmp_path):
     code = "from selectkd.loss.block_compiled import can_compile; print(can_compile())"
-    paths = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    tried = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | paths | {"CXX": "/no/such/compiler"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    tried = run_forked("-c", code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX="/no/such/compiler")
+    assert tried.returncode == 0, tried.stderr
     assert tried.stdout.strip() == "False"
 
 

@@ -27,7 +27,8 @@ def fork_server() -> Any:
 
 
 class Forked:
-    """A program in a fork: a script, or a module after ``-m``, with arguments; what it prints goes into files.
+    """A program in a fork: a script, a module after ``-m`` or code after ``-c``, with arguments; what it prints goes
+    into files.
 
     environment: added to this process's. ``end`` is its exit code, or minus the signal that ended it, and its output.
     """
@@ -73,7 +74,10 @@ def _program(command: tuple[str, ...], environment: dict[str, str], files: list[
     os.environ.clear()
     os.environ.update(environment)
     np.random.seed()  # two forks would draw alike; of Python's own generator Python takes care
-    if command[0] == "-m":
+    if command[0] == "-c":
+        sys.argv[:] = ["-c", *command[2:]]
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif command[0] == "-m":
         sys.argv[:] = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import xxhash
 import yaml
 
+from faults.forked import fork_server
 from faults.tiny_cache import EXAMPLES, build
 from selectkd.cli import cache as cache_verbs
 from selectkd.cli import main
@@ -153,12 +153,8 @@ def test_a_build_killed_twenty_times_leaves_the_bytes_of_one_that_was_not(
     teacher: str, whole: Path, tmp_path: Path
 ) -> None:
     folder, dice = tmp_path / "cache", random.Random(2)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["selectkd.models.load", "transformers.models.llama.modeling_llama", "pytest"]
-    )
     for _ in range(20):
-        builder = context.Process(target=build, args=(teacher, folder, 0.05))
+        builder = fork_server().Process(target=build, args=(teacher, folder, 0.05))
         builder.start()
         there = sorted(folder.glob("shards/*.shard"))
         kept = {path: path.stat().st_mtime_ns for path in there}

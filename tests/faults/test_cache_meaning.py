@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import torch
 import xxhash
 
+from faults.forked import fork_server, run_forked
 from faults.tiny_cache import EXAMPLES, build
 from selectkd.data.collate import collate
 from selectkd.data.durable import sealed
@@ -260,10 +258,7 @@ def test_a_shard_cut_short_under_a_reader_is_an_error_and_not_the_end_of_the_pro
         "    print(error)\n"
         "    sys.exit(5)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, env=environment
-    )
+    done = run_forked("-c", program, str(folder))
     assert done.returncode == 5, done.stderr[-2000:]
     assert "shard 0" in done.stdout and "while it is read" in done.stdout
 
@@ -302,12 +297,8 @@ def test_shards_have_their_size_by_their_bytes(teacher: str) -> None:
 def test_builders_at_once_share_the_shards_and_all_end_with_a_whole_cache(
     teacher: str, built: Any, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["selectkd.models.load", "transformers.models.llama.modeling_llama", "pytest"]
-    )
     folder = tmp_path / "cache"
-    both = [context.Process(target=build, args=(teacher, folder, 0.02)) for _ in range(2)]
+    both = [fork_server().Process(target=build, args=(teacher, folder, 0.02)) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:

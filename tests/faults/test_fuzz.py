@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from faults.forked import run_forked
 from faults.fuzz import WHOLE, Tally
 from selectkd.config import Recipe, recipe_from
 
 
 def test_random_recipes_and_bytes_end_in_an_error_that_says_what_is_wrong_or_in_what_is_right() -> None:
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    fuzz = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--recipes", "900", "--bytes", "4000"]
-    ran = subprocess.run([*fuzz, "--seed", "1"], env=room, capture_output=True, text=True, check=False)
+    fuzz = str(Path(__file__).with_name("fuzz.py"))
+    ran = run_forked(fuzz, "--recipes", "900", "--bytes", "4000", "--seed", "1")
     *told, last = ran.stdout.splitlines()
     assert last == "recipes 900, tracebacks 0; bytes 4000, tracebacks 0, hangs 0", (
         ran.stdout + ran.stderr[-2000:]

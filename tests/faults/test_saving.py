@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from faults.chaos import in_fork
+from faults.forked import run_forked
 from faults.tiny_run import left, recipe_for
 from selectkd.cli import main
 from selectkd.data.durable import FAULT
@@ -161,11 +161,7 @@ def test_the_command_line_ends_with_75_at_a_sigterm_and_with_0_when_it_went_on(
     pair: Path, whole: Path, tmp_path: Path
 ) -> None:
     recipe = write(recipe_for(pair, tmp_path / "run"), tmp_path / "recipe.yaml")
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(
-        [sys.executable, "-c", SENDS.format(number=int(signal.SIGTERM)), str(recipe)],
-        env=room, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = run_forked("-c", SENDS.format(number=int(signal.SIGTERM)), str(recipe))
     assert ran.returncode == 75, ran.stderr
     assert "stopped by SIGTERM: the state of step 3 is in" in ran.stderr
     assert main(["train", str(recipe)]) == 0

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from faults.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_in_its_small_form(tmp_path: Path) -> None:
+def test_the_gpu_benchmark_runs_in_its_small_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tmp_path / "rows.json"
-    ran = subprocess.run(
-        [
-            sys.executable, "gpu.py", "--tiny", "--device", "cpu", "--json", str(found),
-            "--parts", "correctness", "loss", "steps", "generation",
-        ],
-        cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    monkeypatch.chdir(ROOT / "benchmarks")
+    parts = ("correctness", "loss", "steps", "generation")
+    ran = run_forked("gpu.py", "--tiny", "--device", "cpu", "--json", str(found), "--parts", *parts)
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(found.read_text())
-    assert {row[0] for row in rows} == {"correctness", "loss", "steps", "generation"}
+    assert {row[0] for row in rows} == {*parts}
     errors = [row[4] for row in rows if row[0] == "correctness"]
     assert len(errors) >= 12 and max(errors) <= 1.05
