@@ -31,8 +31,9 @@ from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.settings import JUDGE, SPECULATE
 from selectkd.teachers.server.run import token_of
 from selectkd.training.run import train
+from speculative.test_served import Speculating
 from teachers.ours import own_server
-from teachers.served import Served, on_a_port
+from teachers.served import on_a_port
 from training.tiny import VOCABULARY, tiny_llama, write_pair
 
 KEY = "sk-secret-0123456789"
@@ -180,12 +181,13 @@ def test_an_address_is_meant_with_and_without_its_v1(end: str) -> None:
 
 
 def test_speculate_asks_a_server_named_with_its_v1(pair: Path, capsys: Any) -> None:
-    served = Served(load_model(str(pair / "teacher")).model, "vllm")
+    model = load_model(str(pair / "teacher")).model
+    served = Speculating(model, model, "vllm")
     with on_a_port(served) as url:
         target = ["--target", str(pair / "teacher"), "--tokens", "4", "--temperature", "0"]
         assert main(["study", "speculate", *target, "--server", f"{url}/v1", "--server-model", "tiny"]) == 0
     capsys.readouterr()
-    assert served.requests and {path for path, _, _ in served.requests} <= {"/v1/completions", "/metrics"}
+    assert {path for path, _, _ in served.requests} == {"/v1/completions", "/metrics"}
 
 
 def test_a_stalled_answer_is_asked_for_again_although_its_time_is_longer_than_the_wait(caplog: Any) -> None:

@@ -11,6 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from selectkd.errors import ConfigError, IntegrityError
+from selectkd.models import shape
 from selectkd.models.load import check_local, load_model, load_shape, load_tokenizer
 
 from .conftest import SIZES
@@ -54,6 +55,24 @@ OTHER_TENSORS = {
         "stored as F8_E4M3",
     ),
 }  # fmt: skip
+
+
+def test_a_folder_that_was_sound_is_built_again_only_where_it_differs(untied, monkeypatch):
+    """What was refused is looked at each time: somebody may have mended it."""
+    check_local(untied)
+    built, plain = [], shape.shape_of
+    monkeypatch.setattr(shape, "shape_of", lambda folder: built.append(folder) or plain(folder))
+    check_local(untied)
+    assert built == []
+    configured(untied, intermediate_size=56)
+    for times in (1, 2):
+        with pytest.raises(IntegrityError, match="of another shape"):
+            check_local(untied)
+        assert len(built) == times
+    configured(untied, intermediate_size=SIZES["intermediate_size"])
+    rewritten(untied, lambda w: {k: v for k, v in w.items() if k != "model.norm.weight"})
+    with pytest.raises(IntegrityError, match=r"model\.norm"):
+        check_local(untied)
 
 
 @pytest.mark.parametrize("kind", OTHER_TENSORS)

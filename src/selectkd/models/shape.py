@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,22 @@ def check_weights(folder: Path) -> None:
         return
     stored = {name: one for path in weight_files(folder) for name, one in headers(path).items()}
     _check_layers(config, len(stored), folder)
+    _check_tensors(_Described(json.dumps(config, sort_keys=True), tuple(sorted(stored.items())), folder))
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the check of a folder rests on: configuration and headers, wherever the folder is."""
+
+    config: str
+    stored: tuple[tuple[str, Stored], ...]
+    folder: Path = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _check_tensors(described: _Described) -> None:
+    """A run asks before its checks and again when it loads; what was sound is not built anew. Errors are not kept."""
+    folder, stored = described.folder, dict(described.stored)
     shape = shape_of(folder)
     empty = {name: _empty(name, one, folder) for name, one in stored.items()}
     with refused(folder), without_reports():
