@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from torch._inductor import config as inductor
 
 from numerics.test_oracle import compiled_by_torch
 from selectkd import LiveRows, Objective
@@ -98,4 +101,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    inductor.cpp.cxx = (None, os.environ["CXX"])  # torch may have been imported when the name was another
+    inductor.compile_threads = 1  # more are processes that import torch
+    print("can compile:", compiled.can_compile(), flush=True)
     main()

@@ -245,7 +245,7 @@ def test_a_run_over_tls_believes_the_authority_that_is_named_and_no_other(
         assert train(recipe("named", ca=str(pem))).steps == 1
         assert main(["teacher", "doctor", url, "--api-key-env", "TEACHER_KEY", "--ca", str(pem)]) == 0
         with pytest.raises(TeacherError, match=r"certificate that cannot be verified.*teacher\.ca"):
-            train(recipe("unnamed"))
+            train(recipe("unnamed", wait=0.2))
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
         assert train(recipe("environment")).steps == 1
     for broken, told in ((tmp_path / "none.pem", "is not there"), (pair / "text.jsonl", "no certificate")):
