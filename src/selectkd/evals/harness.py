@@ -28,6 +28,8 @@ NORMAL_95 = 1.959964
 
 ANSWERS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 """What the harness asks a model for."""
+WRONG = (ValueError, KeyError, TypeError, ImportError)
+"""What the harness raises for a task that is written wrongly."""
 BETWEEN = 1.0
 """Seconds of work that a kill can cost: a score takes milliseconds, and a line on the disk as long again."""
 
@@ -53,8 +55,9 @@ class Harness:
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError(f"--suite harness needs lm-eval. Install it: {how_to_install('harness')}.")
-        from datasets.exceptions import DatasetsError
-
+        manager = self._of_folder_alone()
+        if manager is not None:
+            return manager
         manager = _module("lm_eval.tasks").TaskManager(
             include_path=None if self.folder is None else str(self.folder)
         )
@@ -65,12 +68,41 @@ class Harness:
                     "with --task-folder."
                 )
         try:
-            manager.load(list(self.tasks))
-        except (DatasetsError, OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise DataError(
-                f"a task of {', '.join(self.tasks)} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+            self._load(manager)
+        except DataError:
+            raise
+        except WRONG as error:
+            raise self._unloadable(error) from error
         return manager
+
+    def _of_folder_alone(self) -> Any | None:
+        """A manager of the tasks in ``folder`` without the harness's own, whose list takes many seconds to read; None
+        where they do not do."""
+        if self.folder is None:
+            return None
+        manager = _module("lm_eval.tasks").TaskManager(include_path=str(self.folder), include_defaults=False)
+        if not set(self.tasks) <= set(manager.all_tasks):
+            return None
+        try:
+            self._load(manager)
+        except DataError:
+            raise
+        except WRONG:  # such as a group that names a task of the harness
+            return None
+        return manager
+
+    def _load(self, manager: Any) -> None:
+        """Loads every task; DataError where its data is not there."""
+        from datasets.exceptions import DatasetsError
+
+        try:
+            manager.load(list(self.tasks))
+        except (DatasetsError, OSError) as error:
+            raise self._unloadable(error) from error
+
+    def _unloadable(self, error: Exception) -> DataError:
+        tasks = ", ".join(self.tasks)
+        return DataError(f"a task of {tasks} cannot be loaded: {type(error).__name__}: {error}")
 
     def run(
         self, name: str, loaded: Loaded, manager: Any, *, memory: Memory | None = None,
