@@ -147,6 +147,9 @@ def test_a_folder_of_files_gives_its_split(tmp_path):
     assert read_records(tmp_path, split="test").rows == ROWS[:1]
     with pytest.raises(DataError, match="no file of split"):
         read_records(tmp_path, split="dev")
+    assert read_records(tmp_path / "test.jsonl", split="test").rows == ROWS[:1]
+    with pytest.raises(ConfigError, match="has no split 'test'"):
+        read_records(tmp_path / "train-00000.jsonl", split="test")
 
 
 def test_a_missing_file_suggests_a_near_one(tmp_path):

@@ -43,7 +43,8 @@ def store() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, store: dict[str, Any]) -> Path:
-    """The tiny pair; its text is in two files on the store."""
+    """The tiny pair; its text is in two files on the store, and in memory."""
+    import fsspec
     import s3fs
 
     root = tmp_path_factory.mktemp("pair")
@@ -51,9 +52,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory, store: dict[str, Any]) -> Pat
     system = s3fs.S3FileSystem(**store)
     system.call_s3("create_bucket", Bucket="bucket")
     rows = (root / "text.jsonl").read_bytes().splitlines(keepends=True)
-    system.pipe(
-        {"bucket/train/part-0.jsonl": b"".join(rows[:10]), "bucket/train/part-1.jsonl": b"".join(rows[10:])}
-    )
+    files = {
+        "bucket/train/part-0.jsonl": b"".join(rows[:10]),
+        "bucket/train/part-1.jsonl": b"".join(rows[10:]),
+    }
+    system.pipe(files)
+    fsspec.filesystem("memory").pipe({f"/{name}": content for name, content in files.items()})
     return root
 
 
@@ -71,31 +75,37 @@ class Stops:
             os.kill(os.getpid(), 15)
 
 
-def recipe(pair: Path, run: Path, store: dict[str, Any], **data: Any) -> Any:
-    source = {"path": "s3://bucket/train/*.jsonl", "name": "made", "storage_options": store}
+S3, MEMORY = "s3://bucket/train/*.jsonl", "memory://bucket/train/*.jsonl"
+
+
+def recipe(pair: Path, run: Path, store: dict[str, Any], path: str = S3, **data: Any) -> Any:
+    source = {"path": path, "name": "made", "storage_options": store}
     training = {"output_dir": str(run), "max_steps": 4, "batch_size": 3, "max_length": 32, "save_every": 1}
     data = {"sources": [source], "evaluation": 0.25, "cache": str(run.parent / "cache"), **data}
     return recipe_from(recipe_of(pair, data=data, training=training))
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
-def test_text_on_s3_is_trained_on_cached_and_gone_on_with(tmp_path, pair, store, streaming, capfd):
+@pytest.mark.parametrize("path", [S3, MEMORY], ids=["s3", "memory"])
+def test_text_elsewhere_is_trained_on_cached_and_gone_on_with(tmp_path, pair, store, path, streaming, capfd):
+    options = store if path == S3 else {}
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    whole = recipe(pair, tmp_path / "whole" / "run", store, streaming=streaming)
+    whole = recipe(pair, tmp_path / "whole" / "run", options, path, streaming=streaming)
     train(whole)
-    stopped = recipe(pair, tmp_path / "stopped" / "run", store, streaming=streaming)
+    stopped = recipe(pair, tmp_path / "stopped" / "run", options, path, streaming=streaming)
     with pytest.raises(Preempted):
         train(stopped, progress=Stops(2))
-    assert train(stopped).resumed_from == 2
+    with pytest.MonkeyPatch.context() as patch:
+        if not streaming:  # the text is in the cache: nothing is rendered any more
+            patch.setattr("selectkd.data.text_cache.part_of", None)
+        assert train(stopped).resumed_from == 2
     one, other = (tmp_path / name / "run" / "metrics.jsonl" for name in ("whole", "stopped"))
     assert one.read_bytes() == other.read_bytes()
-    local = recipe_of(
-        pair, data={"evaluation": 0.25, "streaming": streaming, "cache": str(tmp_path / "cache")}
-    )
-    training = whole.training.model_dump() | {"output_dir": str(tmp_path / "local")}
-    train(recipe_from({**local, "training": training}))
-    if not streaming:  # which is in chunks of other files
+    if path == S3 and not streaming:  # which is in chunks of other files
+        local = recipe_of(pair, data={"evaluation": 0.25, "cache": str(tmp_path / "cache")})
+        training = whole.training.model_dump() | {"output_dir": str(tmp_path / "local")}
+        train(recipe_from({**local, "training": training}))
         assert (tmp_path / "local" / "metrics.jsonl").read_bytes() == one.read_bytes()
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) > 20

@@ -235,6 +235,13 @@ def test_sources_are_mixed_by_their_weights(tmp_path, tokenizer):
     assert both == Counter(dict.fromkeys(range(60), 1) | dict.fromkeys(range(100, 160), 2))
 
 
+def test_a_weight_that_takes_nothing_of_a_file_read_from_its_beginning_is_refused(tmp_path, tokenizer):
+    (tmp_path / "one.jsonl.gz").write_bytes(gzip.compress(lines(rows(0, 60))))
+    assert source(str(tmp_path / "one.jsonl.gz"), tokenizer, tmp_path, {"weight": 1.5})
+    with pytest.raises(ConfigError, match="in 1 parts, and weight"):
+        source(str(tmp_path / "one.jsonl.gz"), tokenizer, tmp_path, {"weight": 0.5})
+
+
 def test_records_that_are_dropped_or_skipped_make_a_batch_smaller_and_never_empty(
     tmp_path, tokenizer, caplog
 ):

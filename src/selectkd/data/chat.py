@@ -8,7 +8,7 @@ several texts of one conversation (``positions``).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -93,7 +93,7 @@ def _with_images(
             wide = vision.widened(layout.text, refs[:count], places[:count], sample.origin)
             pieces = tuple((wide.place(begin), wide.place(stop)) for begin, stop in layout.pieces)
             begins = tuple(map(wide.place, layout.begins))
-            layout = replace(layout, text=wide.text, pieces=pieces, begins=begins)
+            layout = layout._replace(text=wide.text, pieces=pieces, begins=begins)
             spans = [place for span in wide.spans for place in span]
         kept = None if spans else window
         ids, trained, tokens = yield from _tokens(layout, encoder, ends, kept, sample, spans)

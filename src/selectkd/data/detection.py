@@ -104,7 +104,9 @@ def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
     read = READ.get(format, SPOKEN)
     if format == "prompt_completion":  # one pair of fields is read, whatever other pairs there are
         read = (*(pair_names(record) or ()), *_OTHERS)
-    return [name for name in SPOKEN if record.get(name) not in (None, "", []) and name not in read]
+    return [
+        name for name in SPOKEN if name in record and record[name] not in (None, "", []) and name not in read
+    ]
 
 
 def verdict_of(record: Mapping[str, Any]) -> Any:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
-from itertools import accumulate, chain, product
+from itertools import product
 from typing import Any, Protocol
 
-CUT = re.compile(r" (?<=\S )(?=[A-Za-z])")
-"""The space in front of a word, behind what is no space."""
+from selectkd.data.pieces import Pieced, Words, pieced
+
 LOCAL = {"ByteLevel", "Digits", "Split", "Sequence"}
 """Pre-tokenizers that look at a character and at those beside it."""
 FORMS = {"NFC", "NFD", "Sequence"}
@@ -24,11 +24,10 @@ FORMS = {"NFC", "NFD", "Sequence"}
 LEFT = ["".join(one) for size in (1, 2) for one in product("aZ1é.'-字 \n\t", repeat=size) if one[-1].strip()]
 RIGHT = [f" {one}{two}" for one in "aS" for two in ("", *"aT1.é \n", "'s", "  ")]
 """What stands before and behind the cuts that a tokenizer is tried with."""
-MOST = 1_000_000
-"""Characters of the pieces that are kept: some 60 MB."""
-
-Spans = Sequence[tuple[int, int]]
-"""The characters [begin, end) of each token."""
+MOST = 1 << 24
+"""Bytes of the pieces that are kept: some 40,000."""
+MANY = 64
+"""Texts from which on it pays to try whether a tokenizer treats words one by one, a second at most."""
 
 
 def eos_ids_of(tokenizer: Any, extra: Collection[int] = ()) -> frozenset[int]:
@@ -81,71 +80,6 @@ class Whole:
         return self._encoding.token_to_chars(token)
 
 
-class Words:
-    """Pieces that were tokenised: those at the beginning of a part, and words behind a space, kept without it."""
-
-    def __init__(self) -> None:
-        self.ids: tuple[dict[str, list[int]], dict[str, list[int]]] = {}, {}
-        self.spans: tuple[dict[str, Spans], dict[str, Spans]] = {}, {}
-        self.size = 0
-
-    def learn(self, parts: Iterable[Sequence[str]], tokenizer: Any) -> None:
-        """Has what is not known yet of the pieces of parts tokenised."""
-        firsts, later = set[str](), set[str]()
-        for first, *others in parts:
-            firsts.add(first)
-            later.update(others)
-        for kind, wanted in enumerate((firsts, later)):
-            new = list(wanted - self.ids[kind].keys())
-            if not new:
-                continue
-            found = tokenizer(
-                [" " + piece for piece in new] if kind else new,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_offsets_mapping=True,
-            )
-            self.ids[kind].update(zip(new, found["input_ids"], strict=True))
-            self.spans[kind].update(zip(new, found["offset_mapping"], strict=True))
-            self.size += sum(map(len, new))
-
-
-class Pieced:
-    """The tokens of a text that was cut. starts: where each part begins in characters; parts: its pieces."""
-
-    def __init__(self, starts: list[int], parts: list[list[str]], words: Words) -> None:
-        self._starts, self._parts, self._words = starts, parts, words
-        first, later = words.ids
-        self.ids: list[int] = []
-        self._tokens: list[int] = []
-        for part in parts:
-            self._tokens.append(len(self.ids))
-            self.ids += first[part[0]]
-            self.ids += chain.from_iterable(map(later.__getitem__, part[1:]))
-
-    def first(self, place: int) -> int:
-        """See ``Encoded``."""
-        return self._at(place)[0]
-
-    def crosses(self, place: int) -> bool:
-        """See ``Encoded``."""
-        return self._at(place)[1] > place
-
-    def _at(self, place: int) -> tuple[int, int]:
-        """The first token that begins at or behind a character, and where the one before it ends."""
-        number = bisect_right(self._starts, place) - 1
-        if number and self._starts[number] == place and self._parts[number - 1][-1][-1:] == " ":
-            number -= 1  # tokens of space may have no width, and begin where they end
-        here, token, end = self._starts[number], self._tokens[number], 0
-        for index, piece in enumerate(self._parts[number]):
-            for begin, stop in self._words.spans[index > 0][piece]:
-                if here + begin >= place:
-                    return token, end
-                token, end = token + 1, here + stop
-            here += len(piece) + (index > 0)
-        return token, end
-
-
 class Joined:
     """The tokens of a text whose parts were tokenised apart. cuts: where each begins in characters, and the end."""
 
@@ -172,6 +106,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._words = Words()
+        self._texts = 0
         self._ends: dict[frozenset[int], frozenset[int]] = {}
         self._signs: dict[frozenset[int], frozenset[str]] = {}
 
@@ -180,9 +115,8 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """The tokens of each text."""
-        if (
-            len(texts) > 1 and self.apart is not None
-        ):  # it takes a while to know whether a tokenizer is of this kind
+        self._texts += len(texts)
+        if (len(texts) > 1 or self._texts > MANY) and self.apart is not None:
             return self._pieced(texts, self.apart)
         found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
         encodings = found.encodings if self.fast else [None] * len(texts)
@@ -191,12 +125,10 @@ class Encoder:
             for text, ids, encoding in zip(texts, found["input_ids"], encodings, strict=True)
         ]
 
-    def _pieced(self, texts: Sequence[str], apart: Sequence[re.Pattern[str]]) -> list[Encoded]:
+    def _pieced(self, texts: Sequence[str], apart: Sequence[re.Pattern[str]]) -> list[Pieced]:
         if self._words.size > MOST:
             self._words = Words()
-        cut = [_cut(text, apart) for text in texts]
-        self._words.learn(chain.from_iterable(parts for _, parts in cut), self.tokenizer)
-        return [Pieced(starts, parts, self._words) for starts, parts in cut]
+        return pieced(texts, apart, self._words, self.tokenizer)
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -281,20 +213,6 @@ def _parts_at_words(backend: Any) -> bool:
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True)))})")
-
-
-def _cut(text: str, apart: Sequence[re.Pattern[str]]) -> tuple[list[int], list[list[str]]]:
-    """Where each part of a text begins, and its pieces: special tokens, and what is between them cut into words."""
-    parts = [(text, False)]
-    for pattern in apart:
-        parts = [
-            (one, whole or number % 2 == 1)
-            for part, whole in parts
-            for number, one in enumerate([part] if whole else pattern.split(part))
-            if one
-        ]
-    starts = [0, *accumulate(len(part) for part, _ in parts[:-1])]
-    return starts, [[part] if whole else CUT.split(part) for part, whole in parts or [("", False)]]
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

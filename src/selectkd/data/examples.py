@@ -82,8 +82,8 @@ def _seen(refs: Sequence[bytes], key: bytes, spans: Sequence[int]) -> bytes:
 
 def batch_of(examples: Sequence[Example]) -> pa.RecordBatch:
     """The rows of ``SCHEMA`` for examples."""
-    ids = [np.asarray(example.input_ids, np.int32) for example in examples]
-    masks = [np.asarray(example.completion, bool) for example in examples]
+    ids = [np.array(example.input_ids, np.int32) for example in examples]
+    masks = [np.frombuffer(bytes(example.completion), bool) for example in examples]
     known: dict[str, list[Any]] = {"input_ids": ids, "completion": masks}
     columns: list[pa.Array] = []
     for name, kind in FIELDS.items():
@@ -92,11 +92,13 @@ def batch_of(examples: Sequence[Example]) -> pa.RecordBatch:
     seen = [_of_images(example) for example in examples]
     of_images = zip(*seen, strict=True) if seen else ((), (), ())
     columns += [pa.array(list(some), kind) for some, kind in zip(of_images, IMAGES.values(), strict=True)]
+    identities = (b"" if one.images is None else one.images.identity for one in examples)
+    keys = [record_key(*row) for row in zip(ids, identities, strict=True)]
     checks = [_check(one, mask, _seen(*images)) for one, mask, images in zip(ids, masks, seen, strict=True)]
     columns += [
         pa.array([len(one) for one in ids], pa.int32()),
         pa.array([np.count_nonzero(mask) for mask in masks], pa.int32()),
-        pa.array([sample_key(example) for example in examples], pa.binary(16)),
+        pa.array(keys, pa.binary(16)),
         pa.array(checks, pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -74,25 +74,26 @@ def compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = _json
     environment.globals["raise_exception"] = _refuse
-    return environment.from_string(template)
+    found = environment.from_string(template)
+    found.globals = dict(found.globals)  # read at each rendering, where a chain of maps is slow
+    return found
 
 
 def rendered(request: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each job of a record {text}, or {error, message}."""
+    """Of each job of a record {text}, {text, behind} where it goes on behind the one before, or {error, message}."""
     moment = datetime.fromisoformat(request["moment"])
     variables = {**request["variables"], "strftime_now": partial(datetime.strftime, moment)}
     turns = [_with_reasoning(turn) for turn in record["turns"]]
-    return [
-        _text(
-            record["template"],
-            [turns[number] for number in numbers],
-            tools,
-            prompt,
-            variables,
-            record["most"],
-        )
-        for numbers, tools, prompt in record["jobs"]
-    ]
+    template, answers, before = request["templates"][record["template"]], [], ""
+    for numbers, tools, prompt in record["jobs"]:
+        messages = [turns[number] for number in numbers]
+        answer = _text(template, messages, tools, prompt, variables, record["most"])
+        text = answer.get("text", "")
+        if before and text.startswith(before):
+            answer = {"text": text[len(before) :], "behind": True}
+        before = text
+        answers.append(answer)
+    return answers
 
 
 def _text(

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from selectkd.config.extras import how_to_install
-from selectkd.data.folders import KINDS, PACKED, SUFFIXES, files_of
+from selectkd.data.folders import KINDS, PACKED, SUFFIXES, files_of, split_of
 from selectkd.errors import ConfigError, DataError, SelectKDError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -206,6 +206,11 @@ class Place:
             chosen = files_of(names, self.path, self.split, self.config)
             return [DataFile(str(place / name), _shown(str(place / name))) for name in chosen]
         if place.exists():
+            if self.split not in (None, "train", split_of(place.name)):
+                raise ConfigError(
+                    f"{self.path} is a file, which has no split {self.split!r}. Name the file of that split, or its "
+                    "folder."
+                )
             return [self._one(DataFile(self.path, self.path))]
         if place.name.lower().endswith(KINDS) or place.is_absolute() or not HUB_ID.fullmatch(self.path):
             folder = place.parent

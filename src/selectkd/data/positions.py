@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from selectkd.data.formats import Sample
 from selectkd.data.jinja_process import CLOSE, OPEN, REASONING
@@ -41,8 +41,7 @@ WORD = re.compile(r"(?<![\\\w])(?!(?:true|false|null)\b)[a-zA-Z0-9]{2,}")
 """A word of a call's arguments that stands in every way of writing them: JSON, tags, Python."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A text and the parts of it that are trained, [begin, end) in characters, in their order. begins: the ends of the
     generation prompts of its trained turns; numbers: those turns.
     """
@@ -73,8 +72,7 @@ class _Conversation:
         return Job(shown, self.sample.tools, prompt)
 
 
-@dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
     """Trained turn ``number`` at the end of its own text, behind ``begin``, the end of its generation prompt. stop:
     where nothing is read any more; ended: whether a token of the text ends the turn there.
     """
@@ -143,13 +141,18 @@ def chosen(sample: Sample, train_turns: TrainTurns) -> tuple[int, ...]:
 def _conversation(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> _Conversation:
     traits = template.traits(sample.origin, tools=bool(sample.tools))
     messages = [shaped(message, traits) for message in sample.messages or ()]
-    written = json.dumps(messages, ensure_ascii=False, default=str)
-    if any(sign in written for sign in (BEGIN, END, OPEN, CLOSE)):
+    if any(_holds_sign(name) or _holds_sign(value) for turn in messages for name, value in turn.items()):
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
         )
     marks, thinks = _reads(template.text(sample.origin, tools=bool(sample.tools)))
     return _Conversation(sample, template, messages, marks, thinks, ends)
+
+
+def _holds_sign(value: Any) -> bool:
+    """Whether a field holds a character that marks a place in a rendering."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return not text.isascii() and any(sign in text for sign in (BEGIN, END, OPEN, CLOSE))
 
 
 @lru_cache(maxsize=8)
@@ -354,6 +357,8 @@ def _check(talk: _Conversation, number: int, region: str) -> None:
 
 def _search(text: str, region: str, begin: int) -> tuple[int, int] | None:
     """Where ``text`` stands in the region from ``begin`` on, but for the space around tags."""
+    if region.startswith(text, begin):
+        return begin, begin + len(text)
     place = region.find(text, begin)
     if place >= 0:
         return place, place + len(text)

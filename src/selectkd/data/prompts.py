@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import struct
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from math import floor
 
 import numpy as np
@@ -28,10 +30,29 @@ KEYS = 1 + BANDS
 """Keys of a prompt: the hash of its words, and one of each band."""
 LONGEST = 20_000
 """Characters of a prompt that are read: those behind them change neither its kind nor its cost."""
+WORDS = 1 << 16
+"""Words whose hashes are kept: some 10 MB."""
 _FACTORS = np.random.PCG64(0).random_raw((2, BANDS * ROWS, 1)) | np.uint64(1)
 """Odd factors and summands of the hash functions, [2, BANDS * ROWS, 1]. numpy keeps this stream for all time."""
 
+_BAND = [bytes([band]) for band in range(BANDS)]
+_PACKED = struct.Struct(f"<{KEYS}q")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+class _Hashes(dict[str, int]):
+    """The hashes of words, those of the last ones kept."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= WORDS:
+            self.clear()
+        self[word] = found = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        return found
+
+
+_WORDS = _Hashes()
+_ASCII = "".join(chr(code) if WORD.match(chr(code)) else " " for code in range(128))
+"""ASCII without what is no part of a word."""
 
 
 def prompt_of(sample: Sample) -> str:
@@ -59,27 +80,56 @@ def prompt_keys(text: str) -> tuple[int, ...]:
     >>> prompt_keys("Where is Oslo?")[0] == prompt_keys("Where is Rome?")[0]
     False
     """
-    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold()) or [text]
-    encoded = [word.encode("utf-8", "surrogatepass") for word in words]
-    exact = _hash(b" ".join(encoded))
-    if len(words) < SHINGLE:
-        return (exact,) * KEYS
+    return _PACKED.unpack(packed_keys([text])[0])
+
+
+def packed_keys(texts: Sequence[str]) -> list[bytes]:
+    """``prompt_keys`` of each text, as ``packed`` gives them."""
+    spoken = [_words(text) for text in texts]
+    exact = [_hash(" ".join(words).encode("utf-8", "surrogatepass")) for words in spoken]
+    near = iter(_bands([words for words in spoken if len(words) >= SHINGLE]))
+    return [
+        packed((one, *(next(near) if len(words) >= SHINGLE else (one,) * BANDS)))
+        for one, words in zip(exact, spoken, strict=True)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return (plain.translate(_ASCII).split() if plain.isascii() else WORD.findall(plain)) or [text]
+
+
+def _bands(spoken: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The hashes of the bands of each text, given as at least SHINGLE words."""
+    counts = np.fromiter(map(len, spoken), np.int64, len(spoken))
+    hashes = np.fromiter(map(_WORDS.__getitem__, chain.from_iterable(spoken)), np.uint64, counts.sum())
     # A shingle's hash is a polynomial in the hashes of its words, so that each word is hashed once.
-    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
-    shingles = hashes[: len(hashes) - SHINGLE + 1].copy()
+    shingles = hashes.copy()
     for place in range(1, SHINGLE):
         shingles *= _BASE
-        shingles += hashes[place : place + len(shingles)]
-    # Multiply-shift: the upper half of a * x + b, wrapped at 64 bits, is universal enough. Dietzfelbinger et al. 1997.
-    signature = ((_FACTORS[0] * shingles + _FACTORS[1]) >> np.uint64(32)).min(axis=1).astype("<u4")
-    rows = signature.tobytes()
-    width = len(rows) // BANDS
-    return exact, *(_hash(bytes([band]) + rows[band * width : (band + 1) * width]) for band in range(BANDS))
+        shingles[:-place] += hashes[place:]
+    ends = np.cumsum(counts)
+    inside = np.ones(len(hashes), bool)
+    for place in range(1, SHINGLE):
+        inside[ends - place] = False
+    shingles, counts = shingles[inside], counts - (SHINGLE - 1)
+    starts = np.cumsum(counts) - counts
+    signatures = np.empty((BANDS * ROWS, len(spoken)), np.uint64)
+    for band in range(0, BANDS * ROWS if len(spoken) else 0, ROWS):
+        # Multiply-shift: the upper half of a * x + b, wrapped at 64 bits, is universal enough. Dietzfelbinger et al.
+        # 1997.
+        hashed = _FACTORS[0, band : band + ROWS] * shingles
+        hashed += _FACTORS[1, band : band + ROWS]
+        np.minimum.reduceat(hashed, starts, axis=1, out=signatures[band : band + ROWS])
+    written = (signatures.T >> np.uint64(32)).astype("<u4").tobytes()
+    rows = [written[at : at + 4 * ROWS] for at in range(0, len(written), 4 * ROWS)]
+    found = [_hash(_BAND[number % BANDS] + row) for number, row in enumerate(rows)]
+    return [found[at : at + BANDS] for at in range(0, len(found), BANDS)]
 
 
 def packed(keys: Sequence[int]) -> bytes:
     """Keys as KEYS * 8 bytes, which ``unpacked`` reads."""
-    return np.array(keys, dtype="<i8").tobytes()
+    return _PACKED.pack(*keys)
 
 
 def unpacked(rows: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
-from selectkd.data.rounds import Steps, Tokens, alone
+from selectkd.data.rounds import Keys, Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
 from selectkd.data.windows import Window
@@ -143,7 +143,7 @@ def rendering(
     if not texts:
         return [Dropped(sample.origin, "no final answer")]
     without_tools = yield from leaves_out_tools(sample, template)
-    prompt = packed(prompt_keys(prompt_of(sample)))
+    prompt: bytes = yield Keys(prompt_of(sample))
     results: list[Example | Dropped] = []
     waiting = [(sample, text) for text in texts]
     while waiting:

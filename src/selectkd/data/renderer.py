@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from selectkd.data import jinja_process
 
@@ -31,8 +31,7 @@ MOST, MOST_A_BYTE = 4_000_000, 16
 START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One rendering: messages and tools, and whether the generation prompt follows them."""
 
     messages: Sequence[Mapping[str, Any]]
@@ -50,23 +49,23 @@ class Failure:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class Renderings:
+class Renderings(NamedTuple):
     """Asks for the text of each job of a record by a template."""
 
     template: str
     jobs: Sequence[Job]
 
-    def in_json(self) -> tuple[bytes, float, int]:
-        """The record of a request, its seconds of processor time, and its size in bytes. A turn is in it once."""
+    def in_json(self, template: int) -> tuple[bytes, float, int]:
+        """The record of a request, its seconds of processor time, and its size in bytes. A turn is in it once;
+        template: the number of its template in the request.
+        """
         turns: dict[int, Any] = {id(turn): turn for job in self.jobs for turn in job.messages}
         numbers = {key: number for number, key in enumerate(turns)}
         jobs = [([numbers[id(turn)] for turn in job.messages], job.tools, job.prompt) for job in self.jobs]
-        about = {"template": self.template, "turns": list(turns.values()), "jobs": jobs}
-        body = jinja_process.in_json(about)
+        body = jinja_process.in_json({"template": template, "turns": list(turns.values()), "jobs": jobs})
         seconds = SECONDS + SECONDS_A_MEGABYTE * len(body) / 1e6
-        limits = {"seconds": seconds, "most": MOST + MOST_A_BYTE * len(body)}
-        return body[:-1] + b", " + jinja_process.in_json(limits)[1:], seconds, len(body)
+        limits = b', "seconds": %f, "most": %d}' % (seconds, MOST + MOST_A_BYTE * len(body))
+        return body[:-1] + limits, seconds, len(body)
 
 
 Answer = str | Failure
@@ -99,8 +98,10 @@ class Renderer:
         self, asks: Sequence[Renderings], variables: Mapping[str, Any], moment: str
     ) -> list[list[Answer]] | Failure:
         """The answers to some records, or why they ended the process."""
-        bodies, seconds, sizes = zip(*(ask.in_json() for ask in asks), strict=True)
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(ask.template for ask in asks))}
+        bodies, seconds, sizes = zip(*(ask.in_json(numbers[ask.template]) for ask in asks), strict=True)
         about = {
+            "templates": list(numbers),
             "variables": dict(variables),
             "moment": moment,
             "memory": MEMORY + MEMORY_A_BYTE * sum(sizes),
@@ -110,10 +111,7 @@ class Renderer:
             answers = self._asked(request, sum(seconds))
         if isinstance(answers, Failure):
             return answers
-        return [
-            [each["text"] if "text" in each else Failure(each["error"], each["message"]) for each in record]
-            for record in answers
-        ]
+        return list(map(_answers, answers))
 
     def _asked(self, request: bytes, seconds: float) -> Any:
         process = self._started()
@@ -171,6 +169,19 @@ class Renderer:
             if pipe is not None:
                 with suppress(OSError):  # unsent bytes to a process that has ended
                     pipe.close()
+
+
+def _answers(record: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """The answers to a record's jobs as the process writes them: see ``jinja_process.rendered``."""
+    answers, text = list[Answer](), ""
+    for each in record:
+        if "error" in each:
+            text = ""
+            answers.append(Failure(each["error"], each["message"]))
+        else:
+            text = (text if each.get("behind") else "") + each["text"]
+            answers.append(text)
+    return answers
 
 
 def _failure(code: int) -> Failure:

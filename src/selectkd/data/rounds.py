@@ -7,24 +7,30 @@ like the way of one record alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from selectkd.data.encoding import Encoded
+from selectkd.data.prompts import packed_keys
 from selectkd.data.renderer import Answer, Renderings
 from selectkd.errors import DataError
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Asks for the tokens of a text: an ``Encoded``."""
 
     text: str
 
 
-Steps = Generator[Renderings | Tokens, Any, T]
+class Keys(NamedTuple):
+    """Asks for the keys of a prompt: see ``prompts.packed_keys``."""
+
+    text: str
+
+
+Ask = Renderings | Tokens | Keys
+Steps = Generator[Ask, Any, T]
 """The way of one record to a T."""
 
 
@@ -40,7 +46,7 @@ def together(
     render: the texts of some records' jobs, each record's when it is wanted. encode: the tokens of some texts.
     """
     results: list[Any] = [None] * len(work)
-    asks: dict[int, Renderings | Tokens] = {}
+    asks: dict[int, Ask] = {}
     end = len(work)
 
     def send(index: int, answer: Any) -> None:
@@ -61,7 +67,9 @@ def together(
         asks.clear()
         texts = {index: ask for index, ask in now.items() if isinstance(ask, Renderings)}
         tokens = {index: ask.text for index, ask in now.items() if isinstance(ask, Tokens)}
+        prompts = {index: ask.text for index, ask in now.items() if isinstance(ask, Keys)}
         for wanted, answers in (
+            (prompts, packed_keys(list(prompts.values()))),
             (texts, render(list(texts.values())) if texts else ()),
             (tokens, encode(list(tokens.values())) if tokens else ()),
         ):

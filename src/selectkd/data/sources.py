@@ -129,6 +129,11 @@ def streamed_source(
     index = index if entry.get("limit") is None else index.first(entry["limit"])
     if not len(index):
         raise DataError(f"{path}: no records. Give a file with at least one record.")
+    if weight * len(index.units) < 1:
+        raise ConfigError(
+            f"{path}: is streamed in {len(index.units)} parts, and weight {weight:g} takes none of them in an epoch. "
+            "Raise the weight, split the file, or set streaming to false."
+        )
     read = Chunks(index)
     part, number = Part(Found()), 0
     while not part.examples and number < len(index.rows):

@@ -8,6 +8,7 @@ that is in it whole, and at last ``manifest.json``. A build that was killed goes
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import logging
 import multiprocessing
@@ -45,10 +46,12 @@ from selectkd.errors import DataError, ResourceError
 DATA, JOURNAL, MANIFEST, LOCK = "text.arrow", "journal.jsonl", "manifest.json", "lock"
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end of an Arrow stream."""
-ALONE = 2
-"""Chunks that the process itself renders: starting others takes as long."""
+ALONE = 1
+"""Chunks that the process itself renders: the first is small, and starting others takes as long."""
 AHEAD = 2
 """Chunks a worker has waiting or at work."""
+GARBAGE = 50_000
+"""New objects between two searches for garbage: a record is a thousand, and hardly any are garbage in a circle."""
 SECONDS = 10.0
 """Between two lines on how far a build is."""
 
@@ -279,6 +282,8 @@ def _pool(how: Rendering, processes: int) -> ProcessPoolExecutor:
 def _begin(how: Rendering) -> None:
     global _how
     _how = how
+    gc.freeze()  # a search for garbage among what the fork has of its parent would copy all of it
+    gc.set_threshold(GARBAGE)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from selectkd.data.image_parts import image_part
 from selectkd.data.jinja_process import REASONING
@@ -41,8 +40,7 @@ FOLLOWS = {
 }
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """A place in a record for an error message: ``file:line``, then the path of the field."""
 
     origin: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 SHORT = 1_000_000
 """Characters up to which a text is tokenised whole: under a second, some hundred megabytes."""
@@ -11,8 +11,7 @@ MARGIN = 2
 """Tokens are cut from so many times the characters that the longest token has, so that the cut reaches none kept."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of a text, from ``start`` to ``stop``, behind the text's own first special token where ``head`` says."""
 
     text: str
