@@ -17,7 +17,7 @@ from selectkd.data.order import BatchOptions
 from selectkd.data.render import TextRules
 from selectkd.data.sources import Source, batches, streamed_source, without_share
 from selectkd.data.text_cache import TextCache
-from selectkd.errors import ConfigError, DataError
+from selectkd.errors import ConfigError, DataError, ResourceError
 from selectkd.training.feed import BatchFeed
 
 OPTIONS = BatchOptions(4, 3)
@@ -286,6 +286,18 @@ def test_files_at_a_url_are_streamed(tmp_path, tokenizer):
     memory.pipe("/streamed/train-1.jsonl.gz", gzip.compress(lines(rows(40, 70))))
     text = source("memory://streamed", tokenizer, tmp_path)
     assert sorted(n for b in numbers(batches([text], OPTIONS, 0), tokenizer) for n in b) == list(range(70))
+
+
+def test_an_index_that_cannot_be_written_is_refused_and_one_that_is_there_is_only_read(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines(rows(0, 3)))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ResourceError, match="cannot write"):
+        source(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "file")
+    source(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "cache")
+    (lock,) = (tmp_path / "cache").rglob("*.lock")
+    lock.unlink()
+    source(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "cache")
+    assert not lock.exists()
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path, tokenizer):

@@ -31,7 +31,7 @@ from selectkd.data.chunks import (
     of_row_group,
     row_groups,
 )  # fmt: skip
-from selectkd.data.durable import json_bytes, write_whole
+from selectkd.data.durable import disk_error, json_bytes, write_whole
 from selectkd.data.places import DataFile
 from selectkd.data.rendering import code_identity
 from selectkd.errors import DataError
@@ -66,12 +66,16 @@ class Index:
             json_bytes({"files": [file.identity() for file in files], "code": code_identity()})
         )
         path = folder / f"{key.hexdigest()}.index"
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file() or path.stat().st_size % (8 * len(COLUMNS)):
-                rows = [[number, *row] for number, file in enumerate(files) for row in _rows_of(file)]
-                write_whole(path, np.array(rows, "<i8").tobytes())
+        if not _is_whole(path):  # one that is there may lie in a folder of somebody else's
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with path.with_suffix(".lock").open("ab") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if not _is_whole(path):
+                        rows = [[number, *row] for number, file in enumerate(files) for row in _rows_of(file)]
+                        write_whole(path, np.array(rows, "<i8").tobytes())
+            except OSError as error:
+                raise disk_error(error, path) from error
         return cls(tuple(files), np.fromfile(path, "<i8").reshape(-1, len(COLUMNS)).astype(np.int64))
 
     def __len__(self) -> int:
@@ -99,6 +103,11 @@ class Index:
         digest = xxhash.xxh3_128(self.rows.astype("<i8").tobytes())
         digest.update("\n".join(file.name for file in self.files).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an index is there and was not cut short."""
+    return path.is_file() and path.stat().st_size % (8 * len(COLUMNS)) == 0
 
 
 def _anywhere(file: DataFile) -> bool:
