@@ -146,6 +146,20 @@ def test_records_together_are_those_alone_and_a_bad_one_among_them_is_named(make
     ]
 
 
+def test_half_a_character_in_what_a_template_writes_of_tools_is_named(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    how = Rendering(tokenizer, ChatTemplate.of(tokenizer), TextRules(200))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "é"}]
+    records = [
+        (f"d.jsonl:{number}", {"messages": talk, "tools": [{"type": "function", "function": {"name": name}}]})
+        for number, name in enumerate(("é", "\ud800", "b"))
+    ]
+    found = how.examples(records, "messages")
+    assert [isinstance(one, DataError) for one in found] == [False, True, False]
+    assert "d.jsonl:1: the rendered conversation: a lone surrogate U+D800" in str(found[1])
+
+
 def test_a_record_that_ends_the_template_process_takes_no_other_with_it(make_tokenizer, monkeypatch):
     monkeypatch.setattr("selectkd.data.renderer.SECONDS", 0.2)
     tokenizer = make_tokenizer()

@@ -20,7 +20,7 @@ from selectkd.data.formats import Sample
 from selectkd.data.jinja_process import CLOSE, OPEN, REASONING
 from selectkd.data.renderer import Job
 from selectkd.data.rounds import Steps
-from selectkd.data.template import BEGIN, END, ChatTemplate, mark, shaped
+from selectkd.data.template import BEGIN, END, ChatTemplate, holds_sign, mark, shaped
 from selectkd.errors import DataError
 
 TrainTurns = Literal["all", "last", "final_answer"]
@@ -141,18 +141,12 @@ def chosen(sample: Sample, train_turns: TrainTurns) -> tuple[int, ...]:
 def _conversation(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> _Conversation:
     traits = template.traits(sample.origin, tools=bool(sample.tools))
     messages = [shaped(message, traits) for message in sample.messages or ()]
-    if any(_holds_sign(name) or _holds_sign(value) for turn in messages for name, value in turn.items()):
+    if any(holds_sign(name) or holds_sign(value) for turn in messages for name, value in turn.items()):
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
         )
     marks, thinks = _reads(template.text(sample.origin, tools=bool(sample.tools)))
     return _Conversation(sample, template, messages, marks, thinks, ends)
-
-
-def _holds_sign(value: Any) -> bool:
-    """Whether a field holds a character that marks a place in a rendering."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return not text.isascii() and any(sign in text for sign in (BEGIN, END, OPEN, CLOSE))
 
 
 @lru_cache(maxsize=8)

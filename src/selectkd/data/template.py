@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from selectkd.data.jinja_process import CLOSE, OPEN
 from selectkd.data.renderer import Answer, Failure, Job, Renderings, render
 from selectkd.data.rounds import Steps
+from selectkd.data.turns import Where, plain_text
 from selectkd.errors import ConfigError, DataError
 from selectkd.objective.registry import did_you_mean
 
@@ -111,6 +112,8 @@ class ChatTemplate:
         for job, answer in zip(jobs, found, strict=True):
             if isinstance(answer, Failure):
                 _refuse(origin, job, answer)
+            if not answer.isascii():  # schemas and arguments of tools reach it unread
+                plain_text(answer, Where(origin, "the rendered conversation"))
         return [answer for answer in found if isinstance(answer, str)]
 
     def traits(self, origin: str, *, tools: bool = False) -> Traits:
@@ -184,6 +187,12 @@ def _in_text(call: Mapping[str, Any]) -> dict[str, Any]:
 def mark(number: int) -> str:
     """A mark that no text holds."""
     return f"{BEGIN}{number}{END}"
+
+
+def holds_sign(value: Any) -> bool:
+    """Whether a field holds a character that marks a place in a rendering."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return not text.isascii() and any(sign in text for sign in (BEGIN, END, OPEN, CLOSE))
 
 
 def now() -> str:
