@@ -10,7 +10,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from struct import Struct
 from typing import Any
@@ -87,7 +86,7 @@ class Pieced:
     first_piece: int
     last_piece: int
 
-    @cached_property
+    @property
     def ids(self) -> list[int]:
         """The tokens."""
         begin, end = self.group.tokens[[self.first_piece, self.last_piece]]
