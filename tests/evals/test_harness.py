@@ -219,6 +219,20 @@ def test_a_task_that_is_not_there_is_refused_before_a_model_loads(
         assert says in told and "no-such/model" not in told
 
 
+@needs_harness
+def test_tasks_of_a_folder_do_not_wait_for_the_list_of_the_harness_unless_they_name_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_tasks(tmp_path)
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "local_all", "task": ["local_choice", "hellaswag"], "aggregate_metric_list": [mean]}
+    (tmp_path / "local_all.yaml").write_text(yaml.safe_dump(group))
+    prepared = harness.Harness(("local_choice",), tmp_path).prepared()
+    assert {"local_choice", "local_sum"} <= {*prepared.all_tasks} and "hellaswag" not in prepared.all_tasks
+    assert harness.Harness(("local_all",), tmp_path)._of_folder_alone() is None
+
+
 def test_the_harness_suite_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "no-such/model", "--suite", "harness"]) == 2
     assert "--tasks" in capsys.readouterr().err
