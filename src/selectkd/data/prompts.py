@@ -30,8 +30,8 @@ KEYS = 1 + BANDS
 """Keys of a prompt: the hash of its words, and one of each band."""
 LONGEST = 20_000
 """Characters of a prompt that are read: those behind them change neither its kind nor its cost."""
-WORDS = 1 << 16
-"""Words whose hashes are kept: some 10 MB."""
+WORDS = 1 << 14
+"""Words whose hashes are kept: some 2 MB."""
 _FACTORS = np.random.PCG64(0).random_raw((2, BANDS * ROWS, 1)) | np.uint64(1)
 """Odd factors and summands of the hash functions, [2, BANDS * ROWS, 1]. numpy keeps this stream for all time."""
 
