@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # A hundred processes of the tests import the package: compiled once, not by each of them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test long lint docs lab studies results pages bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test long lint docs notebooks lab studies results pages bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -80,7 +80,11 @@ long: $(DEMO_STAMP)
 
 # The documentation as a site, in site/; a broken link is an error.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The notebooks from top to bottom, in about two minutes; what their cells show is written into them.
+notebooks: $(DEMO_STAMP)
+	$(BIN)/python benchmarks/notebooks.py
 
 # Small language models for studies, in .cache/lab: hours for all of them; what is there is not made again.
 # make lab LAB="--small", or LAB="--corpora code --teachers 1M --students 0.2M"

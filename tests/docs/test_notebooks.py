@@ -1,11 +1,11 @@
-"""The notebooks are valid, hold no output, and run from top to bottom."""
+"""The notebooks are valid, hold what their cells showed, and run from top to bottom."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,36 @@ FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
+@pytest.fixture
+def notebooks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The program that runs them."""
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "benchmarks"))
+    return import_module("notebooks")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_valid_and_holds_no_output(path: Path) -> None:
+def test_a_notebook_is_valid_and_shows_what_its_cells_showed(path: Path, notebooks: Any) -> None:
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    assert path.stem in notebooks.ORDER
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert notebook.metadata.selectkd.outputs_of == notebooks.sources_hash(notebook), "make notebooks"
+    shown = json.dumps([cell.outputs for cell in code])
+    assert "text/html" in shown and "image/png" in shown and '"error"' not in shown
+    assert not re.search(r"(?<![\w.])/(?:home|tmp|root|work|Users)/", shown), (
+        "a path of the machine that ran it"
+    )
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (FOLDER / target).exists(), target
 
 
-def executed(name: str, **changed: str) -> tuple[dict[str, Any], list[Any]]:
-    """(the names that a notebook leaves, what its cells show), every cell run in this process.
-
-    changed: name -> value that its assignment gets in place of the notebook's.
-    """
-    names: dict[str, Any] = {"__name__": "__main__"}
-    shown: list[Any] = []
-    for cell in json.loads((FOLDER / f"{name}.ipynb").read_text("utf-8"))["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        body = ast.parse("".join(cell["source"])).body
-        last = body.pop() if isinstance(body[-1], ast.Expr) else None
-        exec(compile(ast.Module(body, []), f"{name}, {cell['id']}", "exec"), names)
-        names.update({key: value for key, value in changed.items() if key in names})
-        if last is not None:
-            shown.append(eval(compile(ast.Expression(last.value), f"{name}, {cell['id']}", "eval"), names))
-    return names, shown
-
-
 @pytest.fixture
-def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Runs notebooks in a folder of their own, figures unseen; their teacher learns for fewer steps."""
+def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebooks: Any) -> Iterator[Any]:
+    """Runs a notebook in a folder of its own, figures unseen; its teacher learns for fewer steps."""
     import matplotlib.pyplot as plt
 
     from selectkd.cli import demo_pair
@@ -58,7 +53,17 @@ def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(demo_pair, "TINY_STEPS", 40)
     before = plt.get_backend()
     plt.switch_backend("agg")
-    yield executed
+
+    def run(name: str, **changed: str) -> tuple[dict[str, Any], list[Any]]:
+        names: dict[str, Any] = {}
+        notebook = json.loads((FOLDER / f"{name}.ipynb").read_text("utf-8"))
+        rows = list(notebooks.executed(notebook, names, **changed))
+        said.extend(printed for _, printed, _ in rows)
+        return names, [value for *_, value in rows]
+
+    said: list[str] = []
+    run.said = said  # type: ignore[attr-defined]
+    yield run
     plt.close("all")
     plt.switch_backend(before)
 
@@ -73,13 +78,13 @@ def drawn_figure(shown: list[Any]) -> bool:
 
 
 @pytest.mark.slow
-def test_the_notebooks_run_and_show_what_they_say(cells: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_notebooks_run_and_show_what_they_say(cells: Any) -> None:
     """One after the other, as a reader runs them: the second finds the first one's teacher."""
     names, shown = cells("first_distillation")
     assert names["result"].after.kl < names["result"].before.kl
     spans = re.findall(r"<span [^>]*>", html(shown))
     assert len(spans) == 2 * (len(names["ids"]) - 1), "each token of the text, before and after"
-    assert drawn_figure(shown) and "own text" in capsys.readouterr().out
+    assert drawn_figure(shown) and "own text" in "".join(cells.said)
 
     for pair in ("tiny", *(["smollm2"] if names_of_pair() == "smollm2" else [])):
         names, shown = cells("what_gates_keep", pair=pair)

@@ -29,14 +29,17 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_and_test_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?[^)]*\)", text)
+    links += re.findall(r"""(?:src|href)=["'](?!https?:)([^"'#]*)(?:#([^"']*))?["']""", text)
+    links += re.findall(r"^\[[^]^]+\]: (?!https?:)([^#\s]*)(?:#(\S*))?", text, re.M)
+    for target, anchor in links:
         there = page.parent / target if target else page
         assert there.exists(), target
         assert not anchor or there.suffix != ".md" or anchor in anchors(there), f"{target}#{anchor}"
     tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}" in tests, name
-    for path in re.findall(r"`((?:tests|src|examples|recipes|benchmarks)/[\w./-]+)`", text):
+    for path in re.findall(r"`((?:tests|src|examples|recipes|benchmarks|docs|studies)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 

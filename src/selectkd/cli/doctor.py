@@ -11,7 +11,7 @@ from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.options import Device
 from selectkd.cli.overrides import Changes
 from selectkd.cli.plugin import AllowPlugin
-from selectkd.cli.terminal import say, without_other_bars
+from selectkd.cli.terminal import say, show_progress, without_other_bars
 from selectkd.errors import ConfigError
 
 
@@ -55,5 +55,5 @@ def _findings(recipe: str, changes: list[str], device: str) -> Iterator[tuple[st
         yield "device", False, str(error), error.exit_code
         return
     yield "recipe", True, f"{recipe} is a recipe", 0
-    for finding in examine(checked, device=on):
+    for finding in examine(checked, device=on, stage=lambda name, *_: show_progress(name)):
         yield finding.check, finding.ok, finding.message, finding.exit_code

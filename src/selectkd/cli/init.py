@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
+from string import Template
 from typing import Annotated
 
 import typer
@@ -16,38 +20,80 @@ STARTER = """\
 # Change a key for one run with: --set training.learning_rate=1e-4
 
 teacher:
-  model: Qwen/Qwen2-7B-Instruct      # a hub id, a folder, or a .gguf file
+  model: $teacher      # a hub id, a folder, or a .gguf file
   # placement: offloaded             # its layers in main memory, where the device has no room for them
 
 student:
-  model: Qwen/Qwen2-1.5B             # must share the teacher's tokenizer
-  # or cut the student from the teacher:
-  # from_teacher: {layers: 20, choose: measured}   # measured | even | a list of layers
+$student
 
 data:
   sources:
-    - path: data/train.jsonl         # .jsonl, .parquet, a folder or a hub data set id; the format is detected
+    - path: $data         # .jsonl, .parquet, a folder or a hub data set id; the format is detected
   evaluation: 0.05                   # a share held out, or {path: ...}
   train_on: completion               # completion | all
 
 objective:                           # `selectkd show` lists divergences, verifiers and selectors
   divergence: {name: forward_kl}
   verifier: {name: greedy_topk, k: 5}   # accepted: the student's best token is among the teacher's 5 best
-  beta: 0.01                         # weight of a rejected token; for a student that agrees nowhere yet:
-  # beta: {start: 1.0, end: 0.01, until_tar: 0.5}
+$beta
 
 training:
   output_dir: runs/first             # a new or empty folder
-  epochs: 2                          # or max_steps
-  batch_size: 8
-  gradient_accumulation: 4
-  learning_rate: 5e-5
+$steps
   max_length: 1024
   max_prompt_length: 512
   precision: auto                    # auto | bf16 | bf16-pure | fp32 | tf32; auto is bf16 on a GPU that has it
-  lora: {r: 16, alpha: 128, dropout: 0.05}   # null trains every weight
-  evaluate_every: 100
+$weights
 """
+
+LOADED = {
+    "student": """\
+  model: $student             # must share the teacher's tokenizer
+  # or cut the student from the teacher:
+  # from_teacher: {layers: 20, choose: measured}   # measured | even | a list of layers""",
+    "beta": """\
+  beta: 0.01                         # weight of a rejected token; for a student that agrees nowhere yet:
+  # beta: {start: 1.0, end: 0.01, until_tar: 0.5}""",
+    "steps": """\
+  epochs: 2                          # or max_steps
+  batch_size: 8
+  gradient_accumulation: 4
+  learning_rate: 5e-5""",
+    "weights": """\
+  lora: {r: 16, alpha: 128, dropout: 0.05}   # null trains every weight
+  evaluate_every: 100""",
+}
+"""What a starter says about a student that is loaded."""
+
+CUT = {
+    "student": """\
+  from_teacher: {layers: $layers, choose: measured}   # measured | even | a list of layers
+  # or load one that shares the teacher's tokenizer:
+  # model: Qwen/Qwen2-1.5B""",
+    "beta": """\
+  # weight of a rejected token: 1 until the student agrees half of the time, since a cut one agrees seldom at first
+  beta: {start: 1.0, end: 0.01, until_tar: 0.5}""",
+    "steps": """\
+  epochs: 1                          # or max_steps
+  batch_size: 8
+  learning_rate: 2e-4""",
+    "weights": """\
+  evaluate_every: 20                 # steps""",
+}
+"""And about one that is cut from its teacher, as in the demo's recipe."""
+
+
+def starter(teacher: str, student: str, layers: int | None, data: str) -> str:
+    """The starter for models and text by name; layers: of a student that is cut from the teacher."""
+    parts = LOADED if layers is None else CUT
+    named = {"student": _scalar(student), "layers": str(layers)}
+    filled = {key: Template(part).substitute(named) for key, part in parts.items()}
+    return Template(STARTER).substitute(filled, teacher=_scalar(teacher), data=_scalar(data))
+
+
+def _scalar(text: str) -> str:
+    """Text as a scalar of YAML."""
+    return text if re.fullmatch(r"[A-Za-z./][\w./-]*", text, re.ASCII) else json.dumps(text)
 
 
 def init(
@@ -58,9 +104,46 @@ def init(
             "--from", metavar="NAME", help="Start from a recipe that comes with selectkd, such as demo."
         ),
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="MODEL", help="A hub id, a folder or a .gguf file.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option("--student", metavar="MODEL", help="A model with the teacher's tokenizer.")
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers", metavar="N", min=1, help="Cut a student of N layers from the teacher instead."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="Your text, such as chats.jsonl.")
+    ] = None,
 ) -> None:
     """Write a commented recipe to start from."""
-    text = STARTER if origin is None else shipped_recipe(origin).read_text(encoding="utf-8")
+    named = [teacher, student if layers is None else str(layers), data]
+    if origin is not None and any(one is not None for one in (*named, student)):
+        raise ConfigError(
+            "--from takes a recipe as it is. Leave --teacher, --student, --layers and --data out."
+        )
+    if student is not None and layers is not None:
+        raise ConfigError("--student loads a model and --layers cuts one from the teacher. Give one of them.")
+    if origin is None:
+        text = starter(
+            teacher or "Qwen/Qwen2-7B-Instruct",
+            student or "Qwen/Qwen2-1.5B",
+            layers,
+            data or "data/train.jsonl",
+        )
+    else:
+        text = shipped_recipe(origin).read_text(encoding="utf-8")
+    _write_new(recipe, text)
+    missing = [name for name, one in zip(("teacher", "student", "data"), named, strict=True) if one is None]
+    edit = f"Set {', '.join(missing)} in it, then" if missing and origin is None else "Next"
+    say(f"wrote {recipe}. {edit}: selectkd doctor {shlex.quote(str(recipe))}")
+
+
+def _write_new(recipe: Path, text: str) -> None:
     if not recipe.parent.is_dir():
         raise ConfigError(f"there is no folder {recipe.parent}; make it first.")
     try:
@@ -72,4 +155,3 @@ def init(
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(recipe)[:200]} cannot be written: {error}.") from None
-    say(f"wrote {recipe}. Set teacher, student and data, then: selectkd train {recipe}")

@@ -88,6 +88,9 @@ def without_others() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # the bar of a GGUF file's conversion, which has no other switch
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

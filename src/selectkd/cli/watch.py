@@ -14,9 +14,6 @@ from selectkd.errors import ConfigError, abridged
 MOST = 90
 """Characters of a verdict in the table; --json has all of it."""
 
-MOST = 90
-"""Characters of a verdict in the table; --json has all of it."""
-
 
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, while it trains or afterwards.")],
@@ -50,6 +47,7 @@ def runs(
     json_file: JsonFile = None,
 ) -> None:
     """List runs with their state and what they came to."""
+    from selectkd.report.escapes import clean
     from selectkd.report.run_files import run_folders
 
     if not folder.is_dir():
@@ -59,15 +57,17 @@ def runs(
     if not found:
         say(f"no run in {folder}")
         return
-    width = max(len(row["run"]) for row in found) + 2
+    width = max(len(clean(row["run"], keep="")) for row in found) + 2
     say(f"{'run':<{width}}{'state':<12}{'step':>9}{'KL before':>11}{'after':>8}{'TAR':>7}  verdict")
     for row in found:
         of = "" if row["planned"] is None else f"/{row['planned']}"
         measures = [row["kl_before"], row["kl_after"], row["tar_after"]]
         kl, after, tar = ("-" if value is None else f"{value:.3f}" for value in measures)
         step = f"{row['step']}{of}"
-        verdict = abridged(row["verdict"][0], MOST)
-        say(f"{row['run']:<{width}}{row['state']:<12}{step:>9}{kl:>11}{after:>8}{tar:>7}  {verdict}")
+        verdict = clean(abridged(row["verdict"][0], MOST), keep="")
+        say(
+            f"{clean(row['run'], keep=''):<{width}}{row['state']:<12}{step:>9}{kl:>11}{after:>8}{tar:>7}  {verdict}"
+        )
 
 
 def _row(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from selectkd.report.escapes import clean
+from selectkd.report.lenient import is_number
+
 WIDTH, HEIGHT = 420.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 30.0
 MOST_POINTS = 600
@@ -24,12 +27,20 @@ SERIES = 6
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: what it is, and its points (x, y). dots: whether each point is marked."""
+    """One line of a chart: what it is, and its points (x, y), of which those that are no numbers are left out.
+
+    dots: whether each point is marked.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: int = 0
     dots: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", clean(self.name, keep=""))
+        drawn = [(x, y) for x, y in self.points if is_number(x) and is_number(y)]
+        object.__setattr__(self, "points", drawn)
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,14 @@ class Chart:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people: three digits, thousands apart; a dash where there is none.
 
-    >>> number(0.012345), number(12345.6), number(None), number(2)
-    ('0.0123', '12,346', '-', '2')
+    >>> number(0.012345), number(12345.6), number(None), number(2), number(1e20)
+    ('0.0123', '12,346', '-', '2', '1e+20')
     """
-    if value is None or not math.isfinite(value):
+    if value is None or not is_number(value):
         return "-"
-    if value == int(value) and abs(value) < 1e15:
+    if abs(value) >= 1e12:
+        return f"{value:.{digits}g}"
+    if value == int(value):
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
@@ -80,6 +93,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     if not high > low:
         return [low]
     raw = (high - low) / most
+    if raw < 1e-300:
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)

@@ -5,6 +5,8 @@ Altair and vl-convert are the extra ``report``; without them a page keeps its SV
 
 from __future__ import annotations
 
+import base64
+import gzip
 import importlib.util
 from functools import lru_cache
 from typing import Any
@@ -28,6 +30,12 @@ def program() -> str:
     import vl_convert
 
     return vl_convert.javascript_bundle(SNIPPET)
+
+
+@lru_cache(maxsize=1)
+def packed_program() -> str:
+    """The program compressed, as base64."""
+    return base64.b64encode(gzip.compress(program().encode(), 9, mtime=0)).decode()
 
 
 def specification(chart: Chart) -> dict[str, Any]:

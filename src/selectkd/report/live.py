@@ -45,11 +45,12 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 def time_left(run: RunFiles) -> float | None:
     """Seconds until the last step at the pace of the last RECENT ones; None where that is not known."""
-    times = [(line["step"], line["time"]) for line in run.timings if "resumed" not in line][-RECENT:]
+    noted = [line for line in run.timings if "resumed" not in line and line.get("time") is not None]
+    times = [(line["step"], line["time"]) for line in noted[-RECENT:]]
     if run.planned is None or len(times) < 2 or times[-1][0] <= times[0][0]:
         return None
     (first, began), (last, now) = times[0], times[-1]
-    return max(run.planned - last, 0) * (now - began) / (last - first)
+    return max(run.planned - last, 0) * max(now - began, 0) / (last - first)
 
 
 def screen(run: RunFiles) -> Group:
@@ -59,7 +60,7 @@ def screen(run: RunFiles) -> Group:
     done = f"step {run.last_step}" + (f" of {run.planned}" if run.planned else "")
     bar = ProgressBar(total=run.planned, completed=run.last_step, width=30) if run.planned else ""
     head.add_row(
-        shortened(run.name, 60), run.state, bar, done, "" if left is None else f"{in_time(left)} left"
+        Styled(shortened(run.name, 60)), run.state, bar, done, "" if left is None else f"{in_time(left)} left"
     )
     rows = Table.grid(padding=(0, 2))
     for name, key in SHOWN:
@@ -72,7 +73,7 @@ def screen(run: RunFiles) -> Group:
     held = [line["kl"] for line in run.held_out if line.get("kl") is not None]
     if held:
         rows.add_row("held-out KL", number(held[-1]), sparkline(held))
-    parts = [head, rows, Styled(shortened(sentences(run)[0], 300))]
+    parts = [head, rows, Styled(shortened(sentences(run)[0], 300, keep=""))]
     newest = newest_look(run.folder)
     return Group(*parts, *([] if newest is None else [Styled(""), painted(newest)]))
 
@@ -125,8 +126,9 @@ def lines(run: RunFiles, after: int) -> Iterator[tuple[int, str]]:
 
 def states(folder: Path, *, every: float) -> Iterator[RunFiles]:
     """The run again and again, ``every`` seconds apart, the last time when it is no longer at work."""
+    run = None
     while True:
-        run = read_run(folder, with_looks=False)
+        run = read_run(folder, with_looks=False, before=run)
         yield run
         if run.state != "running":
             return

@@ -21,6 +21,9 @@ ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0)
 RANKS = (1, 2, 3, 4, 5, 6, 11, 51)
 CONFIDENCES = 10
 NEEDED = ("sample", "token", "label", "acceptance", "divergence", "weight")
+COUNTED = ("sample", "token", "label", "proposal", "teacher_top", "rank")
+FORMAT = 1
+"""Of probe/texts.json, as this version writes it."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,8 @@ def _look(path: Path, samples: Sequence[Text]) -> Look:
         look = Look(int(noted["step"]), int(noted["rows"]), columns, named)
         lengths = np.array([len(text.tokens) for text in samples], dtype=np.int64)
         whose, at = look["sample"], look["token"]
-        whole = len({len(column) for column in columns.values()}) == 1 and set(NEEDED) <= set(columns)
         if (
-            not whole
+            not _whole(columns)
             or ((whose < 0) | (whose >= len(lengths))).any()
             or ((at < 0) | (at >= lengths[whose])).any()
         ):
@@ -143,6 +145,19 @@ def _look(path: Path, samples: Sequence[Text]) -> Look:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     return look
+
+
+def _whole(columns: dict[str, Column]) -> bool:
+    """Whether the columns NEEDED are there, all are as long, and each is of its kind."""
+    return (
+        len({column.shape for column in columns.values()}) == 1
+        and set(NEEDED) <= set(columns)
+        and all(
+            column.ndim == 1 and column.dtype.kind == ("i" if name in COUNTED else "f")
+            for name, column in columns.items()
+        )
+        and all(np.isfinite(columns[name]).all() for name in ("acceptance", "weight"))
+    )
 
 
 def binned(values: Column, of: Column, edges: Sequence[float]) -> list[tuple[float, int, float]]:

@@ -25,7 +25,7 @@ from selectkd.report import heatmap, provenance
 from selectkd.report.charts import draw, number
 from selectkd.report.curves import calibrations, of_probe, over_steps
 from selectkd.report.escapes import clean
-from selectkd.report.interactive import program, specification
+from selectkd.report.interactive import packed_program, program, specification
 from selectkd.report.results import read_results
 from selectkd.report.run_files import RunFiles, read_run
 from selectkd.report.verdict import RULES, interval, paired, sentences, tiles
@@ -61,13 +61,12 @@ def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
     curves, probe_charts = over_steps(runs), [] if first.looks is None else of_probe(first.looks)
     every = [*curves, *probe_charts, *calibration, *results.charts] if interactive else []
     specifications = {one.title: specification(one) for one in every if not one.empty}
-    program_script = program() if specifications else ""
-    scripts = [script, program_script, chart_script] if specifications else [script]
+    scripts = [script, program(), chart_script] if specifications else [script]
     return _template().render(
         policy=_policy(style, scripts),
         specifications=specifications,
         specifications_json=_json(specifications),
-        program=Markup(program_script),
+        program=packed_program() if specifications else "",
         chart_script=Markup(chart_script),
         style=Markup(style),
         script=Markup(script),
@@ -95,10 +94,15 @@ def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
 def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("selectkd.report", "template"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_visible,
     )  # fmt: skip
     environment.filters |= {"number": number, "clean": clean, "draw": draw}
     return environment.get_template("page.html.j2")
+
+
+def _visible(value: Any) -> Any:
+    """What an expression of the template gives, its control and direction characters as escapes."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _of(run: RunFiles) -> dict[str, str]:

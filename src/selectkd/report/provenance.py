@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 
 def commands(run: RunFiles, kinds: set[str]) -> list[tuple[str, str]]:
     """(what, the command that measures it) of everything on the page."""
-    folder = str(run.folder)
+    folder = shlex.quote(str(run.folder))
     every = [
         ("training, held-out measures, probe", f"selectkd train RECIPE --set training.output_dir={folder}"),
         ("this page", f"selectkd report {folder}"),
@@ -77,12 +78,14 @@ def missing(run: RunFiles, results: Results) -> list[tuple[str, str]]:
     if not run.clock("peak_bytes"):
         found.append(("peak memory", "a run of this version of selectkd"))
     return found + [
-        (what, command) for kind, what, command in _asked(str(run.folder)) if kind not in results.kinds
+        (what, command)
+        for kind, what, command in _asked(shlex.quote(str(run.folder)))
+        if kind not in results.kinds
     ]
 
 
 def _asked(folder: str) -> Sequence[tuple[str, str, str]]:
-    at = f"{folder}/NAME.json"
+    at = f"{folder}/NAME.json"  # the folder is quoted for a shell
     return (
         ("eval", "evaluation with intervals", f"selectkd eval {folder} --json {at}"),
         ("texts", "answers of teacher and student side by side", "selectkd demo"),

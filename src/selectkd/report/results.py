@@ -6,7 +6,6 @@ Each kind is known by the keys its verb writes; what has other keys is named and
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +43,7 @@ def read_results(named: Iterable[tuple[str, Any]]) -> Results:
         try:
             _READERS[kind](found, content)
             found.kinds.add(kind)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             found.unknown.append(f"{name} ({type(error).__name__}: {shortened(error, 80)})")
     return found
 
@@ -121,7 +120,7 @@ def _speculate(found: Results, content: Any) -> None:
     lines = [
         Line(
             shortened(f"{row['draft']}, T {row['temperature']:g}", 60),
-            [(i + 1, value) for i, value in enumerate(row["acceptance_by_position"]) if value is not None],
+            [(i + 1, value) for i, value in enumerate(row["acceptance_by_position"])],
             style, dots=True,
         )
         for style, row in enumerate(rows[:6])
@@ -198,9 +197,7 @@ def _dynamics(found: Results, content: Any) -> None:
 def _landscape(found: Results, content: Any) -> None:
     lines = []
     for style, one in enumerate(content["students"]):
-        points = [
-            (x, y) for x, y in zip(one["at"], one["line"], strict=True) if y is not None and math.isfinite(y)
-        ]
+        points = [(x, y) for x, y in zip(one["at"], one["line"], strict=True)]
         lines.append(Line(shortened(one["student"], 60), points, style))
     found.charts.append(Chart("Loss along a line through the weights", "nats", lines, x="relative distance"))
     found.tables.append(

@@ -6,7 +6,6 @@ of checkpoints, and results in JSON that verbs have written into the folder or t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterable
@@ -16,6 +15,21 @@ from typing import Any
 
 from selectkd.data.durable import unsealed
 from selectkd.errors import ConfigError, DataError
+from selectkd.report.escapes import shortened
+from selectkd.report.lenient import (
+    Growing,
+    Kind,
+    is_number,
+    mapping,
+    measures,
+    note,
+    number,
+    read_json,
+    read_object,
+    streams,
+    whole,
+    wholes,
+)
 from selectkd.report.looks import Looks, read_looks
 
 METRICS, TIMINGS, MANIFEST, RUN, STOPPED, LOCK = (
@@ -23,9 +37,20 @@ METRICS, TIMINGS, MANIFEST, RUN, STOPPED, LOCK = (
 )  # fmt: skip
 RESUMABLE = (75, 130)
 """Exit codes of a run that was stopped from outside: its state is saved, and the same command goes on."""
-LARGEST_JSON = 64 << 20
-"""Bytes; a larger file of results is left out and named."""
 OURS = (MANIFEST, RUN, STOPPED)
+FORMAT = 1
+"""Of run.json, as this version writes it."""
+LONGEST_NAME = 120
+LINE: dict[str, Kind] = {
+    "evaluation": measures, "streams": streams,
+    **dict.fromkeys(("loss", "kl", "tar", "bite", "lr", "grad_norm", "probe_tar", "skipped"), number),
+}  # fmt: skip
+CLOCK: dict[str, Kind] = dict.fromkeys(("time", "tokens_per_second", "peak_bytes"), number)
+SUMMARY: dict[str, Kind] = {
+    "before": measures, "after": measures, "steps": whole, "seconds": number, "skipped_steps": wholes,
+    **dict.fromkeys(("versions", "teacher", "student", "data", "config"), mapping),
+}  # fmt: skip
+"""What the page uses of metrics.jsonl, timings.jsonl and manifest.json, and of which kind it is."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +58,8 @@ class RunFiles:
     """What a run left behind. steps: the lines of training. evaluations: those with held-out or probe measures.
 
     state: running, finished, broken off or failed. results: (file name, content) of JSON results beside it. unread:
-    files that were there and could not be read, each with the reason.
+    files that were there and could not be read, each with the reason. growing: metrics.jsonl and timings.jsonl, for
+    the next reading.
     """
 
     folder: Path
@@ -47,6 +73,7 @@ class RunFiles:
     stopped: dict[str, Any] | None
     looks: Looks | None
     checkpoints: list[int]
+    growing: tuple[Growing, Growing]
     results: list[tuple[str, Any]] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
@@ -60,7 +87,7 @@ class RunFiles:
         """The steps the run was to have; None where its recipe counts epochs and it is not over."""
         if self.manifest is not None and not self.manifest.get("stopped_early"):
             return self.manifest.get("steps")
-        return self.settings.get("training.max_steps")
+        return whole(self.settings.get("training.max_steps"))
 
     @property
     def held_out(self) -> list[dict[str, Any]]:
@@ -86,20 +113,20 @@ class RunFiles:
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each training line that has a number there."""
-        return [(line["step"], line[name]) for line in self.steps if _number(line.get(name))]
+        return [(line["step"], line[name]) for line in self.steps if is_number(line.get(name))]
 
     def clock(self, name: str) -> list[tuple[int, float]]:
         """The same of timings.jsonl."""
-        return [(line["step"], line[name]) for line in self.timings if _number(line.get(name))]
+        return [(line["step"], line[name]) for line in self.timings if is_number(line.get(name))]
 
     @property
     def seconds(self) -> float | None:
         """Wall time from the first to the last note of the clock, or the manifest's where the run was in one piece."""
-        times = [line["time"] for line in self.timings if _number(line.get("time"))]
+        times = [line["time"] for line in self.timings if is_number(line.get("time"))]
         whole = (self.manifest or {}).get("seconds")
         if whole is not None and not self.resumes:
             return whole
-        return times[-1] - times[0] if len(times) > 1 else None
+        return max(times[-1] - times[0], 0) if len(times) > 1 else None
 
     @property
     def resumes(self) -> list[int]:
@@ -117,30 +144,43 @@ class RunFiles:
 
 
 def read_run(
-    folder: str | os.PathLike[str], extra: Iterable[Path] = (), *, with_looks: bool = True
+    folder: str | os.PathLike[str],
+    extra: Iterable[Path] = (),
+    *,
+    with_looks: bool = True,
+    before: RunFiles | None = None,
 ) -> RunFiles:
-    """The run in ``folder`` with the results in ``extra``; ConfigError where it is no run folder."""
+    """The run in ``folder`` with the results in ``extra``; ConfigError where it is no run folder.
+
+    before: the same run as it was read last, of whose growing files only what is new is read.
+    """
     path = Path(folder).expanduser()
     if not (path / METRICS).is_file() and not (path / RUN).is_file():
         raise ConfigError(f"{folder} has no {METRICS}, so it is no run folder. Name a run's output_dir.")
-    unread: list[str] = []
-    lines = _lines(path / METRICS, unread)
-    manifest = _json(path / MANIFEST, unread)
-    stopped = _json(path / STOPPED, unread)
+    growing = (
+        before.growing
+        if before is not None
+        else (Growing(path / METRICS, LINE), Growing(path / TIMINGS, CLOCK))
+    )
+    lines, timings = (one.read() for one in growing)
+    unread = [text for one in growing for text in one.unread]
+    manifest = read_object(path / MANIFEST, SUMMARY, unread)
+    stopped = read_object(path / STOPPED, {"exit_code": whole}, unread)
     inside = [one for one in sorted(path.glob("*.json")) if one.name not in OURS]
-    results = [(one.name, content) for one in inside if (content := _json(one, unread)) is not None]
+    results = [(one.name, content) for one in inside if (content := read_json(one, unread)) is not None]
     return RunFiles(
         folder=path,
-        name=path.resolve().name,
+        name=shortened(path.resolve().name, LONGEST_NAME, keep=""),
         state=_state(path, manifest, stopped),
         steps=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "loss" not in line],
-        timings=_lines(path / TIMINGS, unread),
+        timings=timings,
         manifest=manifest,
         settings=_settings(path / RUN, unread),
         stopped=stopped,
         looks=_looks(path, unread) if with_looks else None,
         checkpoints=_checkpoints(path / "checkpoints"),
+        growing=growing,
         results=[*results, *((one.name, _named(one)) for one in extra)],
         unread=unread,
     )
@@ -150,10 +190,11 @@ def run_folders(folder: Path, depth: int = 3) -> list[Path]:
     """The run folders in ``folder``, itself included, by name; nothing inside a run is looked at."""
     if (folder / RUN).is_file() or (folder / METRICS).is_file():
         return [folder]
-    inside = (
-        sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()) if depth else []
-    )
-    return [found for path in inside for found in run_folders(path, depth - 1)]
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:  # of another user
+        return []
+    return [found for path in inside for found in run_folders(path, depth - 1)] if depth else []
 
 
 def _state(folder: Path, manifest: Any, stopped: Any) -> str:
@@ -170,19 +211,19 @@ def at_work(folder: Path) -> bool:
     """Whether the process that the lock names is alive and holds it; a lock of another host counts for an hour."""
     lock = folder / LOCK
     try:
-        _, process, _, host = lock.read_text("utf-8").split()
-        number = int(process)
+        _, process, _, host = lock.read_text("utf-8").split() if lock.is_file() else []
+        number_of = int(process)
     except (OSError, ValueError):
         return False
     if host != socket.gethostname():
         newest = max((f.stat().st_mtime for f in (folder / METRICS, lock) if f.is_file()), default=0.0)
         return not (folder / MANIFEST).is_file() and newest > _now() - 3600
-    table = Path(f"/proc/{number}/fd")
+    table = Path(f"/proc/{number_of}/fd")
     try:
         if Path("/proc/self/fd").is_dir():
             return any(os.path.samefile(one, lock) for one in table.iterdir() if one.exists())
-        os.kill(number, 0)
-    except (OSError, PermissionError):
+        os.kill(number_of, 0)
+    except (OSError, OverflowError):
         return False
     return not (folder / MANIFEST).is_file()
 
@@ -193,45 +234,9 @@ def _now() -> float:
     return time.time()
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a line that is none ends the reading and is named, except a last one cut short."""
-    found: list[dict[str, Any]] = []
-    if not path.is_file():
-        return found
-    content = path.read_text("utf-8", "replace")
-    texts = content.splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            if number < len(texts) or content.endswith("\n"):
-                unread.append(f"{path.name}:{number} is no object with a step; lines behind it are left out")
-            break
-        found.append(line)
-    return found
-
-
-def _json(path: Path, unread: list[str]) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON >> 20} MiB")
-        return json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        unread.append(f"{path.name}: {type(error).__name__}: {error}")
-        return None
-
-
 def _named(path: Path) -> Any:
     unread: list[str] = []
-    content = _json(path, unread)
+    content = read_json(path, unread)
     if content is None:
         raise DataError(f"{path} cannot be read as JSON. {' '.join(unread)} Name a file that --json wrote.")
     return content
@@ -241,21 +246,28 @@ def _settings(path: Path, unread: list[str]) -> dict[str, Any]:
     """The recipe and facts of run.json, one level deep."""
     if not path.is_file():
         return {}
-    content = unsealed(path.read_bytes())
+    try:
+        content = unsealed(path.read_bytes())
+    except (OSError, RecursionError):
+        content = None
     if content is None:
-        unread.append(f"{path.name} is damaged")
+        note(unread, f"{path.name} is damaged")
         return {}
-    return dict(content.get("run", {}))
+    if content.get("format") != FORMAT:
+        note(
+            unread, f"{path.name} is of another version of selectkd; what this one does not know is left out"
+        )
+    return mapping(content.get("run")) or {}
 
 
 def _looks(folder: Path, unread: list[str]) -> Looks | None:
     try:
         return read_looks(folder / "probe")
     except DataError as error:
-        unread.append(str(error).rstrip("."))
+        note(unread, str(error).rstrip("."))
         return None
 
 
 def _checkpoints(folder: Path) -> list[int]:
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())

@@ -9,6 +9,7 @@ import numpy as np
 
 from selectkd.evals.statistics import Difference, paired_bootstrap
 from selectkd.report.charts import number
+from selectkd.report.lenient import is_number
 from selectkd.report.looks import Look
 from selectkd.report.run_files import RunFiles
 
@@ -119,12 +120,11 @@ def _beside_random(results: list[tuple[str, Any]]) -> float | None:
     of: dict[str, list[float]] = {"selected": [], "matched_random": []}
     for _, content in results:
         for row in content if isinstance(content, list) else []:
-            if (
-                isinstance(row, dict)
-                and row.get("selection") in of
-                and isinstance(row.get("held_out_kl"), float)
-            ):
-                of[row["selection"]].append(row["held_out_kl"])
+            if not isinstance(row, dict) or not is_number(row.get("held_out_kl")):
+                continue
+            for selection, values in of.items():
+                if row.get("selection") == selection:
+                    values.append(row["held_out_kl"])
     if not all(of.values()):
         return None
     return float(np.mean(of["selected"]) - np.mean(of["matched_random"]))

@@ -56,10 +56,13 @@
       });
       text.parentElement.querySelector(".share b").textContent = accepted;
     }
+    label(look);
+    if (current) describe(current);
+  }
+  function label(look) {
     const several = page.looks.some((one) => one.run !== look.run);
     const flips = look.won + look.lost ? `; since the previous measurement ▲ ${look.won} accepted, ▼ ${look.lost} rejected` : "";
     looked.textContent = `${several ? look.run + ", " : ""}step ${look.step}: TAR ${shown(look.tar)}${flips}`;
-    if (current) describe(current);
   }
   function add(parent, name, text) {
     const made = parent.appendChild(document.createElement(name));
@@ -119,5 +122,5 @@
     all[at].scrollIntoView({ block: "nearest" });
   });
   slider.addEventListener("input", () => show(Number(slider.value)));
-  show(now);
+  label(page.looks[now]); // its colours are the page's own
 })();

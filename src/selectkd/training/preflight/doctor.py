@@ -78,9 +78,12 @@ class Finding:
         return {"check": self.check, "ok": self.ok, "message": self.message}
 
 
-def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Finding]:
+def doctor(
+    recipe: Any, *, device: torch.device | str = "auto", stage: Callable[..., None] | None = None
+) -> Iterator[Finding]:
     """One Finding a check, as each is done; nothing is written. Where one of those without weights fails, the models
-    are not loaded. device: where the run will be, as of ``training_device``.
+    are not loaded. device: where the run will be, as of ``training_device``. stage hears what takes its time, as of
+    ``assemble``.
     """
     fine, device = True, training_device(device)
     with ExitStack() as stack:
@@ -94,7 +97,7 @@ def doctor(recipe: Any, *, device: torch.device | str = "auto") -> Iterator[Find
             fine = fine and finding.ok
             yield finding
         if fine:
-            yield from with_weights(recipe, device)
+            yield from with_weights(recipe, device, stage)
 
 
 def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
@@ -126,11 +129,15 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         yield tried("disk", lambda: _disk(recipe, memory[0]))
 
 
-def with_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
+def with_weights(
+    recipe: Any, device: torch.device, stage: Callable[..., None] | None = None
+) -> Iterator[Finding]:
     """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
     assembly: Assembly | None = None
     try:
-        assembly = assemble(recipe, device=device, date=date_of(Path(recipe.training.output_dir)))
+        assembly = assemble(
+            recipe, device=device, date=date_of(Path(recipe.training.output_dir)), stage=stage
+        )
     except SelectKDError as error:
         yield Finding("models", False, str(error), error.exit_code)
     if assembly is None:
