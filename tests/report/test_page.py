@@ -93,9 +93,12 @@ def test_numbers_of_the_page_are_those_of_the_runs_files(run: Path) -> None:
         assert each in said, each
     tars = [line["probe_tar"] for line in read_run(run).evaluations]
     shown = re.findall(
-        r"(\d+) (0\.\d+) (?:-|\d+) (?:-|\d+)", said[said.index("Over the run") : said.index("From the first")]
+        r"(\d+) (0\.\d+) (?:- -|\d+ \d+)", said[said.index("Over the run") : said.index("From the first")]
     )
     assert [float(tar) for _, tar in shown] == pytest.approx(tars, abs=6e-4)
+    assert said.count("- - ", said.index("Over the run"), said.index("From the first")) == 1, (
+        "the first alone"
+    )
 
 
 def test_packed_columns_are_those_of_the_look_to_three_digits(run: Path) -> None:

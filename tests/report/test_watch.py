@@ -15,8 +15,11 @@ from rich.console import Console
 
 from report.written_run import write_run
 from selectkd.cli import main
+from selectkd.data.durable import sealed
 from selectkd.errors import NumericsError
-from selectkd.report.live import screen, sparkline, time_left
+from selectkd.report.lenient import Growing
+from selectkd.report.live import lines, screen, sparkline, time_left
+from selectkd.report.page import page
 from selectkd.report.run_files import at_work, read_run
 from selectkd.training.run_folder import noting_errors
 from selectkd.training.run_lock import locked
@@ -99,3 +102,66 @@ def test_time_left_is_at_the_pace_of_the_newest_steps(tmp_path: Path) -> None:
     run.joinpath("timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert time_left(read_run(run)) == pytest.approx((20 - 10) * 2.0)
     assert sparkline([1.0] * 100) == "▁" * 34 and sparkline([]) == ""
+
+
+def broken(run: Path, name: str, change: Any) -> None:
+    """Changes the object in a JSON file of a run, or in the last line of a JSONL file."""
+    path = run / name
+    *before, last = path.read_text("utf-8").splitlines() if name.endswith("l") else [path.read_text("utf-8")]
+    path.write_text("\n".join([*before, json.dumps({**json.loads(last), **change})]) + "\n", "utf-8")
+
+
+STRANGE = (float("nan"), 10**400, -1e308, "[/x]\x1b[2J", [1], {"a": {"b": []}}, True)
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=repr)
+def test_values_of_another_kind_are_left_out_and_named(value: Any, tmp_path: Path) -> None:
+    """Of a later version, or of somebody who means harm."""
+    run = write_run(tmp_path / "[red] \u202e\n$(id)", texts=2, tokens=4)
+    odd = dict.fromkeys(("loss", "tar", "lr", "streams", "skipped", "grad_norm"), value)
+    broken(run, "metrics.jsonl", odd)
+    broken(run, "timings.jsonl", {"time": value, "peak_bytes": value, "tokens_per_second": value})
+    broken(
+        run,
+        "manifest.json",
+        dict.fromkeys(("before", "seconds", "skipped_steps", "versions", "config"), value),
+    )
+    (run / "compared.json").write_text(json.dumps([{"selection": value, "held_out_kl": value}]))
+    (run / "deep.json").write_text("[" * 5000)
+    found = read_run(run)
+    assert found.state == "finished" and found.unread and found.last_step == 20
+    said = page([found])
+    assert "Not read" in said and "\u202e" not in said and "\\u202e" in said
+    assert "&#39;" in said, "commands are quoted for a shell"
+    with (tmp_path / "screen").open("w+") as file:
+        Console(file=file, width=100).print(screen(found))
+        file.seek(0)
+        assert "[red]" in file.read(), "no markup of the terminal's"
+    assert len(list(lines(found, -1))) == 23
+
+
+def test_a_damaged_line_is_left_out_and_a_list_for_a_manifest_is_none(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "run\nforged  finished")
+    content = (run / "metrics.jsonl").read_bytes().split(b"\n")
+    content[3] = b"\x00\xff"
+    (run / "metrics.jsonl").write_bytes(b"\n".join(content))
+    (run / "manifest.json").write_text("[1]")
+    (run / "run.json").write_bytes(sealed({"format": 2, "run": {"training.max_steps": "many"}}))
+    found = read_run(run)
+    assert len(found.steps) == 19 and found.planned is None and found.state == "broken off"
+    assert [one.partition(" ")[0] for one in found.unread] == ["metrics.jsonl:4", "manifest.json", "run.json"]
+    assert main(["runs", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2, "a name has no line of its own"
+
+
+def test_of_a_growing_file_only_the_new_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    growing = Growing(path, {})
+    assert [line["step"] for line in growing.read()] == [1, 2]
+    first = growing.lines[0]
+    with path.open("a") as file:
+        file.write('p": 3}\n')
+    assert [line["step"] for line in growing.read()] == [1, 2, 3] and growing.lines[0] is first
+    path.write_text('{"step": 1}\n{"step": 7}\n{"step": 8}\n{"step": 9}\n')
+    assert [line["step"] for line in growing.read()] == [1, 7, 8, 9], "a resumed run goes on elsewhere"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_a_logger_that_hangs_is_told_once_and_left_behind(where: str, trained: A
             let_go.wait(60)
 
     _, steps = trained(fails)
-    assert steps == 3 and caplog.text.count("is left behind") == 1
+    assert steps == 3 and caplog.text.count("is waited for once more at the end") == 1
 
 
 def test_held_out_measures_and_the_recipe_reach_the_loggers_and_measures_stay_on_the_screen(
@@ -214,6 +215,30 @@ def test_a_logger_gets_the_report_before_the_end_and_one_that_takes_none_is_told
         assert heard == expected and caplog.text.count("training.report_to") == (1 if warned else 0)
         assert warned in caplog.text
     let_go.set()
+
+
+def test_a_slow_logger_has_all_of_the_run_before_it_ends(
+    monkeypatch: Any, tmp_path: Any, caplog: Any
+) -> None:
+    heard: list[str] = []
+
+    class Slow(TrainerCallback):
+        def on_train_begin(self, args, state, control, **named):
+            time.sleep(0.4)
+            heard.append("begin")
+
+        def on_train_end(self, args, state, control, **named):
+            heard.append("end")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Slow)
+    monkeypatch.setitem(loggers.ATTACH, "tensorboard", lambda callback, report: heard.append(report.name))
+    callback: Any = loggers.Loggers(["tensorboard"], wait=0.3)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    callback.on_train_begin(args, TrainerState(), TrainerControl())
+    assert heard == [], "the run goes on without it"
+    callback.on_train_end(args, TrainerState(), TrainerControl())
+    callback.close(tmp_path / "report.html")
+    assert heard == ["begin", "report.html", "end"] and caplog.text.count("training.report_to") == 1
 
 
 def test_a_report_that_cannot_be_written_is_one_warning(tmp_path: Any, caplog: Any) -> None:

@@ -16,7 +16,7 @@ from selectkd.report.escapes import clean
 from selectkd.report.lenient import is_number
 
 WIDTH, HEIGHT = 420.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 30.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 12.0, 12.0, 40.0
 MOST_POINTS = 600
 """Points of a drawn line: more than one a pixel are averaged."""
 ACROSS = ("resumed", "skipped")
@@ -84,6 +84,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return shown if "e" not in shown or abs(value) < 1e-4 else f"{value:.{digits}f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with what it counts.
+
+    >>> counted(1, "step"), counted(2000, "step")
+    ('1 step', '2,000 steps')
+    """
+    return f"{number(n)} {noun}{'' if n == 1 else 's'}"
+
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """At most ``most`` + 1 round numbers from low to high.
 
@@ -148,16 +157,16 @@ def _axes(chart: Chart, box: _Box) -> list[str]:
         _, y = box.at(box.x[0], value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{number(value)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4.5}" text-anchor="end">{number(value)}</text>'
         )
     named = list(enumerate(chart.groups)) if chart.groups else [(at, number(at)) for at in ticks(*box.x, 5)]
     for at, name in named:
         x, _ = box.at(at, box.y[0])
         parts.append(
-            f'<text class="tick" x="{x}" y="{HEIGHT - 14}" text-anchor="middle">{escape(name)}</text>'
+            f'<text class="tick" x="{x}" y="{HEIGHT - 23}" text-anchor="middle">{escape(name)}</text>'
         )
     parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(chart.x)}</text>'
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(chart.x)}</text>'
     )
     for kind, at in chart.marks:
         x, _ = box.at(at, 0.0)

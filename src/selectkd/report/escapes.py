@@ -42,4 +42,6 @@ def shortened(text: object, most: int, *, keep: str = "\n") -> str:
     """
     text = str(text)
     left = len(text) - most
-    return clean(text[:most], keep=keep) + (f" … and {left:,} more characters" if left > 0 else "")
+    return clean(text[:most], keep=keep) + (
+        f" … and {left:,} more character{'' if left == 1 else 's'}" if left > 0 else ""
+    )

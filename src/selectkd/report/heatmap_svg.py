@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import escape
 
 from selectkd.errors import ConfigError
+from selectkd.report.charts import counted
 from selectkd.report.escapes import shortened
 from selectkd.report.heatmap import ACCEPTED, shown
 from selectkd.report.looks import Looks
@@ -49,7 +50,7 @@ def heatmap_svg(run: RunFiles, text: int | None = None) -> str:
     every = shown([(run.name, looks)])
     prompt, answer = _pieces(looks, number)
     lines = [_row(f"Prompt: {prompt}", 0)]
-    panels = [("before training", every[0]), (f"after {looks.last.step} steps", every[-1])]
+    panels = [("before training", every[0]), (f"after {counted(looks.last.step, 'step')}", every[-1])]
     height = MARGIN + LINE
     parts: list[str] = []
     for name, one in panels if len(every) > 1 else panels[1:]:

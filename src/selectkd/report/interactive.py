@@ -14,7 +14,7 @@ from typing import Any
 from selectkd.report.charts import ACROSS, Chart, as_data
 
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
-HEIGHT = 190
+HEIGHT = 150
 MARKS = {"evaluation": "#7a8496", "checkpoint": "#9a5cc0", "resumed": "#2a9a78", "skipped": "#c8563c"}
 """Colours that are seen on a light and on a dark page."""
 
@@ -46,7 +46,7 @@ def specification(chart: Chart) -> dict[str, Any]:
     names = list(dict.fromkeys(row["series"] for row in data["rows"]))
     legend = None if len(names) < 2 else alt.Legend(title=None)
     scale = alt.Scale(domain=names)
-    y = alt.Y("y:Q", title=None, scale=alt.Scale(zero=chart.low == 0.0))
+    y = alt.Y("y:Q", title=None, axis=alt.Axis(tickCount=4), scale=alt.Scale(zero=chart.low == 0.0))
     colour = alt.Color("series:N", sort=None, scale=scale, legend=legend)
     tooltip = [
         alt.Tooltip("series:N", title=chart.title),
@@ -62,7 +62,7 @@ def specification(chart: Chart) -> dict[str, Any]:
     chosen = alt.selection_point(fields=["series"], bind="legend")
     drawn = alt.Chart(alt.Data(values=data["rows"])).mark_line(point=alt.OverlayMarkDef(size=22))
     drawn = drawn.encode(
-        x=alt.X("x:Q", title=chart.x), y=y, color=colour,
+        x=alt.X("x:Q", title=chart.x, axis=alt.Axis(tickCount=5)), y=y, color=colour,
         strokeDash=alt.StrokeDash("series:N", sort=None, legend=legend, scale=scale),
         opacity=alt.condition(chosen, alt.value(1.0), alt.value(0.15)),
         tooltip=[*tooltip, alt.Tooltip("x:Q", title=chart.x)],

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LARGEST = 1e300
 """Beyond it a number counts as none: differences of two would overflow."""
 LARGEST_JSON, LARGEST_LINES = 64 << 20, 1 << 30
@@ -25,10 +27,12 @@ Kind = Callable[[Any], Any]
 def is_number(value: Any) -> bool:
     """Whether a value is a number that can be drawn: no boolean, finite, and of a size that a float has.
 
-    >>> [is_number(one) for one in (1, 2.5, True, float("nan"), 10**400, "1", None)]
-    [True, True, False, False, False, False, False]
+    >>> [is_number(one) for one in (1, 2.5, np.int64(3), True, float("nan"), 10**400, "1", None)]
+    [True, True, True, False, False, False, False, False]
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return -LARGEST < (value.item() if isinstance(value, np.generic) else value) < LARGEST
 
 
 def number(value: Any) -> float | None:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -22,7 +23,7 @@ from markupsafe import Markup
 from selectkd import __version__
 from selectkd.data.durable import write_plain
 from selectkd.report import heatmap, provenance
-from selectkd.report.charts import draw, number
+from selectkd.report.charts import counted, draw, number
 from selectkd.report.curves import calibrations, of_probe, over_steps
 from selectkd.report.escapes import clean
 from selectkd.report.interactive import packed_program, program, specification
@@ -96,7 +97,7 @@ def _template() -> Template:
         loader=PackageLoader("selectkd.report", "template"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_visible,
     )  # fmt: skip
-    environment.filters |= {"number": number, "clean": clean, "draw": draw}
+    environment.filters |= {"number": number, "counted": counted, "draw": draw}
     return environment.get_template("page.html.j2")
 
 
@@ -111,9 +112,15 @@ def _of(run: RunFiles) -> dict[str, str]:
     sources = [(manifest.get(who) or {}).get("source") for who in ("teacher", "student")]
     return {
         "teacher": str(sources[0] or settings.get("teacher.model") or "a teacher"),
-        "student": str(sources[1] or settings.get("student.model") or "some of its own layers"),
+        "student": _cut(str(sources[1] or settings.get("student.model") or "some of its own layers")),
         "gate": _gate(settings),
     }
+
+
+def _cut(student: str) -> str:
+    """A student with how many layers it has of a model, where its name lists them all."""
+    found = re.fullmatch(r"(.*) with layers (\d+(?:, \d+)*)", student, re.S)
+    return student if found is None else f"{counted(found[2].count(',') + 1, 'layer')} of {found[1]}"
 
 
 def _gate(settings: dict[str, Any]) -> str:

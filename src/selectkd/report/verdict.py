@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selectkd.evals.statistics import Difference, paired_bootstrap
-from selectkd.report.charts import number
+from selectkd.report.charts import counted, number
 from selectkd.report.lenient import is_number
 from selectkd.report.looks import Look
 from selectkd.report.run_files import RunFiles
@@ -44,9 +44,7 @@ def tiles(run: RunFiles) -> list[Tile]:
     before, after = run.before or {}, run.after or {}
     of_teacher = after.get("teacher_perplexity")
     teacher = f"teacher {number(of_teacher)}" if of_teacher else "of held-out text"
-    steps = f"{number(run.last_step)} steps" + (
-        f", resumed {_times(len(run.resumes))}" if run.resumes else ""
-    )
+    steps = counted(run.last_step, "step") + (f", resumed {_times(len(run.resumes))}" if run.resumes else "")
     found = [
         _change("Held-out KL", before.get("kl"), after.get("kl"), "nats a token; 0 is the teacher", lower=True),
         _change(
@@ -142,7 +140,7 @@ def _skipped(run: RunFiles) -> str:
     return (
         ""
         if not n
-        else f"{n} step{'s' if n > 1 else ''} had numbers that are not finite and changed nothing; see bad_batches/."
+        else f"{counted(n, 'step')} had numbers that are not finite and changed nothing; see bad_batches/."
     )
 
 

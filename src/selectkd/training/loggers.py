@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 WAIT = 10.0
-"""Seconds a run waits for a logger; a call that takes longer is left behind, and is not waited for again."""
+"""Seconds a run waits for a logger; one that takes longer is left behind, and is waited for once more at the end."""
 
 MOST_BEHIND = 10_000
 """Calls kept for a logger that is behind; more are dropped, and metrics.jsonl holds every number either way."""
@@ -55,6 +55,8 @@ class Loggers(TrainerCallback):
             args, state, control, named = self._at_end
             self._hand_on("on_train_end", args, state, control, named)
         self._at_end = None
+        for logger in self._loggers:
+            logger.finish()
 
     def _hand_on(self, event: str, args: Any, state: Any, control: Any, named: Mapping[str, Any]) -> None:
         given = {key: dict(value) if key == "logs" else value for key, value in named.items()}
@@ -105,6 +107,12 @@ class _Logger:
         if attach is not None:
             self._ask("the report", lambda callback: attach(callback, report))
 
+    def finish(self) -> None:
+        """Waits once more for a logger that is behind: the process may end next, and takes its thread along."""
+        if not self._last.wait(self.wait) and self.error is None:
+            self._tell("had not taken all of the run when it ended")
+        self._tell_of_error()
+
     def _ask(self, event: str, call: Callable[[Any], Any]) -> None:
         if self.error is None:
             waits, done = self._last.is_set(), threading.Event()
@@ -112,7 +120,12 @@ class _Logger:
                 self._calls.put((call, done))
                 self._last = done
             if waits and not done.wait(self.wait):
-                self._tell(f"has not answered {event} for {self.wait:.0f} s; the call is left behind")
+                self._tell(
+                    f"has not answered {event} for {self.wait:.0f} s; it is waited for once more at the end"
+                )
+        self._tell_of_error()
+
+    def _tell_of_error(self) -> None:
         if self.error is not None:
             kind = type(self.error).__name__
             self._tell(f"failed, and hears no more: {kind}: {str(self.error)[:200]}")
@@ -134,6 +147,8 @@ class _Logger:
             except Exception as error:  # other people's code; it is logged, and must not end the run
                 self.error = error
             done.set()
+        while not self._calls.empty():
+            self._calls.get()[1].set()
 
 
 def _to_wandb(callback: Any, report: Path) -> None:
@@ -145,7 +160,8 @@ def _to_wandb(callback: Any, report: Path) -> None:
 
 
 def _to_mlflow(callback: Any, report: Path) -> None:
-    callback._ml_flow.log_artifact(str(report))
+    if callback._initialized:
+        callback._ml_flow.log_artifact(str(report))
 
 
 def _to_trackio(callback: Any, report: Path) -> None:
@@ -153,15 +169,18 @@ def _to_trackio(callback: Any, report: Path) -> None:
 
 
 def _to_comet(callback: Any, report: Path) -> None:
-    callback._experiment.log_asset(str(report), file_name=report.name)
+    if callback._experiment is not None:  # switched off by its own variables
+        callback._experiment.log_asset(str(report), file_name=report.name)
 
 
 def _to_clearml(callback: Any, report: Path) -> None:
-    callback._clearml_task.upload_artifact("report", str(report))
+    if callback._clearml_task is not None:
+        callback._clearml_task.upload_artifact("report", str(report))
 
 
 def _to_tensorboard(callback: Any, report: Path) -> None:
-    callback.tb_writer.add_text("report", f"the report of this run is {report.absolute()}")
+    if callback.tb_writer is not None:
+        callback.tb_writer.add_text("report", f"the report of this run is {report.absolute()}")
 
 
 def _to_swanlab(callback: Any, report: Path) -> None:

@@ -91,6 +91,6 @@ def check_loggers(names: Sequence[str]) -> None:
     missing = sorted(set(names) - set(get_available_reporting_integrations()))
     if missing:
         raise ConfigError(
-            f"training.report_to names {', '.join(missing)}, which is not installed. Install it, or leave it out: "
-            "metrics.jsonl holds every number either way."
+            f"training.report_to names {', '.join(missing)}, which is not installed, or lacks its settings "
+            "(Comet: COMET_API_KEY). Install it, or leave it out: metrics.jsonl holds every number."
         )
