@@ -171,6 +171,7 @@ def _to_trackio(callback: Any, report: Path) -> None:
 def _to_comet(callback: Any, report: Path) -> None:
     if callback._experiment is not None:  # switched off by its own variables
         callback._experiment.log_asset(str(report), file_name=report.name)
+        callback._experiment.flush()
 
 
 def _to_clearml(callback: Any, report: Path) -> None:
