@@ -293,27 +293,18 @@ def _teacher(assembly: Assembly) -> str:
 
 
 def _tar(assembly: Assembly, recipe: Any) -> str:
+    def tar_under(objective: Any) -> float:
+        seed, precision = recipe.training.seed, assembly.precision
+        of = (assembly.student, assembly.teacher, assembly.probe, objective)
+        return tar_of(probe(*of, seed=seed, precision=precision), assembly.probe)
+
     width = min(head_of(assembly.student).width, assembly.teacher_plan.k or head_of(assembly.student).width)
     found = []
     for k in KS:
         if k <= width:
             objective = replace(assembly.objective, verifier={"name": "greedy_topk", "k": k})
-            verdicts = probe(
-                assembly.student,
-                assembly.teacher,
-                assembly.probe,
-                objective,
-                seed=recipe.training.seed,
-                precision=assembly.precision,
-            )
-            found.append(f"k = {k}: {tar_of(verdicts, assembly.probe):.3f}")
-    tar = tar_of(
-        probe(
-            assembly.student, assembly.teacher, assembly.probe, assembly.objective, seed=recipe.training.seed,
-            precision=assembly.precision,
-        ),
-        assembly.probe,
-    )  # fmt: skip
+            found.append(f"k = {k}: {tar_under(objective):.3f}")
+    tar = tar_under(assembly.objective)
     text = f"at step 0, greedy_topk {', '.join(found)}; the recipe's own verifier: {tar:.3f}."
     return text + (f" {cold(tar)}" if tar < COLD_TAR and assembly.beta.start == assembly.beta.end < 1 else "")
 
