@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages a result depends on, of those installed."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: a package's metadata takes milliseconds, and none changes under a process."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
