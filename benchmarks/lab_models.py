@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,38 @@ def train(
     course: Course,
     relabel: Relabel | None = None,
 ) -> None:
+    """Trains the model on rows of ids and saves it in ``folder``; ``relabel`` changes the labels of every batch."""
+
+    def loss(batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, int]:
+        ids, labels = batch
+        if relabel is not None:
+            labels = relabel(ids, labels, torch.Generator().manual_seed(course.seed * 1_000_003 + step))
+        return token_losses(model, ids, labels).mean(), int((labels[:, 1:] != -100).sum())
+
+    def save(part: Path) -> None:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+    def source(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(batches(rows, course.seed), start, None)
+
+    follow(folder, model, course, Material(source, loss, lambda: heldout_loss(model, heldout), save))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a course is about. batches: from a step on, without end; loss: (batch, step) -> (its mean loss, its tokens);
+    heldout: the loss of held-out text; save: writes the model into a folder."""
+
+    batches: Callable[[int], Iterator[Any]]
+    loss: Callable[[Any, int], tuple[Tensor, int]]
+    heldout: Callable[[], float]
+    save: Callable[[Path], None]
+
+
+def follow(folder: Path, model: Any, course: Course, material: Material) -> None:
     """Trains the model and saves it in ``folder``, with its ages beside it and its course in curve.jsonl; does nothing
-    where the folder is there. ``relabel`` changes the labels of every batch."""  # fmt: skip
+    where the folder is there. A training that was killed goes on from its state, beside the folder."""
     if folder.exists():
         return
     optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.01)
@@ -151,44 +182,38 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         pace.load_state_dict(saved["pace"])
         curve, step, tokens, seconds = (saved[name] for name in ("curve", "step", "tokens", "seconds"))
-    source = batches(rows, course.seed)
-    for _ in range(step):
-        next(source)
+    source = material.batches(step)
     looks = {max(1, round(course.steps * part / 20)) for part in range(1, 21)}
     ages = {max(1, round(course.steps * share)): share for share in course.ages}
     began = saved_at = time.perf_counter()
     while step < course.steps:
-        ids, labels = next(source)
-        if relabel is not None:
-            labels = relabel(ids, labels, torch.Generator().manual_seed(course.seed * 1_000_003 + step))
-        loss = token_losses(model, ids, labels).mean()
+        loss, count = material.loss(next(source), step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         pace.step()
-        step, tokens = step + 1, tokens + int((labels[:, 1:] != -100).sum())
+        step, tokens = step + 1, tokens + count
         spent = seconds + time.perf_counter() - began
         if step in looks:
             curve.append({"step": step, "tokens": tokens, "seconds": round(spent, 1), "loss": float(loss.detach()),
-                          "heldout": heldout_loss(model, heldout)})  # fmt: skip
+                          "heldout": material.heldout()})  # fmt: skip
         if step in ages:
-            _save(folder.with_name(f"{folder.name}-age-{round(100 * ages[step])}"), model, tokenizer, curve)
+            _save(folder.with_name(f"{folder.name}-age-{round(100 * ages[step])}"), material, curve)
         if time.perf_counter() - saved_at > SAVE_SECONDS:
             saved_at = time.perf_counter()
             part = state.with_suffix(".part")
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pace": pace.state_dict(),
                         "curve": curve, "step": step, "tokens": tokens, "seconds": spent}, part)  # fmt: skip
             part.rename(state)
-    _save(folder, model, tokenizer, curve)
+    _save(folder, material, curve)
     state.unlink(missing_ok=True)
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, curve: list[dict[str, Any]]) -> None:
+def _save(folder: Path, material: Material, curve: list[dict[str, Any]]) -> None:
     """The model's folder, whole or not there."""
     part = folder.with_name(folder.name + ".part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    material.save(part)
     (part / "curve.jsonl").write_text("".join(json.dumps(look) + "\n" for look in curve), "utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # a younger teacher of a training that was begun anew
     part.rename(folder)

@@ -129,6 +129,7 @@ def evaluate(
     chat: Annotated[
         bool, typer.Option("--chat", help="harness: use the model's chat template, which is off by default.")
     ] = False,
+    size: Annotated[int, typer.Option("--size", min=32, help="vision: pixels across a drawn scene.")] = 224,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
@@ -149,7 +150,7 @@ def evaluate(
     harness = eval_suites.HarnessOptions(tasks, task_folder, shots, chat)
     options = eval_suites.EvalOptions(
         chosen, data, limit, tokens, samples, k, temperature, unsafe, max_length, dtype, seed, answers, memory,
-        judging, harness,
+        judging, harness, size,
     )  # fmt: skip
     eval_suites.check(options)
     without_other_bars()

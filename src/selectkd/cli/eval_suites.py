@@ -68,6 +68,7 @@ class EvalOptions:
     memory: Path
     judge: JudgeOptions
     harness: HarnessOptions
+    size: int
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ def vision(names: list[str], options: EvalOptions, here: Here) -> Results:
 
     tasks = tuple(chosen_benchmarks(options.harness.tasks or "synthetic"))
     load_judge = _judge_loader(options, here) if "mmvet" in tasks else None
-    run = VisionRun(tasks, options.data, options.limit, here.batch_size, options.seed, load_judge)
+    run = VisionRun(
+        tasks, options.data, options.limit, here.batch_size, options.seed, options.size, load_judge
+    )
     files, memory = run.check(), Memory.opened(options.memory)
     scored: dict[str, list[Any]] = {}
     averages = []

@@ -23,10 +23,24 @@ Control = Literal["matched_random", "matched_position"]
 Measure = Literal["completions", "calibration", "draft", "sharpness"]
 Outcome = Literal[
     "held_out_kl", "held_out_loss", "tar", "overlap", "exact_match", "parse_rate", "calibration_error",
-    "draft_acceptance", "draft_speedup", "top_eigenvalue",
+    "draft_acceptance", "draft_speedup", "top_eigenvalue", "option_accuracy", "yes_no_accuracy",
 ]  # fmt: skip
-HIGHER_IS_BETTER = ("tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup")
+HIGHER_IS_BETTER = (
+    "tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup", "option_accuracy",
+    "yes_no_accuracy",
+)  # fmt: skip
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), Whole]
+
+
+class DrawnScenes(Section):
+    """The synthetic suite of `selectkd eval --suite vision`, asked of every student."""
+
+    name: Literal["vision"]
+    """vision: the synthetic suite."""
+    scenes: Annotated[int, Field(ge=2), Whole] = 40
+    """Scenes of each task; each is asked 6 questions with its image, with a blank one and with another scene's."""
+    size: Annotated[int, Field(ge=32), Whole] = 224
+    """Pixels across a drawn scene."""
 
 
 class Claim(Section):
@@ -71,9 +85,9 @@ class Study(Section):
     """Seeds of the runs that count."""
     outcome: Outcome = "held_out_kl"
     """The number by which learning rates are chosen and arms are compared."""
-    measures: list[Measure] = []
+    measures: list[Measure | DrawnScenes] = []
     """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
-    `sharpness`."""
+    `sharpness`, and `{name: vision, scenes: ..., size: ...}` (option_accuracy, yes_no_accuracy)."""
     claims: list[Claim] = []
     """Differences that the statement expects."""
 
@@ -95,6 +109,10 @@ class Study(Section):
                         f"names the arm {name!r}, which is none.{did_you_mean(name, known)}", at="claims"
                     )
         return self
+
+    def asked(self) -> list[str | dict[str, Any]]:
+        """The measures as plain data."""
+        return [one if isinstance(one, str) else one.model_dump() for one in self.measures]
 
     def values(self, arm: str, seed: int) -> dict[str, Any]:
         """The values of an arm's recipe for a seed."""

@@ -1,6 +1,6 @@
 """What a study can measure of a trained student beside its held-out KL: MEASURES names it all.
 
-Each takes an assembled run after its training, and its recipe, and gives numbers for the run's row.
+Each takes an assembled run after its training, its recipe, and options by keyword, and gives numbers for the run's row.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from selectkd.data.render import pad_id_of
 from selectkd.data.rewrite import examples_of, last_turns
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
+from selectkd.evals.asking import Decoding
 from selectkd.evals.heldout import divergence_loss
 from selectkd.evals.landscape import sharpness, top_eigenvalue
 from selectkd.evals.speculative.measure import speculation, timed_alone
+from selectkd.evals.vision.model import VisionModel
+from selectkd.evals.vision.scenes import TASKS
+from selectkd.evals.vision.synthetic import SCENES, run_synthetic
 from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
+from selectkd.models.load import Loaded
 from selectkd.rollouts.generate import Request, ends_of, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
@@ -33,6 +38,10 @@ ROOM = 8
 DRAFTED, DRAFT_LENGTH, DRAFT_TOKENS = 8, 4, 48
 """Prompts, tokens a round and tokens in all of a timed speculative decoding: some seconds for 15 million parameters."""
 LANDSCAPE_TEXTS = 16
+ANSWER = 16
+"""Tokens of an answer about a drawn scene."""
+ANSWERS = 48
+"""Of them at once."""
 BINS = 10
 
 
@@ -114,12 +123,37 @@ def sharp(assembly: Any, recipe: Any) -> Numbers:
     return {"top_eigenvalue": top_eigenvalue(weights, loss), "sharpness": sharpness(weights, loss).value}
 
 
+def vision(assembly: Any, recipe: Any, *, scenes: int = SCENES, size: int = 224) -> Numbers:
+    """The synthetic suite's metrics (docs/vision_evaluation.md), each as ``METRIC``, the mean of the five tasks, and as
+    ``METRIC TASK``; beside them those with a blank image and with another scene's, as ``METRIC TASK (blank)``.
+
+    ConfigError for a student that sees no images.
+    """
+    if assembly.vision is None:
+        raise ConfigError("measures: vision needs a student that sees images, with its processor.")
+    loaded = Loaded(assembly.student, assembly.tokenizer, "student", None)
+    model = VisionModel(loaded, assembly.vision, Decoding(ANSWER))
+    rows = run_synthetic("student", model, None, scenes=scenes, size=size, batch_size=ANSWERS)
+    found = {f"{row.metric} {row.task}": round(row.interval.value, 5) for row in rows}
+    for metric in dict.fromkeys(row.metric for row in rows):
+        for shown in ("", " (blank)", " (shuffled)"):
+            of_tasks = [found[f"{metric} {task}{shown}"] for task in TASKS]
+            found[f"{metric}{shown}"] = sum(of_tasks) / len(of_tasks)
+    return found
+
+
 def _teacher_model(assembly: Any, measure: str) -> Any:
     if not isinstance(assembly.teacher, LiveTeacher):
         raise ConfigError(f"measures: {measure} needs a teacher in memory; set teacher to {{model: ...}}.")
     return assembly.teacher.model
 
 
-MEASURES: Mapping[str, Callable[[Any, Any], Numbers]] = MappingProxyType(
-    {"completions": completions, "calibration": calibration, "draft": draft, "sharpness": sharp}
+MEASURES: Mapping[str, Callable[..., Numbers]] = MappingProxyType(
+    {
+        "completions": completions,
+        "calibration": calibration,
+        "draft": draft,
+        "sharpness": sharp,
+        "vision": vision,
+    }
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from selectkd.objective.plugins import Granted, grant, granted
 
+Asked = str | Mapping[str, Any]
 FIELDS = ("held_out_kl", "held_out_loss", "tar", "bite", "tokens_per_second", "peak_bytes")
 """What a row says of a run, beside what it is called; all None where the run failed."""
 
@@ -26,7 +27,7 @@ def run_apart(
     values: Mapping[str, Any],
     folder: Path,
     *,
-    measures: Sequence[str] = (),
+    measures: Sequence[Asked] = (),
     keep: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -34,8 +35,8 @@ def run_apart(
 
     What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR, bite and overlap at
     one verifier for all, training tokens a second, the peak of the process (of the accelerator where there is one), and
-    ``measures`` by their names in MEASURES. keep: leave the student's weights in the run folder. device: as of
-    ``use_device``.
+    ``measures`` of MEASURES, each a name or {name, **options}. keep: leave the student's weights in the run folder.
+    device: as of ``use_device``.
     """
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
@@ -57,7 +58,7 @@ def run_apart(
 
 
 def _child(
-    values: dict[str, Any], folder: str, measures: Sequence[str], keep: bool, device: str, plugins: Granted,
+    values: dict[str, Any], folder: str, measures: Sequence[Asked], keep: bool, device: str, plugins: Granted,
     sender: Connection,
 ) -> None:  # fmt: skip
     from transformers.utils import logging as transformers_logging
@@ -100,7 +101,7 @@ def measured(
     values: dict[str, Any],
     folder: Path,
     *,
-    measures: Sequence[str] = (),
+    measures: Sequence[Asked] = (),
     keep: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -120,8 +121,10 @@ def measured(
     result = train(recipe, on_assembled=kept.append, device=device)
     seconds = time.perf_counter() - started
     held = held_out(kept[0], recipe.training.seed)
-    for name in measures:
-        held |= MEASURES[name](kept[0], recipe)
+    for one in measures:
+        options = {} if isinstance(one, str) else dict(one)
+        name = one if isinstance(one, str) else options.pop("name")
+        held |= MEASURES[name](kept[0], recipe, **options)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     lines = [line for line in log if "tokens_per_second" in line]
     clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]

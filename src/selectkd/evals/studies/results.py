@@ -16,9 +16,11 @@ from selectkd.evals.studies.study import Arm, arms_of, chosen_rates
 POWER = 0.8
 SHOWN = (
     "held_out_kl", "held_out_loss", "tar", "acceptance", "overlap", "exact_match", "parse_rate", "calibration_error",
-    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness",
+    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
 """Columns of the table, where the rows have them."""
+CHANCE = {"option_accuracy": 0.25, "yes_no_accuracy": 0.5}
+"""Measures of drawn scenes that stand by task in tables of their own, and what a model that sees nothing comes to."""
 LAST_PART = 0.2
 """The end of a run over which the fall of its held-out KL says how near to a plateau it came."""
 
@@ -111,6 +113,9 @@ def markdown(
     if claims:
         parts.append("\n".join(f"- {line}" for line in claims))
     parts.append(_table(study, arms, of_arm, chosen))
+    parts += [
+        table for metric, chance in CHANCE.items() if (table := _scenes(metric, chance, of_arm)) is not None
+    ]
     others = _others(study, rows, arms)
     if others:
         parts.append(
@@ -168,6 +173,36 @@ def _table(
             values = [value for row in good if (value := number(row, name)) is not None]
             cells.append(_mean(values, name == study.outcome))
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _scenes(metric: str, chance: float, of_arm: Mapping[str, list[Row]]) -> str | None:
+    """The table of a measure of drawn scenes by task, None where no run has it."""
+    good = {name: [row for row in rows if not row.get("error")] for name, rows in of_arm.items()}
+    names = {key for rows in good.values() for row in rows for key in row if key.startswith(f"{metric} ")}
+    tasks = [name for name in sorted(names) if not name.endswith(")")]
+    if not tasks:
+        return None
+
+    def cell(rows: list[Row], task: str) -> str:
+        means = [
+            [value for row in rows if (value := number(row, name)) is not None]
+            for name in (task, f"{task} (blank)", f"{task} (shuffled)")
+        ]
+        if not all(means):
+            return ""
+        one, blank, other = map(t_interval, means)
+        reach = f" ± {one.high - one.value:.2f}" if one.n > 1 else ""
+        return f"{one.value:.2f}{reach} ({blank.value:.2f}, {other.value:.2f})"
+
+    lines = [
+        f"{_words(metric).capitalize()} by task with 95% intervals over seeds (Student's t), and in brackets with a "
+        f"blank image and with another scene's; a model that sees nothing comes to {chance:g}:",
+        "",
+        f"| arm | {' | '.join(task.removeprefix(metric).strip() for task in tasks)} |",
+        "|" + "---|" * (len(tasks) + 1),
+    ]
+    lines += [f"| {name} | {' | '.join(cell(rows, task) for task in tasks)} |" for name, rows in good.items()]
     return "\n".join(lines)
 
 

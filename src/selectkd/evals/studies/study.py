@@ -150,7 +150,7 @@ def run_study(
                 row = {"error": "the gated run that this one controls for failed"}
         values = values_of(study, job, rate)
         mark = hashlib.sha256(
-            json.dumps([values, study.measures], sort_keys=True, default=str).encode()
+            json.dumps([values, study.asked()], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
         known = rows.get(job.key)
         if known is not None and known.get("recipe") == mark and not known.get("error"):
@@ -158,7 +158,7 @@ def run_study(
         started = time.perf_counter()
         if row is None:
             name = "-".join([job.arm.name.replace("/", "-"), str(job.seed), str(job.learning_rate)])
-            row = finite(run_apart(values, folder / name, measures=study.measures, device=device))
+            row = finite(run_apart(values, folder / name, measures=study.asked(), device=device))
             shutil.rmtree(folder / name, ignore_errors=True)
             row = {key: value for key, value in row.items() if key not in OF_SEQUENCES}
         row = {

@@ -21,7 +21,8 @@ from selectkd.evals.vision.synthetic import SCENES, run_synthetic
 
 @dataclass(frozen=True)
 class VisionRun:
-    """What is asked. folder: with the benchmarks' files; limit: questions of each, or scenes; seed: of the scenes.
+    """What is asked. folder: with the benchmarks' files; limit: questions of each, or scenes; seed: of the scenes;
+    size: pixels across one.
 
     load_judge: gives the judge of MM-Vet, called when all answers to it are there.
     """
@@ -31,6 +32,7 @@ class VisionRun:
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
+    size: int = 224
     load_judge: Callable[[], Judge] | None = None
 
     def check(self) -> dict[str, Path]:
@@ -59,8 +61,8 @@ def run_tasks(
     for task in run.tasks:
         if task == "synthetic":
             rows += run_synthetic(
-                name, answerer, memory, scenes=run.limit or SCENES, seed=run.seed, batch_size=run.batch_size,
-                on_progress=on_progress,
+                name, answerer, memory, scenes=run.limit or SCENES, seed=run.seed, size=run.size,
+                batch_size=run.batch_size, on_progress=on_progress,
             )  # fmt: skip
         else:
             rows += run_benchmark(name, task, files[task], answerer, run, memory, on_progress=on_progress)

@@ -22,6 +22,8 @@ from selectkd.evals.vision.questions import Question, rotated
 from selectkd.evals.vision.scenes import TASKS, Scene, Split, blank, scene
 
 Shown = Literal["image", "blank", "shuffled"]
+Answers = Literal["short", "whole"]
+"""short: the letter, or yes or no; whole: what is seen in the image before it, as in ``red: B``."""
 SCENES = 40
 """Scenes of each task where nothing says how many: 6 questions each."""
 OPTION_METRICS = {"option_accuracy": None, "all_rotations": "rotations"}
@@ -31,7 +33,7 @@ YES_NO_METRICS = {"yes_no_accuracy": None, "both_polarities": "polarities"}
 def run_synthetic(
     name: str,
     answerer: Answerer,
-    memory: Memory,
+    memory: Memory | None,
     *,
     scenes: int = SCENES,
     seed: int = 0,
@@ -41,6 +43,7 @@ def run_synthetic(
 ) -> list[Scores]:
     """Four metrics of each task with its image, with a blank one, and with that of another scene of the task.
 
+    size: pixels across a scene. memory: keeps the answers; None keeps none.
     A model that does not see is right on a quarter of the options and half of the yes-or-no questions, and its rows of
     blank and shuffled images are those of the image. ConfigError for fewer than 2 scenes: none could be another's.
     """
@@ -78,8 +81,20 @@ def questions_of(one: Scene, image: bytes, *, seed: int = 0) -> tuple[list[Quest
     return rotated(whole), claims
 
 
+def asked_about(
+    one: Scene, image: bytes, *, seed: int = 0, answers: Answers = "short"
+) -> list[tuple[str, str]]:
+    """[(text of a question, its answer)] of a scene: one rotation and one statement, drawn by its index and image."""
+    turns, claims = questions_of(one, image, seed=seed)
+    turn = turns[one.index % len(turns)]
+    claim = claims[hashlib.blake2b(image, digest_size=16).digest()[0] % 2]
+    seen = f"{one.right}: " if answers == "whole" else ""
+    verdict = claim.answer if answers == "whole" else claim.answer.capitalize()
+    return [(with_options(turn), f"{seen}{turn.answer}"), (yes_no(claim), f"{seen}{verdict}")]
+
+
 def write_scenes(
-    folder: Path, *, train: int, heldout: int, seed: int = 0, size: int = 224
+    folder: Path, *, train: int, heldout: int, seed: int = 0, size: int = 224, answers: Answers = "short"
 ) -> tuple[Path, Path]:
     """Writes train.jsonl, heldout.jsonl and images/ into a folder; gives the two files.
 
@@ -92,15 +107,21 @@ def write_scenes(
     paths = []
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
     for split, count in splits:
-        lines = [line for task in TASKS for line in _lines(folder, task, split, count, seed, size, seen)]
+        lines = [
+            {"messages": [_turn("user", text, name), _turn("assistant", answer)], "task": one.task}
+            for task in TASKS
+            for one, image, name in _written(folder, task, split, count, seed, size, seen)
+            for text, answer in asked_about(one, image, seed=seed, answers=answers)
+        ]
         paths.append(folder / f"{split}.jsonl")
         write_whole(paths[-1], "".join(json.dumps(line) + "\n" for line in lines).encode())
     return paths[0], paths[1]
 
 
-def _lines(
+def _written(
     folder: Path, task: str, split: Split, count: int, seed: int, size: int, seen: set[bytes]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[Scene, bytes, str]]:
+    """(scene, image, its path in the folder) of ``count`` scenes, each image written; none is held out that is seen."""
     index = written = 0
     while written < count:
         one, index = scene(task, index, seed=seed, split=split, size=size), index + 1
@@ -111,21 +132,13 @@ def _lines(
         seen.add(digest)
         name = f"images/{split}-{task}-{one.index}.png"
         write_whole(folder / name, image)
-        turns, claims = questions_of(one, image, seed=seed)
-        turn, claim = turns[one.index % len(turns)], claims[digest[0] % 2]
-        for question, text in ((turn, with_options(turn)), (claim, yes_no(claim))):
-            answer = question.answer if question.options else question.answer.capitalize()
-            yield {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image", "image": name}, {"type": "text", "text": text}],
-                    },
-                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-                ],
-                "task": task,
-            }
+        yield one, image, name
         written += 1
+
+
+def _turn(role: str, text: str, image: str | None = None) -> dict[str, Any]:
+    parts = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
 def _problems(task: str, scenes: int, shown: Shown, seed: int, size: int) -> Iterator[Problem]:
