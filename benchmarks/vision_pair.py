@@ -4,8 +4,8 @@
 
 .cache/vision-pair gets train.jsonl, heldout.jsonl and images/ (the text of a distillation), teacher, and student-sSEED,
 trained briefly, one for each seed of studies/vision_pair.yaml. What is there is not made again; a training that is
-killed goes on. models.json says of each model its parameters, steps, seconds, held-out loss, and its accuracy by task
-on the synthetic suite with its image, with a blank one and with another scene's.
+killed goes on. MODEL.json says of each its parameters, steps, seconds, held-out loss, and its accuracy by task on the
+synthetic suite with its image, with a blank one and with another scene's.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Plan:
 
 
 WHOLE = Plan(
-    scenes=600, heldout=20, asked=20, seeds=4, teacher_size=Size(96, 3, 128, 4), student_size=Size(64, 2, 96, 2),
-    teacher=Course(steps=1200, learning_rate=2e-3), student=Course(steps=200, learning_rate=2e-3),
+    scenes=600, heldout=20, asked=20, seeds=3, teacher_size=Size(64, 3, 64, 4), student_size=Size(48, 2, 64, 2),
+    teacher=Course(steps=1200, learning_rate=4e-3), student=Course(steps=250, learning_rate=4e-3),
 )  # fmt: skip
 SMALL = Plan(
     scenes=4, heldout=2, asked=2, seeds=1, teacher_size=Size(16, 1, 32, 2), student_size=Size(16, 1, 32, 1),
@@ -59,14 +59,16 @@ SMALL = Plan(
 )  # fmt: skip
 
 
-def make(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Everything that is not there yet; gives what models.json holds."""
+def make(folder: Path, plan: Plan, wanted: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything that is not there yet, of the models those wanted; gives what is known of each."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "heldout.jsonl").exists():
         write_scenes(folder, train=plan.scenes, heldout=plan.heldout, size=SIZE, answers="whole")
     processor = processor_of(tokenizer_of(texts_of()))
     found = {}
     for name, size, course in _models(plan):
+        if wanted and name not in wanted:
+            continue
         model = model_of(size, processor.tokenizer, course.seed)
         train(folder / name, model, processor, course, plan.heldout)
         found[name] = {
@@ -74,7 +76,7 @@ def make(folder: Path, plan: Plan) -> dict[str, Any]:
             "parameters": model.num_parameters(),
             **_asked(folder / name, plan),
         }
-        (folder / "models.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(found[name], indent=1) + "\n", "utf-8")
     return found
 
 
@@ -85,7 +87,7 @@ def _models(plan: Plan) -> list[tuple[str, Size, Course]]:
             plan.student_size,
             Course(plan.student.steps, plan.student.learning_rate, 100 + seed),
         )
-        for seed in range(plan.seeds)
+        for seed in range(1, plan.seeds + 1)
     ]
     return [("teacher", plan.teacher_size, plan.teacher), *students]
 
@@ -124,12 +126,12 @@ def main(arguments: Sequence[str]) -> int:
         "--small", action="store_true", help="a whole tiny pair that learns nothing, in seconds"
     )
     parser.add_argument("--record", action="store_true", help="add the accuracies to results.csv")
+    parser.add_argument("--models", nargs="+", help="these alone, so that two processes can share the work")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the models are small: one thread is as fast as two
-    found = make(
-        given.folder or (FOLDER / "small" if given.small else FOLDER), SMALL if given.small else WHOLE
-    )
+    folder = given.folder or (FOLDER / "small" if given.small else FOLDER)
+    found = make(folder, SMALL if given.small else WHOLE, given.models)
     rows = []
     for name, model in found.items():
         print(f"{name}: {model['parameters']:,} parameters, {model['step']} steps in {model['seconds']:.0f} s, "

@@ -7,9 +7,9 @@ training scene is drawn as it is needed, so that none is seen twice.
 from __future__ import annotations
 
 import io
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,20 @@ def model_of(size: Size, tokenizer: Any, seed: int) -> Any:
         vision_config=tower, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=SEEN, downsample_ratio=0.5, tie_word_embeddings=True,
     )  # fmt: skip
-    return hf.AutoModelForImageTextToText.from_config(config)
+    model = hf.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if (
+                weight.ndim > 1
+            ):  # transformers' .02 is for large models: these would not see for hundreds of steps
+                weight.normal_(std=0.5 if "position" in name else weight[0].numel() ** -0.5)
+    return model
 
 
-def example(one: Scene, seed: int) -> tuple[Image.Image, str, str]:
-    """(image, question, answer): one of the questions about a scene, drawn by its index."""
+def example(one: Scene, seed: int, kind: int) -> tuple[Image.Image, str, str]:
+    """(image, question, answer) of a scene: kind 0 has options, 1 is a statement."""
     image = one.draw()
-    question, answer = asked_about(one, image, seed=seed, answers="whole")[
-        random.Random(one.index).randrange(2)
-    ]
+    question, answer = asked_about(one, image, seed=seed, answers="whole")[kind]
     return Image.open(io.BytesIO(image)), question, answer
 
 
@@ -130,22 +135,24 @@ def inputs_of(processor: Any, examples: Sequence[tuple[Image.Image, str, str]]) 
 
 
 def scenes_from(processor: Any, seed: int, start: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of scenes of all tasks in turn, from step ``start`` on, without end."""
-    place = start * BATCH
+    """Batches of scenes of all tasks in turn, from step ``start`` on, without end.
+
+    A batch has questions of one kind, which are about as long; two in three have statements, which are the shorter.
+    """
     names = list(TASKS)
-    while True:
-        indices = range(place, place + BATCH)
-        scenes = [scene(names[i % 5], i // 5, seed=seed, split="train", size=SIZE) for i in indices]
-        yield inputs_of(processor, [example(one, seed) for one in scenes])
-        place += BATCH
+    for step in count(start):
+        scenes = [
+            scene(names[i % len(names)], i // len(names), seed=seed, split="train", size=SIZE)
+            for i in range(step * BATCH, (step + 1) * BATCH)
+        ]
+        yield inputs_of(processor, [example(one, seed, min(1, step % 3)) for one in scenes])
 
 
 def train(folder: Path, model: Any, processor: Any, course: Course, heldout: int = 40) -> None:
     """Trains a model on scenes drawn from its course's seed; held out are ``heldout`` scenes of each task."""
     held = [scene(task, i, split="heldout", size=SIZE) for task in TASKS for i in range(heldout)]
-    looks = [
-        inputs_of(processor, [example(one, 0) for one in held[i : i + 50]]) for i in range(0, len(held), 50)
-    ]
+    asked = [example(one, 0, kind) for kind in (0, 1) for one in held]
+    looks = [inputs_of(processor, asked[i : i + 50]) for i in range(0, len(asked), 50)]
 
     def loss(batch: dict[str, Tensor], step: int) -> tuple[Tensor, int]:
         return model(**batch, use_cache=False).loss, int((batch["labels"] != -100).sum())
@@ -155,7 +162,7 @@ def train(folder: Path, model: Any, processor: Any, course: Course, heldout: int
         model.eval()
         found = [loss(one, 0) for one in looks]
         model.train()
-        return sum(float(value) * count for value, count in found) / sum(count for _, count in found)
+        return sum(float(value) * tokens for value, tokens in found) / sum(tokens for _, tokens in found)
 
     def save(part: Path) -> None:
         model.save_pretrained(part)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 uneven_ranks.py FOLDER
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from selectkd.data.example import Example
+from selectkd.data.render import TextRules
+from selectkd.data.sources import dataset_source
+from selectkd.data.text_cache import TextCache
+from selectkd.data.vision import Vision
 from selectkd.loss.plan import StreamSpec
 from selectkd.models.sharded import CAN_SHARD, Spread, shard, whole
+from selectkd.models.vision import settings_of
 from selectkd.objective.objective import Objective
 from selectkd.teachers import LiveTeacher
 from selectkd.training.feed import BatchFeed
@@ -28,15 +34,19 @@ from selectkd.training.ledger import Ledger
 from selectkd.training.step import DistillationModel
 from selectkd.training.trainer import LedgerTrainer
 from training.tiny import padded, texts, tiny_llama
+from vision import tiny as vision
 
 STEPS, RATE, MARK = 4, 1e-2, 63
+FAMILY = "internvl"
 CASES = (
     ("weightless", "ddp"),
     ("weightless_last", "ddp"),
     ("one_expert", "ddp"),
+    ("text_alone", "ddp"),
     *([("weightless", "fsdp")] if CAN_SHARD else []),
 )
-"""What the batches of a rank do not reach, and how the student is spread over the ranks."""
+"""What the batches of a rank do not reach, and how the student is spread over the ranks. text_alone: rank 1 meets no
+image, and the vision tower trains."""
 
 
 class SometimesUsed(nn.Module):
@@ -52,8 +62,17 @@ class SometimesUsed(nn.Module):
         return output
 
 
+def model_of(case: str, seed: int) -> Any:
+    """A tiny model; in the case text_alone one that sees images."""
+    if case != "text_alone":
+        return tiny_llama(seed)
+    return vision.model_of(vision.config_of(FAMILY, vision.tokenizer_of(FAMILY)), seed)
+
+
 def student_of(case: str) -> Any:
     """A student with a head of its own; in the case one_expert with a vector that few batches reach."""
+    if case == "text_alone":
+        return model_of(case, 2)
     student = tiny_llama(2)
     student.config.tie_word_embeddings = False
     student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().flip(0))
@@ -63,8 +82,25 @@ def student_of(case: str) -> Any:
     return student
 
 
-def micro_of(case: str) -> Callable[[int], list[Any]]:
+def images_and_text(folder: Path) -> Callable[[int], list[Any]]:
+    """Of four batches, two a rank, those of rank 1 have no image."""
+    tokenizer = vision.tokenizer_of(FAMILY)
+    processor = vision.processor_of(FAMILY, tokenizer)
+    reader = Vision(processor, settings_of(processor))
+    path = vision.data(folder / f"records-{os.environ.get('RANK')}")
+    cache = TextCache.at(folder / f"text-{os.environ.get('RANK')}")
+    read = dataset_source({"path": str(path)}, tokenizer, TextRules(400), cache=cache, vision=reader).examples
+    seen, unseen = (
+        [one for one in read if bool(one.images and one.images.refs) == images] for images in (True, False)
+    )
+    examples = [replace((seen, unseen)[i % 2][i // 2 % 2], stream=0) for i in range(16)]
+    return lambda epoch: padded(examples, 1)
+
+
+def micro_of(case: str, folder: Path) -> Callable[[int], list[Any]]:
     """Of four batches, two a rank, the last, or with weightless_last the last of both ranks, reaches less."""
+    if case == "text_alone":
+        return images_and_text(folder)
     examples: list[Example] = []
     for index, example in enumerate(texts(16, streams=1)):
         less = index % 4 in ((2, 3) if case == "weightless_last" else (3,))
@@ -76,8 +112,9 @@ def micro_of(case: str) -> Callable[[int], list[Any]]:
 
 
 def trained(case: str, spread: str, *, accumulation: int, folder: Path) -> dict[str, torch.Tensor]:
-    student, teacher = student_of(case), LiveTeacher(tiny_llama(1))
-    objective, micro = Objective("forward_kl", {"name": "greedy_topk", "k": 9}, beta=0.5), micro_of(case)
+    student, teacher = student_of(case), LiveTeacher(model_of(case, 1))
+    objective = Objective("forward_kl", {"name": "greedy_topk", "k": 9}, beta=0.5)
+    micro = micro_of(case, folder)
     losses: Any = {"streams": ("a", "b"), "losses": [StreamSpec(), StreamSpec(weight=(0.0, 0.0, 1.0))]}
     if spread == "fsdp" and dist.is_initialized():
         student = shard(student, Spread(2))

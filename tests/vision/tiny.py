@@ -22,12 +22,13 @@ QWEN = {
 }  # fmt: skip
 WINDOWED = "<|vision_start|><|image_pad|><|vision_end|>"
 PLAIN = {"image_token": "<image>"}
+TILED = {**PLAIN, "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
+         **{f"row{i}{j}": f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)}}  # fmt: skip
 TOKENS: dict[str, dict[str, str]] = {
     "internvl": {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
                  "video_token": "<video>"},
     "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN,
-    "idefics3": {**PLAIN, "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
-                 **{f"row{i}{j}": f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)}},
+    "idefics3": TILED, "smolvlm": TILED,
     "llava": PLAIN,
     "llava_onevision": {**PLAIN, "video_token": "<video>"},
     "paligemma": PLAIN,
@@ -81,6 +82,10 @@ def processor_of(family: str, tokenizer: Any) -> Any:
         "idefics3": lambda: hf.Idefics3Processor(
             hf.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
             tokenizer, image_seq_len=4,
+        ),
+        "smolvlm": lambda: without_video(hf.SmolVLMProcessor)(
+            hf.SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+            tokenizer, None, image_seq_len=4,
         ),
         "llava": lambda: hf.LlavaProcessor(
             hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square), tokenizer, patch_size=4,
@@ -151,8 +156,8 @@ def config_of(family: str, tokenizer: Any, layers: int = 2) -> Any:
         tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
         rope["mrope_interleaved"] = True
         return hf.Qwen3VLConfig(vision_config=tower, text_config={**text, "rope_parameters": rope}, **ids)
-    if family == "idefics3":
-        return hf.Idefics3Config(
+    if family in ("idefics3", "smolvlm"):
+        return (hf.Idefics3Config if family == "idefics3" else hf.SmolVLMConfig)(
             vision_config=TOWER, text_config={"model_type": "llama", **text}, image_token_id=of("<image>"),
             scale_factor=2, pad_token_id=0,
         )  # fmt: skip

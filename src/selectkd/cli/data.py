@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -118,14 +119,22 @@ def show(
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Samples to show from each source.")
     ] = 3,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", metavar="FILE", help="Write the samples as HTML, with thumbnails of images."),
+    ] = None,
     max_length: Length = 1024,
     on_bad_record: Bad = "error",
 ) -> None:
     """Print samples with the trained tokens marked.
 
-    They are coloured on a terminal, and between [[ and ]] elsewhere.
+    They are coloured on a terminal, and between [[ and ]] elsewhere. An image is a line between << and >>.
     """
     wanted = _wanted(target, tokenizer, max_length, on_bad_record)
+    if page is not None and wanted.tokenizer is None:
+        raise ConfigError(
+            "--page shows what is trained on: give --tokenizer MODEL with it, or name a recipe."
+        )
     if wanted.tokenizer is None:
         from selectkd.data.files import read_records
 
@@ -137,14 +146,25 @@ def show(
                 say(f"--- {origin}\n{json.dumps(record, ensure_ascii=False, indent=2, default=str)}")
         say("give --tokenizer MODEL to see what is trained on.")
         return
-    from selectkd.data.inspect import pieces
+    from selectkd.data.durable import write_plain
+    from selectkd.data.inspect import pieces, thumbnails
+    from selectkd.report.samples import Sample, Shown, samples_page
 
     loaded = _tokenizer(wanted)
+    shown = []
     for source in _read(wanted, loaded, samples)[0]:
         say(source.summary)
+        found = []
         for example in source.examples:
-            say(f"--- {example.origin}: {len(example)} tokens, {sum(example.completion)} trained on")
-            write(paint(pieces(example, loaded)))
+            parts, trained = pieces(example, loaded), sum(example.completion)
+            say(f"--- {example.origin}: {len(example)} tokens, {trained} trained on")
+            write(paint(parts))
+            small = thumbnails(example) if page is not None else []
+            found.append(Sample(example.origin, len(example), trained, parts, small))
+        shown.append(Shown(source.summary, found))
+    if page is not None:
+        write_plain(page, samples_page(f"Samples of {target}", shown).encode("utf-8", "backslashreplace"))
+        say(f"{page} shows them with their images")
 
 
 @app.command("align", cls=OfRecipe)
@@ -214,17 +234,19 @@ def _read(wanted: Wanted, tokenizer: Any, samples: int | None = None) -> tuple[l
     from selectkd.data.render import TextRules
     from selectkd.data.sources import dataset_source
     from selectkd.models.ends import end_ids
+    from selectkd.models.load import load_vision
     from selectkd.training.recipe_text import read_text
 
+    vision = load_vision(str(wanted.tokenizer), revision=wanted.revision)
     if wanted.recipe is None:
         ends = end_ids(str(wanted.tokenizer), tokenizer)
         spec = {"path": wanted.path, "limit": samples}
         rules = TextRules(wanted.max_length, on_bad_record=_policy(wanted.on_bad_record))
-        return [dataset_source(spec, tokenizer, rules, eos_ids=ends)], None
+        return [dataset_source(spec, tokenizer, rules, eos_ids=ends, vision=vision)], None
     recipe = wanted.recipe
     if samples is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluation": None})})
-    text = read_text(recipe, tokenizer, limit=samples)
+    text = read_text(recipe, tokenizer, limit=samples, vision=vision)
     return text.sources, text.heldout if recipe.data.evaluation is not None else None
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selectkd.report.escapes import clean
@@ -17,7 +18,10 @@ MOST_LINES = 6
 PROGRESS = logging.getLogger("selectkd.progress")
 """Its level is what --quiet sets."""
 
-GREEN, RESET = "\x1b[32m", "\x1b[0m"
+RESET = "\x1b[0m"
+MARKS = {"": ("", ""), "trained": ("[[", "]]"), "image": ("<<", ">>")}
+COLOURS = {"": ("", ""), "trained": ("\x1b[32m", RESET), "image": ("\x1b[36m", RESET)}
+"""Around a piece of a sample by its kind, in a file and on a terminal."""
 
 
 def say(text: object = "") -> None:
@@ -58,10 +62,11 @@ def coloured(stream: object = None) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ
 
 
-def paint(pieces: list[tuple[str, bool]]) -> str:
-    """Text in pieces (text, trained on): trained pieces green on a terminal, between [[ and ]] elsewhere."""
-    on, off = (GREEN, RESET) if coloured() else ("[[", "]]")
-    return "".join(on + clean(text) + off if trained else clean(text) for text, trained in pieces)
+def paint(pieces: Sequence[tuple[str, str]]) -> str:
+    """Text in pieces (text, kind): on a terminal what is trained on is green and what stands for an image cyan;
+    elsewhere they are between [[ and ]], and between << and >>."""
+    marks = COLOURS if coloured() else MARKS
+    return "".join(marks[kind][0] + clean(text) + marks[kind][1] for text, kind in pieces)
 
 
 def write(text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +15,15 @@ from numpy.typing import NDArray
 from selectkd.config.extras import how_to_install
 from selectkd.data.example import Example
 from selectkd.data.examples import Examples
+from selectkd.data.images import ImageRef
 from selectkd.data.prompts import groups
 from selectkd.data.sources import Source
+from selectkd.data.vision import Images
 from selectkd.errors import ConfigError
+
+Kind = Literal["", "trained", "image"]
+"""Of a piece of text: what is trained on, what stands for an image, and, empty, the rest."""
+THUMBNAIL = 192
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,46 @@ def languages(examples: Sequence[Example], tokenizer: Any, *, most: int = 1000) 
     return dict(counts.most_common())
 
 
-def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The text of an example cut where the mask changes: (text, trained), special tokens written out."""
-    runs: list[tuple[list[int], bool]] = []
-    for token, trained in zip(example.input_ids, example.completion, strict=True):
-        if runs and runs[-1][1] == trained:
+def pieces(example: Example, tokenizer: Any) -> list[tuple[str, Kind]]:
+    """The text of an example cut where the mask changes and where an image stands: (text, kind).
+
+    Special tokens are written out; an image's tokens are one piece, a line about the image.
+    """
+    images = example.images
+    places = [] if images is None else images.places
+    within = {token: number for number, (begin, end) in enumerate(places) for token in range(begin, end)}
+    runs: list[tuple[list[int], tuple[Kind, int]]] = []
+    for place, (token, trained) in enumerate(zip(example.input_ids, example.completion, strict=True)):
+        number = within.get(place, -1)
+        kind: tuple[Kind, int] = ("image" if number >= 0 else "trained" if trained else "", number)
+        if runs and runs[-1][1] == kind:
             runs[-1][0].append(token)
         else:
-            runs.append(([token], trained))
-    return [(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in runs]
+            runs.append(([token], kind))
+    return [
+        (
+            f"image {number + 1}: {_about(images, number)}, {len(ids)} tokens"
+            if images is not None and number >= 0
+            else tokenizer.decode(ids, skip_special_tokens=False),
+            kind,
+        )
+        for ids, (kind, number) in runs
+    ]
+
+
+def _about(images: Images, number: int) -> str:
+    ref = ImageRef.unpacked(images.refs[number])
+    name = Path(ref.payload.decode()).name if ref.by_path else "of the record"
+    image = ref.image()
+    return f"{name}, {image.width} x {image.height}"
+
+
+def thumbnails(example: Example) -> list[bytes]:
+    """The images of an example, upright, at most THUMBNAIL pixels long, each as a PNG."""
+    found = []
+    for image in [] if example.images is None else example.images.shown():
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        found.append(stream.getvalue())
+    return found

@@ -138,8 +138,10 @@ def vision_of(folder: Path) -> Vision | None:
 
     Videos are left out, whose processors need torchvision. ConfigError where the folder's files make no processor.
     """
+    if not any((folder / name).is_file() for name in SETTINGS):
+        return None  # so that the folder of a tokenizer alone needs no configuration
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not sees_images(config) or not any((folder / name).is_file() for name in SETTINGS):
+    if not sees_images(config):
         return None
     return _vision_of(str(folder.resolve()), _stamp(folder))
 

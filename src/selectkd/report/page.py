@@ -32,6 +32,7 @@ from selectkd.report.run_files import RunFiles, read_run
 from selectkd.report.verdict import RULES, interval, paired, sentences, tiles
 
 NAME = "report.html"
+NOTHING = ["'none'"]
 PAIRED = (("divergence", "divergence, nats a token"), ("acceptance", "share of tokens accepted"))
 
 
@@ -57,14 +58,14 @@ def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
     """The page about runs as HTML."""
     first = runs[0]
     results = read_results(first.results)
-    style, script, chart_script = (_file(name) for name in ("page.css", "page.js", "charts.js"))
+    style, script, chart_script = (template_file(name) for name in ("page.css", "page.js", "charts.js"))
     errors, calibration = ([], []) if first.looks is None else calibrations(first.looks)
     curves, probe_charts = over_steps(runs), [] if first.looks is None else of_probe(first.looks)
     every = [*curves, *probe_charts, *calibration, *results.charts] if interactive else []
     specifications = {one.title: specification(one) for one in every if not one.empty}
     scripts = [script, program(), chart_script] if specifications else [script]
-    return _template().render(
-        policy=_policy(style, scripts),
+    return template("page.html.j2").render(
+        policy=policy_of(style, scripts),
         specifications=specifications,
         specifications_json=_json(specifications),
         program=packed_program() if specifications else "",
@@ -91,14 +92,15 @@ def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
     )
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
+@lru_cache(maxsize=2)
+def template(name: str) -> Template:
+    """A template of this package; all that is put into it is escaped."""
     environment = Environment(
         loader=PackageLoader("selectkd.report", "template"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_visible,
     )  # fmt: skip
     environment.filters |= {"number": number, "counted": counted, "draw": draw}
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _visible(value: Any) -> Any:
@@ -200,16 +202,18 @@ def _json(content: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
-def _file(name: str) -> str:
+def template_file(name: str) -> str:
+    """The text of a file beside the templates."""
     return Path(__file__).with_name("template").joinpath(name).read_text("utf-8")
 
 
-def _policy(style: str, scripts: Sequence[str]) -> str:
+def policy_of(style: str, scripts: Sequence[str] = ()) -> str:
+    """The content security policy of a page with this style and these scripts, and nothing from elsewhere."""
     of_style, *of_scripts = (
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in (style, *scripts)
     )
     return (
-        f"default-src 'none'; style-src {of_style}; script-src {' '.join(of_scripts)}; "
+        f"default-src 'none'; style-src {of_style}; script-src {' '.join(of_scripts or NOTHING)}; "
         "base-uri 'none'; form-action 'none'"
     )

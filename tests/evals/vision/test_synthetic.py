@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from scipy.stats import chisquare
 from selectkd.errors import ConfigError
 from selectkd.evals.memory import Memory
 from selectkd.evals.vision.asking import Message
+from selectkd.evals.vision.benchmarks import grade_option, grade_yes_no, with_options, yes_no
 from selectkd.evals.vision.options import chosen_option
 from selectkd.evals.vision.scenes import BACKGROUND, COLOURS, TASKS, Scene, blank, scene
-from selectkd.evals.vision.synthetic import questions_of, run_synthetic, write_scenes
+from selectkd.evals.vision.synthetic import asked_about, questions_of, run_synthetic, write_scenes
 
 SIZE, SCENES = 96, 6
 
@@ -159,6 +161,20 @@ def test_no_option_is_likelier_to_those_who_read_the_options_alone() -> None:
         texts = [one.right, *one.wrong]
         apart = {sum(a != b for a, b in zip(x, y, strict=True)) for x in texts for y in texts if x != y}
         assert apart == {1}, "an option that all others are one letter away from is the right one"
+
+
+@pytest.mark.parametrize("answers", ["short", "whole"])
+def test_the_answers_of_a_pair_are_right_by_the_rules_that_grade_them(
+    answers: Literal["short", "whole"],
+) -> None:
+    for one in (scene(task, at, size=SIZE) for task in TASKS for at in range(8)):
+        image = one.draw()
+        turns, claims = questions_of(one, image)
+        asked, claimed = asked_about(one, image, answers=answers)
+        turn = next(each for each in turns if with_options(each) == asked[0])
+        claim = next(each for each in claims if yes_no(each) == claimed[0])
+        assert grade_option(turn, asked[1]) is True and grade_yes_no(claim, claimed[1]) is True
+        assert all(text.startswith(f"{one.right}: ") == (answers == "whole") for _, text in (asked, claimed))
 
 
 def test_the_files_of_a_pair_are_whole_disjoint_and_the_same_each_time(tmp_path: Path) -> None:

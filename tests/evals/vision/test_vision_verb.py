@@ -33,7 +33,7 @@ def test_the_verb_asks_scenes_and_benchmarks_and_goes_on_from_its_memory(
     )
     command = [
         "eval", str(model_folder), "--suite", "vision", "--tasks", "mmstar,synthetic", "--data", str(tmp_path / "data"),
-        "--limit", "2", "--tokens", "1", "--batch-size", "12", "--memory", str(tmp_path / "memory.jsonl"), "--device", "cpu",
+        "--limit", "2", "--tokens", "1", "--size", "64", "--batch-size", "12", "--memory", str(tmp_path / "memory.jsonl"), "--device", "cpu",
     ]  # fmt: skip
     found = []
     for run in ("a", "b"):
@@ -41,6 +41,7 @@ def test_the_verb_asks_scenes_and_benchmarks_and_goes_on_from_its_memory(
         found.append(json.loads((tmp_path / f"{run}.json").read_text())["rows"])
     assert found[0] == found[1] and len(found[0]) == 1 + 12
     assert {row["task"] for row in found[0]} >= {"mmstar", "bars", "bars (blank)", "bars (shuffled)"}
+    assert {row["settings"]["size"] for row in found[0] if row["task"] != "mmstar"} == {64}
     written = (tmp_path / "memory.jsonl").read_text().count("\n")
     assert written and "all_rotations" in capsys.readouterr().out
 

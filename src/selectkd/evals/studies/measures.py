@@ -22,7 +22,6 @@ from selectkd.evals.heldout import divergence_loss
 from selectkd.evals.landscape import sharpness, top_eigenvalue
 from selectkd.evals.speculative.measure import speculation, timed_alone
 from selectkd.evals.vision.model import VisionModel
-from selectkd.evals.vision.scenes import TASKS
 from selectkd.evals.vision.synthetic import SCENES, run_synthetic
 from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
@@ -135,11 +134,11 @@ def vision(assembly: Any, recipe: Any, *, scenes: int = SCENES, size: int = 224)
     model = VisionModel(loaded, assembly.vision, Decoding(ANSWER))
     rows = run_synthetic("student", model, None, scenes=scenes, size=size, batch_size=ANSWERS)
     found = {f"{row.metric} {row.task}": round(row.interval.value, 5) for row in rows}
-    for metric in dict.fromkeys(row.metric for row in rows):
-        for shown in ("", " (blank)", " (shuffled)"):
-            of_tasks = [found[f"{metric} {task}{shown}"] for task in TASKS]
-            found[f"{metric}{shown}"] = sum(of_tasks) / len(of_tasks)
-    return found
+    of_metric: dict[str, list[float]] = {}
+    for row in rows:
+        _, _, shown = row.task.partition(" ")
+        of_metric.setdefault(f"{row.metric} {shown}".rstrip(), []).append(row.interval.value)
+    return found | {name: sum(values) / len(values) for name, values in of_metric.items()}
 
 
 def _teacher_model(assembly: Any, measure: str) -> Any:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selectkd.data.durable import write_whole
+from selectkd.data.durable import sync_folder, write_plain, write_whole
 from selectkd.errors import ConfigError
 from selectkd.evals.memory import Memory
 from selectkd.evals.run_suite import Scores
@@ -100,7 +100,7 @@ def write_scenes(
 
     train, heldout: scenes of each task. A line is messages with an image part (its path in the folder) and text, asked
     as ``run_synthetic`` asks: one rotation and one statement of a scene, drawn by its index. No image stands in both
-    files, and neither's scenes are those of the suite. Each file is whole or not there.
+    files, and neither's scenes are those of the suite. A file is whole or not there, its images before it.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
@@ -113,6 +113,7 @@ def write_scenes(
             for one, image, name in _written(folder, task, split, count, seed, size, seen)
             for text, answer in asked_about(one, image, seed=seed, answers=answers)
         ]
+        sync_folder(folder / "images")  # together: a sync for each of thousands takes minutes
         paths.append(folder / f"{split}.jsonl")
         write_whole(paths[-1], "".join(json.dumps(line) + "\n" for line in lines).encode())
     return paths[0], paths[1]
@@ -131,7 +132,7 @@ def _written(
             continue
         seen.add(digest)
         name = f"images/{split}-{task}-{one.index}.png"
-        write_whole(folder / name, image)
+        write_plain(folder / name, image)
         yield one, image, name
         written += 1
 

@@ -234,11 +234,12 @@ def closed(example: Example, ends: Collection[int]) -> bool:
 
 
 def _masks(plan: Plan) -> str:
-    """Two samples, what is trained on between [[ and ]]."""
+    """Two samples, what is trained on between [[ and ]], what is said of an image between << and >>."""
     shown = []
     for example in plan.sources[0].examples[:SHOWN]:
         parts = inspect.pieces(example, plan.tokenizer)
-        text = "".join(f"[[{piece}]]" if trained else piece for piece, trained in parts)
+        marks = {"": "{}", "trained": "[[{}]]", "image": "<<{}>>"}
+        text = "".join(marks[kind].format(piece) for piece, kind in parts)
         shown.append(f"{example.origin}: {text if len(text) <= 400 else text[:200] + ' ... ' + text[-200:]}")
     return "\n".join(shown)
 
