@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # A hundred processes of the tests import the package: compiled once, not by each of them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test long lint docs notebooks lab studies results pages bench gpu oldest newest chaos fuzz pins clean
+.PHONY: setup demo test long lint docs notebooks lab vision-pair studies results pages bench gpu oldest newest chaos fuzz pins clean
 
 setup: $(STAMP)
 
@@ -91,6 +91,12 @@ notebooks: $(DEMO_STAMP)
 LAB ?=
 lab: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lab.py $(LAB)
+
+# A small teacher that sees images, and students cut from it, in .cache/vision-pair: what is there is not made again.
+# studies/vision_pair.yaml compares methods on them.
+PAIR ?=
+vision-pair: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vision_pair.py $(PAIR)
 
 # Every study of studies/, on both cores; rows beside each file. A study that was stopped goes on.
 studies: $(STAMP)

@@ -1,11 +1,11 @@
-"""A vision-language pair of our own: a teacher trained from scratch on drawn scenes, and students of half its size.
+"""A vision-language pair of our own: a teacher trained from scratch on drawn scenes, and students of half its layers.
 
     python benchmarks/vision_pair.py [--small] [--record]
 
 .cache/vision-pair gets train.jsonl, heldout.jsonl and images/ (the text of a distillation), teacher, and student-sSEED,
-trained briefly, one for each seed of studies/vision_pair.yaml. What is there is not made again; a training that is
-killed goes on. MODEL.json says of each its parameters, steps, seconds, held-out loss, and its accuracy by task on the
-synthetic suite with its image, with a blank one and with another scene's.
+cut from the teacher and trained briefly, one for each seed of studies/vision_pair.yaml. What is there is not made
+again; a training that is killed goes on. MODEL.json says of each its parameters, steps, seconds, held-out loss, and its
+accuracy by task on the synthetic suite with its image, with a blank one and with another scene's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from lab_models import Course
 from record import record
 from transformers.utils.logging import disable_progress_bar
-from vision_pair_models import SIZE, Size, model_of, processor_of, texts_of, tokenizer_of, train
+from vision_pair_models import SIZE, Size, model_of, part_of, processor_of, texts_of, tokenizer_of, train
 
 from selectkd.evals.asking import Decoding
 from selectkd.evals.memory import Memory
@@ -37,24 +37,27 @@ TOKENS, AT_ONCE = 16, 48
 
 @dataclass(frozen=True)
 class Plan:
-    """Scenes of each task in the text of a distillation, held out and in the suite; sizes and courses of the models."""
+    """Scenes of each task in the text of a distillation, held out and in the suite; sizes and courses of the models.
+
+    student_layers: of the language model and of the tower.
+    """
 
     scenes: int
     heldout: int
     asked: int
     seeds: int
     teacher_size: Size
-    student_size: Size
+    student_layers: tuple[int, int]
     teacher: Course
     student: Course
 
 
 WHOLE = Plan(
-    scenes=600, heldout=20, asked=20, seeds=3, teacher_size=Size(64, 3, 64, 4), student_size=Size(48, 2, 64, 2),
-    teacher=Course(steps=1200, learning_rate=4e-3), student=Course(steps=250, learning_rate=4e-3),
+    scenes=600, heldout=20, asked=20, seeds=3, teacher_size=Size(64, 3, 64, 4), student_layers=(2, 2),
+    teacher=Course(steps=1200, learning_rate=4e-3), student=Course(steps=20, learning_rate=2e-3),
 )  # fmt: skip
 SMALL = Plan(
-    scenes=4, heldout=2, asked=2, seeds=1, teacher_size=Size(16, 1, 32, 2), student_size=Size(16, 1, 32, 1),
+    scenes=4, heldout=2, asked=2, seeds=1, teacher_size=Size(16, 1, 32, 2), student_layers=(1, 1),
     teacher=Course(steps=16, learning_rate=5e-3), student=Course(steps=4, learning_rate=5e-3),
 )  # fmt: skip
 
@@ -66,10 +69,13 @@ def make(folder: Path, plan: Plan, wanted: Sequence[str] | None = None) -> dict[
         write_scenes(folder, train=plan.scenes, heldout=plan.heldout, size=SIZE, answers="whole")
     processor = processor_of(tokenizer_of(texts_of()))
     found = {}
-    for name, size, course in _models(plan):
+    for name, course in _models(plan):
         if wanted and name not in wanted:
             continue
-        model = model_of(size, processor.tokenizer, course.seed)
+        if name == "teacher":
+            model = model_of(plan.teacher_size, processor.tokenizer, course.seed)
+        else:
+            model = part_of(folder / "teacher", *plan.student_layers)
         train(folder / name, model, processor, course, plan.heldout)
         found[name] = {
             **_curve(folder / name),
@@ -80,16 +86,11 @@ def make(folder: Path, plan: Plan, wanted: Sequence[str] | None = None) -> dict[
     return found
 
 
-def _models(plan: Plan) -> list[tuple[str, Size, Course]]:
+def _models(plan: Plan) -> list[tuple[str, Course]]:
     students = [
-        (
-            f"student-s{seed}",
-            plan.student_size,
-            Course(plan.student.steps, plan.student.learning_rate, 100 + seed),
-        )
-        for seed in range(1, plan.seeds + 1)
+        (f"student-s{seed}", replace(plan.student, seed=100 + seed)) for seed in range(1, plan.seeds + 1)
     ]
-    return [("teacher", plan.teacher_size, plan.teacher), *students]
+    return [("teacher", plan.teacher), *students]
 
 
 def _curve(folder: Path) -> dict[str, Any]:

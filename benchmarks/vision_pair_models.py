@@ -21,6 +21,8 @@ from torch import Tensor
 
 from selectkd.evals.vision.scenes import TASKS, Scene, scene
 from selectkd.evals.vision.synthetic import asked_about
+from selectkd.models.cut import cut_student
+from selectkd.models.load import load_model
 from selectkd.models.vision import without_video
 
 SIZE, PATCH, SEEN = 64, 8, 16
@@ -110,11 +112,19 @@ def model_of(size: Size, tokenizer: Any, seed: int) -> Any:
     model = hf.AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if (
-                weight.ndim > 1
-            ):  # transformers' .02 is for large models: these would not see for hundreds of steps
+            if weight.ndim > 1:  # transformers' .02 is for large models: with it these learn to see far later
                 weight.normal_(std=0.5 if "position" in name else weight[0].numel() ** -0.5)
     return model
+
+
+def part_of(teacher: Path, layers: int, tower_layers: int) -> Any:
+    """A copy of the teacher with evenly spaced layers of its language model and the first ones of its tower."""
+    model, _, _ = cut_student(load_model(teacher).model, layers, "even")
+    plain: Any = model
+    tower = plain.model.vision_tower
+    tower.encoder.layer = tower.encoder.layer[:tower_layers]
+    plain.config.vision_config.num_hidden_layers = tower_layers
+    return plain.requires_grad_(True)
 
 
 def example(one: Scene, seed: int, kind: int) -> tuple[Image.Image, str, str]:
