@@ -54,7 +54,7 @@ class Plan:
 
 WHOLE = Plan(
     scenes=600, heldout=20, asked=20, seeds=3, teacher_size=Size(64, 3, 64, 4), student_layers=(2, 2),
-    teacher=Course(steps=1200, learning_rate=4e-3), student=Course(steps=20, learning_rate=2e-3),
+    teacher=Course(steps=4000, learning_rate=3e-3), student=Course(steps=20, learning_rate=2e-3),
 )  # fmt: skip
 SMALL = Plan(
     scenes=4, heldout=2, asked=2, seeds=1, teacher_size=Size(16, 1, 32, 2), student_layers=(1, 1),
@@ -66,7 +66,7 @@ def make(folder: Path, plan: Plan, wanted: Sequence[str] | None = None) -> dict[
     """Everything that is not there yet, of the models those wanted; gives what is known of each."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "heldout.jsonl").exists():
-        write_scenes(folder, train=plan.scenes, heldout=plan.heldout, size=SIZE, answers="whole")
+        write_scenes(folder, train=plan.scenes, heldout=plan.heldout, size=SIZE, answers="text")
     processor = processor_of(tokenizer_of(texts_of()))
     found = {}
     for name, course in _models(plan):

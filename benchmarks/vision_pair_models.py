@@ -28,6 +28,7 @@ from selectkd.models.vision import without_video
 SIZE, PATCH, SEEN = 64, 8, 16
 """Pixels across an image and a patch, and the tokens of an image: four patches become one."""
 BATCH = 32
+DESCRIBE = "Describe the image."
 USER, ASSISTANT, END, IMAGE = "<|user|>", "<|assistant|>", "<|end|>", "<image>"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -54,7 +55,8 @@ def texts_of(scenes: int = 300) -> list[str]:
         text
         for task in TASKS
         for index in range(scenes)
-        for pair in asked_about(scene(task, index, split="train", size=SIZE), b"", answers="whole")
+        for one in [scene(task, index, split="train", size=SIZE)]
+        for pair in [*asked_about(one, b"", answers="text"), (DESCRIBE, one.caption)]
         for text in pair
     ]
 
@@ -128,10 +130,10 @@ def part_of(teacher: Path, layers: int, tower_layers: int) -> Any:
 
 
 def example(one: Scene, seed: int, kind: int) -> tuple[Image.Image, str, str]:
-    """(image, question, answer) of a scene: kind 0 has options, 1 is a statement."""
+    """(image, question, answer) of a scene: kind 0 has options, 1 is a statement, 2 asks for all that is drawn."""
     image = one.draw()
-    question, answer = asked_about(one, image, seed=seed, answers="whole")[kind]
-    return Image.open(io.BytesIO(image)), question, answer
+    asked = [*asked_about(one, image, seed=seed, answers="text"), (DESCRIBE, one.caption)]
+    return Image.open(io.BytesIO(image)), *asked[kind]
 
 
 def inputs_of(processor: Any, examples: Sequence[tuple[Image.Image, str, str]]) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def inputs_of(processor: Any, examples: Sequence[tuple[Image.Image, str, str]]) 
 def scenes_from(processor: Any, seed: int, start: int) -> Iterator[dict[str, Tensor]]:
     """Batches of scenes of all tasks in turn, from step ``start`` on, without end.
 
-    A batch has questions of one kind, which are about as long; two in three have statements, which are the shorter.
+    A batch has questions of one kind, which are about as long. The descriptions teach the tower: they name all of it.
     """
     names = list(TASKS)
     for step in count(start):
@@ -155,7 +157,7 @@ def scenes_from(processor: Any, seed: int, start: int) -> Iterator[dict[str, Ten
             scene(names[i % len(names)], i // len(names), seed=seed, split="train", size=SIZE)
             for i in range(step * BATCH, (step + 1) * BATCH)
         ]
-        yield inputs_of(processor, [example(one, seed, min(1, step % 3)) for one in scenes])
+        yield inputs_of(processor, [example(one, seed, step % 3) for one in scenes])
 
 
 def train(folder: Path, model: Any, processor: Any, course: Course, heldout: int = 40) -> None:

@@ -87,7 +87,8 @@ class Study(Section):
     """The number by which learning rates are chosen and arms are compared."""
     measures: list[Measure | DrawnScenes] = []
     """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
-    `sharpness`, and `{name: vision, scenes: ..., size: ...}` (option_accuracy, yes_no_accuracy)."""
+    `sharpness`, and `vision`, a mapping of its name, scenes of each task and their size in pixels (option_accuracy,
+    yes_no_accuracy)."""
     claims: list[Claim] = []
     """Differences that the statement expects."""
 

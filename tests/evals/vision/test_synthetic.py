@@ -163,9 +163,9 @@ def test_no_option_is_likelier_to_those_who_read_the_options_alone() -> None:
         assert apart == {1}, "an option that all others are one letter away from is the right one"
 
 
-@pytest.mark.parametrize("answers", ["short", "whole"])
+@pytest.mark.parametrize("answers", ["letter", "text"])
 def test_the_answers_of_a_pair_are_right_by_the_rules_that_grade_them(
-    answers: Literal["short", "whole"],
+    answers: Literal["letter", "text"],
 ) -> None:
     for one in (scene(task, at, size=SIZE) for task in TASKS for at in range(8)):
         image = one.draw()
@@ -174,7 +174,7 @@ def test_the_answers_of_a_pair_are_right_by_the_rules_that_grade_them(
         turn = next(each for each in turns if with_options(each) == asked[0])
         claim = next(each for each in claims if yes_no(each) == claimed[0])
         assert grade_option(turn, asked[1]) is True and grade_yes_no(claim, claimed[1]) is True
-        assert all(text.startswith(f"{one.right}: ") == (answers == "whole") for _, text in (asked, claimed))
+        assert (asked[1] == one.right) == claimed[1].startswith(f"{one.right}: ") == (answers == "text")
 
 
 def test_the_files_of_a_pair_are_whole_disjoint_and_the_same_each_time(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ CONSONANTS, VOWELS = "BDFGKLMNPRSTVZ", "AEIOU"
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn and asked. right, wrong: texts of options; claims: the statement that is true and one that is not.
+    """What is drawn and asked. right, wrong: texts of options; claims: the statement that is true and one that is not;
+    caption: all that is drawn, in words.
 
     draw: the image, encoded as PNG.
     """
@@ -39,6 +40,7 @@ class Scene:
     right: str
     wrong: tuple[str, ...]
     claims: tuple[str, str]
+    caption: str
     picture: Callable[[Any], None] = field(repr=False, compare=False)
     size: int = 224
 
@@ -53,8 +55,8 @@ class Scene:
 def scene(task: str, index: int, *, seed: int = 0, split: Split = "test", size: int = 224) -> Scene:
     """The scene of a task at an index; the three splits draw from streams of their own."""
     draw = random.Random(f"{seed}/{split}/{task}/{index}")
-    question, right, wrong, claims, picture = TASKS[task](draw, size)
-    return Scene(task, index, question, right, tuple(wrong), claims, picture, size)
+    question, right, wrong, claims, caption, picture = TASKS[task](draw, size)
+    return Scene(task, index, question, right, tuple(wrong), claims, caption, picture, size)
 
 
 def blank(size: int = 224) -> bytes:
@@ -63,8 +65,8 @@ def blank(size: int = 224) -> bytes:
     return _png(Image.new("RGB", (size, size), BACKGROUND))
 
 
-Parts = tuple[str, str, list[str], tuple[str, str], Callable[[Any], None]]
-"""question, right option, wrong options, (true, false) statement as a question, and what draws it."""
+Parts = tuple[str, str, list[str], tuple[str, str], str, Callable[[Any], None]]
+"""question, right option, wrong options, (true, false) statement as a question, caption, and what draws it."""
 
 
 def _count(draw: random.Random, size: int) -> Parts:
@@ -84,7 +86,8 @@ def _count(draw: random.Random, size: int) -> Parts:
 
     ask = f"Are there exactly {{}} {shape}s in the image?"
     claims = ask.format(number), ask.format(draw.choice(wrong))
-    return f"How many {shape}s are in the image?", str(number), list(map(str, wrong)), claims, picture
+    question, caption = f"How many {shape}s are in the image?", f"{number} {colour} {shape}s"
+    return question, str(number), list(map(str, wrong)), claims, caption, picture
 
 
 def _colour(draw: random.Random, size: int) -> Parts:
@@ -100,7 +103,9 @@ def _colour(draw: random.Random, size: int) -> Parts:
     # the other shape's colour is always among the wrong ones
     ask = f"Is the {shapes[0]} {{}}?"
     claims = ask.format(colours[0]), ask.format(colours[1])
-    return f"What is the colour of the {shapes[0]}?", colours[0], colours[1:], claims, picture
+    named = [f"{colour} {shape}" for colour, shape in zip(colours, shapes, strict=False)]
+    caption = ", ".join(reversed(named) if turned else named)
+    return f"What is the colour of the {shapes[0]}?", colours[0], colours[1:], claims, caption, picture
 
 
 def _place(draw: random.Random, size: int) -> Parts:
@@ -121,7 +126,8 @@ def _place(draw: random.Random, size: int) -> Parts:
     question = f"Where is the {first}, seen from the {second}?"
     claims = ask.format(place), ask.format(opposite)
     texts = {one: f"{one} the {second}" for one in PLACES}
-    return question, texts[place], [texts[one] for one in wrong], claims, picture
+    caption = f"{colours[0]} {first} {place} the {colours[1]} {second}"
+    return question, texts[place], [texts[one] for one in wrong], claims, caption, picture
 
 
 def _word(draw: random.Random, size: int) -> Parts:
@@ -138,7 +144,7 @@ def _word(draw: random.Random, size: int) -> Parts:
 
     ask = "Is the word in the image {}?"
     claims = ask.format(word), ask.format(wrong[0])
-    return "Which word is written in the image?", word, wrong, claims, picture
+    return "Which word is written in the image?", word, wrong, claims, word, picture
 
 
 def _bars(draw: random.Random, size: int) -> Parts:
@@ -159,7 +165,15 @@ def _bars(draw: random.Random, size: int) -> Parts:
     wrong = [one for one in names if one != tallest]
     other = draw.choice(wrong)
     claims = f"Is bar {tallest} taller than bar {other}?", f"Is bar {other} taller than bar {tallest}?"
-    return "Which bar is the tallest?", f"bar {tallest}", [f"bar {one}" for one in wrong], claims, picture
+    caption = ", ".join(f"bar {name} {height}" for name, height in zip(names, heights, strict=True))
+    return (
+        "Which bar is the tallest?",
+        f"bar {tallest}",
+        [f"bar {one}" for one in wrong],
+        claims,
+        caption,
+        picture,
+    )
 
 
 TASKS: Mapping[str, Callable[[random.Random, int], Parts]] = {

@@ -22,8 +22,9 @@ from selectkd.evals.vision.questions import Question, rotated
 from selectkd.evals.vision.scenes import TASKS, Scene, Split, blank, scene
 
 Shown = Literal["image", "blank", "shuffled"]
-Answers = Literal["short", "whole"]
-"""short: the letter, or yes or no; whole: what is seen in the image before it, as in ``red: B``."""
+Answers = Literal["letter", "text"]
+"""letter: of the right option, and Yes or No; text: the option's own, which the rules read too, and what is seen before
+yes or no, as in ``red: no``."""
 SCENES = 40
 """Scenes of each task where nothing says how many: 6 questions each."""
 OPTION_METRICS = {"option_accuracy": None, "all_rotations": "rotations"}
@@ -82,19 +83,19 @@ def questions_of(one: Scene, image: bytes, *, seed: int = 0) -> tuple[list[Quest
 
 
 def asked_about(
-    one: Scene, image: bytes, *, seed: int = 0, answers: Answers = "short"
+    one: Scene, image: bytes, *, seed: int = 0, answers: Answers = "letter"
 ) -> list[tuple[str, str]]:
     """[(text of a question, its answer)] of a scene: one rotation and one statement, drawn by its index and image."""
     turns, claims = questions_of(one, image, seed=seed)
     turn = turns[one.index % len(turns)]
     claim = claims[hashlib.blake2b(image, digest_size=16).digest()[0] % 2]
-    seen = f"{one.right}: " if answers == "whole" else ""
-    verdict = claim.answer if answers == "whole" else claim.answer.capitalize()
-    return [(with_options(turn), f"{seen}{turn.answer}"), (yes_no(claim), f"{seen}{verdict}")]
+    if answers == "text":
+        return [(with_options(turn), one.right), (yes_no(claim), f"{one.right}: {claim.answer}")]
+    return [(with_options(turn), turn.answer), (yes_no(claim), claim.answer.capitalize())]
 
 
 def write_scenes(
-    folder: Path, *, train: int, heldout: int, seed: int = 0, size: int = 224, answers: Answers = "short"
+    folder: Path, *, train: int, heldout: int, seed: int = 0, size: int = 224, answers: Answers = "letter"
 ) -> tuple[Path, Path]:
     """Writes train.jsonl, heldout.jsonl and images/ into a folder; gives the two files.
 
