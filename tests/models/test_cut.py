@@ -7,7 +7,9 @@ import transformers as hf
 from selectkd.data.collate import collate
 from selectkd.data.example import Example
 from selectkd.errors import ConfigError
+from selectkd.models import cut
 from selectkd.models.cut import cut_student, even_layers
+from selectkd.models.removals import removals_of
 
 from .conftest import SIZES
 
@@ -128,3 +130,46 @@ def test_cutting_leaves_the_random_generator_as_it_was(llama):
 def test_a_cut_that_cannot_work_says_what_would(llama, layers, choose):
     with pytest.raises(ConfigError):
         cut_student(llama, layers, choose)
+
+
+def test_what_was_measured_is_not_measured_again_and_fewer_layers_go_on_from_it(
+    llama, batches, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, kept, whole = cut_student(llama, 1, "measured", batches)
+    first = removals_of(llama, batches)
+    cut_student(llama, 3, "measured", batches, known=first)
+    again = removals_of(llama, batches)
+    assert again.order == first.order and len(again.order) == 1 and again.rows == whole.rows
+    _, more, report = cut_student(llama, 1, "measured", batches, known=again)
+    assert more == kept and (report.removed, report.kl, report.rows) == (whole.removed, whole.kl, whole.rows)
+
+    monkeypatch.setattr(cut, "_cheapest", None)  # whoever measures fails
+    heard = []
+    _, last, report = cut_student(
+        llama, 2, "measured", batches, known=removals_of(llama, batches),
+        on_progress=lambda *args: heard.append(args),
+    )  # fmt: skip
+    assert (
+        report.kl == whole.kl[:2]
+        and [h[0] for h in heard] == whole.removed[:2]
+        and heard[-1][1] == tuple(last)
+    )
+
+    assert removals_of(llama, batches[:1]).order == []  # other text
+    with torch.no_grad():
+        llama.model.norm.weight[0] += 1
+    assert removals_of(llama, batches).order == []  # other weights
+
+
+def test_a_damaged_or_unwritable_memory_of_removals_costs_only_time(llama, batches, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = removals_of(llama, batches)
+    cut_student(llama, 3, "measured", batches, known=known)
+    content = known.file.read_bytes()
+    known.file.write_bytes(content[: len(content) // 2])
+    assert removals_of(llama, batches).order == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(known.file))  # a file where a folder should be
+    known = removals_of(llama, batches)
+    cut_student(llama, 3, "measured", batches, known=known)
+    assert len(known.order) == 1

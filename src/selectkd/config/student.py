@@ -28,8 +28,8 @@ class FromTeacher(Section):
     layers: Count
     """Number of the teacher's layers that stay."""
     choose: Literal["measured", "even"] | list[Annotated[int, Field(ge=0), Whole]] = "measured"
-    """Which layers stay. `measured` keeps those whose loss costs least on held-out text; `even` spaces them; a
-    list names them from 0."""
+    """Which layers stay. `measured` keeps those whose loss costs least on held-out text, and remembers them in
+    `~/.cache/selectkd/layers` for the next command; `even` spaces them; a list names them from 0."""
 
     @model_validator(mode="after")
     def _as_many_as_named(self) -> Self:

@@ -24,6 +24,7 @@ from selectkd.loss.head import Head
 from selectkd.models.forward import evaluating
 from selectkd.models.head import decoder_of, head_of, text_decoder_of, unwrapped
 from selectkd.models.layers import check_cut, cut_config, layers_of
+from selectkd.models.removals import Removals
 
 Inputs = Mapping[str, Tensor]
 HeldOut = Batch | tuple[Inputs, Tensor | None]
@@ -67,6 +68,7 @@ def cut_student(
     choose: str | Sequence[int] = "measured",
     batches: Iterable[HeldOut] | None = None,
     *,
+    known: Removals | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[nn.Module, list[int], CutReport]:
     """A new model with ``layers`` of the teacher's layers and copies of all else: (student, kept, report).
@@ -74,7 +76,8 @@ def cut_student(
     choose = "even" keeps the first, the last and evenly spaced layers; a list keeps exactly those; "measured"
     removes, one at a time, the layer whose loss costs the least KL(teacher || what is left) on ``batches``,
     each a pair (model inputs, flat indices into b*t of the positions to compare; None = all that are not
-    padding). ``on_progress(removed, kept, kl)`` hears of each removal, in the teacher's layer numbers.
+    padding). ``on_progress(removed, kept, kl)`` hears of each removal, in the teacher's layer numbers. known: removals
+    measured before, which grow by what is measured now (``removals_of``).
     ConfigError for a number or list of layers that does not fit, for "measured" without batches, for a
     quantised teacher, and for an architecture whose layers cannot be run one after the other.
     """
@@ -96,7 +99,7 @@ def cut_student(
     elif choose == "measured":
         if batches is None:
             raise ConfigError('choose = "measured" needs held-out text. Give data.evaluation, or use "even".')
-        measured = measured_layers(plain, layers, batches, on_progress=on_progress)
+        measured = measured_layers(plain, layers, batches, known=known, on_progress=on_progress)
         kept, report = measured.kept, measured
     else:
         raise ConfigError(
@@ -186,10 +189,11 @@ def _listed(choice: list[int], layers: int, total: int) -> list[int]:
 
 
 def measured_layers(
-    teacher: Any,
+    teacher: nn.Module,
     layers: int,
     batches: Iterable[HeldOut],
     *,
+    known: Removals | None = None,
     on_progress: Progress | None = None,
 ) -> CutReport:
     """The greedy choice: remove the layer without which the mean KL(teacher || rest) is least; repeat.
@@ -197,31 +201,37 @@ def measured_layers(
     Equal to running every candidate in full. What it saves: a candidate starts from the stored input of the
     layer it leaves out, and is given up once the pieces of its KL seen so far exceed the whole of another's.
     On a CPU a bfloat16 teacher is measured in an fp32 copy, since many CPUs multiply bfloat16 several times
-    more slowly.
+    more slowly. known: removals measured before, which are not measured again.
     """
     started = time.perf_counter()
-    if next(teacher.parameters()).device.type == "cpu" and teacher.dtype != torch.float32:
-        teacher = copy.deepcopy(teacher).float()
-    with evaluating(teacher), torch.no_grad():
-        pieces = [_Piece(teacher, inputs, rows) for inputs, rows in _split(teacher, batches)]
-        rows = sum(len(piece.rows) for piece in pieces)
-        if rows == 0:
+    known = known or Removals()
+    total = len(layers_of(teacher))
+    kept = list(range(total))
+    pieces: list[_Piece] = []
+    if len(known.order) < total - layers:
+        if next(teacher.parameters()).device.type == "cpu" and teacher.dtype != torch.float32:
+            teacher = copy.deepcopy(teacher).float()
+        with evaluating(teacher), torch.no_grad():
+            pieces = [_Piece(teacher, inputs, rows) for inputs, rows in _split(teacher, batches)]
+        if not any(len(piece.rows) for piece in pieces):
             raise ConfigError(
                 "the held-out text has no position to compare. Give it at least one completion."
             )
-        kept = list(range(len(layers_of(teacher))))
-        removed: list[int] = []
-        history: list[float] = []
-        while len(kept) > layers:
-            cheapest, sum_kl = _cheapest(pieces, kept)
+    rows = sum(len(piece.rows) for piece in pieces)
+    with evaluating(teacher), torch.no_grad():
+        for number in range(total - layers):
+            if number == len(known.order):
+                cheapest, sum_kl = _cheapest(pieces, kept)
+                known.add(cheapest, sum_kl / rows, rows)
+            layer, kl = known.order[number]
             for piece in pieces:
-                piece.remove(cheapest, kept)
-            kept.remove(cheapest)
-            removed.append(cheapest)
-            history.append(sum_kl / rows)
+                piece.remove(layer, kept)
+            kept.remove(layer)
             if on_progress is not None:
-                on_progress(cheapest, tuple(kept), history[-1])
-    return CutReport("measured", kept, removed, history, rows, time.perf_counter() - started)
+                on_progress(layer, tuple(kept), kl)
+    removed = [layer for layer, _ in known.order[: total - layers]]
+    history = [kl for _, kl in known.order[: total - layers]]
+    return CutReport("measured", kept, removed, history, known.rows, time.perf_counter() - started)
 
 
 def _cheapest(pieces: Sequence[_Piece], kept: Sequence[int]) -> tuple[int, float]:

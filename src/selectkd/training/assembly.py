@@ -29,6 +29,7 @@ from selectkd.models.load import DTYPES, check_local, load_model
 from selectkd.models.lora import add_lora
 from selectkd.models.precision import FP32, Precision, bf16_warnings, precision_of
 from selectkd.models.quantized import BitsAndBytes, is_quantized, quantized
+from selectkd.models.removals import removals_of
 from selectkd.models.sharded import Spread, shard
 from selectkd.models.vision import freeze
 from selectkd.objective.objective import Objective
@@ -240,7 +241,8 @@ def _cut(
     loaded.model.to(device)
     choose = spec.choose if kept is None else list(kept)
     measured = choose == "measured"
-    texts = _cut_batches(samples[:CUT_SAMPLES], plan.tokenizer) if measured else None
+    texts = list(_cut_batches(samples[:CUT_SAMPLES], plan.tokenizer)) if measured else []
+    known = removals_of(loaded.model, texts) if measured else None
 
     whole = len(layers_of(loaded.model))
 
@@ -250,7 +252,9 @@ def _cut(
 
     if measured:
         say(f"choosing {spec.layers} of {whole} layers by measured KL", whole - spec.layers)
-    model, layers, report = cut_student(loaded.model, spec.layers, choose, texts, on_progress=removed)
+    model, layers, report = cut_student(
+        loaded.model, spec.layers, choose, texts, known=known, on_progress=removed
+    )
     model.requires_grad_(True)
     model.to(DTYPES[dtype])
     sharding = recipe.training.sharding
