@@ -47,8 +47,10 @@ from selectkd.training.preflight.estimate import check_student
 from selectkd.training.recipe_text import Reading
 from selectkd.training.record.metrics import check_loggers
 
-CUT_SAMPLES = 4
-"""Held-out samples a cut is measured on: some 250 positions; its time grows with them (docs/log.md)."""
+CUT_SAMPLES, CUT_TOKENS = 64, 384
+"""Held-out samples that are looked at for the text a cut is measured on, and its tokens: a choice takes as long as this
+text is (docs/log.md).
+"""
 
 ITS_OWN_TEACHER = (
     "the student begins as its own teacher (adapters_off), where every divergence is 0 and so is its gradient: nothing "
@@ -241,7 +243,7 @@ def _cut(
     loaded.model.to(device)
     choose = spec.choose if kept is None else list(kept)
     measured = choose == "measured"
-    texts = list(_cut_batches(samples[:CUT_SAMPLES], plan.tokenizer)) if measured else []
+    texts = list(_cut_batches(cut_text(samples[:CUT_SAMPLES]), plan.tokenizer)) if measured else []
     known = removals_of(loaded.model, texts) if measured else None
 
     whole = len(layers_of(loaded.model))
@@ -286,6 +288,16 @@ def _teacher(
     elif not isinstance(plan.teacher, AdaptersOffPlan) and recipe.student.model is not None:
         say("loading the teacher")  # a cut has loaded it
     return plan.teacher.open(plan.tokenizer, student=student, reference=reference)
+
+
+def cut_text(samples: Sequence[Any]) -> list[Any]:
+    """The samples that a cut is measured on: those that come first and fit into CUT_TOKENS, else the shortest."""
+    chosen, tokens = list[Any](), 0
+    for sample in samples:
+        if tokens + len(sample.input_ids) <= CUT_TOKENS:
+            chosen.append(sample)
+            tokens += len(sample.input_ids)
+    return chosen or sorted(samples, key=lambda sample: len(sample.input_ids))[:1]
 
 
 def _cut_batches(examples: Sequence[Any], tokenizer: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
