@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectkd.cli.init import STARTER
+from selectkd.cli.init import starter
 from selectkd.config import BetaChange, Recipe, load_recipe, recipe_from
 from selectkd.errors import ConfigError
 
@@ -79,8 +79,12 @@ def test_full_size_recipes_carry_the_papers_numbers() -> None:
         assert recipe.objective.beta == 0.01 and recipe.objective.gate == {"name": "greedy_topk", "k": 5}
 
 
-def test_the_starter_recipe_loads(tmp_path: Path) -> None:
-    assert load_recipe(written(tmp_path, STARTER)).training.epochs == 2
+@pytest.mark.parametrize("layers", [None, 24])
+def test_the_starter_recipe_loads(tmp_path: Path, layers: int | None) -> None:
+    recipe = load_recipe(written(tmp_path, starter("a/big", "a/small", layers, "chats.jsonl")))
+    assert recipe.training.output_dir == "runs/first" and (recipe.student.model is None) == (
+        layers is not None
+    )
 
 
 def test_without_an_objective_the_papers_is_used(tmp_path: Path) -> None:
