@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -32,6 +33,13 @@ MATHEMATICS = (
     )),
     *(("selectkd.loss.distillation",) if sys.version_info >= (3, 11) else ()),  # beartype knows no Unpack on 3.10
 )  # fmt: skip
+
+# beartype checks one item of a list, drawn at random: from a generator of its own, so that a run under test draws what
+# it draws elsewhere.
+shared, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
+import beartype  # noqa: E402, F401
+
+random.getrandbits = shared
 
 install_import_hook(list(MATHEMATICS), "beartype.beartype")
 
