@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from export.pairs import byte_level, student, tiny_model
 from selectkd.cli import main
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.evals.export import REPORT, Texts, check_out, export
-from selectkd.evals.exported import BOUNDS
+from selectkd.evals.exported import BOUNDS, answers_of, fidelity
 from selectkd.models.export import targets
 from selectkd.models.export.draft import check_pair
+from selectkd.models.export.exported import Exported, encoder, model_logits
 from selectkd.models.export.gguf import tensors
 from selectkd.models.export.kinds import KINDS, kind_of
 from selectkd.models.export.ollama import CHATS, SHAPES, modelfile
@@ -58,6 +60,35 @@ def test_the_report_has_the_figures_and_the_hash_of_every_file(tiny: Student, tm
     assert content["read_back_by"] == "transformers" and content["versions"]["torch"]
     write(tiny, "gguf", tmp_path / "out", "f32")  # an export may be replaced
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"student-f32.gguf", "Modelfile", REPORT}
+
+
+def test_an_answer_that_parts_shows_how_close_the_students_choice_was(tiny: Student) -> None:
+    answers, ours = answers_of(tiny, PROMPTS, 6), model_logits(tiny.model)
+    twice = {tuple(answers.prompts[i] + answers.answers[i]): len(answers.prompts[i]) + i for i in (1, 3)}
+    wanted = []
+
+    def other(ids: torch.Tensor) -> torch.Tensor:
+        """The student's logits, but at one place of two texts, and all behind it, the second best token is ahead."""
+        logits = ours(ids)
+        place = twice.get(tuple(ids.tolist()), len(ids))
+        for row in logits[place:]:
+            first, second = row.topk(2).indices
+            row[second] = row[first] + 1.0
+        if place < len(ids):
+            best = ours(ids).log_softmax(-1)[place].topk(2).values
+            wanted.append(float(best[0] - best[1]))
+        return logits
+
+    one = Exported(encoder(tiny.tokenizer), other, tiny.ends, tiny.tokenizer.chat_template, "a test")
+    found = fidelity(tiny, one, answers, [])
+    assert found.greedy_same == 6 and found.gaps == pytest.approx(sorted(wanted), abs=1e-5) and wanted[0] > 0
+    assert found.greedy() == (
+        "6 of 8; the others part where the student prefers its token to the export's by "
+        f"{min(wanted):.2g} to {max(wanted):.2g} nats, median {sum(wanted) / 2:.2g}"
+    )
+    assert "the other parts where" in replace(found, greedy_same=7, gaps=[4e-4]).greedy()
+    assert replace(found, greedy_same=7, gaps=[4e-4]).greedy().endswith("by 0.0004 nats")
+    assert replace(found, greedy_same=8, gaps=[]).greedy() == "8 of 8"
 
 
 def refused(tiny: Student, folder: Path, **more: Any) -> str:

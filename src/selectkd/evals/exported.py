@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from selectkd.data.alignment import PROBES
 from selectkd.evals.speculative.measure import Alone, expected_speedup, speculation, timed_alone
@@ -38,8 +41,10 @@ faithful export of a model of 135 million parameters gives, which rounding hurts
 @dataclass(frozen=True)
 class Fidelity:
     """kl: of student to export, nats a token; top1: the share of tokens with the same best token; both with bootstraps
-    over texts. greedy_same: answers that the export writes to the last token, of ``texts``. different_ids: texts that
-    become other ids, of ``id_texts``. differences: ends, template and settings that came back otherwise.
+    over texts. greedy_same: answers that the export writes to the last token, of ``texts``. gaps: for each other
+    answer, from small to large, the nats by which the student prefers its token to the export's where they part.
+    different_ids: texts that become other ids, of ``id_texts``. differences: ends, template and settings that came back
+    otherwise.
     """
 
     texts: int
@@ -47,6 +52,7 @@ class Fidelity:
     kl: Interval
     top1: Interval
     greedy_same: int
+    gaps: list[float]
     id_texts: int
     different_ids: list[str]
     differences: list[str]
@@ -54,6 +60,18 @@ class Fidelity:
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         return asdict(self)
+
+    def greedy(self) -> str:
+        """How many answers are the same, and how close the student's choice was where the others part."""
+        same = f"{self.greedy_same} of {self.texts}"
+        if not self.gaps:
+            return same
+        low, high = f"{self.gaps[0]:.2g}", f"{self.gaps[-1]:.2g}"
+        shown = (
+            f"{low} nats" if len(self.gaps) == 1 else f"{low} to {high} nats, median {median(self.gaps):.2g}"
+        )
+        others = "the other parts" if len(self.gaps) == 1 else "the others part"
+        return f"{same}; {others} where the student prefers its token to the export's by {shown}"
 
     def failures(self, bound: float) -> list[str]:
         """Why the export is refused, in words; [] where it is true to its student."""
@@ -94,7 +112,7 @@ def fidelity(student: Student, exported: Exported, answers: Answers, texts: Sequ
     kl: list[float] = []
     same: list[float] = []
     counts: list[int] = []
-    greedy = 0
+    gaps: list[float] = []
     for prompt, answer in zip(answers.prompts, answers.answers, strict=True):
         ids = torch.tensor([*prompt, *answer])
         logp, logq = (
@@ -105,7 +123,8 @@ def fidelity(student: Student, exported: Exported, answers: Answers, texts: Sequ
         kl.append(float(apart.sum()))
         same.append(float((best == logp.argmax(-1)).sum()))
         counts.append(len(ids))
-        greedy += best[len(prompt) - 1 : -1].tolist() == answer
+        parting = _parting(logp[len(prompt) - 1 : -1], best[len(prompt) - 1 : -1], ids[len(prompt) :])
+        gaps += [] if parting is None else [parting]
     compared = id_texts(student.tokenizer, texts)
     encode = encoder(student.tokenizer)
     different = [
@@ -118,11 +137,24 @@ def fidelity(student: Student, exported: Exported, answers: Answers, texts: Sequ
         tokens=sum(counts),
         kl=bootstrap_ratio(kl, counts),
         top1=bootstrap_ratio(same, counts),
-        greedy_same=greedy,
+        greedy_same=len(counts) - len(gaps),
+        gaps=sorted(gaps),
         id_texts=len(compared),
         different_ids=different,
         differences=_differences(student, exported),
     )
+
+
+def _parting(logp: Float[Tensor, "t v"], best: Int[Tensor, " t"], answer: Int[Tensor, " t"]) -> float | None:
+    """log p(answer) - log p(best) at the first token where both differ, p being the student; None where none does.
+
+    best: the export's best tokens. answer: the student's.
+    """
+    apart = (best != answer).nonzero()
+    if not len(apart):
+        return None
+    first = int(apart[0])
+    return float(logp[first, answer[first]] - logp[first, best[first]])
 
 
 def id_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, bool]]:
