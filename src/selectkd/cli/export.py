@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from selectkd.models.export.student import Student
 
 PROMPT_CHARACTERS = 140
+CALIBRATION, LONGEST = 128, 512
+"""Records that roundings are chosen for, and tokens of each."""
 
 
 def export(
@@ -65,6 +67,14 @@ def export(
             help="A file of records to take prompts from. Default: pieces of Python's own help pages.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="Records like the student's own: rounds to q8_0, q5_1 or q4_0 so that they change least.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=2, help="Number of prompts to measure on.")] = 50,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Maximum tokens of an answer.")] = 24,
     bound: Annotated[
@@ -83,9 +93,13 @@ def export(
     The export is read back and compared: ids, end tokens, chat template, KL, best tokens, greedy answers.
     It is refused where it differs.
     """
-    from selectkd.models.export.kinds import DRAFTS, kind_of
+    from selectkd.models.export.kinds import CALIBRATED, DRAFTS, kind_of
 
     kind = kind_of(to, kind)
+    if calibrate is not None and kind not in CALIBRATED:
+        raise ConfigError(
+            f"--calibrate is for rounding to {', '.join(CALIBRATED)}, and --type is {kind}. Leave it out."
+        )
     if to in DRAFTS and target is None:
         raise ConfigError(f"--to {to} needs --target, the model that the server serves.")
 
@@ -102,7 +116,8 @@ def export(
     student, about = _student(run, checkpoint, adapter=to == "adapter")
     texts = _texts(student, prompts, limit, tokens)
     drafts_for = None if target is None else load_model(target)
-    options = Options(kind, out.absolute(), drafts_for, target, draft_length)
+    calibration = () if calibrate is None else _calibration(calibrate, student, texts)
+    options = Options(kind, out.absolute(), drafts_for, target, draft_length, calibration)
     report = write(
         student, chosen, options, texts, about={"target": to, **about}, bound=bound, stage=show_progress
     )
@@ -156,6 +171,21 @@ def _texts(student: Student, prompts: Path | None, limit: int, tokens: int) -> T
     return Texts(ids, [tokenizer.decode(one) for one in ids], tokens, source)
 
 
+def _calibration(file: Path, student: Student, texts: Texts) -> list[list[int]]:
+    """Records of a file other than those that the export is measured on."""
+    from selectkd.evals.prompts import read_texts
+
+    found = read_texts(
+        file, student.tokenizer, limit=CALIBRATION, longest=LONGEST, without=set(map(tuple, texts.prompts))
+    )
+    if not found:
+        raise ConfigError(
+            f"--calibrate {file} has no record beside those that the export is measured on. Name another file, or "
+            "leave --prompts out."
+        )
+    return found
+
+
 def _show(report: Report) -> None:
     found, content = report.fidelity, report.content
     say(f"{report.folder}: {content['target']} in {content['type']}, read back by {content['read_back_by']}")
@@ -177,6 +207,10 @@ def _show(report: Report) -> None:
             )
         say(f"draft length        {one.draft_length}, expected speed-up {one.speedup:.2f}")
     notes = content["notes"]
+    if notes.get("calibration"):
+        say(
+            f"rounded for          {notes['calibration']['texts']} records, {notes['calibration']['tokens']:,} tokens"
+        )
     for note in notes.get("notes", ()):
         say(f"note: {note}")
     if "command" in notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from selectkd.data.chat import rendered
@@ -33,3 +34,24 @@ def read_prompts(
     """The prompts of a file in any format a recipe's source may have: what stands before its first trained token."""
     source = dataset_source({"path": str(path), "limit": limit}, tokenizer, TextRules(LONGEST_PROMPT))
     return [example.input_ids[: example.completion.index(True)] for example in source.examples]
+
+
+def read_texts(
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    limit: int,
+    longest: int,
+    without: Collection[tuple[int, ...]] = (),
+) -> list[list[int]]:
+    """The records of a file as the student trains on them, at most ``longest`` tokens each; without: prompts, as
+    ``read_prompts`` has them, whose records are left out.
+    """
+    source = dataset_source({"path": str(path)}, tokenizer, TextRules(longest))
+    found: list[list[int]] = []
+    for example in source.examples:
+        if len(found) == limit:
+            break
+        if tuple(example.input_ids[: example.completion.index(True)]) not in without:
+            found.append(example.input_ids)
+    return found

@@ -17,6 +17,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "mlx": ("bf16", "f16", "f32"),
 }
 """The number formats of each target, the default one first."""
+CALIBRATED = ("q8_0", "q5_1", "q4_0")
+"""The number formats of GGUF that texts help to round to."""
 DRAFTS = frozenset({"vllm-draft", "sglang-draft"})
 """Targets that are written for another model, which must be named."""
 K_QUANTS = tuple(f"q{bits}_k{size}" for bits in (2, 3, 4, 5, 6) for size in ("", "_s", "_m", "_l"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Student:
 @dataclass(frozen=True)
 class Options:
     """kind: the number format of the weights. folder: where the export will be. target: the model that the student
-    drafts for, and its name for the server. draft_length: tokens that are drafted at once.
+    drafts for, and its name for the server. draft_length: tokens that are drafted at once. calibration: ids of texts
+    that weights of fewer bits are rounded for; none rounds each weight alone.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Options:
     target: Loaded | None = None
     target_name: str | None = None
     draft_length: int | None = None
+    calibration: Sequence[Sequence[int]] = ()
 
     def with_length(self, length: int) -> Options:
         """The same with another draft length."""

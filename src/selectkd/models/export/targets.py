@@ -30,7 +30,11 @@ def write_gguf(student: Student, folder: Path, options: Options) -> dict[str, An
     from selectkd.models.export.gguf.file import write_gguf as write
     from selectkd.models.export.ollama import modelfile
 
-    model = student.model
+    model, texts = student.model, options.calibration
+    if texts:
+        from selectkd.models.export.gguf.calibrated import calibrated
+
+        model = calibrated(model, texts, options.kind)
     file = _file(student, options)
     vocabulary, formats = write(
         model, student.tokenizer, folder / file, kind=options.kind, ends=student.ends, name=student.name
@@ -40,6 +44,7 @@ def write_gguf(student: Student, folder: Path, options: Options) -> dict[str, An
     return {
         "file": file,
         "tensors": formats,
+        "calibration": {"texts": len(texts), "tokens": sum(map(len, texts))} if texts else None,
         "pre_tokenizer": vocabulary.pre,
         "special_ids": vocabulary.special,
         "notes": [*vocabulary.notes, *(f"Ollama: {note}" for note in notes)],
