@@ -76,7 +76,8 @@ def whole(tab: Page, width: int, path: Path) -> None:
         height = tab.evaluate("document.documentElement.scrollHeight") if tab.url else 900
         tab.set_viewport_size({"width": width, "height": min(height, TALLEST)})
         tab.wait_for_timeout(150)
-    tab.screenshot(path=path)
+    height = min(tab.evaluate("Math.ceil(document.body.getBoundingClientRect().height)"), TALLEST)
+    tab.screenshot(path=path, clip={"x": 0, "y": 0, "width": width, "height": height})
     tab.set_viewport_size({"width": width, "height": 900})
 
 

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_page_refers_to_nothing_outside_and_its_policy_names_its_own_style_and
 def test_numbers_of_the_page_are_those_of_the_runs_files(run: Path) -> None:
     said = " ".join(parsed(run).all_text().split())
     for each in (
-        "2 → 0.75", "12 → 7", "teacher 5", "3.00 GiB", "1 min 1 s", "big teaches small",
+        "2.00 → 0.750", "12.0 → 7.00", "teacher 5.00", "3.00 GiB", "1 min 1 s", "big teaches small",
         "moved 62% closer to its teacher", "closed 71% of the gap in perplexity", "took 30% of the signal away",
     ):  # fmt: skip
         assert each in said, each
@@ -173,10 +174,34 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert written.stat().st_size < 1_000_000 and "more characters" in said
 
 
-def test_a_page_of_100_000_tokens_is_below_5_megabytes(tmp_path: Path) -> None:
-    words = [f" word{number}" for number in range(3000)]
-    run = write_run(tmp_path / "large", texts=100, tokens=250, looks=(0, 7, 14, 20), words=words)
-    assert write_report(run).stat().st_size < 5_000_000
+@pytest.mark.parametrize(
+    ("texts", "tokens", "looks", "kept"),
+    [(100, 250, (0, 7, 14, 20), 4), (200, 500, (0, 7, 14, 20), 4), (16, 500, range(200), 156)],
+    ids=["25,000 four times", "100,000 four times", "8,000 200 times"],
+)  # fmt: skip
+def test_a_page_is_below_5_megabytes_however_many_tokens_and_measurements(
+    texts: int, tokens: int, looks: Sequence[int], kept: int, tmp_path: Path
+) -> None:
+    words = [
+        f" w{number}" for number in range(3000)
+    ]  # a space and five letters, longer than tokens of real text
+    run = write_run(tmp_path / "large", texts=texts, tokens=tokens, looks=looks, words=words)
+    written = write_report(run)
+    assert written.stat().st_size < 5_000_000
+    packed = json.loads(Parsed(written.read_text("utf-8")).text["script"][0])["looks"]
+    steps = [one["step"] for one in packed]
+    assert (steps[0], steps[-1], len(steps)) == (looks[0], looks[-1], kept)
+    numbers = [one["step"] for one in packed if "floats" in one]
+    assert looks[-1] in numbers and (len(numbers) == kept or texts * tokens > 90_000 or looks[0] in numbers)
+    assert all("marks" in one for one in packed)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / one / "run") for one in "ab"]
+    said = " ".join(parsed(*runs, out=tmp_path / "both.html").all_text().split())
+    assert "b/run minus a/run" in said
+    said = " ".join(parsed(runs[0], runs[0], out=tmp_path / "both.html").all_text().split())
+    assert "run (2) minus run" in said
 
 
 def test_two_runs_are_compared_with_paired_intervals_and_the_keys_that_differ(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -67,21 +68,32 @@ class Chart:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: three digits, thousands apart; a dash where there is none.
+    """A number for people: three digits, zeros at the end among them, thousands apart; a dash where there is none.
 
-    >>> number(0.012345), number(12345.6), number(None), number(2), number(1e20)
-    ('0.0123', '12,346', '-', '2', '1e+20')
+    >>> number(0.012345), number(0.019), number(12345.6), number(None), number(2), number(2.0), number(1e20)
+    ('0.0123', '0.0190', '12,346', '-', '2', '2.00', '1e+20')
     """
     if value is None or not is_number(value):
         return "-"
     if abs(value) >= 1e12:
         return f"{value:.{digits}g}"
-    if value == int(value):
+    if isinstance(value, Integral) or value == 0:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    shown = f"{value:.{digits}g}"
-    return shown if "e" not in shown or abs(value) < 1e-4 else f"{value:.{digits}f}"
+    if abs(value) < 1e-4:
+        return f"{value:.{digits}g}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def tick(value: float) -> str:
+    """A number of an axis, or one that was chosen: no zero at its end.
+
+    >>> tick(0.25), tick(0.30000000000000004), tick(60.0), tick(12000)
+    ('0.25', '0.3', '60', '12,000')
+    """
+    shown = number(int(value) if abs(value) < 1e12 and value == int(value) else value, 6)
+    return shown.rstrip("0").rstrip(".") if "." in shown and "e" not in shown else shown
 
 
 def counted(n: int, noun: str) -> str:
@@ -157,9 +169,9 @@ def _axes(chart: Chart, box: _Box) -> list[str]:
         _, y = box.at(box.x[0], value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4.5}" text-anchor="end">{number(value)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4.5}" text-anchor="end">{tick(value)}</text>'
         )
-    named = list(enumerate(chart.groups)) if chart.groups else [(at, number(at)) for at in ticks(*box.x, 5)]
+    named = list(enumerate(chart.groups)) if chart.groups else [(at, tick(at)) for at in ticks(*box.x, 5)]
     for at, name in named:
         x, _ = box.at(at, box.y[0])
         parts.append(
@@ -171,7 +183,7 @@ def _axes(chart: Chart, box: _Box) -> list[str]:
     for kind, at in chart.marks:
         x, _ = box.at(at, 0.0)
         top = TOP if kind in ACROSS else HEIGHT - BOTTOM - 5
-        title = f"{kind} at step {number(at)}"
+        title = f"{kind} at step {tick(at)}"
         place = f'x1="{x}" x2="{x}" y1="{top}" y2="{HEIGHT - BOTTOM}"'
         parts.append(f'<line class="mark {kind}" {place}><title>{title}</title></line>')
     if chart.level is not None:
@@ -195,7 +207,7 @@ def _lines(lines: Sequence[Line], box: _Box, chart: Chart) -> list[str]:
         )
         if line.dots or len(points) == 1:
             for (x, y), (step, value) in zip(points, line.points, strict=True):
-                title = f"{line.name}, {chart.x} {number(step)}: {number(value)}"
+                title = f"{line.name}, {chart.x} {tick(step)}: {number(value)}"
                 parts.append(
                     f'<circle class="dot {style}" cx="{x}" cy="{y}" r="3"><title>{escape(title)}</title></circle>'
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -72,23 +73,23 @@ def _bins(
 ) -> Chart | None:
     """A chart of a column's mean in each bin; None where what it is binned by is not known."""
     lines = []
-    names = [f"{edge:g}+" for edge in edges]
+    names = _spans(edges, whole=unit == "token")
     for style, (look, of) in enumerate(looks):
         if of is None or np.isnan(np.asarray(of, float)).all():
             return None
         found = binned(look[column], np.nan_to_num(np.asarray(of, float)), edges)
         points = [(list(edges).index(edge), value) for edge, _, value in found]
         lines.append(Line(_called(look), points, style))
+    names = names[
+        : int(max((x for line in lines for x, _ in line.points), default=0)) + 1
+    ]  # none beyond the last
     high = 1.0 if column == "acceptance" else None
     unit_of = "share accepted" if column == "acceptance" else "divergence, nats a token"
     return Chart(title, unit_of, lines, x=unit, groups=names, low=0.0, high=high)
 
 
 def _ranks(looks: Sequence[Look]) -> list[Chart]:
-    names = [
-        f"{first}" if last == first + 1 else f"{first}+" if last is None else f"{first}-{last - 1}"
-        for first, last in zip(RANKS, [*RANKS[1:], None], strict=True)
-    ]
+    names = _spans(RANKS, whole=True)
     lines = []
     for style, look in enumerate(looks):
         ranks = look.columns.get("rank")
@@ -101,6 +102,18 @@ def _ranks(looks: Sequence[Look]) -> list[Chart]:
         )
     title = "Rank of the student's proposal with the teacher"
     return [Chart(title, "share of tokens", lines, x="rank", groups=names, low=0.0)]
+
+
+def _spans(edges: Sequence[float], *, whole: bool) -> list[str]:
+    """What each bin [edge, next) is called; the last is open.
+
+    >>> _spans((1, 2, 5), whole=True), _spans((0.0, 0.1, 0.5), whole=False)
+    (['1', '2-4', '5+'], ['0-0.1', '0.1-0.5', '0.5+'])
+    """
+    return [
+        f"{first:g}" if whole and next_ == first + 1 else f"{first:g}-{next_ - whole:g}"
+        for first, next_ in pairwise(edges)
+    ] + [f"{edges[-1]:g}+"]
 
 
 def calibrations(looks: Looks) -> tuple[list[tuple[str, float]], list[Chart]]:

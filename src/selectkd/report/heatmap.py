@@ -27,6 +27,9 @@ FLOATS = (
 )  # fmt: skip
 """Columns in half precision, in the order of the page's script."""
 LONGEST_TOKEN, LONGEST_PROMPT = 400, 1200
+BYTES, TOKEN_BYTES, MARK_BYTES, NUMBER_BYTES = 4_000_000, 19, 0.8, 20
+"""What texts and measurements may take of a page; a token's HTML, and its verdict and numbers in a measurement: those
+are of random numbers, which compress worst."""
 UNVERIFIED, REJECTED, ACCEPTED = 0, 1, 2
 EFFORT = 4
 """Of gzip, from 1 to 9: beyond it the columns of 100,000 tokens take seconds more and 1% less room."""
@@ -60,14 +63,42 @@ class Shown:
 
 
 def shown(runs: Sequence[tuple[str, Looks]]) -> list[Shown]:
-    """The looks of the first run and of those after it that looked at the same texts."""
+    """The looks of the first run and of those after it that looked at the same texts.
+
+    Where there are too many for a page, the first, the last and some evenly between; flips are between those.
+    """
     found = []
     for name, looks in runs:
         before = None
-        for one in looks.looks:
+        for at in _evenly(len(looks.looks), int(BYTES / 4 / MARK_BYTES / max(looks.tokens, 1) / len(runs))):
+            one = looks.looks[at]
             found.append(Shown(name, one, before))
             before = one.accepted
     return found
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    """At most ``most`` of 0 to n - 1, and both ends.
+
+    >>> _evenly(3, 5), _evenly(9, 3), _evenly(9, 0)
+    ([0, 1, 2], [0, 4, 8], [0, 8])
+    """
+    if n <= most:
+        return list(range(n))
+    most = max(most, 2)
+    return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
+
+
+def with_numbers(every: Sequence[Shown], visible: int) -> set[int]:
+    """The looks whose tokens have numbers beside their verdicts: all, where BYTES allow it.
+
+    The visible one always; then the first, the last of each run, and some evenly between.
+    """
+    n = max(len(every[visible].look["sample"]), 1)
+    most = int((BYTES - n * (TOKEN_BYTES + MARK_BYTES * len(every))) / n / NUMBER_BYTES)
+    last = [i for i, one in enumerate(every) if i + 1 == len(every) or every[i + 1].run != one.run]
+    wanted = dict.fromkeys([visible, 0, *last, *_evenly(len(every), most)])
+    return set(list(wanted)[: max(most, 1)])
 
 
 def texts_of(looks: Looks, one: Shown) -> list[dict[str, Any]]:
@@ -131,19 +162,21 @@ def _escaped(text: str) -> str:
     return str(escape(text)).replace("\n", "<u></u>\n")
 
 
-def packed(looks: Looks, every: Sequence[Shown]) -> dict[str, Any]:
-    """What the page's script needs: looks, the pieces that proposals are named by, and where each text begins."""
+def packed(every: Sequence[Shown], visible: int) -> dict[str, Any]:
+    """What the page's script needs: looks, and the pieces that proposals are named by. visible: the look shown."""
     names: dict[str, int] = {}
+    numbers = with_numbers(every, visible)
     return {
         "columns": FLOATS,
-        "looks": [_packed(one, names) for one in every],
+        "looks": [
+            _packed(one) | (_numbers(one, names) if i in numbers else {}) for i, one in enumerate(every)
+        ],
         "pieces": list(names),  # filled by then
     }
 
 
-def _packed(one: Shown, names: dict[str, int]) -> dict[str, Any]:
+def _packed(one: Shown) -> dict[str, Any]:
     look = one.look
-    floats = np.stack([_half(look.columns.get(name), len(look["sample"])) for name in FLOATS])
     return {
         "run": one.run,
         "step": look.step,
@@ -152,6 +185,13 @@ def _packed(one: Shown, names: dict[str, int]) -> dict[str, Any]:
         "won": int((one.flip > 0).sum()),
         "lost": int((one.flip < 0).sum()),
         "marks": _coded(one.verdict + 3 * one.level + 18 * (one.flip + 1), "<u1"),
+    }
+
+
+def _numbers(one: Shown, names: dict[str, int]) -> dict[str, Any]:
+    look = one.look
+    floats = np.stack([_half(look.columns.get(name), len(look["sample"])) for name in FLOATS])
+    return {
         "rank": _coded(
             np.clip(look.columns.get("rank", np.full(len(look["sample"]), -1)), -1, 65534) % 65536, "<u2"
         ),

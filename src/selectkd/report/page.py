@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +26,10 @@ from selectkd.data.durable import write_plain
 from selectkd.report import heatmap, provenance
 from selectkd.report.charts import counted, draw, number
 from selectkd.report.curves import calibrations, of_probe, over_steps
-from selectkd.report.escapes import clean
+from selectkd.report.escapes import clean, shortened
 from selectkd.report.interactive import packed_program, program, specification
 from selectkd.report.results import read_results
-from selectkd.report.run_files import RunFiles, read_run
+from selectkd.report.run_files import LONGEST_NAME, RunFiles, read_run
 from selectkd.report.verdict import RULES, interval, paired, sentences, tiles
 
 NAME = "report.html"
@@ -48,7 +49,7 @@ def write_report(
     ``report``, which make the page 0.9 MB larger. ConfigError where one is no run folder, DataError for a
     file of ``extra`` that cannot be read, ResourceError where the page cannot be written.
     """
-    read = [read_run(run, extra if not number_of else ()) for number_of, run in enumerate(runs)]
+    read = _distinct([read_run(run, extra if not number_of else ()) for number_of, run in enumerate(runs)])
     path = Path(runs[0]).expanduser() / NAME if out is None else Path(out).expanduser()
     write_plain(path, page(read, interactive=interactive).encode("utf-8", "backslashreplace"))
     return path
@@ -92,6 +93,19 @@ def page(runs: Sequence[RunFiles], *, interactive: bool = False) -> str:
     )
 
 
+def _distinct(runs: Sequence[RunFiles]) -> list[RunFiles]:
+    """Runs of one name by as many folders above them as tell them apart, and one that is there twice by a number."""
+    named: list[RunFiles] = []
+    for run in runs:
+        parts = run.folder.resolve().parts
+        others = [other.folder.resolve().parts for other in runs if other.name == run.name]
+        more = next((n for n in range(1, len(parts)) if sum(p[-n:] == parts[-n:] for p in others) == 1), 1)
+        name = run.name if more == 1 else shortened("/".join(parts[-more:]), LONGEST_NAME, keep="")
+        taken = sum(one.name == name or one.name.startswith(f"{name} (") for one in named)
+        named.append(replace(run, name=f"{name} ({taken + 1})" if taken else name))
+    return named
+
+
 @lru_cache(maxsize=2)
 def template(name: str) -> Template:
     """A template of this package; all that is put into it is escaped."""
@@ -114,15 +128,20 @@ def _of(run: RunFiles) -> dict[str, str]:
     sources = [(manifest.get(who) or {}).get("source") for who in ("teacher", "student")]
     return {
         "teacher": str(sources[0] or settings.get("teacher.model") or "a teacher"),
-        "student": _cut(str(sources[1] or settings.get("student.model") or "some of its own layers")),
+        "student": _cut(
+            str(sources[1] or settings.get("student.model") or "some of its own layers"), sources[0]
+        ),
         "gate": _gate(settings),
     }
 
 
-def _cut(student: str) -> str:
+def _cut(student: str, teacher: object) -> str:
     """A student with how many layers it has of a model, where its name lists them all."""
     found = re.fullmatch(r"(.*) with layers (\d+(?:, \d+)*)", student, re.S)
-    return student if found is None else f"{counted(found[2].count(',') + 1, 'layer')} of {found[1]}"
+    if found is None:
+        return student
+    n = found[2].count(",") + 1
+    return f"{number(n)} of its own layers" if found[1] == teacher else f"{counted(n, 'layer')} of {found[1]}"
 
 
 def _gate(settings: dict[str, Any]) -> str:
@@ -131,7 +150,7 @@ def _gate(settings: dict[str, Any]) -> str:
         if name:
             prefix = f"objective.{kind}."
             rest = [
-                f"{k.removeprefix(prefix)} = {v}"
+                f"{k.removeprefix(prefix)}\u00a0=\u00a0{v}"
                 for k, v in settings.items()
                 if k.startswith(prefix) and not k.endswith(".name")
             ]
@@ -147,7 +166,7 @@ def _probe(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
     _, looks = with_looks[0]
     same = [(name, one) for name, one in with_looks if one.same_texts(looks)]
     every = heatmap.shown(same)
-    of_first = heatmap.shown(same[:1])
+    of_first = [one for one in every if one.run == same[0][0]]
     return {
         "texts": heatmap.texts_of(looks, of_first[-1]),
         "before": heatmap.texts_of(looks, of_first[0]) if len(of_first) > 1 and looks.tokens <= 8000 else [],
@@ -157,7 +176,7 @@ def _probe(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
         "tokens": looks.tokens,
         "several": len(same) > 1,
         "other_texts": [name for name, one in with_looks if (name, one) not in same],
-        "data": _json(heatmap.packed(looks, every)),
+        "data": _json(heatmap.packed(every, len(of_first) - 1)),
         "change": [(unit, interval(paired(looks.first, looks.last, name))) for name, unit in PAIRED],
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from selectkd.report.charts import Chart, Line, number
+from selectkd.report.charts import Chart, Line, number, tick
 from selectkd.report.escapes import shortened
 
 LONGEST_TEXT, LONGEST_DIFF, MOST_TEXTS, MOST_ROWS = 4000, 2000, 12, 60
@@ -119,7 +119,7 @@ def _speculate(found: Results, content: Any) -> None:
     rows = [row for row in content["rows"] if row.get("acceptance_by_position")]
     lines = [
         Line(
-            shortened(f"{row['draft']}, T {row['temperature']:g}", 60),
+            shortened(f"{row['draft']}, T {row['temperature']:g}, length {row.get('draft_length', '?')}", 60),
             [(i + 1, value) for i, value in enumerate(row["acceptance_by_position"])],
             style, dots=True,
         )
@@ -136,7 +136,7 @@ def _speculate(found: Results, content: Any) -> None:
             "head": ["draft", "temperature", "draft length", "accepted", "tokens a pass", "speed-up"],
             "rows": [
                 [
-                    shortened(row["draft"], 60), number(row["temperature"]), number(row.get("draft_length")),
+                    shortened(row["draft"], 60), tick(row["temperature"]), number(row.get("draft_length")),
                     number(row.get("acceptance")), number(row.get("mean_accepted_length")),
                     number(row.get("speedup_measured")),
                 ]
@@ -158,7 +158,7 @@ def _panel(found: Results, content: Any) -> None:
             "note": f"Jaccard index of the rows kept, {number(content['n'])} rows: 1 is the same rows.",
             "names": [shortened(name, 40) for name in names],
             "cells": [
-                [(number(v, 2), 0 if v is None else round(9 * min(max(v, 0.0), 1.0))) for v in row]
+                [("-", 0) if v is None else (f"{v:.2f}", round(9 * min(max(v, 0.0), 1.0))) for v in row]
                 for row in cells
             ],
         }
@@ -181,8 +181,8 @@ def _panel(found: Results, content: Any) -> None:
 def _dynamics(found: Results, content: Any) -> None:
     shown = {
         "kappa": f"{number(content['kappa'])} [{number(content['kappa_low'])}, {number(content['kappa_high'])}]",
-        "TAR did not fall between looks": number(content["nondecreasing_share"]),
-        "Theorem 1 holds between looks": number(content.get("theorem_1_share")),
+        "TAR did not fall between measurements": number(content["nondecreasing_share"]),
+        "Theorem 1 holds between measurements": number(content.get("theorem_1_share")),
         "flips": number(content["flips"]),
     }
     found.tables.append(
@@ -217,7 +217,7 @@ def _landscape(found: Results, content: Any) -> None:
 def _compare(found: Results, content: Any) -> None:
     found.tables.append(
         {
-            "title": "Comparison with controls",
+            "title": "Comparison with controls", "words": 3,
             "head": ["recipe", "method", "selection", "seed", "held-out KL", "TAR"],
             "rows": [
                 [

@@ -78,7 +78,7 @@ def _state(run: RunFiles) -> str:
         if run.checkpoints
         else ""
     )
-    return f"The run broke off at step {run.last_step}{of}, so nothing below is final.{saved}"
+    return f"The run broke off at step {run.last_step}{of}, so none of its numbers is final.{saved}"
 
 
 def _closer(run: RunFiles) -> str:

@@ -1,6 +1,10 @@
 "use strict";
 (() => {
   document.documentElement.classList.add("scripted");
+  const folded = () => document.querySelectorAll("details:not([open])");
+  let opened = []; // what is folded is printed too
+  addEventListener("beforeprint", () => { opened = [...folded()]; for (const one of opened) one.open = true; });
+  addEventListener("afterprint", () => { for (const one of opened) one.open = false; });
   const data = document.getElementById("data");
   if (!data) return;
   const page = JSON.parse(data.textContent);
@@ -30,8 +34,9 @@
     return sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -24 * rest);
   }
   function load(look) {
-    return (look.loaded ??= Promise.all(Object.keys(FORM).map((name) => column(look[name], FORM[name]))).then((all) =>
-      Object.fromEntries(Object.keys(FORM).map((name, i) => [name, all[i]]))));
+    const names = Object.keys(FORM).filter((name) => look[name] !== undefined);
+    return (look.loaded ??= Promise.all(names.map((name) => column(look[name], FORM[name]))).then((all) =>
+      Object.fromEntries(names.map((name, i) => [name, all[i]]))));
   }
   const shown = (value) => !Number.isFinite(value) ? "not known" : value !== 0 && Math.abs(value) < 1e-4 ? "< 0.0001" : String(Number(value.toPrecision(3)));
 
@@ -74,23 +79,25 @@
     const columns = await load(page.looks[now]);
     if (token !== current) return;
     const n = page.looks[now].n, verdict = columns.marks[at] % 3, flip = Math.floor(columns.marks[at] / 18) - 1;
-    const value = Object.fromEntries(page.columns.map((name, i) => [name, shown(half(columns.floats[i * n + at]))]));
+    const value = columns.floats ? Object.fromEntries(page.columns.map((name, i) => [name, shown(half(columns.floats[i * n + at]))])) : {};
     value.verdict = ["no verdict", "rejected", "accepted"][verdict] + (flip > 0 ? " (rejected before)" : flip < 0 ? " (accepted before)" : "");
-    value.rank = columns.rank[at] === 65535 ? "outside the stored tokens" : String(columns.rank[at]);
+    if (columns.rank) value.rank = columns.rank[at] === 65535 ? "outside the stored tokens" : String(columns.rank[at]);
     tip.replaceChildren();
-    const piece = (name) => columns[name][at] ? page.pieces[columns[name][at] - 1] : null;
-    for (const [label, said] of [["text ", token.textContent], ["student proposes ", piece("proposal")], ["teacher prefers ", piece("teacher_top")]]) {
+    const piece = (name) => columns[name]?.[at] ? page.pieces[columns[name][at] - 1] : null;
+    for (const [label, said] of [["text ", token.textContent], ["student proposes ", piece("proposal")], ["teacher prefers ", piece("teacher_top")]].slice(0, columns.floats ? 3 : 1)) {
       const line = add(tip, "p", label);
       if (said === null) line.append("not known"); else add(line, "q", said);
     }
     const list = add(tip, "dl");
-    for (const [name, label] of NAMES) { add(list, "dt", label); add(list, "dd", value[name]).dataset.name = name; }
+    for (const [name, label] of NAMES) if (value[name] !== undefined) { add(list, "dt", label); add(list, "dd", value[name]).dataset.name = name; }
+    if (!columns.floats) add(tip, "p", "The numbers of this measurement were left out, for a page of a few megabytes.");
     tip.hidden = false;
     const box = token.getClientRects()[0] ?? token.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.left), document.documentElement.clientWidth - tip.offsetWidth - 8);
     const below = box.bottom + tip.offsetHeight + 10 < innerHeight || box.top < tip.offsetHeight + 10;
     tip.style.left = `${left + scrollX}px`;
     tip.style.top = `${(below ? box.bottom + 8 : box.top - tip.offsetHeight - 8) + scrollY}px`;
+    if (getComputedStyle(tip).position === "fixed") scrollBy(0, Math.max(0, box.bottom + 12 - tip.getBoundingClientRect().top)); // a narrow screen
   }
   function choose(token) {
     current?.classList.remove("on");
