@@ -80,8 +80,8 @@ def test_reading_a_lock_never_holds_it(held: Path) -> None:
 def test_watch_prints_a_line_a_step_in_a_pipe_and_ends_with_the_run(folder: Path, capsys: Any) -> None:
     assert main(["watch", str(folder / "finished")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("held-out text: kl 2  perplexity 12")
-    assert lines[1].startswith("step 1/20  loss 2  TAR 0.32  101 tokens/s")
+    assert lines[0].startswith("held-out text: kl 2.00  perplexity 12.0")
+    assert lines[1].startswith("step 1/20  loss 2.00  TAR 0.320  101 tokens/s")
     assert lines[-1] == "finished: finished at step 20" and len(lines) == 1 + 20 + 3
     assert main(["watch", str(folder / "no run")]) == 2
 
@@ -165,3 +165,16 @@ def test_of_a_growing_file_only_the_new_lines_are_read(tmp_path: Path) -> None:
     assert [line["step"] for line in growing.read()] == [1, 2, 3] and growing.lines[0] is first
     path.write_text('{"step": 1}\n{"step": 7}\n{"step": 8}\n{"step": 9}\n')
     assert [line["step"] for line in growing.read()] == [1, 7, 8, 9], "a resumed run goes on elsewhere"
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_list_of_runs_fits_a_terminal(
+    columns: int, folder: Path, held: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.chdir(folder.parent)
+    assert main(["runs", folder.name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert sum("The run" in line for line in lines) >= 3, "verdicts are shown at any width"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ from selectkd.errors import ConfigError, abridged
 
 MOST = 90
 """Characters of a verdict in the table; --json has all of it."""
+FEWEST = 40
+"""Columns of a terminal that a verdict needs beside the numbers."""
 
 
 def watch(
@@ -58,16 +62,19 @@ def runs(
         say(f"no run in {folder}")
         return
     width = max(len(clean(row["run"], keep="")) for row in found) + 2
-    say(f"{'run':<{width}}{'state':<12}{'step':>9}{'KL before':>11}{'after':>8}{'TAR':>7}  verdict")
+    head = f"{'run':<{width}}{'state':<12}{'step':>9}{'KL before':>11}{'after':>8}{'TAR':>7}"
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(head) + MOST + 2
+    beside = columns - len(head) - 2 >= FEWEST  # else below, on a line of its own
+    room = min(columns - 2 - len(head) * beside, MOST)
+    say(f"{head}  verdict" if beside else head)
     for row in found:
         of = "" if row["planned"] is None else f"/{row['planned']}"
         measures = [row["kl_before"], row["kl_after"], row["tar_after"]]
         kl, after, tar = ("-" if value is None else f"{value:.3f}" for value in measures)
         step = f"{row['step']}{of}"
-        verdict = clean(abridged(row["verdict"][0], MOST), keep="")
-        say(
-            f"{clean(row['run'], keep=''):<{width}}{row['state']:<12}{step:>9}{kl:>11}{after:>8}{tar:>7}  {verdict}"
-        )
+        verdict = abridged(clean(row["verdict"][0], keep=""), max(room, FEWEST))
+        line = f"{clean(row['run'], keep=''):<{width}}{row['state']:<12}{step:>9}{kl:>11}{after:>8}{tar:>7}"
+        say(f"{line}  {verdict}" if beside else f"{line}\n  {verdict}")
 
 
 def _row(folder: Path) -> dict[str, Any]:
