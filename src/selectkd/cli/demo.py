@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from selectkd.training.record.result import RunResult
 
 ANSWER_TOKENS = 40
-ABOUT = "in 7.5 minutes on two Xeon cores, longer on slower ones"
+ABOUT = "in 7.5 minutes on two Xeon cores with AMX, half an hour on slower ones"
 
 
 def demo(
@@ -148,7 +148,7 @@ def _show(
         say()
         say(f"{'prompt':<16}{prompt!r}")
         for who, texts in answers.items():
-            say(f"{who:<16}{texts[i]!r}")
+            say(f"{who:<16}{texts[i]!r}" if texts[i] else f"{who:<16}(no text: it ended at once)")
     say()
     if result.kept is not None:
         say(
