@@ -28,19 +28,15 @@ MOST = 2**28
 def calibrated(model: Any, texts: Sequence[Sequence[int]], kind: str) -> Any:
     """A copy of a model whose layers hold numbers that GGUF's ``kind`` has, chosen so that their outputs move least.
 
-    texts: ids that the layers' inputs are taken from. kind: q8_0, q5_1 or q4_0. The head and the embedding are left,
-    and layers whose rows are no whole blocks or that no text reaches.
+    texts: ids that the layers' inputs are taken from. kind: q8_0, q5_1 or q4_0; the head is rounded to q8_0, as in the
+    file, and a tied embedding with it. Left alone are layers whose rows are no whole blocks and those no text reaches.
     """
     found = copy.deepcopy(model)
     head = found.get_output_embeddings()
-    layers = [
-        one
-        for one in found.modules()
-        if isinstance(one, nn.Linear) and one is not head and one.in_features % BLOCK == 0
-    ]
+    layers = [one for one in found.modules() if isinstance(one, nn.Linear) and one.in_features % BLOCK == 0]
     for group in _groups(layers):
         for layer, products in _products(found, group, texts):
-            layer.weight.data = rounded(layer.weight.detach(), products, kind)
+            layer.weight.data = rounded(layer.weight.detach(), products, "q8_0" if layer is head else kind)
     return found
 
 
@@ -67,7 +63,7 @@ def _products(
     sums: dict[nn.Linear, Tensor] = {}
     with _watched(layers, sums):
         for ids in texts:
-            model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     yield from sums.items()
 
 
