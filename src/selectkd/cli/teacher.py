@@ -96,6 +96,7 @@ def doctor(
     say(f"  best tokens a position: {most}" + (", and the text's own beside them" if found.extra else ""))
     say(f"  log-probabilities: {'processed' if found.processed else 'raw'}")
     say(f"  one prompt asked twice: {found.repeated:.3g} nats apart; begun alike: {found.prefix:.3g}")
+    say(f"  prompts with images: {found.images or 'taken, where its model sees images'}")
     if found.wrong:
         for problem in found.wrong:
             say(f"  {problem}")

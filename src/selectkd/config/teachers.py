@@ -115,7 +115,7 @@ def over_tls(section: Any) -> Any:
 
 
 class RemoteTeacher(Section):
-    """A server that is asked for the teacher's rows over HTTP, in token ids."""
+    """A server that is asked for the teacher's rows over HTTP, in token ids; kind vllm with images beside them."""
 
     url: Url
     """Address of the server, `http://HOST:PORT` or `https://HOST`, without a key in it."""
@@ -124,8 +124,8 @@ class RemoteTeacher(Section):
     model: Text | None = None
     """Name of the model on the server. Needed only where the server has several."""
     tokenizer: Text | None = None
-    """Folder or hub id of the tokenizer the server uses. Needed for every kind but selectkd, whose server tells
-    it."""
+    """Folder or hub id of the tokenizer the server uses; for prompts with images the served model's own, whose
+    processor is compared. Needed for every kind but selectkd, whose server tells it."""
     k: Count | None = None
     """Number of best tokens the server is asked for at each position. Left out: hidden states, which only kind
     selectkd can send."""
@@ -145,7 +145,7 @@ class RemoteTeacher(Section):
     """Requests under way at once. The default is a micro-batch of usual size."""
     check_every: Count = 1
     """Batches from one check that the server still has the same model to the next. The default checks each batch, by
-    two prompts of at most 24 tokens."""
+    two prompts of at most 24 tokens and, where the text has images, a sample with one."""
 
     @model_validator(mode="after")
     def _names_k_and_tokenizer(self) -> Self:

@@ -109,12 +109,7 @@ class Batch:
 
 def repainted(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     """The batch with ``change`` of each of its images (Pillow's) in its place, of the same size; tokens stay."""
-    images = [
-        one
-        if one is None or not one.refs
-        else replace(one, loaded=one.reader.features(list(map(change, one.shown()))))
-        for one in batch.images
-    ]
+    images = [one if one is None or not one.refs else one.repainted(change) for one in batch.images]
     extra, kept = joined(images, [ids.tolist() for ids in batch.samples()], batch.input_ids.shape[1])
     return replace(batch, extra=moved(extra, batch.input_ids.device), images=kept)
 

@@ -125,9 +125,7 @@ def found(source: Any, rules: ImageRules, where: str, *, max_pixels: int | None 
     if hasattr(source, "save") and hasattr(source, "mode"):  # Pillow's
         if source.width * source.height > MOST_PIXELS:
             _too_large(where, source.width, source.height)
-        stream = io.BytesIO()
-        source.save(stream, "PNG")
-        return _of_bytes(stream.getvalue(), most, where)
+        return _of_bytes(png_bytes(source), most, where)
     if not isinstance(source, str) or not source:
         _refuse(
             where, f"an image is a path, a URL or bytes, not {type(source).__name__} {repr(source)[:40]}."
@@ -167,6 +165,13 @@ def decoded(content: bytes, where: str, *, max_pixels: int = 0) -> Image.Image:
             "with `on_bad_record: skip`."
         ) from error
     return _within(upright, max_pixels, Image) if max_pixels else upright
+
+
+def png_bytes(image: Image.Image, *, level: int = -1) -> bytes:
+    """An image as a PNG file, whose pixels are its own. level: zlib's, 1 fast to 9 small, -1 its default."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=level)
+    return stream.getvalue()
 
 
 def pillow() -> tuple[Any, Any]:

@@ -111,6 +111,11 @@ class Vision:
         ids = [one for one in self.processor.image_token_ids if isinstance(one, int)]
         return frozenset({*ids, int(self.processor.image_token_id)})
 
+    @cached_property
+    def placeholder_id(self) -> int | None:
+        """The token that ``placeholder`` is; None where it is none of the tokenizer's own."""
+        return self.processor.tokenizer.get_vocab().get(self.placeholder)
+
     def opened(self, parts: Sequence[ImagePart], rules: ImageRules) -> list[ImageRef]:
         """References to the images that a record names. DataError where one is not there."""
         return [found(part.source, rules, part.place, max_pixels=part.max_pixels) for part in parts]
@@ -227,6 +232,30 @@ class Images:
     def places(self) -> list[tuple[int, int]]:
         """[begin, end) of each image's tokens."""
         return list(zip(self.spans[::2], self.spans[1::2], strict=True))
+
+    def narrowed(self, ids: Sequence[int]) -> list[int]:
+        """A sample's ids with one placeholder in place of each image's tokens, as before they were widened."""
+        found: list[int] = []
+        last = 0
+        for begin, end in self.places:
+            assert self.reader.placeholder_id is not None  # who sends ids looks first
+            found += [*ids[last:begin], self.reader.placeholder_id]
+            last = end
+        return [*found, *ids[last:]]
+
+    @property
+    def names(self) -> list[str]:
+        """The images for messages: their files, or their numbers where they have none."""
+        refs = map(ImageRef.unpacked, self.refs)
+        return [
+            ref.payload.decode() if ref.by_path else f"image {number}" for number, ref in enumerate(refs, 1)
+        ]
+
+    def repainted(self, change: Callable[[Any], Any]) -> Images:
+        """``change`` of each image in its place, of the same size, with its tensors."""
+        shown = list(map(change, self.shown()))
+        refs = tuple(found(one, ImageRules(), "an image").packed() for one in shown)
+        return replace(self, refs=refs, loaded=self.reader.features(shown))
 
     def moved(self, by: int, start: int) -> Images:
         """The images of a sample that has lost ``by`` tokens from ``start`` on."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from selectkd.errors import ConfigError
 from selectkd.rollouts.generate import Completion, Request, prompt_key
 from selectkd.rollouts.sampling import Sampling
+from selectkd.teachers.remote import shown
 from selectkd.teachers.remote.answers import WrongAnswer, is_object, json_object, of_length, token_id
 from selectkd.teachers.remote.connection import Connection, Question, Reply
 from selectkd.teachers.remote.settings import POLICY, Settings
@@ -27,9 +27,10 @@ FRAME = 1 << 16
 class CompletionServer:
     """The server at ``url``, writing with the model it calls ``model``.
 
-    A prompt goes out as token ids, so its template and tokens are ours. The answer is taken as ids where the server
-    gives them (vLLM does), else its text is tokenised here, and the end token added where the server says it stopped
-    by itself. Its draws are seeded by prompt; whether the same seed gives the same text is the server's affair.
+    A prompt goes out as token ids, so its template and tokens are ours; one with images as of ``remote.shown``, for
+    vLLM alone. The answer is taken as ids where the server gives them (vLLM does), else its text is tokenised here, and
+    the end token added where the server says it stopped by itself. Its draws are seeded by prompt; whether the same
+    seed gives the same text is the server's affair.
     Deadlines, patience and limits are a remote teacher's (``Connection``); ``wait`` seconds for a server that is away,
     ``concurrency`` questions under way at once. ca, settings: as a ``Connection`` has them.
     """
@@ -75,29 +76,31 @@ class CompletionServer:
     def question(
         self, request: Request, sampling: Sampling, tokenizer: Any, end: int | None, seed: int
     ) -> Question[Completion]:
-        """The HTTP question for one request; ConfigError for one that shows images."""
-        if request.images is not None and request.images.refs:
-            raise ConfigError(
-                f"{self.url} gets token ids, and a prompt has images. Have the student write them itself: leave the "
-                "policy's server out."
-            )
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": list(request.prompt),
+        """The HTTP question for one request."""
+        images = request.images if request.images is not None and request.images.refs else None
+        draw: dict[str, Any] = {
             "max_tokens": request.limit,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": (prompt_key(request.prompt, request.copy) ^ seed) & 0x7FFFFFFF,
-            "return_token_ids": True,
+            "seed": (prompt_key(request.prompt, request.copy, images) ^ seed) & 0x7FFFFFFF,
         }
         if sampling.top_k is not None:
-            body["top_k"] = sampling.top_k
+            draw["top_k"] = sampling.top_k
+        if images is None:
+            path, needs = PATH, ""
+            body = {"prompt": list(request.prompt), "return_token_ids": True, **draw}
+        else:
+            path, needs = shown.PATH, shown.NEEDS
+            body = {**shown.prompt_fields(request.prompt, images), "sampling_params": draw}
 
         def read(reply: Reply) -> Completion:
+            if images is not None:
+                shown.same_prompt(json_object(reply.body), request.prompt, images)
             return completion_of(reply.body, request, tokenizer, end)
 
         cap = FRAME + BYTES * (request.limit + len(request.prompt))
-        return Question(PATH, json.dumps(body).encode(), cap, read, what="a completion")
+        content = json.dumps({"model": self.model, **body}).encode()
+        return Question(path, content, cap, read, what="a completion", needs=needs)
 
 
 def completion_of(answer: bytes, request: Request, tokenizer: Any, end: int | None) -> Completion:

@@ -23,7 +23,7 @@ from selectkd.teachers.protocol import Payload
 PAYLOADS: dict[Payload, str] = {
     "live": "the model in memory",
     "hidden": "its last hidden states and its head, from a cache or from `selectkd serve-teacher`",
-    "top_k": "its K best tokens, from a cache or a server",
+    "top_k": "its K best tokens, from a cache or a server; of prompts with images from vLLM (docs/vision.md)",
     "sampled": "K ids drawn from it, from a cache (sparse logit sampling)",
     "aligned": "a model of another tokenizer in memory, aligned by spans of text",
 }

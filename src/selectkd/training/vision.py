@@ -14,6 +14,8 @@ from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.remote.plan import ServerPlan
+from selectkd.teachers.remote.server import TOKENS_ALONE
 from selectkd.teachers.several import SeveralPlan
 
 
@@ -43,6 +45,8 @@ def check_images(recipe: Any, teacher: TeacherPlan) -> Vision | None:
             )
         if isinstance(plan, ModelPlan):
             check_processor(plan, vision)
+        elif isinstance(plan, ServerPlan):
+            check_server(plan, vision)
         elif not isinstance(plan, CachePlan | AdaptersOffPlan):
             raise ConfigError(
                 f"{plan.source} gets token ids, and the student's prompts have images. Use a teacher in memory, or a "
@@ -73,10 +77,31 @@ def check_processor(plan: ModelPlan, vision: Vision) -> None:
         raise ConfigError(
             f"{plan.model} sees no images, and the student does. Use a teacher that sees them, or a text student."
         )
+    _same_processor(theirs, vision, plan.model)
+
+
+def check_server(plan: ServerPlan, vision: Vision) -> None:
+    """ConfigError unless a server takes prompts with images, and the processor beside its tokenizer is the student's.
+
+    The server's own processor cannot be read; the token counts of its answers are compared with the student's.
+    """
+    if not plan.takes_images:
+        raise ConfigError(f"{plan.source} (kind: {plan.spec.kind}) {TOKENS_ALONE}")
+    folder = str(plan.spec.tokenizer)
+    theirs = load_vision(folder)
+    if theirs is None:
+        raise ConfigError(
+            f"teacher.tokenizer = {folder} has no processor of a model that sees images. Name the folder or hub id of "
+            "the model that is served: its processor is compared with the student's."
+        )
+    _same_processor(theirs, vision, folder)
+
+
+def _same_processor(theirs: Vision, vision: Vision, model: str) -> None:
     if theirs.fingerprint != vision.fingerprint:
         differ = _differences(theirs.settings, vision.settings)
         raise ConfigError(
-            f"the processor of {plan.model} makes other images than the student's: {'; '.join(differ[:4])}. Use a pair "
+            f"the processor of {model} makes other images than the student's: {'; '.join(differ[:4])}. Use a pair "
             "with one processor, or copy the teacher's processor files into the student's folder."
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selectkd.data.collate import collate
 from selectkd.data.example import Example
 from selectkd.data.supervised import supervised
+from selectkd.data.vision import Images
 from selectkd.errors import CacheError
 from selectkd.loss.head import Head
 from selectkd.models.forward import hidden_rows
@@ -90,17 +91,22 @@ def hidden_of(model: nn.Module, records: Sequence[Record]) -> list[torch.Tensor]
     """The last hidden states of each record at its places."""
     examples = []
     for record in records:
-        if record.seen and record.images is None:
-            raise CacheError(
-                "a sample of this cache has images, which the cache does not keep. Name the recipe it was built from: "
-                "selectkd cache repair RECIPE."
-            )
         chosen = {place + 1 for place in record.places}
         trained = [i in chosen for i in range(len(record.ids))]
-        examples.append(Example(record.ids, trained, images=record.images))
+        examples.append(Example(record.ids, trained, images=images_of(record)))
     batch = collate(examples, pad_id=0).to(head_of(model).weight.device)
     rows = hidden_rows(model, batch, supervised(batch).position)
     return list(rows.split([len(record.places) for record in records]))
+
+
+def images_of(record: Record) -> Images | None:
+    """The images of a record; CacheError where it has some that are not at hand."""
+    if record.seen and record.images is None:
+        raise CacheError(
+            "a sample of this cache has images, which the cache does not keep. Name the recipe it was built from: "
+            "selectkd cache repair RECIPE."
+        )
+    return record.images
 
 
 def head_bytes(head: Head) -> bytes:

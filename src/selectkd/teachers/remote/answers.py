@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selectkd.data.vision import Images
 from selectkd.errors import abridged
 from selectkd.teachers.sound import ROUNDING, unsound
 
@@ -44,6 +45,7 @@ class TopKRequest:
     """One sample and the places [n] whose rows are wanted: the row at place i predicts token i + 1.
 
     k: how many best tokens. vocabulary: ids lie below it. width: rows of the model's head, where that is known.
+    images: those that the sample shows, None without any.
     """
 
     ids: Sequence[int]
@@ -51,6 +53,7 @@ class TopKRequest:
     k: int
     vocabulary: int
     width: int | None = None
+    images: Images | None = None
 
     @property
     def cap(self) -> int:

@@ -49,7 +49,8 @@ class Reply:
 class Question(Generic[T]):
     """A request, the most bytes of its answer, and the parser of the answer; ``read`` raises WrongAnswer.
 
-    content None: a GET, else a POST of JSON. what: the answer in words, for errors.
+    content None: a GET, else a POST of JSON. what: the answer in words, for errors. needs: what the server must have
+    or be started with to answer, for errors that say it has not.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Question(Generic[T]):
     cap: int
     read: Callable[[Reply], T]
     what: str = "the teacher's rows"
+    needs: str = ""
 
 
 class TooMany(TeacherError):
@@ -275,6 +277,8 @@ class Connection:
         words = self._safe(body[:2000].decode("utf-8", "replace"))
         words = " ".join("".join(c if c.isprintable() else " " for c in words).split())[:300]
         reason = f" It says: {words}" if words else ""
+        if status == 403 and "--" in words:  # a flag of the server, not a key
+            raise TeacherError(f"{self.url}{question.path} is switched off (status 403).{reason}")
         if status in BUSY:
             raise _Away(f"status {status}", _retry_after(headers.get("retry-after")))
         if status in AWAY:
@@ -294,7 +298,7 @@ class Connection:
         if status == 404:
             raise NotThere(
                 f"{self.url}{question.path} is not there (status 404): a server of another kind, or "
-                f"{self.settings.model} is a name it does not serve.{reason}"
+                f"{self.settings.model} is a name it does not serve.{reason} {question.needs}".rstrip()
             )
         limit = stated_limit(words)
         if limit is not None:

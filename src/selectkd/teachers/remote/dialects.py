@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from selectkd.teachers.remote import openai, sglang, vllm
+from selectkd.teachers.remote import openai, sglang, vllm, vllm_images
 from selectkd.teachers.remote.answers import TopK, TopKRequest
+from selectkd.teachers.remote.shown import NEEDS
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One kind of server. heated: where in the question the sampling temperature stands.
+    """One kind of server. heated: where in the question the sampling temperature stands. with_images: how prompts with
+    images are asked about, None where this kind takes none. needs: what an answer rests on, for a server without it.
 
     flags: (for what, the flag that sets it), ``{k}`` standing for K; what `selectkd teacher doctor` recommends.
     """
@@ -23,6 +25,8 @@ class Dialect:
     entries: Callable[[bytes], int]
     heated: tuple[str, ...] = ("temperature",)
     flags: tuple[tuple[str, str], ...] = ()
+    with_images: Dialect | None = None
+    needs: str = ""
 
 
 VLLM_FLAGS = (
@@ -32,7 +36,21 @@ VLLM_FLAGS = (
 )
 
 DIALECTS: dict[str, Dialect] = {
-    "vllm": Dialect(vllm.PATH, vllm.body, vllm.read, vllm.entries, flags=VLLM_FLAGS),
+    "vllm": Dialect(
+        vllm.PATH,
+        vllm.body,
+        vllm.read,
+        vllm.entries,
+        flags=VLLM_FLAGS,
+        with_images=Dialect(
+            vllm_images.PATH,
+            vllm_images.body,
+            vllm_images.read,
+            vllm_images.entries,
+            heated=("sampling_params", "temperature"),
+            needs=NEEDS,
+        ),
+    ),
     "sglang": Dialect(
         sglang.PATH,
         sglang.body,

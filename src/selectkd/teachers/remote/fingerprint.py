@@ -2,26 +2,33 @@
 
 Servers of other kinds do not state their weights. So the rows of two short prompts, cut from the run's text, are noted
 before the first step, in run.json and in a cache's index. They are fetched again beside every batch, after every
-reconnect and when a run or a build goes on. A check costs two prompts of at most 24 tokens. K best tokens.
+reconnect and when a run or a build goes on. A check costs two prompts of at most 24 tokens, and where the text has
+images a third one, the shortest sample with some. K best tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from selectkd.data.example import Example
+from selectkd.data.vision import Images
 from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import TopK
 from selectkd.teachers.remote.connection import Connection, Question
+from selectkd.teachers.remote.sample import Sample, after_images, with_images
 
 T = TypeVar("T")
 
 PROMPTS, LENGTH, BEST = 2, 24, 8
 """How many prompts, of how many tokens at most, and how many best tokens of each row are noted."""
+
+LOOKED_AT = 16
+"""Samples with images of which the shortest is a prompt."""
 
 LOAD, LOAD_TOKENS = 16, 256
 """Samples, and tokens of each, that are sent beside the prompts to measure how a full batch changes the rounding."""
@@ -41,8 +48,8 @@ class Source(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
-        """Questions for the ``k`` best tokens, or the K of the run, at every position of each prompt."""
+    def fixed_questions(self, prompts: Sequence[Sample], k: int) -> list[Question[TopK]]:
+        """Questions for the ``k`` best tokens, or the K of the run, of each prompt."""
         ...
 
 
@@ -50,6 +57,9 @@ class Source(Protocol):
 class Fingerprint:
     """The best tokens ``ids`` of each prompt's rows with their log-probabilities ``logp``, likeliest first, and the
     ``weights`` where the server tells their checksum. noise: the most nats by which its own answers differed.
+
+    seen: of each prompt, the ``Images.identity`` it shows in hexadecimal digits; empty where none shows any. shown: the
+    images of these, which are not noted.
     """
 
     prompts: list[list[int]]
@@ -57,6 +67,17 @@ class Fingerprint:
     logp: list[list[list[float]]]
     noise: float
     weights: str | None = None
+    seen: list[str] = field(default_factory=list)
+    shown: Mapping[str, Images] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The prompts, with the places of their noted rows."""
+        seen = self.seen or [""] * len(self.prompts)
+        return [
+            _ending(ids, self.shown[one] if one else None)
+            for ids, one in zip(self.prompts, seen, strict=True)
+        ]
 
     @property
     def tolerance(self) -> float:
@@ -65,7 +86,16 @@ class Fingerprint:
 
     def noted(self) -> dict[str, Any]:
         """As run.json and a cache's index hold it."""
-        return asdict(self)
+        left_out = ("shown",) if self.seen else ("shown", "seen")
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in left_out}
+
+    def showing(self, shown: Mapping[str, Images]) -> Fingerprint:
+        """The noted fingerprint with its images out of ``shown``, without the prompts whose images are not there."""
+        seen = self.seen or [""] * len(self.prompts)
+        kept = [at for at, one in enumerate(seen) if not one or one in shown]
+        parts = {name: [getattr(self, name)[at] for at in kept] for name in ("prompts", "ids", "logp")}
+        images = [seen[at] for at in kept] if self.seen else []
+        return replace(self, **parts, seen=images, shown=shown)
 
     def apart(self, answers: Sequence[TopK]) -> float:
         """The most nats by which ``answers``, in the order of the prompts, over and over, differ from what is noted."""
@@ -83,28 +113,42 @@ def read(noted: Any) -> Fingerprint | None:
         return None
     try:
         found = Fingerprint(**noted)
-        shapes = [(len(ids), len(logp), len(prompt) - 1) for ids, logp, prompt in
+        shapes = [(len(ids), len(logp), min(len(prompt) - 1, LENGTH)) for ids, logp, prompt in
                   zip(found.ids, found.logp, found.prompts, strict=True)]  # fmt: skip
     except (TypeError, ValueError):
         return None
-    return found if shapes and all(a == b == c for a, b, c in shapes) else None
+    sound = shapes and len(found.seen) in (0, len(shapes)) and not found.shown
+    return found if sound and all(a == b == c for a, b, c in shapes) else None
 
 
-def prompts_of(examples: Sequence[Any]) -> list[list[int]]:
-    """The ends of the first samples that differ there: text of their own rather than a template's beginning."""
-    ends = (tuple(example.input_ids[-LENGTH:]) for example in examples if len(example.input_ids) > 1)
-    return [list(end) for _, end in zip(range(PROMPTS), dict.fromkeys(ends), strict=False)]
+def prompts_of(examples: Sequence[Example]) -> list[Sample]:
+    """The ends of the first samples that differ there: text of their own rather than a template's beginning. And the
+    shortest of the first samples with images, up to ``LENGTH`` tokens behind them.
+    """
+    ends = (tuple(after_images(example)[-LENGTH:]) for example in examples)
+    whole = (end for end in ends if len(end) > 1)
+    texts = [_ending(list(end)) for _, end in zip(range(PROMPTS), dict.fromkeys(whole), strict=False)]
+    shown = [
+        _ending(example.input_ids[: len(example) - len(after) + LENGTH], example.images)
+        for example in islice(with_images(examples), LOOKED_AT)
+        if (after := after_images(example))
+    ]
+    return [*texts, *sorted(shown, key=lambda one: len(one.ids))[:1]]
 
 
-def take(source: Source, examples: Sequence[Any], weights: str | None = None) -> Fingerprint | None:
+def _ending(ids: Sequence[int], images: Images | None = None) -> Sample:
+    """A prompt of ids, with the places of its last rows: all of a short one's."""
+    return Sample(list(ids), range(max(0, len(ids) - 1 - LENGTH), len(ids) - 1), images)
+
+
+def take(source: Source, examples: Sequence[Example], weights: str | None = None) -> Fingerprint | None:
     """The fingerprint of a server, by the text it will score; None where the text has no sample of two tokens."""
     prompts = prompts_of(examples)
     if not prompts:
         return None
     fixed = source.fixed_questions(prompts, BEST)
     first = source.connection.ask(fixed)
-    texts = (example.input_ids[:LOAD_TOKENS] for example in examples if len(example.input_ids) > 1)
-    loaded = source.fixed_questions(list(islice(texts, LOAD)), BEST)
+    loaded = source.fixed_questions(list(islice(_load(examples), LOAD)), BEST)
     under_load = source.connection.ask([*loaded, *fixed])[-len(fixed) :]
     alone = [answer for one in fixed for answer in source.connection.ask([one])]
     noise = max(
@@ -117,14 +161,26 @@ def take(source: Source, examples: Sequence[Any], weights: str | None = None) ->
         ids.append(np.take_along_axis(answer.ids, order, 1).tolist())
         best = np.take_along_axis(answer.logp, order, 1).astype(np.float64)
         logp.append(np.maximum(best, -1e4).round(6).tolist())  # JSON has no -inf
-    return Fingerprint(prompts, ids, logp, float(noise), weights)
+    seen = ["" if one.images is None else one.images.identity.hex() for one in prompts]
+    shown = {name: one.images for name, one in zip(seen, prompts, strict=True) if one.images is not None}
+    return Fingerprint(
+        [list(one.ids) for one in prompts], ids, logp, float(noise), weights, seen if any(seen) else [], shown
+    )
+
+
+def _load(examples: Sequence[Example]) -> Iterator[Sample]:
+    """The samples as they are sent to load a server: short, and whole where they show images."""
+    for example in examples:
+        if len(example) > 1:
+            images = example.images if example.images is not None and example.images.refs else None
+            yield _ending(example.input_ids if images else example.input_ids[:LOAD_TOKENS], images)
 
 
 def same(source: Source, before: Fingerprint, weights: str | None, where: str) -> None:
     """TeacherError unless the server has the model of ``before``, which ``where`` was begun with."""
     connection = source.connection
     if weights == before.weights:
-        answers = connection.ask(source.fixed_questions(before.prompts, BEST))
+        answers = connection.ask(source.fixed_questions(before.samples, BEST))
         apart = before.apart(answers)
         if apart <= before.tolerance:
             return
@@ -160,7 +216,7 @@ class Guarded:
             return connection.ask(questions)
         due = self.batches % self.every == 0
         self.batches += 1
-        fixed: list[Question[Any]] = list(self.source.fixed_questions(noted.prompts, BEST))
+        fixed: list[Question[Any]] = list(self.source.fixed_questions(noted.samples, BEST))
         apart = 0.0
         for _ in range(connection.retries + 1):
             met = connection.met

@@ -10,12 +10,12 @@ import torch
 from selectkd.loss.head import Head
 from selectkd.teachers.cache.codec import Bytes
 from selectkd.teachers.cache.index import Record
-from selectkd.teachers.cache.origin import encoded
+from selectkd.teachers.cache.origin import encoded, images_of
 from selectkd.teachers.cache.payloads import Stored, TopKPayload
 from selectkd.teachers.remote.own import OwnServer
 from selectkd.teachers.remote.own_plan import OwnPlan
 from selectkd.teachers.remote.plan import RemotePlan
-from selectkd.teachers.remote.server import Sample
+from selectkd.teachers.remote.sample import Sample
 from selectkd.teachers.remote.teacher import TopKSource
 
 BATCH = 64
@@ -51,7 +51,7 @@ class RemoteOrigin:
 
     def rows(self, records: Sequence[Record], payload: Stored) -> list[Bytes]:
         """The encoded rows of each record at its places; TeacherError where one has no sound answer."""
-        samples: list[Sample] = [(record.ids, record.places) for record in records]
+        samples = [Sample(record.ids, record.places, images_of(record)) for record in records]
         if self.head is not None:
             assert isinstance(self.server, OwnServer)  # no other gives a head
             return encoded(self.server.hidden(samples), self.head, records, payload)

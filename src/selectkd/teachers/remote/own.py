@@ -15,13 +15,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from selectkd.data.durable import write_whole
-from selectkd.errors import TeacherError
+from selectkd.errors import ConfigError, TeacherError
 from selectkd.loss.head import Head
 from selectkd.teachers.cache.payloads import unsound_head
 from selectkd.teachers.remote.answers import TopK, TopKRequest, WrongAnswer, checked, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.fingerprint import Guarded
-from selectkd.teachers.remote.server import Sample
+from selectkd.teachers.remote.sample import Sample
+from selectkd.teachers.remote.server import TOKENS_ALONE
 from selectkd.teachers.remote.wire import HEAD, HEADER, ROWS, TEACHER, question_bytes, read_answer
 from selectkd.teachers.sound import ROUNDING
 
@@ -52,10 +53,9 @@ class OwnServer:
         """The K best tokens of each sample at its places."""
         return self._guarded(self._best(samples, self.k))
 
-    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
-        """Questions for the ``k`` best tokens, or fewer where there are fewer, of all of each prompt."""
-        samples = [(ids, list(range(len(ids) - 1))) for ids in prompts]
-        return self._best(samples, min(k, self.about["vocabulary"]))
+    def fixed_questions(self, prompts: Sequence[Sample], k: int) -> list[Question[TopK]]:
+        """Questions for the ``k`` best tokens, or fewer where there are fewer, of each prompt."""
+        return self._best(prompts, min(k, self.about["vocabulary"]))
 
     def _best(self, samples: Sequence[Sample], k: int | None) -> list[Question[TopK]]:
         vocabulary = self.about["vocabulary"]
@@ -65,8 +65,8 @@ class OwnServer:
             )
 
         def read(body: bytes, question: bytes, one: Sample) -> TopK:
-            rows = self._read(body, question, len(one[1]))
-            return _top_k(rows, TopKRequest(one[0], one[1], k, vocabulary, vocabulary))
+            rows = self._read(body, question, len(one.places))
+            return _top_k(rows, TopKRequest(one.ids, one.places, k, vocabulary, vocabulary))
 
         return self._questions(samples, 8 * k + 4, read, k)
 
@@ -75,8 +75,8 @@ class OwnServer:
         width = self.about["width"]
 
         def read(body: bytes, question: bytes, one: Sample) -> Tensor:
-            found = self._read(body, question, len(one[1])).get("hidden")
-            if found is None or found.shape != (len(one[1]), width) or not found.is_floating_point():
+            found = self._read(body, question, len(one.places)).get("hidden")
+            if found is None or found.shape != (len(one.places), width) or not found.is_floating_point():
                 raise WrongAnswer(f"no hidden states of width {width}")
             return found
 
@@ -109,11 +109,13 @@ class OwnServer:
 
     def _questions(self, samples: Sequence[Sample], row_bytes: int, read: Any, k: int | None) -> list[Any]:
         questions = []
-        for ids, places in samples:
-            content = question_bytes(ids, places, k)
-            cap = HEADER + len(places) * row_bytes + 8
+        for sample in (Sample(*one) for one in samples):
+            if sample.images is not None and sample.images.refs:
+                raise ConfigError(f"{self.connection.url} (kind: selectkd) {TOKENS_ALONE}")
+            content = question_bytes(sample.ids, sample.places, k)
+            cap = HEADER + len(sample.places) * row_bytes + 8
 
-            def reader(reply: Reply, content: bytes = content, one: Sample = (ids, places)) -> Any:
+            def reader(reply: Reply, content: bytes = content, one: Sample = sample) -> Any:
                 return read(reply.body, content, one)
 
             questions.append(Question(ROWS, content, cap, reader))

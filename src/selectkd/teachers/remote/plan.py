@@ -21,8 +21,10 @@ from selectkd.models.load import Loaded, load_tokenizer
 from selectkd.teachers.model import shared_rows
 from selectkd.teachers.protocol import Payload, Teacher
 from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.dialects import DIALECTS
 from selectkd.teachers.remote.fingerprint import Fingerprint, Guarded, read, same, take
-from selectkd.teachers.remote.probe import UNSTEADY, Findings, probe
+from selectkd.teachers.remote.probe import UNSTEADY, Findings, probe, read_alike
+from selectkd.teachers.remote.sample import after_images
 from selectkd.teachers.remote.secrets import key_of, named
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.settings import TEACHER, Settings
@@ -52,12 +54,19 @@ class ServerPlan:
         """The checksum of the server's weights; None where the server tells none."""
         return None
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether this kind of server is asked about prompts with images."""
+        kind = DIALECTS.get(self.spec.kind)
+        return kind is not None and kind.with_images is not None
+
     def went_on(self, noted: Any) -> None:
         """Takes the fingerprint that a run or a cache began with for its own; TeacherError where the server's model is
         another one.
         """
         before = read(noted)
         if before is not None and self.fingerprint is not None:
+            before = before.showing(self.fingerprint.shown)
             same(self.server(), before, self.weights(), "this run or cache")
             self.fingerprint = before
 
@@ -106,7 +115,8 @@ class RemotePlan(ServerPlan):
         """Probes the server with the first sample. TeacherError where it is away or its answers cannot be trained on,
         DataError for a sample that is longer than it takes.
         """
-        first = next((example.input_ids for example in examples if len(example.input_ids) > 1), None)
+        texts = (after_images(example) for example in examples)
+        first = next((ids for ids in texts if len(ids) > 1), None)
         if first is None:
             return
         found = probe(self.server(), first)
@@ -128,6 +138,7 @@ class RemotePlan(ServerPlan):
                     f"Set training.max_length to {found.max_length - 1}, or start it with a longer --max-model-len."
                 )
         self.findings = found
+        read_alike(self.server(), examples)
         self.fingerprint = take(self.server(), examples)
 
     def server(self) -> TopKServer:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
+from selectkd.data.example import Example
 from selectkd.errors import TeacherError
 from selectkd.teachers.remote.answers import TopK, TopKRequest, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, NotThere, Question, TooMany
 from selectkd.teachers.remote.fingerprint import difference
+from selectkd.teachers.remote.sample import Sample, with_images
 from selectkd.teachers.remote.server import TopKServer
 from selectkd.teachers.remote.wire import TEACHER
 
@@ -22,13 +26,18 @@ PROBED = 64
 """Tokens of the test prompt: four of vLLM's blocks of 16, which a prefix cache can find again."""
 
 
+SHOWN = 8
+"""Samples with images that are asked about before a run; every later one is checked as it is asked about."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What was found. extra: whether a position can hold K + 1 entries, the text's own token among them.
 
     processed: whether the sampling temperature moves the log-probabilities. repeated, prefix: the most nats by which a
     log-probability differed when the same prompt, and one that begins like it, was asked. most: the most best tokens
-    the server gives, None where that was not looked for. wrong: in words; flags: what to start it with.
+    the server gives, None where that was not looked for. images: why prompts with images are not taken, empty where
+    they are, None where that was not looked for. wrong: in words; flags: what to start it with.
     """
 
     url: str
@@ -41,6 +50,7 @@ class Findings:
     repeated: float
     prefix: float
     most: int | None = None
+    images: str | None = None
     wrong: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
 
@@ -80,6 +90,15 @@ def probe(server: TopKServer, ids: Sequence[int]) -> Findings:
     return with_cures(found, dict(server.dialect.flags))
 
 
+def read_alike(server: TopKServer, examples: Sequence[Example]) -> None:
+    """TeacherError, naming the record, where a server reads one of the first samples with images as other tokens."""
+    for example in islice(with_images(examples), SHOWN):
+        try:
+            server.top_k([Sample(example.input_ids, [len(example) - 2], example.images)])
+        except TeacherError as error:
+            raise TeacherError(f"{example.origin}: {error}") from error
+
+
 def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
     """``probe`` at the wanted K, or at the most the server gives, which is looked for. TeacherError, with every flag
     that could cure it, where the answers cannot be read.
@@ -95,7 +114,24 @@ def examine(server: TopKServer, ids: Sequence[int]) -> Findings:
     except TeacherError as error:
         flags = " ".join(flag.format(k=server.k) for _, flag in server.dialect.flags)
         raise TeacherError(f"{error} Start it with: {flags}" if flags else str(error)) from error
-    return with_cures(replace(found, k=server.k, most=most), dict(server.dialect.flags))
+    found = replace(found, k=server.k, most=most, images=no_images(server))
+    return with_cures(found, dict(server.dialect.flags))
+
+
+def no_images(server: TopKServer) -> str:
+    """Why a server takes no prompts with images; empty where it has the path for them."""
+    dialect = server.dialect.with_images
+    if dialect is None:
+        return f"kind {server.kind} gets token ids alone"
+    content = {"token_ids": [1], "sampling_params": {"max_tokens": 1}, "model": server.model}
+    question = Question(
+        dialect.path, json.dumps(content).encode(), SMALL, lambda reply: None, needs=dialect.needs
+    )
+    try:
+        server.connection.ask([question])
+    except TeacherError as error:
+        return str(error)
+    return ""
 
 
 def kind_of(connection: Connection) -> str:

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selectkd.errors import TeacherError
+from selectkd.data.vision import Images
+from selectkd.errors import ConfigError, TeacherError
 from selectkd.teachers.remote.answers import TopK, TopKRequest, WrongAnswer, json_object
 from selectkd.teachers.remote.connection import SMALL, Connection, Question, Reply
 from selectkd.teachers.remote.dialects import DIALECTS, Dialect
 from selectkd.teachers.remote.fingerprint import Guarded
+from selectkd.teachers.remote.sample import Sample
 
-Sample = tuple[Sequence[int], Sequence[int]]
-"""Token ids, and the places whose rows are wanted."""
+TOKENS_ALONE = (
+    "gets token ids alone, and the text has images. Serve the teacher with vLLM (kind: vllm), use a teacher in memory, "
+    "or a cache of one."
+)
+"""What is said of a server that takes no images."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,27 @@ class TopKServer:
 
     def top_k(self, samples: Sequence[Sample]) -> list[TopK]:
         """The K best tokens of each sample at its places."""
-        questions = [self.question(self.request(ids, places)) for ids, places in samples]
+        questions = [self.question(self.request(*sample)) for sample in samples]
         return self.connection.ask(questions) if self.guard is None else self.guard.ask(questions)
 
-    def fixed_questions(self, prompts: Sequence[Sequence[int]], k: int) -> list[Question[TopK]]:
-        """Questions for the K best tokens of all of each prompt."""
-        return [self.question(self.request(ids, range(len(ids) - 1))) for ids in prompts]
+    def fixed_questions(self, prompts: Sequence[Sample], k: int) -> list[Question[TopK]]:
+        """Questions for the K best tokens of each prompt."""
+        return [self.question(self.request(*prompt)) for prompt in prompts]
 
-    def request(self, ids: Sequence[int], places: Sequence[int]) -> TopKRequest:
+    def request(self, ids: Sequence[int], places: Sequence[int], images: Images | None = None) -> TopKRequest:
         """One sample and the places whose rows are wanted."""
-        return TopKRequest(ids, places, self.k, self.vocabulary, self.width)
+        shown = images if images is not None and images.refs else None
+        return TopKRequest(ids, places, self.k, self.vocabulary, self.width, shown)
 
     def question(self, request: TopKRequest, *, temperature: float = 1.0) -> Question[TopK]:
-        """What is sent for one sample; temperature: of the sampling, which must not move a raw log-probability."""
-        dialect, body = self.dialect, self.dialect.body(request, self.model)
+        """What is sent for one sample; temperature: of the sampling, which must not move a raw log-probability.
+
+        ConfigError for a sample with images where this kind of server takes none.
+        """
+        dialect = self.dialect if request.images is None else self.dialect.with_images
+        if dialect is None:
+            raise ConfigError(f"{self.connection.url} (kind: {self.kind}) {TOKENS_ALONE}")
+        body = dialect.body(request, self.model)
         if temperature != 1.0:
             at = body
             for key in dialect.heated[:-1]:
@@ -69,6 +81,7 @@ class TopKServer:
             json.dumps(body).encode(),
             request.cap,
             lambda reply: dialect.read(reply.body, request),
+            needs=dialect.needs,
         )
 
     def served(self) -> Served:

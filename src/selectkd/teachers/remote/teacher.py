@@ -16,7 +16,7 @@ from selectkd.loss.teacher_rows import CachedRows, LiveRows
 from selectkd.teachers.protocol import Teacher
 from selectkd.teachers.remote.answers import TopK
 from selectkd.teachers.remote.own import OwnServer
-from selectkd.teachers.remote.server import Sample
+from selectkd.teachers.remote.sample import Sample
 
 
 class TopKSource(Protocol):
@@ -75,10 +75,10 @@ class RemoteHiddenTeacher:
 
 
 def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndarray[Any, Any]]]:
-    """(each sample that has a wanted row, with the places of its rows; which of the n rows those are)."""
-    if batch.extra:
+    """(each sample that has a wanted row, with its images and the rows' places; which of the n rows those are)."""
+    if batch.extra and not batch.images:
         raise ConfigError(
-            f"the batch has {', '.join(batch.extra)} besides its tokens, but a server gets token ids only. "
+            f"the batch has {', '.join(batch.extra)} besides its tokens, but a server gets token ids and images only. "
             "Use a teacher in memory: teacher: {model: ...}."
         )
     here, position = in_memory(batch, position)
@@ -89,6 +89,7 @@ def samples_of(batch: Any, position: Tensor) -> tuple[list[Sample], list[np.ndar
     for number, ids in enumerate(batch.samples()):
         chosen = np.nonzero(owner == number)[0]
         if len(chosen):
-            samples.append((ids.tolist(), place[chosen].tolist()))
+            images = batch.images[number] if batch.images else None
+            samples.append(Sample(ids.tolist(), place[chosen].tolist(), images))
             at.append(chosen)
     return samples, at

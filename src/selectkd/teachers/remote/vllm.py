@@ -53,7 +53,12 @@ def read(answer: bytes, request: TopKRequest) -> TopK:
     echoed = choices.get("prompt_token_ids")
     if echoed is not None:
         same_ids(of_length(echoed, len(request.ids), "prompt_token_ids"), request.ids)
-    rows = of_length(choices.get("prompt_logprobs"), len(request.ids), "prompt_logprobs")
+    return rows_in(choices, request)
+
+
+def rows_in(holder: dict[str, Any], request: TopKRequest) -> TopK:
+    """The rows in ``prompt_logprobs`` of the object that has them."""
+    rows = of_length(holder.get("prompt_logprobs"), len(request.ids), "prompt_logprobs")
 
     def best_at(row: Any, at: int, where: str) -> tuple[list[int], list[float]]:
         found: dict[int, float] = {}
@@ -82,5 +87,10 @@ def of_choices(answer: dict[str, Any]) -> dict[str, Any]:
 
 def entries(answer: bytes) -> int:
     """The most entries a position has."""
-    rows = of_choices(json_object(answer)).get("prompt_logprobs") or []
+    return most_entries(of_choices(json_object(answer)))
+
+
+def most_entries(holder: dict[str, Any]) -> int:
+    """The most entries of a position in ``prompt_logprobs`` of the object that has them."""
+    rows = holder.get("prompt_logprobs") or []
     return max((len(row) for row in rows if row is not None), default=0)

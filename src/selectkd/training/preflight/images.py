@@ -5,6 +5,7 @@ n supervised rows of the samples with images, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from selectkd.errors import ConfigError
 from selectkd.models.forward import evaluating, hidden_rows
 from selectkd.models.head import head_of
 from selectkd.teachers.live import HeldModel
+from selectkd.teachers.remote.fingerprint import difference
+from selectkd.teachers.remote.teacher import RemoteTeacher, samples_of
 from selectkd.training.assembly import Assembly
 
 SAMPLES = 4
@@ -37,14 +40,33 @@ def images_matter(assembly: Assembly) -> str:
         return "no sample of the first ones has an image"
     counts = [end - begin for one in batch.images if one is not None for begin, end in one.places]
     found = [f"{len(counts)} images of {min(counts)} to {max(counts)} tokens"]
-    teachers = [assembly.teacher] if isinstance(assembly.teacher, HeldModel) else []
-    for teacher in teachers:
+    teacher = assembly.teacher
+    if isinstance(teacher, HeldModel):
         teacher.place(batch.input_ids.device)
         found.append(f"the teacher's rows move by {moved(teacher.model, batch, 'the teacher')}")
+    elif isinstance(teacher, RemoteTeacher):
+        found.append(f"the server's best tokens move by {answers_moved(teacher, batch)}")
     found.append(f"the student's by {moved(assembly.student, batch, 'the student')}")
-    if not teachers:
+    if not isinstance(teacher, HeldModel | RemoteTeacher):
         found.append("the teacher's own rows are looked at where they are made")
     return "; ".join(found)
+
+
+def answers_moved(teacher: RemoteTeacher, batch: Batch) -> str:
+    """The most nats by which a server's best tokens move with other images; ConfigError where none moves."""
+    samples, _ = samples_of(batch, supervised(batch).position)
+    seen = teacher.server.top_k(samples)
+    nats = []
+    for change in (_blank, _shuffled):
+        others, _ = samples_of(repainted(batch, change), supervised(batch).position)
+        answers = teacher.server.top_k(others)
+        nats.append(max(difference(one, other) for one, other in zip(seen, answers, strict=True)))
+    if not any(nats):
+        raise ConfigError(
+            "the server gives the same rows with its images blanked and shuffled: they do not reach its model. Look at "
+            "the model that it serves, and at its processor."
+        )
+    return _said(nats)
 
 
 def moved(model: nn.Module, batch: Batch, who: str) -> str:
@@ -66,6 +88,10 @@ def moved(model: nn.Module, batch: Batch, who: str) -> str:
             f"{who} gives the same rows with its images blanked and shuffled: they do not reach it. Look at its "
             "processor, its chat template, and whether its folder is a model that sees images."
         )
+    return _said(nats)
+
+
+def _said(nats: Sequence[float]) -> str:
     faint = "" if max(nats) >= FAINT else ", which is next to nothing: are the images those of the questions?"
     return f"{nats[0]:.3g} nats with blank images, {nats[1]:.3g} with shuffled ones{faint}"
 
