@@ -120,9 +120,6 @@ def test_what_images_do_not_go_with_is_refused_by_name(
         "tokenizer": str(folder_of("internvl", 1)),
     }
     assert "(kind: sglang) gets token ids alone" in refusal(teacher=server)
-    assert "(kind: selectkd) gets token ids alone" in refusal(
-        teacher={"url": server["url"], "kind": "selectkd"}
-    )
     assert "sees no images" in refusal(teacher={"model": _text_model(tmp_path)})
     other = tiny.saved("internvl", tmp_path / "other", seed=1)
     settings = json.loads((other / "processor_config.json").read_text())

@@ -21,6 +21,9 @@ from selectkd.rollouts.completion_server import CompletionServer
 from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
+from selectkd.teachers.remote.connection import Connection
+from selectkd.teachers.remote.own import OwnServer
+from selectkd.teachers.remote.sample import Sample
 from selectkd.training.checks import prepare
 from selectkd.training.preflight.doctor import doctor
 from selectkd.training.run import train
@@ -224,6 +227,16 @@ def test_kinds_of_servers_that_take_no_images_and_tokenizers_without_processor_a
     old.fault = lambda path, answer: (404, {}, b'{"detail":"Not Found"}') if "inference" in path else answer
     said = refusal(recipe, old, folder)
     assert "is not there (status 404)" in said and "need vLLM 0.32 or later" in said
+
+
+def test_our_own_server_is_not_asked_about_images(serves: Serves) -> None:
+    served = serves()
+    ids, places = served.widened([3, served.vision.placeholder_id, 5], [tiny.picture(0)])
+    shown = served.shown([tiny.picture(0)], places, len(ids))
+    server = OwnServer(Connection("http://127.0.0.1:9"), k=4)
+    server._about = {"vocabulary": served.tokens}
+    with pytest.raises(ConfigError, match=r"\(kind: selectkd\) gets token ids alone"):
+        server.top_k([Sample(ids, [1], shown)])
 
 
 def test_the_doctors_look_at_what_a_server_makes_of_images(

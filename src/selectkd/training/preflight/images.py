@@ -66,7 +66,7 @@ def answers_moved(teacher: RemoteTeacher, batch: Batch) -> str:
             "the server gives the same rows with its images blanked and shuffled: they do not reach its model. Look at "
             "the model that it serves, and at its processor."
         )
-    return _said(nats)
+    return _sentence(nats)
 
 
 def moved(model: nn.Module, batch: Batch, who: str) -> str:
@@ -88,10 +88,10 @@ def moved(model: nn.Module, batch: Batch, who: str) -> str:
             f"{who} gives the same rows with its images blanked and shuffled: they do not reach it. Look at its "
             "processor, its chat template, and whether its folder is a model that sees images."
         )
-    return _said(nats)
+    return _sentence(nats)
 
 
-def _said(nats: Sequence[float]) -> str:
+def _sentence(nats: Sequence[float]) -> str:
     faint = "" if max(nats) >= FAINT else ", which is next to nothing: are the images those of the questions?"
     return f"{nats[0]:.3g} nats with blank images, {nats[1]:.3g} with shuffled ones{faint}"
 
