@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import threading
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
 from teachers.served import Answer, Served, vllm
+
+RECORDED: Any = json.loads(Path(__file__).with_name("vllm_0_32_images.json").read_text("utf-8"))
 
 Slip = Literal["twice", "dropped", "blind", "white", "silent"]
 """twice: placeholders are widened again; dropped: the last image is; blind: ids are widened and no image is read;
@@ -47,10 +50,8 @@ class ServedImages(Served):
         if path != "/inference/v1/generate":
             return super().plain(path, content)
         if not self.on:
-            message = (
-                "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
-            )
-            return _json({"error": {"message": message, "type": "PermissionDeniedError", "code": 403}}, 403)
+            status, refused = RECORDED["answered"]["without --enable-scale-out"]
+            return _json(refused, status)
         asked = json.loads(content)
         sampling = asked["sampling_params"]
         shown = [_image(part) for part in asked.get("content_parts", ())]

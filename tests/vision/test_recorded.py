@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from selectkd.models.load import load_model, load_vision
 from selectkd.teachers.remote import vllm_images
 from selectkd.teachers.remote.answers import TopKRequest, WrongAnswer, stated_limit
 from vision import tiny
+from vision.served import RECORDED
 
-RECORDED: Any = json.loads(Path(__file__).with_name("vllm_0_32_images.json").read_text("utf-8"))
 K = RECORDED["k"]
 
 
