@@ -20,7 +20,7 @@ from PIL import Image
 from selectkd.data.collate import collate
 from selectkd.data.example import Example
 from selectkd.data.images import ImageRules, found
-from selectkd.data.vision import Images, Vision
+from selectkd.data.vision import Images
 from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
@@ -38,7 +38,7 @@ class ServedImages(Served):
     --enable-scale-out.
     """
 
-    def __init__(self, model: Any, vision: Vision, *, slip: Slip | None = None, on: bool = True) -> None:
+    def __init__(self, model: Any, vision: Any, *, slip: Slip | None = None, on: bool = True) -> None:
         self.tokens = len(vision.processor.tokenizer)  # the head has rows beyond them
         super().__init__(model, "vllm", limit=self.tokens)
         self.vision, self.slip, self.on = vision, slip, on
@@ -80,7 +80,7 @@ class ServedImages(Served):
         del answer["choices"][0]["prompt_token_ids"]
         return _json({**answer, "prompt_logprobs": rows, "output_mode": "tokens", **told})
 
-    def widened(self, ids: list[int], shown: list[Any]) -> tuple[list[int], list[tuple[int, int]]] | None:
+    def widened(self, ids: list[int], shown: list[Any]) -> Any:
         """The ids with the tokens of the images, and where these stand; None where an image has no placeholder."""
         ids, places, start = list(ids), [], 0
         marker = self.vision.placeholder_id

@@ -168,7 +168,7 @@ def test_a_slip_in_the_middle_of_a_run_ends_it_and_names_the_image(
     served = serves()
 
     class Slips:
-        def stage(self, name: str, total: int | None = None) -> None: ...
+        def stage(self, name: str, total: int | None = None, done: int = 0) -> None: ...
 
         def line(self, line: dict[str, Any]) -> None:
             served.slip = "dropped" if "loss" in line else None
@@ -189,7 +189,7 @@ def test_a_server_whose_vision_tower_changes_is_found_out(
                 weight.mul_(1.3)
 
     class Stops:
-        def stage(self, name: str, total: int | None = None) -> None: ...
+        def stage(self, name: str, total: int | None = None, done: int = 0) -> None: ...
 
         def line(self, line: dict[str, Any]) -> None:
             if line.get("step") == 2:
