@@ -31,10 +31,12 @@ LENGTHS = (1, 2, 3, 4, 6, 8)
 """Draft lengths that are compared where none is given."""
 
 BOUNDS = {
-    "f32": 1e-6, "f16": 1e-4, "bf16": 1e-2, "q8_0": 2e-2, "q5_1": 5e-1, "q4_0": 1.5,
+    "f32": 1e-6, "f16": 3e-5, "bf16": 2e-3, "q8_0": 2e-2, "q5_1": 5e-1, "q4_0": 1.5,
 }  # fmt: skip
 """The KL in nats a token above which an export is refused, by number format: a net for damage, several times what a
 faithful export of a model of 135 million parameters gives, which rounding hurts most. `--bound` sets a tighter one.
+Measured on it and its students (benchmarks/export_types.py, docs/log.md): f16 3.7e-6 to 5.0e-6, bf16 7.0e-5 to 2.2e-4,
+q8_0 .0015 to .0086, q5_1 .153, q4_0 .352 to .387.
 """
 
 
