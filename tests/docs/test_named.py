@@ -185,6 +185,7 @@ def flags() -> set[str]:
 
 
 OTHERS = {
+    "--enable-scale-out",
     "--max-logprobs",
     "venv",
     "cuda",
