@@ -125,3 +125,15 @@ def test_the_verb_rounds_for_records_that_it_does_not_measure_on(tmp_path: Path,
     assert "no record beside those" in capsys.readouterr().err
     assert main([*verb, "--type", "f16", "--calibrate", str(text)]) == ConfigError.exit_code
     assert "--type is f16" in capsys.readouterr().err
+
+
+def test_a_token_with_enormous_hidden_states_counts_as_one() -> None:
+    layer = torch.nn.Linear(32, 8)
+    inputs = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    found: list[torch.Tensor] = []
+    for scale in (1.0, 1e4):
+        sums: dict[torch.nn.Linear, torch.Tensor] = {}
+        with calibrating._watched([layer], sums):
+            layer(torch.cat([inputs[:1] * scale, inputs[1:]])[None])
+        found.append(sums[layer])
+    assert torch.allclose(found[0], found[1], atol=1e-5) and abs(found[0].trace() - 5) < 1e-4

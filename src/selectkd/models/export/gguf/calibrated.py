@@ -3,7 +3,8 @@
 o, i outputs and inputs of a linear layer; t tokens of the texts. For inputs X [t, i] a layer's output is off by
 |X (W - Q)^T|^2, in which the errors of two weights that see alike inputs can cancel. GPTQ (Frantar et al. 2022,
 arXiv 2210.17323) rounds column after column and moves the columns still to come against the error so far, along the
-inverse of X^T X. Scales are those of GGUF's own rounding of each block, so that a file holds the very numbers.
+inverse of X^T X. Each row of X has length 1 here: the few tokens with enormous hidden states, such as a text's first,
+would decide everything. Scales are those of GGUF's own rounding of each block, so that a file holds the very numbers.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ def _products(
 
 @contextmanager
 def _watched(layers: Sequence[nn.Linear], sums: dict[nn.Linear, Tensor]) -> Iterator[None]:
-    """While it lasts each layer adds the products of its inputs to ``sums``."""
+    """While it lasts each layer adds the products of its inputs, each of length 1, to ``sums``."""
 
     def add(layer: Any, given: tuple[Any, ...]) -> None:
         inputs = given[0].detach().flatten(0, -2).float()
+        inputs = nn.functional.normalize(inputs)
         product = inputs.T @ inputs
         sums[layer] = sums[layer] + product if layer in sums else product
 
