@@ -49,13 +49,13 @@ def test_a_cut_is_the_student_that_a_run_would_choose_and_trains_as_a_model(
         own = cut.model.layers[new].state_dict()
         for name, tensor in teacher.model.layers[old].state_dict().items():
             assert tensor.equal(own[name])
-    changes = ["--set", "student.from_teacher=null", "--set", f"student.model={tmp_path / 'cut'}"]
+    changes = ["--set", f"student.model={tmp_path / 'cut'}"]
     assert main(["train", str(recipe), *changes, "--device", "cpu"]) == 0
 
 
 def test_a_recipe_that_names_its_student_has_nothing_to_cut(
     recipe: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    changes = ["--set", "student.from_teacher=null", "--set", f"student.model={tmp_path / 'student'}"]
+    changes = ["--set", f"student.model={tmp_path / 'student'}"]
     assert main(["cut", str(recipe), "--out", str(tmp_path / "cut"), *changes]) == 2
     assert "nothing to cut" in capsys.readouterr().err and not (tmp_path / "cut").exists()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from selectkd.cli.init import starter
 from selectkd.config import BetaChange, Recipe, load_recipe, recipe_from
+from selectkd.config.load import values_of
 from selectkd.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -157,9 +159,12 @@ training: {output_dir: r, batch_size: four, dtype: float16, learning_rate: -1}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("training.epochs=1", "exactly one of max_steps and epochs"),
+        (
+            "training={output_dir: x, batch_size: 1, max_steps: 9, epochs: 1}",
+            "exactly one of max_steps and epochs",
+        ),
         ("training.max_steps=null", "exactly one of max_steps and epochs"),
-        ("student.from_teacher={layers: 4}", "exactly one of model and from_teacher"),
+        ("student={model: s, from_teacher: {layers: 4}}", "exactly one of model and from_teacher"),
         ("objective.by_writer={nobody: {beta: 0}}", "must be"),
         ("objective.beta={start: 1, end: 0}", "exactly one of steps and until_tar"),
         ("objective.beta=1.01", "at most 1"),
@@ -216,6 +221,27 @@ def test_overrides_reach_sections_that_the_recipe_leaves_out(tmp_path: Path) -> 
 
 def test_a_later_override_wins(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, SMALL), ["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        (["training.max_steps=7"], {"max_steps": 7, "epochs": None}),
+        (["training.epochs=2", "training.max_steps=null"], {"max_steps": None, "epochs": 2}),
+        (["training.max_steps=7", "training.max_steps=null"], {"max_steps": None, "epochs": 1}),
+    ],
+)
+def test_an_override_stands_instead_of_the_key_that_excludes_it(
+    changes: list[str], left: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(tmp_path, SMALL.replace("max_steps: 10", "epochs: 1"))
+    training = load_recipe(path, changes).training
+    assert {"max_steps": training.max_steps, "epochs": training.epochs} == left
+    student = load_recipe(path, ["student.model=other"]).student
+    assert student.model == "other" and student.from_teacher is None
+    assert values_of(path, ["student.from_teacher.layers=2"])["student"]["model"] is None
+    with pytest.raises(ConfigError, match="exactly one of max_steps and epochs"):
+        load_recipe(path, ["training.max_steps=7", "training.epochs=2"])
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -56,4 +56,4 @@ def cut(
         assembly.student, assembly.tokenizer, out, f"# {assembly.student_source}\n", vision=assembly.vision
     )
     say(f"{folder}: {assembly.student_source}{kl}")
-    say(f"train it with --set student.from_teacher=null --set student.model={folder}")
+    say(f"train it with --set student.model={folder}")

@@ -31,6 +31,16 @@ OPEN = {
 """Keys whose mapping may hold any key: most hold {name, **params}, and the component says which parameters it has."""
 
 
+KeyPath = tuple[str | int, ...]
+INSTEAD: dict[KeyPath, KeyPath] = {
+    ("training", "max_steps"): ("training", "epochs"),
+    ("training", "epochs"): ("training", "max_steps"),
+    ("student", "model"): ("student", "from_teacher"),
+    ("student", "from_teacher"): ("student", "model"),
+}
+"""Keys of which a recipe has exactly one: an override of the one takes the other out."""
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``a.b=value`` overrides laid over it. Imports no torch.
 
@@ -80,8 +90,10 @@ def text_of(path: Path, *, kind: str = "recipe") -> str:
 def values_of(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a recipe file with overrides laid over them, for a recipe that ``load_recipe`` takes."""
     values = _copied(read(text_of(Path(path)), source=str(path)).value)
-    for override in overrides:
-        _lay(values, *_parsed(override))
+    laid = [_parsed(override) for override in overrides]
+    for key, value in laid:
+        _lay(values, key, value)
+    _take_out(values, dict(laid))
     return values
 
 
@@ -95,14 +107,16 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
         )
     values = _copied(values)
     problems: list[Problem] = []
-    set_by: dict[tuple[str | int, ...], str] = {}
+    laid: dict[KeyPath, Any] = {}
     for override in overrides:
         try:
             path, value = _parsed(override)
             _lay(values, path, value)
-            set_by[path] = f"--set {'.'.join(map(str, path))}"
+            laid[path] = value
         except ConfigError as error:
             problems.append(Problem((), "--set", f"cannot take {override[:60]!r}: {error}"))
+    _take_out(values, laid)
+    set_by = {path: f"--set {'.'.join(map(str, path))}" for path in laid}
 
     def where(path: tuple[str | int, ...]) -> str:
         for length in range(len(path), 0, -1):
@@ -175,6 +189,15 @@ def _lay(values: dict[str, Any], path: tuple[str | int, ...], value: Any) -> Non
             raise ConfigError(f"{so_far} holds {below!r}, which has no key {path[depth + 1]!r}")
         _put(here, step, below)
         here = below
+
+
+def _take_out(values: dict[str, Any], laid: Mapping[KeyPath, Any]) -> None:
+    """Sets to null what an override stands ``INSTEAD`` of, unless an override sets that as well."""
+    named = {path[:2] for path, value in laid.items() if value is not None}
+    for path in named.intersection(INSTEAD):
+        section, other = INSTEAD[path]
+        if INSTEAD[path] not in named and isinstance(values.get(str(section)), dict):
+            values[str(section)][str(other)] = None
 
 
 def _put(place: Any, step: str | int, value: Any) -> None:
