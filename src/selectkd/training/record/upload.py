@@ -71,7 +71,28 @@ def plan_upload(run: Path, repo: str, *, export: Path | None = None, license: st
         files |= {f"{EXPORTS}/{export.name}/{path.relative_to(export)}": path for path in of_export}
         target = json.loads((export / "export-report.json").read_bytes())
         beside[f"{EXPORTS}/{export.name}"] = f"{target['target']} in {target['type']}, with its own report"
-    return Upload(model_card(_facts(manifest, repo, beside, license)), files)
+    facts = replace(_facts(manifest, repo, beside, license), evaluations=evaluations_of(run))
+    return Upload(model_card(facts), files)
+
+
+def evaluations_of(run: Path) -> list[dict[str, Any]]:
+    """The student's rows of each result that ``selectkd eval RUN --json RUN/NAME.json`` left in a run folder."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(run.glob("*.json")):
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError:
+            continue
+        if isinstance(content, dict) and {"rows", "comparisons"} <= content.keys():
+            found += [row for row in content["rows"] if _of_run(row, run)]
+    return found
+
+
+def _of_run(row: Any, run: Path) -> bool:
+    """Whether a row is an evaluation of the run's student, with whole numbers and words in every cell."""
+    kinds = {"model": str, "task": str, "metric": str, "value": float, "low": float, "high": float, "n": int}
+    whole = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+    return whole and Path(row["model"]).resolve() in (run.resolve(), (run / "student").resolve())
 
 
 def upload(plan: Upload, repo: str, *, revision: str | None = None, private: bool = False) -> str:
