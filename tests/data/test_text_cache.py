@@ -194,6 +194,17 @@ def test_a_build_that_was_killed_goes_on_and_leaves_the_bytes_of_one_that_was_no
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_no_worker_outlives_a_build(tmp_path, tokenizer, small):
+    path = write(tmp_path, 60)
+    dataset_source({"path": path}, tokenizer, TextRules(64), cache=TextCache(tmp_path / "cache", 2))
+    assert multiprocessing.active_children() == []
+    with open(path, "a") as file:
+        file.write('{"prompt": "q", "completion": 5}\n')
+    with pytest.raises(DataError):
+        dataset_source({"path": path}, tokenizer, TextRules(64), cache=TextCache(tmp_path / "cache", 2))
+    assert multiprocessing.active_children() == []
+
+
 def test_a_full_disk_is_a_resource_error_and_the_next_start_goes_on(tmp_path, tokenizer, small, monkeypatch):
     path, cache = write(tmp_path, 60), TextCache(tmp_path / "cache", 1)
     monkeypatch.setenv("SELECTKD_FAULT", "text chunk@3=enospc")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "py", "text", "json", "yaml"}
 """python runs; py and text are of programs that need a hub or packages that are not here; YAML is of test_named."""
-PROGRAMS = {"selectkd", "make", "python", "pip", "ollama", "mlx_lm.convert"}
+PROGRAMS = {"selectkd", "make", "python", "pip", "ollama", "mlx_lm.convert", "vllm"}
 ELSEWHERE = {"hosts.md": "tests/adapters/test_hosts.py", "README.md": "tests/docs/test_readme.py"}
 """Pages whose Python another test runs."""
 

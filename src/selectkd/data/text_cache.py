@@ -256,7 +256,8 @@ def _rendered(
         ) from error
     finally:
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # waited for: a process of multiprocessing that ended meanwhile would wait for its workers for ever
+            pool.shutdown(cancel_futures=True)
 
 
 _how: Rendering | None = None
