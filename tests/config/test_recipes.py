@@ -240,6 +240,8 @@ def test_an_override_stands_instead_of_the_key_that_excludes_it(
     student = load_recipe(path, ["student.model=other"]).student
     assert student.model == "other" and student.from_teacher is None
     assert values_of(path, ["student.from_teacher.layers=2"])["student"]["model"] is None
+    undone = ["student.from_teacher.layers=2", "student.from_teacher=null"]
+    assert load_recipe(path, undone).student.model == "student"
     with pytest.raises(ConfigError, match="exactly one of max_steps and epochs"):
         load_recipe(path, ["training.max_steps=7", "training.epochs=2"])
 

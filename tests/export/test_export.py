@@ -14,13 +14,14 @@ from gguf import GGUFReader
 
 from export.pairs import byte_level, student, tiny_model
 from selectkd.cli import main
-from selectkd.errors import ConfigError, IntegrityError
+from selectkd.errors import ConfigError, IntegrityError, ResourceError
 from selectkd.evals.export import REPORT, Texts, check_out, export
 from selectkd.evals.exported import BOUNDS, answers_of, fidelity
 from selectkd.models.export import targets
 from selectkd.models.export.draft import check_pair
 from selectkd.models.export.exported import Exported, encoder, model_logits
 from selectkd.models.export.gguf import tensors
+from selectkd.models.export.gguf.vocabulary import vocabulary_of
 from selectkd.models.export.kinds import KINDS, kind_of
 from selectkd.models.export.ollama import CHATS, SHAPES, modelfile
 from selectkd.models.export.student import Options, Student
@@ -256,3 +257,71 @@ def test_a_modelfile_has_a_go_template_only_where_it_gives_the_same_chats() -> N
     made.chat_template = None
     assert "TEMPLATE {{ .Prompt }}" in modelfile("x.gguf", made, 4096)[0]
     assert all(shape.text(CHATS[0]).endswith(shape.answer) for shape in SHAPES)
+
+
+def test_a_full_disk_under_safetensors_is_a_resource_error(
+    tiny: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(ResourceError, match="bytes are free"):
+        write(tiny, "hf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_no_numbers_and_ends_that_are_no_tokens_are_refused(tmp_path: Path) -> None:
+    ends: list[tuple[Any, str]] = [([2, 9999], "id 9999"), (-1, "id -1"), ("</s>", "'</s>'")]
+    for end, words in ends:
+        model = tiny_model("llama")
+        model.generation_config.eos_token_id = end
+        with pytest.raises(ConfigError, match=words):
+            write(student(model, byte_level()), "hf", tmp_path / "out")
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=r"q_proj\.weight has NaN"):
+        write(student(model, byte_level()), "gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_never_replaces_what_it_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / REPORT).write_text("{}")
+    words = [
+        "export",
+        str(tmp_path / "model"),
+        "--to",
+        "hf",
+        "--out",
+        str(tmp_path / "model" / ".." / "model"),
+    ]
+    assert main(words) == ConfigError.exit_code
+    assert "would replace" in capsys.readouterr().err and (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_prompts_of_plain_text_are_its_first_half(tmp_path: Path) -> None:
+    from selectkd.evals.prompts import read_prompts, read_texts
+
+    file, tokenizer = tmp_path / "text.jsonl", byte_level()
+    file.write_text("".join(json.dumps({"text": f"alike at first, then {i} times"}) + "\n" for i in range(3)))
+    prompts, texts = read_prompts(file, tokenizer), read_texts(file, tokenizer, limit=9, longest=512)
+    assert [len(one) for one in prompts] == [len(text) // 2 for text in texts] and len(prompts[0]) > 3
+    assert all(text[: len(one)] == one for one, text in zip(prompts, texts, strict=True))
+
+
+def test_a_tokenizer_without_merges_is_refused_for_gguf() -> None:
+    from tokenizers import Tokenizer
+
+    made = byte_level()
+    parts = json.loads(made.backend_tokenizer.to_str())
+    parts["model"]["merges"] = []
+    made._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    with pytest.raises(ConfigError, match="without merges"):
+        vocabulary_of(made, 320, {2})

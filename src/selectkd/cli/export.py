@@ -112,7 +112,7 @@ def export(
     without_other_bars()
     chosen = TARGETS[to]
     chosen.check()
-    check_out(out)
+    check_out(out, run, target)
     student, about = _student(run, checkpoint, adapter=to == "adapter")
     texts = _texts(student, prompts, limit, tokens)
     drafts_for = None if target is None else load_model(target)
@@ -132,12 +132,23 @@ def _student(run: str, checkpoint: str | None, *, adapter: bool) -> tuple[Studen
     from selectkd.models.lora import merge
     from selectkd.rollouts.generate import ends_of
     from selectkd.teachers.cache.origin import weights_checksum
+    from selectkd.training.checkpoint.folder import all_in
 
     folder = Path(run).expanduser()
     is_run = (folder / "run.json").is_file() or (folder / "metrics.jsonl").is_file()
     if checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {checkpoint} is of a run, and {run} is none. Leave it out.")
     path, recipe, base, revision = None, None, None, None
+    if (
+        adapter
+        and (folder / "student").is_dir()
+        and checkpoint is None
+        and not all_in(folder / "checkpoints")
+    ):
+        raise ConfigError(
+            f"{run} has kept no checkpoint, and its student has the adapter merged in. Use --to merged, or train with "
+            "training.save_every: 50."
+        )
     if is_run and (checkpoint is not None or adapter or not (folder / "student").is_dir()):
         loaded, path, recipe = load_student_at(folder, checkpoint)
         base, revision = recipe["student"].get("model"), recipe["student"].get("revision")

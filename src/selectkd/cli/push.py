@@ -45,6 +45,8 @@ def push(
     plan = plan_upload(run, repo, export=export, license=license)
     sizes = {CARD: len(plan.card.encode())} | {name: path.stat().st_size for name, path in plan.files.items()}
     address = None
+    for name in plan.left_out:
+        say(f"{name} is not in the card: none of its rows is of a model named {run.resolve().name}")
     if dry_run:
         say(plan.card)
         for name, size in sizes.items():

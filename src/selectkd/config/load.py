@@ -193,7 +193,11 @@ def _lay(values: dict[str, Any], path: tuple[str | int, ...], value: Any) -> Non
 
 def _take_out(values: dict[str, Any], laid: Mapping[KeyPath, Any]) -> None:
     """Sets to null what an override stands ``INSTEAD`` of, unless an override sets that as well."""
-    named = {path[:2] for path, value in laid.items() if value is not None}
+    sections = {path[:2]: values.get(str(path[0])) for path in laid}
+    named = {
+        path for path, section in sections.items()
+        if len(path) == 2 and isinstance(section, dict) and section.get(str(path[1])) is not None
+    }  # fmt: skip
     for path in named.intersection(INSTEAD):
         section, other = INSTEAD[path]
         if INSTEAD[path] not in named and isinstance(values.get(str(section)), dict):

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from selectkd.data.durable import clear_left, disk_error, json_bytes, replace_folder, sync_folder
+from safetensors import SafetensorError
+
+from selectkd.data.durable import clear_left, disk_error, json_bytes, os_error_of, replace_folder, sync_folder
 from selectkd.errors import ConfigError, IntegrityError
 from selectkd.evals.exported import (
     BOUNDS,
@@ -26,6 +28,7 @@ from selectkd.evals.exported import (
 from selectkd.models.export.draft import check_pair
 from selectkd.models.export.student import Options, Student
 from selectkd.models.export.targets import Target
+from selectkd.models.head import head_of
 from selectkd.models.load import file_sha256
 from selectkd.training.record.manifest import versions
 
@@ -69,6 +72,7 @@ def export(
     ConfigError for what the target has no place for, ResourceError for a full disk.
     """
     bound = BOUNDS[options.kind] if bound is None else bound
+    _check_student(student)
     if options.target is not None:
         check_pair(student, options)
     stage("the student's own answers")
@@ -107,13 +111,37 @@ def export(
         replace_folder(partial, folder)
     except OSError as error:
         raise disk_error(error, folder) from error
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise disk_error(os_error_of(error), folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Report(folder, found, before, content)
 
 
-def check_out(folder: Path) -> None:
-    """ConfigError unless ``folder`` is free, empty, or an export that may be replaced."""
+def _check_student(student: Student) -> None:
+    """ConfigError for weights that are no numbers and for ends that are no tokens."""
+    broken = next((name for name, one in student.model.named_parameters() if not one.isfinite().all()), None)
+    if broken is not None:
+        raise ConfigError(
+            f"{student.source}: the weight {broken} has NaN or infinity, so the model computes nothing. Export an "
+            "earlier checkpoint."
+        )
+    width = head_of(student.model).width
+    wrong = sorted(i for i in student.ends if not 0 <= i < width)
+    if wrong:
+        raise ConfigError(
+            f"{student.source}: generation_config.json or the tokenizer ends texts at id {wrong[0]}, and the head has "
+            f"{width} rows. Correct eos_token_id there."
+        )
+
+
+def check_out(folder: Path, *read: str | None) -> None:
+    """ConfigError unless ``folder`` is free, empty, or an export that may be replaced, and none of what is ``read``."""
+    same = next((one for one in read if one is not None and Path(one).resolve() == folder.resolve()), None)
+    if same is not None:
+        raise ConfigError(
+            f"--out {folder} would replace {same}, which the export is made of. Name another folder."
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file. Name a folder for the export.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():

@@ -7,11 +7,13 @@ from collections.abc import Collection
 from typing import Any
 
 from selectkd.data.chat import rendered
+from selectkd.data.example import Example
 from selectkd.data.formats import Sample
 from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.template import ChatTemplate
 
+HALF = 64
 LONGEST_PROMPT = 1 << 20
 """No evaluation cuts a prompt: what does not fit a model's context is an error of that model."""
 
@@ -31,9 +33,16 @@ def prompt_ids(prompt: str, tokenizer: Any, *, system: str | None = None) -> lis
 def read_prompts(
     path: str | os.PathLike[str], tokenizer: Any, *, limit: int | None = None
 ) -> list[list[int]]:
-    """The prompts of a file in any format a recipe's source may have: what stands before its first trained token."""
+    """The prompts of a file in any format a recipe's source may have: what stands before its first trained token; of
+    plain text, which is trained from its start, the first half of at most 64 tokens.
+    """
     source = dataset_source({"path": str(path), "limit": limit}, tokenizer, TextRules(LONGEST_PROMPT))
-    return [example.input_ids[: example.completion.index(True)] for example in source.examples]
+    return [_prompt(example) for example in source.examples]
+
+
+def _prompt(example: Example) -> list[int]:
+    start = example.completion.index(True)
+    return example.input_ids[: start if start > 1 else max(1, min(HALF, len(example.input_ids) // 2))]
 
 
 def read_texts(
@@ -52,6 +61,6 @@ def read_texts(
     for example in source.examples:
         if len(found) == limit:
             break
-        if tuple(example.input_ids[: example.completion.index(True)]) not in without:
+        if tuple(_prompt(example)) not in without:
             found.append(example.input_ids)
     return found

@@ -80,7 +80,9 @@ def prompt_key(prompt: Sequence[int], copy: int = 0, images: Images | None = Non
 
 
 def ends_of(tokenizer: Any, *models: nn.Module) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's EOS and those of the models' generation settings."""
+    """The ids that end a text: the tokenizer's EOS and those of the models' generation settings. ConfigError for ends
+    that are no ids.
+    """
     found = [getattr(tokenizer, "eos_token_id", None)]
     found += [
         getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
@@ -88,7 +90,13 @@ def ends_of(tokenizer: Any, *models: nn.Module) -> frozenset[int]:
     ]
     all_ids: set[int] = set()
     for ids in found:
-        all_ids.update(() if ids is None else (ids,) if isinstance(ids, int) else ids)
+        several = () if ids is None else ids if isinstance(ids, list | tuple) else (ids,)
+        wrong = next((i for i in several if not isinstance(i, int)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"eos_token_id is {wrong!r} in generation_config.json. Write the token's id there."
+            )
+        all_ids.update(several)
     return frozenset(all_ids)
 
 

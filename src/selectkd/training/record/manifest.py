@@ -67,8 +67,13 @@ def read_manifest(run: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{run} has no manifest.json, so it is no finished run. Name a run's output_dir.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IntegrityError(
             f"{path} is not valid JSON: {error}. The run's other files are not harmed."
         ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise IntegrityError(
+            f"{path} holds no recipe, so it is not as a run writes it. The run's other files are not harmed."
+        )
+    return content

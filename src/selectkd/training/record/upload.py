@@ -6,8 +6,9 @@ The token is that of the environment or of `hf auth login`; nothing here reads, 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ EXPORTS = "exports"
 
 @dataclass(frozen=True)
 class Upload:
-    """card: the README. files: path in the repository -> file here."""
+    """card: the README. files: path in the repository -> file here. left_out: results in the run folder that are not of
+    its student, by their models' names.
+    """
 
     card: str
     files: dict[str, Path]
+    left_out: Sequence[str] = ()
 
     @property
     def bytes(self) -> int:
@@ -71,28 +75,39 @@ def plan_upload(run: Path, repo: str, *, export: Path | None = None, license: st
         files |= {f"{EXPORTS}/{export.name}/{path.relative_to(export)}": path for path in of_export}
         target = json.loads((export / "export-report.json").read_bytes())
         beside[f"{EXPORTS}/{export.name}"] = f"{target['target']} in {target['type']}, with its own report"
-    facts = replace(_facts(manifest, repo, beside, license), evaluations=evaluations_of(run))
-    return Upload(model_card(facts), files)
+    evaluations, without = evaluations_of(run)
+    facts = replace(_facts(manifest, repo, beside, license), evaluations=evaluations)
+    return Upload(model_card(facts), files, without)
 
 
-def evaluations_of(run: Path) -> list[dict[str, Any]]:
-    """The student's rows of each result that ``selectkd eval RUN --json RUN/NAME.json`` left in a run folder."""
+def evaluations_of(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The student's rows of each result that ``selectkd eval RUN --json RUN/NAME.json`` left in a run folder, and the
+    names of those results that have none.
+    """
     found: list[dict[str, Any]] = []
-    for file in sorted(run.glob("*.json")):
+    without: list[str] = []
+    for file in sorted(path for path in run.glob("*.json") if path.is_file()):
         try:
             content = json.loads(file.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(content, dict) and {"rows", "comparisons"} <= content.keys():
-            found += [row for row in content["rows"] if _of_run(row, run)]
-    return found
+            rows = content["rows"] if isinstance(content["rows"], list) else []
+            own = [row for row in rows if _of_run(row, run)]
+            found += own
+            without += [] if own else [file.name]
+    return found, without
 
 
 def _of_run(row: Any, run: Path) -> bool:
-    """Whether a row is an evaluation of the run's student, with whole numbers and words in every cell."""
-    kinds = {"model": str, "task": str, "metric": str, "value": float, "low": float, "high": float, "n": int}
-    whole = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
-    return whole and Path(row["model"]).resolve() in (run.resolve(), (run / "student").resolve())
+    """Whether a row is of the run's student, by the folder's name, with words and numbers in its cells."""
+    words, numbers = ("model", "task", "metric"), ("value", "low", "high", "n")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in words):
+        return False
+    if not all(type(row.get(key)) in (int, float) and math.isfinite(row[key]) for key in numbers):
+        return False
+    parts = [part for part in row["model"].replace("\\", "/").split("/") if part]
+    return (parts[:-1] if parts[-1:] == ["student"] else parts)[-1:] == [run.resolve().name]
 
 
 def upload(plan: Upload, repo: str, *, revision: str | None = None, private: bool = False) -> str:

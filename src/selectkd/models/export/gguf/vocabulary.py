@@ -77,6 +77,8 @@ def vocabulary_of(tokenizer: Any, width: int, ends: Collection[int]) -> Vocabula
     pre, notes = _cut_of(parts) if byte_level else ("default", [])
     tokens, types = _tokens(tokenizer, parts, width, byte_level)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    if not merges:
+        raise ConfigError("GGUF has no place for a BPE tokenizer without merges. Export with --to merged.")
     special, more = _special(tokenizer, ends)
     empty = list(tokenizer("")["input_ids"])
     template = tokenizer.chat_template
