@@ -204,3 +204,28 @@ def test_a_weight_other_than_nothing_or_all_is_refused(weight):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": weight}]
     with pytest.raises(DataError, match=r"messages\[1\]\.weight"):
         to_sample({"messages": turns}, "messages")
+
+
+@pytest.mark.parametrize("name", ["train", "training", "loss"])
+def test_a_switch_is_yes_or_no_in_a_form_that_is_read(name):
+    for off in (False, 0, 0.0):
+        assert to_sample({"messages": [USER, {**REPLY, name: off}, USER, REPLY]}, "messages").trained == (3,)
+    assert to_sample({"messages": [USER, {**REPLY, name: 1}, USER, REPLY]}, "messages").trained == (1, 3)
+    for wrong in ("false", "no", 0.5, [0]):
+        with pytest.raises(DataError, match=rf"messages\[1\]\.{name}: needs true"):
+            to_sample({"messages": [USER, {**REPLY, name: wrong}]}, "messages")
+
+
+def test_several_answers_to_one_question_are_no_turns():
+    for answer in (["1 May", "May", "May 1st"], ["1 May"], []):
+        with pytest.raises(DataError, match=rf"answer: needs one answer, not a list of {len(answer)} texts"):
+            to_sample({"question": "when", "answer": answer}, "prompt_completion")
+
+
+def test_parts_of_openais_newer_interface_are_text():
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "q"}]}
+    told = {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}
+    found = to_sample({"messages": [asked, told]}, "messages").messages
+    plain = to_sample({"messages": [USER, REPLY]}, "messages").messages
+    assert [one["role"] for one in found] == [one["role"] for one in plain]
+    assert [part["type"] for one in found for part in one["content"]] == ["text", "text"]

@@ -222,6 +222,10 @@ def _pair(
         turns = _turns(prompt[1], prompt_at)
     if isinstance(answer[1], str):
         reply = [{"role": "assistant", "content": plain_text(answer[1], answer_at)}]
+    elif isinstance(answer[1], list | tuple) and all(isinstance(one, str) for one in answer[1]):
+        raise DataError(
+            f"{answer_at}: needs one answer, not a list of {len(answer[1])} texts. Write the one that is to be trained."
+        )
     else:
         reply = _turns(answer[1], answer_at)
     if reply[: len(turns)] == turns:

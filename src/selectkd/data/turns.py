@@ -27,6 +27,8 @@ ROLES = {
     "function_call": "assistant",
 }
 
+TEXTS = ("text", "input_text", "output_text")
+"""Types of a part that is text: of chats, and of OpenAI's newer interface for what was asked and answered."""
 SWITCHES = ("train", "training", "loss")
 """Fields of a turn that say whether it is trained: Axolotl's and ms-swift's."""
 
@@ -113,8 +115,13 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
             f"{where}.weight: needs 1 (trained) or 0 (not trained), not {repr(turn['weight'])[:60]}."
         )
     for name in SWITCHES:
-        if isinstance(turn.get(name), bool):
-            turn["weight"] = int(turn.pop(name) and turn.get("weight", 1))
+        if name in turn:
+            given = turn.pop(name)
+            if not isinstance(given, bool | int | float) or given not in (0, 1):
+                raise DataError(
+                    f"{where}.{name}: needs true (trained) or false (not trained), not {repr(given)[:60]}."
+                )
+            turn["weight"] = int(bool(given) and turn.get("weight", 1))
     return {"role": role, **turn}
 
 
@@ -193,9 +200,9 @@ def _thought(part: Any) -> Any:
 def _part(part: Any, where: Where) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": plain_text(part, where)}
-    if isinstance(part, Mapping) and part.get("type") == "text":
+    if isinstance(part, Mapping) and part.get("type") in TEXTS:
         plain_text(part.get("text"), where.at("text"))
-        return {str(name): value for name, value in part.items() if value is not None}
+        return {str(name): value for name, value in part.items() if value is not None} | {"type": "text"}
     image = image_part(part, where) if isinstance(part, Mapping) else None
     if image is not None:
         return image

@@ -122,7 +122,7 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
         yield Finding("tokenizer", True, _tokenizer(plan))
         yield Finding("objective", True, _objective(plan, recipe))
         yield tried("text", lambda: _text(plan))
-        yield Finding("masks", True, _masks(plan))
+        yield tried("masks", lambda: _masks(plan))
     memory: list[Memory] = []
     yield tried("memory", lambda: _memory(recipe, memory, device))
     if memory:
