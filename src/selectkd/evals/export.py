@@ -72,9 +72,7 @@ def export(
     ConfigError for what the target has no place for, ResourceError for a full disk.
     """
     bound = BOUNDS[options.kind] if bound is None else bound
-    _check_student(student)
-    if options.target is not None:
-        check_pair(student, options)
+    _check(student, options)
     stage("the student's own answers")
     answers = answers_of(student, texts.prompts, texts.tokens)
     alone, before = None, None
@@ -118,8 +116,10 @@ def export(
     return Report(folder, found, before, content)
 
 
-def _check_student(student: Student) -> None:
-    """ConfigError for weights that are no numbers and for ends that are no tokens."""
+def _check(student: Student, options: Options) -> None:
+    """ConfigError for weights that are no numbers, ends that are no tokens, and a target that it cannot draft for."""
+    if options.target is not None:
+        check_pair(student, options)
     broken = next((name for name, one in student.model.named_parameters() if not one.isfinite().all()), None)
     if broken is not None:
         raise ConfigError(
