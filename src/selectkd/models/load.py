@@ -21,7 +21,7 @@ from selectkd.errors import ConfigError, IntegrityError
 from selectkd.models.attention import attention_options, check_attention
 from selectkd.models.check import check_head
 from selectkd.models.folder import check_folder, configuration
-from selectkd.models.quantized import BitsAndBytes, options_of
+from selectkd.models.quantized import BitsAndBytes, options_of, unpacked
 from selectkd.models.shape import check_found, check_weights, config_of, refused, shape_of, without_reports
 from selectkd.models.sharded import Spread, parts_of
 from selectkd.models.vision import auto_class, vision_of
@@ -94,7 +94,7 @@ def load_model(
         )  # fmt: skip
     model, report = loaded
     check_found(report, folder)
-    check_head(model.eval())
+    check_head(unpacked(model).eval())
     return Loaded(model, tokenizer, str(spec), found)
 
 

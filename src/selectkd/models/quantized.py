@@ -86,7 +86,19 @@ def quantized(model: Any, quantization: BitsAndBytes) -> nn.Module:
             **options_of(quantization, dtype),
         )  # fmt: skip
     found.config._name_or_path = named
-    return found
+    return unpacked(found)
+
+
+def unpacked(model: Any) -> Any:
+    """A model whose 4-bit layers stay as they are on every processor.
+
+    On one with AVX-512 for bf16, bitsandbytes 0.50 rearranges a layer at its first evaluation and rounds its scales to
+    bf16, and fails at rows that are shorter than a block.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def is_quantized(model: Any) -> bool:
