@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from selectkd.data.render import TextRules
+from selectkd.data.sources import Source, dataset_source
+from selectkd.data.text_cache import TextCache
+from selectkd.models.load import load_tokenizer, load_vision
 from vision import tiny
 
 
@@ -20,6 +24,24 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = tiny.saved(family, tmp_path_factory.mktemp(family), seed=seed, layers=layers)
         return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def read(folder_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Source]:
+    """Reads records with the images 0.png to 3.png beside them."""
+    folder = folder_of("internvl")
+    tokenizer, vision = load_tokenizer(folder), load_vision(folder)
+
+    def of(*records: Any, length: int = 400, template: Any = None, entry: Any = (), **rules: Any) -> Source:
+        where = tmp_path_factory.mktemp("records")
+        tiny.data(where)
+        path = tiny.written(where, records)
+        cache = TextCache.at(where / "cache", workers=1)
+        spec = {"path": str(path), **dict(entry)}
+        text = TextRules(length, **rules)
+        return dataset_source(spec, tokenizer, text, vision=vision, cache=cache, template=template)
 
     return of
 

@@ -9,7 +9,7 @@ import resource
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from PIL import Image
 
 from selectkd.data.images import MOST_BYTES, ImageRef, ImageRules, decoded, found
 from selectkd.data.render import TextRules
-from selectkd.data.sources import Source, dataset_source
+from selectkd.data.sources import dataset_source
 from selectkd.data.text_cache import TextCache
 from selectkd.errors import DataError, IntegrityError, SelectKDError
-from selectkd.models.load import load_tokenizer, load_vision
+from selectkd.models.load import load_tokenizer
 from vision import tiny
 
 GREY = Image.new("RGB", (8, 6), (90, 90, 90))
@@ -171,24 +171,6 @@ def test_urls_are_fetched_only_where_that_is_allowed(server: str) -> None:
             found(url, allowed, "x")
 
 
-@pytest.fixture(scope="module")
-def read(folder_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Source]:
-    """Reads records with the images 0.png to 3.png beside them."""
-    folder = folder_of("internvl")
-    tokenizer, vision = load_tokenizer(folder), load_vision(folder)
-
-    def of(*records: Any, length: int = 400, **rules: Any) -> Source:
-        where = tmp_path_factory.mktemp("records")
-        tiny.data(where)
-        path = tiny.written(where, records)
-        cache = TextCache.at(where / "cache", workers=1)
-        return dataset_source(
-            {"path": str(path)}, tokenizer, TextRules(length, **rules), vision=vision, cache=cache
-        )
-
-    return of
-
-
 ASKED = {"role": "user", "content": "<image>\nwhat is it"}
 SAYS = {"role": "assistant", "content": "a cat"}
 INLINE = "data:image/png;base64," + base64.b64encode(tiny.png(tiny.picture(0))).decode()
@@ -265,10 +247,14 @@ def test_no_image_is_ever_cut(read: Any) -> None:
         assert kept.images.spans == whole.images.spans and kept.truncated
         break
     fine, cut = tiny.asks("?", "a", "3.png"), tiny.asks("what is it", "a cat", "1.png", "2.png")
-    for limit in ({"length": end - 1}, {"length": end + 40, "max_prompt_length": first - 4}):
+    limits: dict[str, dict[str, int]] = {
+        "image would be cut": {"length": end - 1},
+        "prompt longer than max_prompt_length": {"length": end + 40, "max_prompt_length": first - 4},
+    }
+    for reason, limit in limits.items():
         source = read(fine, cut, **limit)
         assert [len(one.images.places) for one in source.examples] == [1]
-        assert source.counts["image would be cut"] == 1
+        assert source.counts[reason] == 1
     with pytest.raises(DataError, match="max_length is"):
         read(fine, cut, length=end - 1, on_too_long="error")
 

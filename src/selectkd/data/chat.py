@@ -14,6 +14,7 @@ from typing import Any
 
 from selectkd.data.encoding import Encoded, Encoder, Joined
 from selectkd.data.formats import Sample
+from selectkd.data.image_parts import count_of
 from selectkd.data.images import ImageRules
 from selectkd.data.positions import Layout, TrainTurns, lay_out
 from selectkd.data.renderer import Answer, Job, Renderings
@@ -24,8 +25,7 @@ from selectkd.data.windows import Part, Window
 from selectkd.errors import DataError
 
 Text = tuple[list[int], list[bool], tuple[int, ...], Images | None]
-"""Ids, which of them are trained, the numbers of its trained turns, and its images; None for models that see nothing.
-The numbers are left out where images stand in the turns, which then cannot be left out."""
+"""Ids, which of them are trained, the numbers of its trained turns, and its images (None: the model sees nothing)."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ def _with_images(
 ) -> Steps[list[Text]]:
     """The texts of a conversation with the tokens of its images, which are never trained.
 
-    A text that ends before the last turn has the images up to there; the last one has them all.
+    A text has the images up to the last turn that is trained in it; those behind are not read.
     """
     vision, texts = sight.vision, list[Text]()
-    refs = vision.opened(sample.images, sight.rules)
+    counts = [count_of((sample.messages or ())[: layout.numbers[-1] + 1]) for layout in layouts]
+    refs = vision.opened(sample.images[: max(counts, default=0)], sight.rules)
     places = [part.place for part in sample.images]
-    for number, layout in enumerate(layouts):
-        last = number == len(layouts) - 1
-        count = len(refs) if last else min(len(refs), layout.text.count(vision.placeholder))
+    for layout, count in zip(layouts, counts, strict=True):
         spans: list[int] = []
         if count or vision.placeholder in layout.text:
             wide = vision.widened(layout.text, refs[:count], places[:count], sample.origin)
@@ -98,7 +97,7 @@ def _with_images(
         kept = None if spans else window
         ids, trained, tokens = yield from _tokens(layout, encoder, ends, kept, sample, spans)
         images = images_in(ids, trained, tokens, refs[:count], sample, vision)
-        texts.append((ids, trained, () if refs else layout.numbers, images))
+        texts.append((ids, trained, layout.numbers, images))
     return texts
 
 

@@ -86,6 +86,15 @@ def placed(
     return tuple(shown), tuple(found)
 
 
+def count_of(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many images stand in turns.
+
+    >>> count_of([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}])
+    1
+    """
+    return sum(len(_images(message)) for message in messages)
+
+
 def _images(message: Mapping[str, Any]) -> list[Any]:
     content = message.get("content")
     return [part for part in content if part.get("type") == "image"] if isinstance(content, list) else []

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, takewhile
 from math import floor
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from selectkd.data.formats import Sample
+from selectkd.data.image_parts import count_of
 from selectkd.data.turns import text_of
 
 WORD = re.compile(r"\w+")
@@ -65,6 +66,12 @@ def prompt_of(sample: Sample) -> str:
         first = mask.index(True) if True in mask else 0
         return " ".join(map(str, sample.input_ids[: first or LONGEST]))
     return (sample.text or "")[:LONGEST]
+
+
+def images_asked(sample: Sample) -> int:
+    """How many images stand before the first answer of a conversation."""
+    messages = sample.messages or ()
+    return count_of(list(takewhile(lambda turn: turn["role"] != "assistant", messages)))
 
 
 def prompt_keys(text: str) -> tuple[int, ...]:
@@ -130,6 +137,12 @@ def _bands(spoken: Sequence[Sequence[str]]) -> list[list[int]]:
 def packed(keys: Sequence[int]) -> bytes:
     """Keys as KEYS * 8 bytes, which ``unpacked`` reads."""
     return _PACKED.pack(*keys)
+
+
+def with_images(prompt: bytes, images: Sequence[bytes]) -> bytes:
+    """Packed keys of a prompt about images, given by their hashes: near are reworded prompts about the same images."""
+    shown = b"".join(images)
+    return packed([_hash(key.to_bytes(8, "little") + shown) for key in _PACKED.unpack(prompt)])
 
 
 def unpacked(rows: NDArray[np.uint8]) -> NDArray[np.int64]:

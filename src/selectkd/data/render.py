@@ -16,8 +16,10 @@ from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
+from selectkd.data.image_parts import count_of
+from selectkd.data.images import ImageRef
 from selectkd.data.positions import TrainTurns, whole_text
-from selectkd.data.prompts import KEYS, packed, prompt_keys, prompt_of
+from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
@@ -144,6 +146,9 @@ def rendering(
         return [Dropped(sample.origin, "no final answer")]
     without_tools = yield from leaves_out_tools(sample, template)
     prompt: bytes = yield Keys(prompt_of(sample))
+    if count := images_asked(sample):  # the same keys for all texts of a record
+        refs = () if texts[0][3] is None else texts[0][3].refs[:count]
+        prompt = with_images(prompt, [ImageRef.unpacked(ref).digest for ref in refs])
     results: list[Example | Dropped] = []
     waiting = [(sample, text) for text in texts]
     while waiting:
@@ -153,15 +158,15 @@ def rendering(
         if not any(trained):
             results.append(Dropped(sample.origin, "nothing to train on"))
             continue
-        excess = _excess(trained, rules)
-        if excess and turns and (less := shorter(talk, turns, excess)) is not None:
+        too_long = bool(turns) and _too_long(trained, rules)
+        sizes = () if images is None else [end - begin for begin, end in images.places]
+        length, most = trained.index(True), rules.max_prompt_length or 0
+        if too_long and (less := shorter(talk, turns, length, most, sizes)) is not None:
             texts = yield from _texts(less, encoder, encoder.ends(eos_ids), rules, template, sight)
             waiting[:0] = [(less, text) for text in texts]
-        elif excess and turns and has_system(talk):
+        elif too_long and (has_system(talk) or count_of((talk.messages or ())[: turns[0]])):
             results.append(Dropped(sample.origin, "prompt longer than max_prompt_length"))
         else:
-            if images is not None and images.refs:  # one question about two images is two questions
-                prompt = packed(prompt_keys(f"{prompt_of(sample)} {images.key.hex()}")[:1] * KEYS)
             example = Example(
                 ids, trained, origin=sample.origin, without_tools=without_tools, prompt=prompt, images=images
             )
@@ -169,10 +174,10 @@ def rendering(
     return results
 
 
-def _excess(trained: list[bool], rules: TextRules) -> float:
-    """The share of a prompt that is cut: 0 where it fits, or is not cut but refused."""
-    prompt, most = trained.index(True), rules.max_prompt_length
-    return 0 if rules.on_too_long != "truncate" or most is None or prompt <= most else 1 - most / prompt
+def _too_long(trained: list[bool], rules: TextRules) -> bool:
+    """Whether a prompt is to be made shorter."""
+    most = rules.max_prompt_length
+    return rules.on_too_long == "truncate" and most is not None and trained.index(True) > most
 
 
 def _with_defaults(sample: Sample, rules: TextRules) -> Sample:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
 from selectkd.data.formats import Sample
+from selectkd.data.image_parts import count_of
 from selectkd.data.turns import text_of
 
 SYSTEM = ("system", "developer")
 CAUTION = 0.8
-"""Of the characters that seem too many so many go at once: what is left of them goes after another count of tokens."""
+"""Of the text that seems too much so much goes at once: what is left of it goes after another count of tokens."""
 
 
 def has_system(sample: Sample) -> bool:
@@ -18,25 +20,38 @@ def has_system(sample: Sample) -> bool:
     return sample.messages is not None and sample.messages[0]["role"] in SYSTEM
 
 
-def shorter(sample: Sample, trained: tuple[int, ...], excess: float) -> Sample | None:
+def shorter(
+    sample: Sample, trained: tuple[int, ...], length: int, most: int, images: Sequence[int] = ()
+) -> Sample | None:
     """The conversation of the turns ``trained`` with less before the first of them; None where nothing can go.
 
-    Its oldest turns up to a question go. Where only one question is left, the beginning of its text goes, so that the
-    system prompt stays; without a system prompt it is left to a cut of the tokens. excess: the share of the prompt that
-    is too much.
+    Its oldest turns up to a question go, with their images. Where only one question is left, the beginning of its text
+    goes, so that the system prompt stays; without a system prompt it is left to a cut of the tokens. A question with an
+    image stays whole. length: the tokens of the prompt, of which ``most`` may stay; images: those of each image.
     """
     messages = sample.messages or ()
     first = trained[0]
     start = next((number for number in range(first) if messages[number]["role"] not in SYSTEM), first)
-    sizes = [len(text_of(message["content"])) for message in messages[:first]]
-    enough = CAUTION * excess * sum(sizes)
+    counts = [count_of([message]) for message in messages]
+    letters = [len(text_of(message["content"])) for message in messages[:first]]
+    shown = images[: sum(counts[:first])]
+    each = (length - sum(shown)) / max(1, sum(letters))  # tokens of a character
+    sizes = [
+        each * size + sum(shown[sum(counts[:number]) : sum(counts[: number + 1])])
+        for number, size in enumerate(letters)
+    ]
+    enough = CAUTION * (length - most)
     questions = [number for number in range(start + 1, first) if messages[number]["role"] == "user"]
     if questions:
         kept = next((number for number in questions if sum(sizes[start:number]) >= enough), questions[-1])
-        left = (*messages[:start], *messages[kept:])
-        return replace(sample, messages=left, trained=tuple(number - kept + start for number in trained))
-    if start in (0, first) or not sizes[start]:
+        return replace(
+            sample,
+            messages=(*messages[:start], *messages[kept:]),
+            trained=tuple(number - kept + start for number in trained),
+            images=(*sample.images[: sum(counts[:start])], *sample.images[sum(counts[:kept]) :]),
+        )
+    if start in (0, first) or not letters[start] or any(counts[start:first]):
         return None
-    text = text_of(messages[start]["content"])[max(1, ceil(enough)) :]
+    text = text_of(messages[start]["content"])[max(1, ceil(enough / each)) :]
     left = (*messages[:start], {**messages[start], "content": text}, *messages[start + 1 :])
     return replace(sample, messages=left, trained=trained)
