@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from selectkd.data.image_parts import columns_of, filled
+from selectkd.data.unread import MEDIA, unread_images
 from selectkd.errors import DataError
 
 FORMATS: Mapping[str, str] = {
@@ -100,12 +102,19 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
-    """Fields of a record that look like text and are no part of it in this format."""
+    """Fields of a record that look like text or hold an image, a video or a sound, and are no part of it."""
     read = READ.get(format, SPOKEN)
     if format == "prompt_completion":  # one pair of fields is read, whatever other pairs there are
         read = (*(pair_names(record) or ()), *_OTHERS)
-    return [
+    spoken = [
         name for name in SPOKEN if name in record and record[name] not in (None, "", []) and name not in read
+    ]
+    images, media = columns_of(record), [name for name in MEDIA if filled(record.get(name))]
+    return [
+        *spoken,
+        *(images if format in ("tokens", "text") else images[1:]),
+        *unread_images(record),
+        *media,
     ]
 
 

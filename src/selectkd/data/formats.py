@@ -22,8 +22,9 @@ from selectkd.data.detection import (
     present,
     verdict_of,
 )
-from selectkd.data.image_parts import ImagePart, images_of, placed
+from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, columns_of, placed
 from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turns_of
+from selectkd.data.unread import check_media, unread_images
 from selectkd.errors import DataError
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -36,7 +37,8 @@ class Sample:
 
     ``trained`` holds the indices of the assistant turns that are learned. ``instruction`` is the row's own
     (instruction, input) pair, kept for tokenizers without a chat template. ``rejected``: its label says that it is no
-    good answer. images: those of the messages' image parts, in order.
+    good answer. images: those of the messages' image parts, in order; unread: where there are none,
+    fields that hold some all the same.
     """
 
     origin: str
@@ -52,6 +54,7 @@ class Sample:
     mask: tuple[bool, ...] | None = None
     rejected: bool = False
     images: tuple[ImagePart, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record") -> Sample:
@@ -64,9 +67,14 @@ def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record")
         raise DataError(f"{origin}: no format is called {format!r}. What would work: {', '.join(FORMATS)}.")
     sample = _READERS[format](record, Where(origin))
     if sample.messages is not None:
+        check_media(record, origin)
         messages, images = placed(sample.messages, record, origin)
-        return replace(sample, messages=messages, images=images) if images else sample
-    if images_of(record):
+        if images:
+            return replace(sample, messages=messages, images=images)
+        unread = unread_images(record)
+        return replace(sample, unread=unread) if unread else sample
+    names = columns_of(record)
+    if set(names) & set(COLUMNS[:2]) or (names and PLACEHOLDER in (sample.text or "")):
         raise DataError(
             f"{origin}: images beside {format}. What would work: messages, conversations, prompt + completion, or "
             "instruction + output."

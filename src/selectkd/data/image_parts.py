@@ -8,11 +8,18 @@ from typing import Any
 
 from selectkd.errors import DataError
 
-COLUMNS = ("images", "image")
+COLUMNS = (
+    "images", "image", "image_paths", "image_path", "image_files", "image_file", "img_path", "img", "image_urls",
+    "image_url",
+)  # fmt: skip
+"""Fields of a record that hold its images. The first that has some is read; ``images`` beside ``image`` is refused."""
 PLACEHOLDER = "<image>"
 """What stands for an image in a text, in LLaVA's and ms-swift's files."""
-SOURCES = ("image", "image_url", "url", "path", "bytes", "base64", "data")
+SOURCES = (
+    "image", "image_url", "url", "path", "bytes", "base64", "data", "source", "image_path", "file_path", "image_file",
+)  # fmt: skip
 """Fields of a part that say where its image is."""
+NAMED = "What would work: a path, a URL, or its bytes in base64."
 PARTS = ("image", "image_url", "input_image")
 """Types of parts: transformers' and the two of OpenAI's interfaces."""
 
@@ -32,19 +39,50 @@ def image_part(part: Mapping[str, Any], where: Any) -> dict[str, Any] | None:
         return None
     name = next((key for key in SOURCES if part.get(key) is not None), None)
     source = None if name is None else part[name]
-    if name == "base64":
+    if name in ("base64", "data"):
         source = {"base64": source}
-    most = part.get("max_pixels")
-    return {"type": "image", "source": source, "place": str(where), "max_pixels": _pixels(most, where)}
+    elif name == "source" and isinstance(source, Mapping):
+        source = _anthropic(source, where)
+    elif name is None and part.get("file_id") is not None:
+        raise DataError(f"{where}: an image of a file_id, which only its server can read. {NAMED}")
+    most = _pixels(part.get("max_pixels"), where)
+    number = part.get("index") if source is None else None
+    return {"type": "image", "source": source, "place": str(where), "max_pixels": most, "index": number}
 
 
-def images_of(record: Mapping[str, Any]) -> list[Any]:
-    """The images of a record's own column, in order."""
-    for name in COLUMNS:
-        value = record.get(name)
-        if value is not None and not (isinstance(value, str | Sequence) and len(value) == 0):
-            return list(value) if isinstance(value, list | tuple) else [value]
-    return []
+def filled(value: Any) -> bool:
+    """Whether a field has anything: null, false, "", [] and an object of nulls are nothing."""
+    if isinstance(value, Mapping):
+        return any(one is not None for one in value.values())
+    return not (value is None or value is False or (isinstance(value, Sequence) and len(value) == 0))
+
+
+def columns_of(record: Mapping[str, Any]) -> list[str]:
+    """Those of ``COLUMNS`` that a record has something in."""
+    return [name for name in COLUMNS if filled(record.get(name))]
+
+
+def images_of(record: Mapping[str, Any], origin: str) -> list[Any]:
+    """The images of a record's own column, in order. DataError where ``images`` and ``image`` hold different ones."""
+    names = columns_of(record)
+    if not names:
+        return []
+    lists = [value if isinstance(value := record[name], list | tuple) else [value] for name in names]
+    if names[:2] == list(COLUMNS[:2]) and list(lists[0]) != list(lists[1]):
+        raise DataError(
+            f"{origin}: has images in two fields, {names[0]} and {names[1]}. Put all of them into one."
+        )
+    return list(lists[0])
+
+
+def _anthropic(source: Mapping[str, Any], where: Any) -> Any:
+    """Anthropic's {type: base64, media_type, data} or {type: url, url} as ``images.found`` takes it."""
+    kind = source.get("type")
+    if kind in ("base64", "url", None):
+        for name, key in (("data", "base64"), ("base64", "base64"), ("url", "url"), ("path", "path")):
+            if source.get(name) is not None:
+                return {key: source[name]}
+    raise DataError(f"{where}: an image whose source is of type {repr(kind)[:40]}. {NAMED}")
 
 
 def placed(
@@ -55,7 +93,7 @@ def placed(
     A part or ``<image>`` without an image of its own takes the next of the record's column; without any of them the
     column's images stand before the first question. DataError where their numbers differ.
     """
-    column = images_of(record)
+    column = images_of(record, origin)
     if not column and not any(_images(message) for message in messages):
         return tuple(messages), ()
     if not any(_images(message) for message in messages):
@@ -65,8 +103,9 @@ def placed(
     slots = sum(part["source"] is None for message in messages for part in _images(message))
     if slots != len(column):
         some = f"{len(column)} image{'s' * (len(column) != 1)}"
+        name = (columns_of(record) or COLUMNS[:1])[0]
         raise DataError(
-            f"{origin}: {some} in the column {' or '.join(COLUMNS)}, and {slots} placeholder{'s' * (slots != 1)} "
+            f"{origin}: {some} in the column {name}, and {slots} placeholder{'s' * (slots != 1)} "
             "in the turns. Give each image its placeholder, or name it in its part."
         )
     most, left = _pixels(record.get("max_pixels"), f"{origin}: max_pixels"), iter(enumerate(column))
@@ -80,6 +119,10 @@ def placed(
             source, place = part["source"], part["place"]
             if source is None:
                 index, source = next(left)
+                if part["index"] not in (None, index):
+                    raise DataError(
+                        f"{place}: asks for image {part['index']} where image {index} comes. Put them in order."
+                    )
                 place = f"{origin}: image {index}"
             found.append(ImagePart(source, place, part["max_pixels"] or most))
         shown.append(_without_sources(message))
@@ -101,7 +144,7 @@ def _images(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _slot() -> dict[str, Any]:
-    return {"type": "image", "source": None, "place": "", "max_pixels": None}
+    return {"type": "image", "source": None, "place": "", "max_pixels": None, "index": None}
 
 
 def _split(message: dict[str, Any]) -> dict[str, Any]:

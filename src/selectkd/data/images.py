@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import unquote
 
 import xxhash
 
@@ -33,6 +34,8 @@ KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ANIMATED = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
 SECONDS = 20.0
 """How long a URL may take."""
+CODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How files of JPEG, PNG, GIF and WebP begin in base64."""
 HEADER = struct.Struct("<cQ16s")
 _FAULTS = (
     OSError,
@@ -105,7 +108,7 @@ class ImageRef:
 
 
 def found(source: Any, rules: ImageRules, where: str, *, max_pixels: int | None = None) -> ImageRef:
-    """The image that a record names: a path, a data or web URL, bytes, {bytes, path}, or an image in memory.
+    """The image that a record names: a path, a data, file or web URL, bytes, base64, {bytes, path}, or one in memory.
 
     Raises DataError naming ``where`` for an image that is not there, too large, outside the folder, or behind a URL
     that is not allowed.
@@ -117,8 +120,9 @@ def found(source: Any, rules: ImageRules, where: str, *, max_pixels: int | None 
         ]
         if not named:
             _refuse(where, f"an image needs bytes, a path or a url, not {sorted(map(str, source))}.")
-        if isinstance(named[0], str) and source.get("base64") is named[0]:
-            return _of_bytes(_base64(named[0], where), most, where)
+        if isinstance(source.get("base64"), str) and source["base64"] is named[0]:
+            text = named[0].partition(",")[2] if named[0].startswith("data:") else named[0]
+            return _of_bytes(_base64(text, where), most, where)
         return found(named[0], rules, where, max_pixels=most)
     if isinstance(source, bytes | bytearray | memoryview):
         return _of_bytes(bytes(source), most, where)
@@ -134,7 +138,11 @@ def found(source: Any, rules: ImageRules, where: str, *, max_pixels: int | None 
         return _of_bytes(_base64(source.partition(",")[2], where), most, where)
     if "://" in source and not source.startswith("file://"):
         return _of_bytes(_fetched(source, rules, where), most, where)
-    return _of_path(source.removeprefix("file://"), rules, most, where)
+    if source.startswith("file://"):
+        return _of_path(unquote(source.removeprefix("file://").removeprefix("localhost")), rules, most, where)
+    if len(source) > 64 and source.startswith(CODED) and "." not in source:
+        return _of_bytes(_base64(source, where), most, where)
+    return _of_path(source, rules, most, where)
 
 
 def decoded(content: bytes, where: str, *, max_pixels: int = 0) -> Image.Image:
@@ -261,6 +269,7 @@ def _fetched(url: str, rules: ImageRules, where: str) -> bytes:
 
 
 def _base64(text: str, where: str) -> bytes:
+    text = "".join(text.split())  # base64 in mails is written in lines
     if len(text) > MOST_BYTES * 4 // 3 + 4:
         _refuse(where, f"the image has more than {MOST_BYTES:,} bytes.")
     try:

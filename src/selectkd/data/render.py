@@ -23,6 +23,7 @@ from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
+from selectkd.data.unread import check_marks
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
 
@@ -136,9 +137,16 @@ def rendering(
         replies = [message for message in sample.messages if message["role"] == "assistant"]
         return [Dropped(sample.origin, "empty completion" if replies else "no completion")]
     if sample.images and sight is None:
+        some = f"{len(sample.images)} image{'s' * (len(sample.images) != 1)}"
         raise DataError(
-            f"{sample.origin}: has {len(sample.images)} images, and the model sees none, or its folder has no "
-            "processor. Use a model that sees images, or leave the row out."
+            f"{sample.origin}: has {some}, and the model sees none, or its folder has no processor. Use a model that "
+            "sees images, leave the row out, or take its images out where the text does not need them."
+        )
+    check_marks(sample.messages or (), sample.origin, sees=sight is not None, fields=sample.unread)
+    if sample.unread and sight is not None:
+        raise DataError(
+            f"{sample.origin}: the field {sample.unread[0]!r} holds an image and is not read. Call it image, or take "
+            "it out where the text does not need it."
         )
     sample = _with_defaults(sample, rules)
     texts = yield from _texts(sample, encoder, encoder.ends(eos_ids), rules, template, sight)

@@ -1,0 +1,167 @@
+"""Where a record's images may stand: fields under many names, parts of several interfaces, and what nobody reads."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selectkd.data.detection import left_aside
+from selectkd.data.image_parts import COLUMNS
+from selectkd.data.images import ImageRules, found
+from selectkd.data.render import TextRules
+from selectkd.data.sources import dataset_source
+from selectkd.data.text_cache import TextCache
+from selectkd.errors import DataError
+from selectkd.models.load import load_tokenizer
+from vision import tiny
+
+PNG = tiny.png(tiny.picture(0))
+CODED = base64.b64encode(PNG).decode()
+ASKS = {"question": "what is it", "answer": "a cat"}
+
+
+def part(**fields: Any) -> dict[str, Any]:
+    """A record whose image is a part of its turn."""
+    asked = [{"type": "image", **fields}, {"type": "text", "text": "what is it"}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a cat"}]}
+
+
+def says(text: str, **fields: Any) -> dict[str, Any]:
+    return {"question": text, "answer": "a cat", **fields}
+
+
+READ: dict[str, dict[str, Any]] = {
+    **{f"the field {name}": {**ASKS, name: "0.png"} for name in COLUMNS},
+    "several paths": {**ASKS, "image_paths": ["0.png"]},
+    "nulls beside the image": {
+        **ASKS, "images": [], "image": {"bytes": None, "path": None}, "img": "0.png", "videos": [], "audio": None,
+        "video": {"bytes": None, "path": None},
+    },
+    "an image and where it comes from": {**ASKS, "image": "0.png", "image_url": "https://host/0.png"},
+    "the same image twice": {**ASKS, "images": ["0.png"], "image": "0.png"},
+    "base64 in a field": {**ASKS, "image": CODED},
+    "bytes in base64": {**ASKS, "image": {"bytes": CODED, "path": None}},
+    "Anthropic's base64": part(source={"type": "base64", "media_type": "image/png", "data": CODED}),
+    "data and its type": part(data=CODED, mimeType="image/png"),
+    "base64 in lines": part(base64="\n".join(CODED[at : at + 76] for at in range(0, len(CODED), 76))),
+    "a data URL as base64": part(base64=f"data:image/png;base64,{CODED}"),
+    "a part that counts": {**part(index=0, text=None), "images": ["0.png"]},
+    "a part with a path under another name": part(image_path="0.png"),
+    "a mark, and a field of another name": says("<image>\nwhat is it", image_path="0.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_image_is_read_from_every_field_that_says_what_it_is(read: Any, name: str) -> None:
+    wanted = read(tiny.asks("what is it", "a cat", "0.png")).examples[0]
+    (one,) = read(READ[name]).examples
+    if "mark" not in name:
+        assert one.input_ids == wanted.input_ids
+    assert one.images.spans and len(one.images.refs) == 1
+    assert one.images.shown()[0].tobytes() == tiny.picture(0).tobytes()
+
+
+def test_of_several_fields_the_first_of_the_table_is_read_and_the_others_are_named(read: Any) -> None:
+    record = {**ASKS, "image_url": "https://host/0.png", "img": "1.png", "image_path": "0.png"}
+    source = read(record)
+    assert source.examples[0].images.names[0].endswith("/0.png")
+    assert "not part of the text: img, image_url" in source.summary
+    assert left_aside({"text": "a", "image_url": "u", "audio": "a.wav", "shot": PNG}, "text") == [
+        "image_url", "shot", "audio",
+    ]  # fmt: skip
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "images beside another image": ({**ASKS, "images": ["0.png"], "image": "1.png"}, "two fields, images and image"),
+    "a URL in a field": ({**ASKS, "image_url": "https://host/a.png"}, "image_urls: true"),
+    "Anthropic's URL": (part(source={"type": "url", "url": "https://host/a.png"}), "image_urls: true"),
+    "a file of Anthropic's": (part(source={"type": "file", "file_id": "f"}), "source is of type 'file'"),
+    "a file of OpenAI's": (part(file_id="file-1"), "a file_id, which only its server"),
+    "base64 that is none": (part(data="@@@@"), "no base64"),
+    "images out of order": ({**part(index=1), "images": ["0.png"]}, "asks for image 1 where image 0 comes"),
+    "a video in a field": ({**ASKS, "video": "a.mp4"}, "the field 'video', and video is not read"),
+    "videos": ({**ASKS, "image": "0.png", "videos": ["a.mp4"]}, "the field 'videos'"),
+    "a sound": ({**ASKS, "audio_path": "a.wav"}, "the field 'audio_path', and audio is not read"),
+    "a mark without an image": (says("<image>\nwhat is it"), "turn 0 has <image> .*no image was read"),
+    "a mark within a text": (says("is <image> a cat"), "turn 0 has <image>"),
+    "a mark and a field of an unknown name": (
+        says("<image>what is it", picture=f"data:image/png;base64,{CODED}"), "The field 'picture' holds one"),
+    "a field of an unknown name": ({**ASKS, "picture": [f"data:image/png;base64,{CODED}"]}, "'picture' holds an image"),
+    "a mark beside an image in a part": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"},
+                                                   {"type": "text", "text": "what is <image>"}]},
+                      {"role": "assistant", "content": "a cat"}]}, "turn 0 has <image>"),
+    "a video's mark": (says("<video>\nwhat happens"), "turn 0 has <video> .*leave it out"),
+    "a sound's mark": (says("what is said?\n<audio>"), "turn 0 has <audio>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_record_that_would_be_trained_blind_is_refused_and_may_be_skipped(read: Any, name: str) -> None:
+    record, words = REFUSED[name]
+    fine = part(image="0.png") if "messages" in record else {**ASKS, "image": "0.png"}
+    with pytest.raises(DataError, match=rf"(?s)data\.jsonl:2: .*{words}"):
+        read(fine, record)
+    source = read(fine, record, on_bad_record="skip")
+    assert len(source.examples) == 1 and source.counts["bad"] == 1
+
+
+MARKUP = [
+    "how do <video> and <audio> differ",
+    "a feed is\n<image>\n<url>a.png</url>\n</image>",
+    "a < image > is",
+]
+
+
+@pytest.fixture
+def text_only(folder_of: Any, tmp_path: Path) -> Any:
+    tokenizer = load_tokenizer(folder_of("internvl"))
+
+    def of(*records: Any, **rules: Any) -> Any:
+        path = tiny.written(tmp_path, records)
+        return dataset_source(
+            {"path": str(path)}, tokenizer, TextRules(400, **rules), cache=TextCache(tmp_path, 1)
+        )
+
+    return of
+
+
+def test_words_that_look_like_marks_are_text(read: Any, text_only: Any) -> None:
+    assert len(read(*map(says, MARKUP)).examples) == len(MARKUP)
+    words = [*MARKUP, "what does the tag <image> do?", "write one for me, like so: <image>"]
+    assert len(text_only(*map(says, words)).examples) == len(words)
+    answers = {"question": "which tag shows one?", "answer": "<image>"}
+    assert len(text_only(answers).examples) == len(read(answers).examples) == 1
+
+
+def test_a_model_of_text_refuses_what_it_would_read_blind(text_only: Any) -> None:
+    for record, words in (
+        ({**ASKS, "image_path": "0.png"}, "has 1 image, and the model sees none"),
+        ({**ASKS, "images": ["0.png", "1.png"]}, "has 2 images, and the model sees none"),
+        (says("<image>\nwhat is it", picture="0.png"), "turn 0 has <image>"),
+        (says("what is it\n<image>"), "turn 0 has <image>"),
+        (says("<video>what is it"), "turn 0 has <video>"),
+        ({**ASKS, "audios": ["a.wav"]}, "'audios', and audio is not read"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{words}"):
+            text_only(record)
+
+
+def test_plain_text_beside_an_address_of_an_image_is_text(text_only: Any) -> None:
+    source = text_only({"text": "The news of today.", "image_url": "https://host/a.png"})
+    assert len(source.examples) == 1 and "not part of the text: image_url" in source.summary
+    with pytest.raises(DataError, match="images beside text"):
+        text_only({"text": "<image>\nA cat on a mat.", "image_path": "0.png"})
+
+
+def test_a_file_url_is_read_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a b%.png").write_bytes(PNG)
+    rules = ImageRules(tmp_path)
+    for url in (f"file://{tmp_path}/a%20b%25.png", f"file://localhost{tmp_path}/a%20b%25.png"):
+        assert found(url, rules, "x").content() == PNG
+    assert found("a b%.png", rules, "x").content() == PNG
+    with pytest.raises(DataError, match="outside"):
+        found("file:///a/%2e%2e/b.png", rules, "x")
