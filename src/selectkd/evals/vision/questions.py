@@ -197,17 +197,24 @@ def _options(record: Mapping[str, Any], text: str, origin: str) -> tuple[str, di
 
 
 def _letter(record: Mapping[str, Any], answer: str, options: Mapping[str, str], origin: str) -> str:
-    """The letter of the right option, which a file gives as a letter, a text, or a place counted from 0 (AI2D)."""
+    """The letter of the right option, which a file gives as a letter, a text, or a place counted from 0.
+
+    A number that is a place among ``options`` is one, whatever their texts (AI2D); among ``choices``, or columns, it is
+    the text of an option first (MathVista).
+    """
     stated = record.get("answer_option")
     if isinstance(stated, str) and stated in options:
         return stated
     if answer in options and len(answer) == 1:
         return answer
+    place = int(answer) if answer.isdecimal() and int(answer) < len(options) else None
+    if place is not None and record.get("A") in (None, "") and record.get("options") not in (None, ""):
+        return list(options)[place]
     same = [letter for letter, text in options.items() if text.strip() == answer.strip()]
     if len(same) == 1:
         return same[0]
-    if answer.isdecimal() and int(answer) < len(options) and not same:
-        return list(options)[int(answer)]
+    if place is not None and not same:
+        return list(options)[place]
     raise DataError(
         f"{origin}: the right answer {answer[:40]!r} is none of the options {', '.join(options)}."
     )
