@@ -71,6 +71,16 @@ def test_a_turn_ends_in_a_token_of_the_generation_settings(made):
     )  # 7 is a word, whatever a file says
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_held_out_file_with_prompts_that_are_trained_on_is_told(made, tmp_path, streaming):
+    tokenizer, recipe = made(streaming=streaming, evaluation={"path": str(tmp_path / "text.jsonl")})
+    (warning,) = read_text(recipe, tokenizer).warnings
+    assert "1 of 1 training examples have a prompt that is held out too" in warning
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "Another one?", "completion": "a"}) + "\n")
+    apart = made(streaming=streaming, evaluation={"path": str(tmp_path / "other.jsonl")})[1]
+    assert not read_text(apart, tokenizer).warnings
+
+
 def test_a_template_of_the_recipe_takes_the_place_of_the_tokenizers_and_goes_with_the_student(made, tmp_path):
     (tmp_path / "own.jinja").write_text(CHAT.replace("{{ m.content }}", "{{ m.content }}<|im_end|>"))
     tokenizer, recipe = made(chat_template=str(tmp_path / "own.jinja"))

@@ -6,11 +6,14 @@ import gzip
 import json
 import pickle
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 
+from data.conftest import CHATML
+from data.template_zoo import turns
 from selectkd.data.chunk_index import Chunks
 from selectkd.data.collate import collate
 from selectkd.data.order import BatchOptions
@@ -27,7 +30,7 @@ def rows(first: int, last: int) -> list[dict[str, str]]:
     return [{"prompt": f"number {i}", "completion": f"yes {i}"} for i in range(first, last)]
 
 
-def lines(records: list[dict[str, str]]) -> bytes:
+def lines(records: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in records).encode()
 
 
@@ -157,6 +160,38 @@ def test_a_batch_is_packed_into_as_few_rows_as_hold_its_records(tmp_path, tokeni
         assert sorted(ids.tolist() for ids in one.samples()) == sorted(
             ids.tolist() for ids in other.samples()
         )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_conversation_that_becomes_several_samples_gives_one_an_epoch_and_all_in_turn(
+    tmp_path, make_tokenizer, packing
+):
+    earlier = CHATML.replace("message['content']", "('' if loop.last else 'old ') + message['content']")
+    talks = [
+        [
+            *chain(
+                *(
+                    turns(("user", f"ask {n}"), ("assistant", f"number {n} {part}"))
+                    for part in range(1 + n % 3)
+                )
+            )
+        ]
+        for n in range(30)
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(lines([{"messages": talk} for talk in talks]))
+    text = source(str(file), tokenizer := make_tokenizer(earlier), tmp_path, rules=TextRules(96))
+    assert "one of its samples an epoch" in text.summary
+    options, seen = BatchOptions(4, 3, packing=packing, max_length=96), Counter()
+    for epoch in range(6):
+        answers = []
+        for batch in batches([text], options, epoch):
+            assert len(batch.input_ids) <= 4
+            texts = [tokenizer.decode(ids.tolist()) for ids in batch.samples()]
+            answers += [one.rpartition("number ")[2].split("<")[0] for one in texts]
+        assert sorted(int(one.split()[0]) for one in answers) == list(range(30))
+        seen.update(answers)
+    assert seen == {f"{n} {part}": 6 // (1 + n % 3) for n in range(30) for part in range(1 + n % 3)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -233,6 +233,23 @@ PARTS = (
 )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_an_answer_that_brings_its_own_end_is_read_as_one_without(name, train_on):
+    tokenizer, answer = tokenizer_of(name), {"train_on": train_on}
+    plain = examples({"messages": [*OSLO, *ROME]}, tokenizer, **answer)
+    last = tokenizer.decode(examples({"messages": OSLO}, tokenizer)[0].input_ids).rpartition("Norway.")[2]
+    for end in (last, last.strip() + "\n", f" {last}"):
+        brought = [
+            {**turn, "content": turn["content"] + end} if turn["role"] == "assistant" else turn
+            for turn in (*OSLO, *ROME)
+        ]
+        assert examples({"messages": brought}, tokenizer, **answer) == plain
+    parts = [{"type": "text", "text": f"In Italy.{last}"}]
+    listed = [*OSLO, ROME[0], {"role": "assistant", "content": parts}]
+    assert examples({"messages": listed}, tokenizer, **answer) == plain
+
+
 def test_a_thought_that_the_prompt_opens_is_closed_in_the_trained_part(make_tokenizer):
     tokenizer = make_tokenizer(NEMOTRON)
     assert trained(THOUGHT, tokenizer) == [

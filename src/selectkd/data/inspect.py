@@ -24,6 +24,8 @@ from selectkd.errors import ConfigError
 Kind = Literal["", "trained", "image"]
 """Of a piece of text: what is trained on, what stands for an image, and, empty, the rest."""
 THUMBNAIL = 192
+PART = 1 << 16
+"""Examples whose prompts are looked up at once."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +61,18 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
     duplicates = len(examples) - len(np.unique(keys))
     overlap = int(np.isin(keys, _keys(held)).sum())
     lengths = Counter(1 << max(0, size - 1).bit_length() for size in sizes.tolist())
-    prompts, others = examples.prompts, held.prompts
-    same = np.isin(prompts[:, 0], others[:, 0])
-    near = np.isin(prompts, others).any(axis=1)
+    same, near = _held_out_too(examples, held)
     warnings = []
     # A tenth is where repeated rows begin to act as a second epoch on part of the data.
     if len(examples) and duplicates >= 0.1 * len(examples):
         warnings.append(f"{duplicates} of {len(examples)} examples are exact duplicates of an earlier one.")
-    if overlap:
-        warnings.append(
-            f"{overlap} of {len(examples)} examples are also in the held-out data, whose results would be too good."
-        )
-    if near.sum() > overlap:
-        warnings.append(
-            f"{near.sum()} of {len(examples)} examples have a prompt that is held out ({same.sum()}) or nearly so; "
-            "held-out results would be too good."
-        )
+    warnings += shared_prompts(examples, held)
     return Check(
         examples=len(examples),
         tokens=int(sizes.sum()),
         trained_tokens=int(examples.column("trained").sum()),
         duplicates=duplicates,
-        near_duplicates=_near_duplicates(examples, prompts),
+        near_duplicates=_near_duplicates(examples, examples.prompts),
         overlap=overlap,
         same_prompt=int(same.sum()),
         near_prompt=int(near.sum()),
@@ -90,6 +82,29 @@ def check(data: Source | Sequence[Example], *, held_out: Source | Sequence[Examp
         counts=dict(data.counts) if isinstance(data, Source) else {},
         warnings=tuple(warnings),
     )
+
+
+def shared_prompts(examples: Examples, held_out: Examples) -> list[str]:
+    """A warning where examples have a prompt that is held out, or nearly one; none otherwise."""
+    same, near = (int(found.sum()) for found in _held_out_too(examples, held_out))
+    if not near:
+        return []
+    whole = int(np.isin(_keys(examples), _keys(held_out)).sum())
+    return [
+        f"{near:,} of {len(examples):,} training examples have a prompt that is held out too or nearly so ({same:,} the "
+        f"same prompt, {whole:,} the same answer as well): held-out results would be too good. Leave these records out "
+        "of one of the files."
+    ]
+
+
+def _held_out_too(examples: Examples, held_out: Examples) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether each example's prompt is held out, and whether nearly, [n] each."""
+    prompts, others = examples.prompts, held_out.prompts
+    exact, keys = np.unique(others[:, 0]), np.unique(others)
+    near = [np.empty(0, bool)]
+    for start in range(0, len(prompts), PART):  # isin takes several times the memory of what it is given
+        near.append(np.isin(prompts[start : start + PART], keys).any(axis=1))
+    return np.isin(prompts[:, 0], exact), np.concatenate(near)
 
 
 def _keys(examples: Examples) -> NDArray[np.void]:

@@ -21,6 +21,7 @@ from selectkd.data.jinja_process import CLOSE, OPEN, REASONING
 from selectkd.data.renderer import Job
 from selectkd.data.rounds import Steps
 from selectkd.data.template import BEGIN, END, ChatTemplate, holds_sign, mark, shaped
+from selectkd.data.turns import without_end
 from selectkd.errors import DataError
 
 TrainTurns = Literal["all", "last", "final_answer"]
@@ -114,12 +115,12 @@ def lay_out(
     return _together([turn for turn in turns if turn.pieces], ends)
 
 
-def whole_text(sample: Sample, template: ChatTemplate) -> Steps[str]:
+def whole_text(sample: Sample, template: ChatTemplate, *, ends: Collection[str]) -> Steps[str]:
     """The text of a conversation, its last turn as a model meets it; for ``train_on: all``. Raises DataError."""
-    talk = _conversation(sample, template, ())
+    talk = _conversation(sample, template, ends)
     count = len(talk.messages)
     if talk.messages[-1]["role"] == "assistant" and count - 1 in sample.trained:
-        layouts = yield from lay_out(sample, template, ends=(), train_turns="last")
+        layouts = yield from lay_out(sample, template, ends=ends, train_turns="last")
         return layouts[-1].text
     (plain,) = yield from template.rendered(sample.origin, [talk.job(count)])
     yield from _check_context(talk, count, plain, prompt=False)
@@ -140,7 +141,7 @@ def chosen(sample: Sample, train_turns: TrainTurns) -> tuple[int, ...]:
 
 def _conversation(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> _Conversation:
     traits = template.traits(sample.origin, tools=bool(sample.tools))
-    messages = [shaped(message, traits) for message in sample.messages or ()]
+    messages = [shaped(without_end(message, ends), traits) for message in sample.messages or ()]
     if any(holds_sign(name) or holds_sign(value) for turn in messages for name, value in turn.items()):
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."

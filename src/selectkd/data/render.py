@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from selectkd.data.chat import Sight, Text, images_in, leaves_out_tools, tokenize_chat
+from selectkd.data.chat import Sight, Text, images_in, leaves_out_tools, tokenize_chat, turn_ends
 from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
@@ -273,7 +273,8 @@ def _tokenize(
         return [(*_single_end(ids, [True] * len(ids), eos_ids), ())]
     if template.source or sample.completion is None:
         if rules.train_on == "all" and template.source:
-            text = yield from whole_text(sample, template)
+            ends = encoder.signs(turn_ends(template, encoder.tokenizer, eos_ids, sample))
+            text = yield from whole_text(sample, template, ends=ends)
             found = yield Tokens(window.of(text, 0, encoder.tokenizer).text)
             return [(list(found.ids), [True] * len(found.ids), ())]
         texts = yield from tokenize_chat(

@@ -148,6 +148,8 @@ def streamed_source(
     table = pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(part.rows), SCHEMA)])
     named = "given" if how.format else "detected"
     summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({named})"
+    if part.examples > part.found.good:
+        summary += "; a conversation gives one of its samples an epoch, in turn"
     streamed = Streamed(read, how, replace(part.found, problems=[], aside=[], files=[]), stream)
     counts, first = {"read": len(index)}, Examples([Table(table, None, stream, vision)])
     return Source(first, _name(entry), weight, part.found.format, summary, counts, (), streamed)

@@ -38,17 +38,22 @@ class Streamed:
     stream: int = 0
     share: float = 0.0
 
-    def examples(self, records: Iterable[tuple[int, int]]) -> list[Example]:
-        """The examples of records, each a chunk and a place in it; none of one that is held out, dropped, or bad and
-        skipped (a line of the log).
+    def examples(self, records: Iterable[tuple[int, int]], epoch: int) -> list[Example]:
+        """At most one example of each record, a chunk and a place in it; none of one that is held out, dropped, or bad
+        and skipped (a line of the log). A conversation that becomes several gives the next one each epoch.
         """
         how = self.how
         items = (self.chunks.item(chunk, record) for chunk, record in records)
         checked = Checked(items, format=how.format, on_bad_record=how.rules.on_bad_record, before=self.before)
-        found = [one for some in rendered(checked, how) for one in some or () if isinstance(one, Example)]
+        found: list[Example] = []
+        for results in rendered(checked, how):
+            kept = [one for one in results or () if isinstance(one, Example)]
+            if kept and not is_held_out(kept[0].prompt, self.share):
+                turn = epoch + int.from_bytes(kept[0].prompt[:8], "little")
+                found.append(replace(kept[turn % len(kept)], stream=self.stream))
         for message in checked.found.problems:
             logging.getLogger("selectkd").warning(message)
-        return [replace(one, stream=self.stream) for one in found if not is_held_out(one.prompt, self.share)]
+        return found
 
     def held_out(self, most: int) -> Iterator[Chunk]:
         """At most ``most`` records whose prompts are held out, from chunks all over the source in a fixed order."""
@@ -77,9 +82,9 @@ class Streamed:
 
 
 class StreamEpoch(Batches):
-    """The batches of an epoch of streamed sources. A batch has ``batch_size`` records; it has fewer samples where some
-    are held out or dropped, and one of a token that is not trained where all are. With packing they lie in as few rows
-    as hold them.
+    """The batches of an epoch of streamed sources. A batch has a sample of each of ``batch_size`` records; it has fewer
+    where some are held out or dropped, and one of a token that is not trained where all are. With packing they lie in
+    as few rows as hold them.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class StreamEpoch(Batches):
         found = [
             example
             for source, some in zip(self.sources, wanted, strict=True)
-            for example in source.examples(some)
+            for example in source.examples(some, self.epoch)
         ] or [Example([self.options.pad_id], [False])]
         if not self.options.packing:
             return self.options.laid_out([[example] for example in found])

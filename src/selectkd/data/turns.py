@@ -5,7 +5,7 @@ render.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from selectkd.data.image_parts import image_part
@@ -282,3 +282,27 @@ def check_order(messages: Sequence[Mapping[str, Any]], where: Where) -> None:
                 f"follow {allowed}."
             )
         before = role
+
+
+def without_end(message: Mapping[str, Any], ends: Collection[str]) -> Mapping[str, Any]:
+    """An assistant's message whose text does not bring the token that ends its turn: the template writes it.
+
+    >>> without_end({"role": "assistant", "content": "Oslo.</s>"}, {"</s>"})["content"]
+    'Oslo.'
+    """
+    content = message.get("content")
+    if message["role"] != "assistant" or not content:
+        return message
+    if isinstance(content, str):
+        return {**message, "content": _text_without_end(content, ends)}
+    *first, last = content
+    if "text" in last:
+        last = {**last, "text": _text_without_end(last["text"], ends)}
+    return {**message, "content": [*first, last]}
+
+
+def _text_without_end(text: str, ends: Collection[str]) -> str:
+    kept = text
+    while end := next((one for one in ends if kept.rstrip().endswith(one)), None):
+        kept = kept.rstrip().removesuffix(end)
+    return text if kept == text else kept.rstrip()

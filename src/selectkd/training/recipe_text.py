@@ -14,6 +14,7 @@ import numpy as np
 
 from selectkd.config import CacheTeacher, ModelTeacher
 from selectkd.data.examples import Examples
+from selectkd.data.inspect import shared_prompts
 from selectkd.data.prompts import split
 from selectkd.data.render import TextRules
 from selectkd.data.routes import Routes
@@ -95,7 +96,8 @@ def read_text(
     if isinstance(evaluation, int | float):
         return Reading(template, ends, *hold_out(sources, float(evaluation)), vision=vision)
     held_out = dataset_source(few(evaluation.reading), **options).examples
-    return Reading(template, ends, sources, held_out, vision=vision)
+    shared = shared_prompts(Examples.joined([source.examples for source in sources]), held_out)
+    return Reading(template, ends, sources, held_out, shared, vision=vision)
 
 
 def rules_of(recipe: Any) -> TextRules:
