@@ -250,3 +250,51 @@ def test_a_file_is_never_all_in_memory(tmp_path, kind):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert good == 10_000 and peak + held < 10_000_000, (peak, held)
+
+
+TABLE = "prompt,completion\np0,c0\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,completion,prompt\np0,c0,q0\n", r"has 2 columns with the name 'prompt'"),
+        (TABLE + "p1\n", r":3: has 1 fields, and the header has 2"),
+        (TABLE + "p1,c1,d1\n", r":3: has 3 fields, and the header has 2"),
+        (TABLE + 'p1,"c1\n', r":3: not a table: unexpected end of data"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_table_that_would_lose_a_field_is_refused(tmp_path, content, said, kind):
+    file = tmp_path / f"data.{kind}"
+    good = '\ufeffprompt,completion\np0,c0\np1,"c,\n1"\n'
+    file.write_text(good.replace(",", "\t" if kind == "tsv" else ","), "utf-8")
+    assert [row["completion"] for row in read_records(file).rows] == [
+        "c0",
+        "c\t\n1" if kind == "tsv" else "c,\n1",
+    ]
+    file.write_text(content.replace(",", "\t" if kind == "tsv" else ","))
+    with pytest.raises(DataError, match=said):
+        read_records(file)
+
+
+def test_a_table_of_arrow_with_a_column_twice_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.ipc
+
+    table = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="2 columns with the name 'text'"):
+        read_records(tmp_path / "a.arrow")
+
+
+def test_a_record_of_several_lines_is_told_to_be_one_of_an_array(tmp_path):
+    file = write(tmp_path, json.dumps(ROWS[0], indent=1).encode(), "data.json")
+    with pytest.raises(DataError, match=r"data\.json:1: not valid JSON.* belongs into a JSON array"):
+        read_records(file)
+
+
+def test_a_file_named_as_one_of_a_saved_data_set_makes_no_data_set(tmp_path):
+    write(tmp_path, lines(ROWS), "state.json")
+    assert len(read_records(tmp_path)) == 5

@@ -156,6 +156,10 @@ def test_a_template_that_ends_turns_in_plain_text_gets_a_trained_eos(make_tokeni
         (chat("hello", ""), "empty completion"),
         (chat("hello", " \n"), "empty completion"),
         (chat("hello"), "no completion"),
+        (
+            {"messages": [*chat("hello")["messages"], {"role": "assistant", "content": "a", "weight": 0}]},
+            "every answer has weight 0",
+        ),
         ({"prompt": "a", "completion": ""}, "empty completion"),
         ({"text": "  "}, "nothing to train on"),
         ({"input_ids": []}, "nothing to train on"),

@@ -12,7 +12,8 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -211,7 +212,11 @@ def _line(name: str, raw: bytes, number: int, offset: int, *, whole: bool, plain
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         cut = "" if whole else " (the last line may be cut short)"
-        return origin, DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}{cut}.")
+        open_end = whole and text.lstrip()[:1] == "{" and error.pos >= len(text.rstrip())
+        lines = " A record of several lines belongs into a JSON array." if open_end else ""
+        return origin, DataError(
+            f"{origin}: not valid JSON: {error.msg} at column {error.colno}{cut}.{lines}"
+        )
     except (ValueError, RecursionError) as error:
         return origin, DataError(f"{origin}: not usable JSON: {str(error)[:80]}.")
     return origin, object_of(value, origin)
@@ -224,7 +229,7 @@ def _table(name: str, stream: BinaryIO, delimiter: str) -> Iterator[Item]:
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     end = 1
     try:
-        width = len(rows.fieldnames or ())
+        width = len(_once(name, rows.fieldnames or ()))
         for row in rows:
             origin, end = f"{name}:{end + 1}", rows.line_num
             fields: dict[Any, Any] = row
@@ -321,7 +326,18 @@ def of_table(name: str, batches: Iterable[pa.RecordBatch], size: int | None = No
             number += part.num_rows
 
 
+def _once(name: str, columns: Sequence[str]) -> Sequence[str]:
+    """The names of a table's columns. DataError where two are the same: a row would have the last one alone."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise DataError(
+                f"{name}: has {count} columns with the name {column!r}. Rename all but one of them."
+            )
+    return columns
+
+
 def _rows(name: str, number: int, batch: pa.RecordBatch) -> TableRows:
+    _once(name, batch.schema.names)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)

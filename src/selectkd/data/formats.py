@@ -101,7 +101,7 @@ def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
     if isinstance(value, str):
         items = from_json(value) if value.lstrip()[:1] == "[" else _transcript(value)
     if not isinstance(items, list | tuple) or not items:
-        _refuse(where, f"needs a list of turns, not {_shown(value)}.")
+        _refuse(where, f"needs text or a list of turns, not {_shown(value)}.")
     if len(items) > 1 and all(isinstance(item, str) for item in items):
         items = [
             {"role": ("user", "assistant")[index % 2], "content": item} for index, item in enumerate(items)

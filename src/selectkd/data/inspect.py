@@ -91,9 +91,9 @@ def shared_prompts(examples: Examples, held_out: Examples) -> list[str]:
         return []
     whole = int(np.isin(_keys(examples), _keys(held_out)).sum())
     return [
-        f"{near:,} of {len(examples):,} training examples have a prompt that is held out too or nearly so ({same:,} the "
-        f"same prompt, {whole:,} the same answer as well): held-out results would be too good. Leave these records out "
-        "of one of the files."
+        f"{near:,} of {len(examples):,} training examples have a prompt that is held out too or nearly so ({same:,} "
+        f"the same prompt, {whole:,} the same answer as well): held-out results would be too good. Leave these "
+        "records out of one of the files."
     ]
 
 
@@ -103,7 +103,7 @@ def _held_out_too(examples: Examples, held_out: Examples) -> tuple[NDArray[np.bo
     exact, keys = np.unique(others[:, 0]), np.unique(others)
     near = [np.empty(0, bool)]
     for start in range(0, len(prompts), PART):  # isin takes several times the memory of what it is given
-        near.append(np.isin(prompts[start : start + PART], keys).any(axis=1))
+        near.append(np.asarray(np.isin(prompts[start : start + PART], keys).any(axis=1)))
     return np.isin(prompts[:, 0], exact), np.concatenate(near)
 
 

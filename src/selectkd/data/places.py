@@ -23,6 +23,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CHANGES = ("ETag", "etag", "checksum", "sha256", "md5", "md5Hash", "Content-MD5", "Digest", "crc32c", "blob_id", "oid",
            "LastModified", "Last-Modified", "last_modified", "last_commit", "mtime", "created", "updated")  # fmt: skip
 """What file systems call the values that change with a file's content."""
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
+"""The files by which a folder is a saved data set of several splits, and of one."""
 BLOCK = 1 << 20
 """Bytes that are read at once of a file that is not on a local disk."""
 
@@ -200,7 +202,7 @@ class Place:
             return self._remote()
         place = Path(self.path)
         if place.is_dir():
-            if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+            if any(all((place / name).exists() for name in names) for names in SAVED):
                 return self._saved(self.path)
             names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
             chosen = files_of(names, self.path, self.split, self.config)
@@ -242,7 +244,7 @@ class Place:
                 found = sorted(system.glob(path))
                 chosen = [one for one in found if one.lower().endswith(KINDS)]
             elif system.isdir(path):
-                if system.exists(f"{path}/state.json") or system.exists(f"{path}/dataset_dict.json"):
+                if any(all(system.exists(f"{path}/{name}") for name in names) for names in SAVED):
                     return self._saved(self.path)
                 below = path.rstrip("/") + "/"
                 names = [one.removeprefix(below) for one in map(str, system.find(path))]

@@ -23,6 +23,7 @@ from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
+from selectkd.data.turns import text_of
 from selectkd.data.unread import check_marks
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
@@ -135,7 +136,11 @@ def rendering(
         return [Dropped(sample.origin, "labelled false")]
     if sample.messages is not None and not sample.trained:
         replies = [message for message in sample.messages if message["role"] == "assistant"]
-        return [Dropped(sample.origin, "empty completion" if replies else "no completion")]
+        written = any(message.get("tool_calls") or text_of(message["content"]).strip() for message in replies)
+        reason = (
+            "every answer has weight 0" if written else "empty completion" if replies else "no completion"
+        )
+        return [Dropped(sample.origin, reason)]
     if sample.images and sight is None:
         some = f"{len(sample.images)} image{'s' * (len(sample.images) != 1)}"
         raise DataError(

@@ -240,7 +240,8 @@ def _source(text: Text, how: Rendering, path: str, name: str, weight: float, str
         bad = f"; {counts['bad']} bad, the first: {found.problems[0]}" if found.problems else ""
         raise DataError(
             f"{path}: none of {found.good} records can be trained on ({reasons or 'all bad'}{bad}).\n"
-            f"Check the format ({FORMATS[found.format]}) and max_length {how.rules.max_length}."
+            f"Check the format ({FORMATS[found.format]}) and, for rows that are too long, max_length "
+            f"{how.rules.max_length}."
         )
     counts["kept"] = text.part.examples
     summary += f"; {text.part.examples} kept" + (f", {reasons}" if reasons else "")
