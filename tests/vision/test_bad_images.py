@@ -22,7 +22,7 @@ from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.text_cache import TextCache
 from selectkd.errors import DataError, IntegrityError, SelectKDError
-from selectkd.models.load import load_tokenizer
+from selectkd.models.load import load_tokenizer, load_vision
 from vision import tiny
 
 GREY = Image.new("RGB", (8, 6), (90, 90, 90))
@@ -267,6 +267,30 @@ def test_an_image_that_changes_behind_the_cache_is_noticed(read: Any) -> None:
     tiny.picture(9).save(path)
     with pytest.raises(IntegrityError, match=r"0\.png is not the image that was tokenised"):
         source.examples[0].images.features()
+
+
+def test_an_image_that_changed_is_named_when_its_text_is_opened(folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of("internvl")
+    tokenizer, vision = load_tokenizer(folder), load_vision(folder)
+    tiny.data(tmp_path)
+    path = tiny.written(tmp_path, [tiny.asks("?", "a", "0.png"), tiny.asks("?", "b", "1.png", "2.png")])
+
+    def opened() -> int:
+        cache = TextCache.at(tmp_path / "cache", workers=1)
+        source = dataset_source({"path": str(path)}, tokenizer, TextRules(400), vision=vision, cache=cache)
+        return len(source.examples)
+
+    assert opened() == opened() == 2
+    image = tmp_path / "2.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole)  # newer, and the same
+    assert opened() == 2
+    for change in (lambda: tiny.picture(9).save(image), image.unlink):
+        change()
+        with pytest.raises(IntegrityError, match=r"2\.png is not the image that was tokenised"):
+            opened()
+    image.write_bytes(whole)
+    assert opened() == 2
 
 
 def test_one_question_about_two_images_is_two_samples(read: Any) -> None:

@@ -37,6 +37,8 @@ SECONDS = 20.0
 CODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 """How files of JPEG, PNG, GIF and WebP begin in base64."""
 HEADER = struct.Struct("<cQ16s")
+BY_PATH = b"p"
+"""How a packed reference to a file begins."""
 _FAULTS = (
     OSError,
     SyntaxError,
@@ -75,13 +77,13 @@ class ImageRef:
 
     def packed(self) -> bytes:
         """The reference as bytes, which ``unpacked`` reads."""
-        return HEADER.pack(b"p" if self.by_path else b"b", self.max_pixels, self.digest) + self.payload
+        return HEADER.pack(BY_PATH if self.by_path else b"b", self.max_pixels, self.digest) + self.payload
 
     @classmethod
     def unpacked(cls, raw: bytes) -> ImageRef:
         """What ``packed`` gave."""
         kind, most, digest = HEADER.unpack_from(raw)
-        return cls(raw[HEADER.size :], kind == b"p", digest, most)
+        return cls(raw[HEADER.size :], kind == BY_PATH, digest, most)
 
     @property
     def identity(self) -> bytes:

@@ -40,6 +40,7 @@ from selectkd.data.durable import (
 )
 from selectkd.data.examples import SCHEMA, Table
 from selectkd.data.files import Found
+from selectkd.data.image_check import check_images
 from selectkd.data.rendering import Part, Rendering, part_of
 from selectkd.errors import DataError, ResourceError
 
@@ -113,7 +114,8 @@ def text_of(
     """The examples of a source, from the cache where they are there, else built.
 
     name: of the source in messages. identity: what changes when its content does, as plain data. parts: its chunks.
-    limit: the most good records. Raises DataError for what cannot be trained on, ResourceError for a full disk.
+    limit: the most good records. Raises DataError for what cannot be trained on, ResourceError for a full disk,
+    IntegrityError for an image that has changed since.
     """
     about = {"source": name, "identity": identity, "limit": limit, "rendering": how.identity()}
     folder = cache.folder / xxhash.xxh3_128(json_bytes(about)).hexdigest()
@@ -131,7 +133,11 @@ def text_of(
         os.utime(folder / MANIFEST)
     # the ends of turns that rendering found belong to the template, in a run that renders nothing as well
     how.template.ends[(str(folder),)] = frozenset(found.ends)
-    return Text(Table.mapped(folder / DATA), found, folder)
+    table = Table.mapped(folder / DATA)
+    if how.sight is not None:
+        lock = folder / LOCK  # as old as the first of the build
+        check_images(table.table, lock.stat().st_mtime if lock.is_file() else 0.0)
+    return Text(table, found, folder)
 
 
 def _finished(folder: Path) -> Part | None:
