@@ -106,7 +106,8 @@ def test_a_server_with_another_tokenizer_or_model_is_refused(
 
 def test_the_doctor_knows_our_own_server(url: str, capsys: Any) -> None:
     assert main(["teacher", "doctor", url]) == 0
-    assert "selectkd, model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "selectkd, model" in said and "prompts with images: kind selectkd gets token ids alone" in said
 
 
 BEST = {

@@ -126,6 +126,7 @@ def test_the_doctor_finds_what_a_server_gives(pair: Path, model: Any, kind: str,
     assert found["most"] == (VOCABULARY if kind == "sglang" else 20)
     assert found["extra"] == (kind != "sglang") and not found["processed"]
     assert found["repeated"] == 0 and found["prefix"] < 1e-4
+    assert ("gets token ids alone" in found["images"]) == (kind != "vllm")
 
 
 def test_the_doctor_names_the_flags_that_are_missing(pair: Path, model: Any, capsys: Any) -> None:

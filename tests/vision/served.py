@@ -21,6 +21,7 @@ from selectkd.data.collate import collate
 from selectkd.data.example import Example
 from selectkd.data.images import ImageRules, found
 from selectkd.data.vision import Images
+from selectkd.models.load import load_model, load_vision
 from selectkd.rollouts.generate import Request, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
@@ -35,18 +36,34 @@ white: every image becomes a blank one; silent: the answer does not say what was
 
 class ServedImages(Served):
     """A model and its processor as vLLM serves them. slip: what the server does wrong; on: whether it was started with
-    --enable-scale-out.
+    --enable-scale-out; folder: where it loads its model anew.
     """
 
-    def __init__(self, model: Any, vision: Any, *, slip: Slip | None = None, on: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vision: Any,
+        *,
+        slip: Slip | None = None,
+        on: bool = True,
+        folder: Path | None = None,
+    ) -> None:
         self.tokens = len(vision.processor.tokenizer)  # the head has rows beyond them
         super().__init__(model, "vllm", limit=self.tokens)
-        self.vision, self.slip, self.on = vision, slip, on
+        self.vision, self.slip, self.on, self.folder = vision, slip, on, folder
         self.one_at_a_time = threading.Lock()  # a model of Qwen's keeps the places of the text it read last
 
     def plain(self, path: str, content: bytes) -> Answer:
         if path == "/v1/models":
             return _json({"object": "list", "data": [{"id": "tiny", "max_model_len": 512}]})
+        if path == "/collective_rpc" and self.folder is not None:
+            self.model, self.vision = load_model(self.folder).model, load_vision(self.folder)
+            return _json({"results": [None]})
+        if path in ("/reset_prefix_cache", "/reset_encoder_cache"):
+            return _json({})
+        if path == "/v1/completions" and "prompt_logprobs" not in (asked := json.loads(content)):
+            text = self.written(asked["prompt"], self.shown([], [], len(asked["prompt"])), asked)
+            return _json({"choices": [{"text": "", **text}]})
         if path != "/inference/v1/generate":
             return super().plain(path, content)
         if not self.on:

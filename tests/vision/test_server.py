@@ -260,6 +260,26 @@ def test_the_doctors_look_at_what_a_server_makes_of_images(
         assert told in out
 
 
+def test_a_student_that_sees_images_is_served_with_its_processor_and_without_its_old_features(
+    recipe: Recipes, serves: Serves, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    served = serves(folder=folder)
+    policy = {"name": "student", "max_new_tokens": 4, "temperature": 0.0}
+    memory, _ = ran(recipe("memory", data={"policy": policy}))
+    with on_a_port(served) as url:
+        where = {"url": url, "kind": "vllm", "model": "tiny", "folder": str(folder)}
+        found, _ = ran(recipe("server", data={"policy": {**policy, "served": where}}))
+        sglang = {"data": {"policy": {**policy, "served": {**where, "kind": "sglang"}}}}
+        with pytest.raises(ConfigError, match=r"\(kind: sglang\) gets token ids alone, and the student sees"):
+            prepare(load_recipe(recipe("refused", **sglang), []))
+    torch.testing.assert_close(found, memory, rtol=0, atol=1e-5)
+    asked = [path for path, _, _ in served.requests]
+    fresh = ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache"]
+    assert [path for path in asked if path in fresh] == fresh * 2
+    assert {"/inference/v1/generate", "/v1/completions"} <= set(asked)
+
+
 @pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl"])
 def test_a_server_writes_to_images_as_the_model_in_memory(
     folder_of: Any, serves: Serves, family: str

@@ -111,6 +111,8 @@ def doctor(
 
 def _own(server: OwnServer, json_file: Path | None) -> None:
     """Our own server says what it gives; its head is fetched, which shows that it does."""
+    from selectkd.teachers.remote.probe import ALONE
+
     about = server.about
     server.head()
     server.connection.close()
@@ -118,3 +120,5 @@ def _own(server: OwnServer, json_file: Path | None) -> None:
     length = "" if about["max_length"] is None else f", up to {about['max_length']:,} tokens"
     say(f"{server.connection.url}: selectkd, model {about['model']} in {about['dtype']}{length}")
     say(f"  hidden states of width {about['width']} and their head, or as many best tokens as there are")
+    say(f"  prompts with images: {ALONE.format(kind='selectkd')}")
+    say(f"  prompts with images: {ALONE.format(kind='selectkd')}")

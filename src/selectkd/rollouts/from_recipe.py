@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from selectkd.data.render import pad_id_of
+from selectkd.data.vision import Vision
 from selectkd.models.precision import FP32, Precision
 from selectkd.rollouts.completion_server import CompletionServer
 from selectkd.rollouts.generate import ends_of
@@ -28,9 +29,11 @@ def writer_for(
     tokenizer: Any,
     *,
     precision: Precision = FP32,
+    vision: Vision | None = None,
 ) -> RolloutWriter | None:
     """The writer of every step's text; None where all text is the data set's. A teacher can write only as one whole
-    model in memory; ConfigError where a policy needs another teacher to write.
+    model in memory; ConfigError where a policy needs another teacher to write. vision: the processor of a student that
+    sees images.
     """
     policies = recipe.data.policies
     if all(policy.name == "dataset" for policy in policies):
@@ -50,14 +53,16 @@ def writer_for(
         seed=recipe.training.seed,
         precision=precision,
         served={
-            number: _served(policy.served, student, tokenizer, precision)
+            number: _served(policy.served, student, tokenizer, precision, vision)
             for number, policy in enumerate(policies)
             if getattr(policy, "served", None) is not None
         },
     )
 
 
-def _served(settings: Any, student: nn.Module, tokenizer: Any, precision: Precision) -> ServedStudent:
+def _served(
+    settings: Any, student: nn.Module, tokenizer: Any, precision: Precision, vision: Vision | None
+) -> ServedStudent:
     key = key_of(settings.api_key_env, POLICY.key)
     server = CompletionServer(
         settings.url, settings.model, key, settings.wait, ca=settings.ca, settings=POLICY
@@ -70,4 +75,5 @@ def _served(settings: Any, student: nn.Module, tokenizer: Any, precision: Precis
         tokenizer,
         settings.refresh_every,
         dtype=precision.saved,
+        vision=vision,
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import distributed as dist
 from torch import nn
 
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError
 from selectkd.models.save import save_student
 from selectkd.rollouts.completion_server import CompletionServer
@@ -32,8 +33,9 @@ class ServedStudent:
     The first call of a run always refreshes. Until the next, texts are of a student ``staleness`` optimizer steps old.
     kind sglang: /update_weights_from_disk with the folder's path. kind vllm: started on the folder with
     VLLM_SERVER_DEV_MODE=1, its workers reload it by /collective_rpc and /reset_prefix_cache drops what the old weights
-    read. dtype: of the weights in the folder, default the student's. A run that goes on refreshes at its first step,
-    so with ``every`` above 1 it need not end at the bytes of a whole one.
+    read. vision: the processor of a student that sees images; it lies in the folder too, and /reset_encoder_cache drops
+    what the old vision tower made of its images. dtype: of the weights in the folder, default the student's. A run that
+    goes on refreshes at its first step, so with ``every`` above 1 it need not end at the bytes of a whole one.
     ConfigError on several ranks: one folder has one writer.
     """
 
@@ -44,6 +46,7 @@ class ServedStudent:
     tokenizer: Any
     every: int = 1
     dtype: str | None = None
+    vision: Vision | None = None
     refreshed: int | None = field(default=None, init=False)
     staleness: int = field(default=0, init=False)
 
@@ -69,12 +72,14 @@ class ServedStudent:
 
     def refresh(self) -> None:
         """Writes the student's present weights into the folder and has the server load them."""
-        save_student(self.student, self.tokenizer, self.folder, CARD, dtype=self.dtype)
+        save_student(self.student, self.tokenizer, self.folder, CARD, dtype=self.dtype, vision=self.vision)
         if self.kind == "sglang":
             self.server.answers([_question("/update_weights_from_disk", {"model_path": self.folder}, _taken)])
             return
         self.server.answers([_question("/collective_rpc", {"method": "reload_weights"}, lambda _: None)])
         self.server.answers([_question("/reset_prefix_cache", {}, lambda _: None)])
+        if self.vision is not None:
+            self.server.answers([_question("/reset_encoder_cache", {}, lambda _: None)])
 
 
 def _question(path: str, body: dict[str, Any], read: Any) -> Question[None]:

@@ -153,7 +153,13 @@ def assemble(
         losses=plan.losses,
         extras=plan.extras,
         writer=writer_for(
-            recipe, plan.streams, student.model, plan.teacher, plan.tokenizer, precision=plan.precision
+            recipe,
+            plan.streams,
+            student.model,
+            plan.teacher,
+            plan.tokenizer,
+            precision=plan.precision,
+            vision=plan.text.vision,
         ),
         precision=plan.precision,
         text=plan.text,

@@ -61,6 +61,12 @@ def check_images(recipe: Any, teacher: TeacherPlan) -> Vision | None:
             "data.evaluation: a share of streamed text is held out by its words, which say nothing of images. Name a "
             "file: evaluation: {path: FILE}."
         )
+    served = [one.served for one in recipe.data.policies if getattr(one, "served", None) is not None]
+    if any(one.kind != "vllm" for one in served):
+        raise ConfigError(
+            "data.policy.served (kind: sglang) gets token ids alone, and the student sees images. Serve it with vLLM "
+            "(kind: vllm), or leave served out."
+        )
     if recipe.data.packing:
         raise ConfigError(
             "data.packing takes no model that sees images. Set it to false; data.bucket: true saves padding too."

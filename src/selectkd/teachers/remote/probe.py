@@ -28,6 +28,8 @@ PROBED = 64
 
 SHOWN = 8
 """Samples with images that are asked about before a run; every later one is checked as it is asked about."""
+ALONE = "kind {kind} gets token ids alone"
+"""Why a kind of server takes no prompts with images."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def no_images(server: TopKServer) -> str:
     """Why a server takes no prompts with images; empty where it has the path for them."""
     dialect = server.dialect.with_images
     if dialect is None:
-        return f"kind {server.kind} gets token ids alone"
+        return ALONE.format(kind=server.kind)
     content = {"token_ids": [1], "sampling_params": {"max_tokens": 1}, "model": server.model}
     question = Question(
         dialect.path, json.dumps(content).encode(), SMALL, lambda reply: None, needs=dialect.needs
