@@ -13,17 +13,18 @@ import time
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from faults.forked import run_forked
 from selectkd.cli import main
 from selectkd.data import text_cache
-from selectkd.data.chunks import given
+from selectkd.data.chunks import Lines, given
 from selectkd.data.example import Example
-from selectkd.data.examples import Examples, record_key
+from selectkd.data.examples import SCHEMA, Examples, record_key
 from selectkd.data.order import BatchOptions
 from selectkd.data.render import TextRules
-from selectkd.data.rendering import Rendering
+from selectkd.data.rendering import Rendering, part_of
 from selectkd.data.routes import Routes
 from selectkd.data.sources import batches, dataset_source
 from selectkd.data.template import ChatTemplate
@@ -368,3 +369,23 @@ def test_memory_does_not_grow_with_the_records(tmp_path, tokenizer, monkeypatch)
     peak(50)  # what is imported or remembered at first
     few, many = peak(200), peak(800)
     assert (many - few < 600 * 400).all(), (few, many)
+
+
+def test_a_chunk_of_many_short_records_takes_the_memory_of_their_rows(tokenizer, monkeypatch):
+    """An example of a few tokens takes some 2 KB, its row in Arrow a few hundred bytes."""
+    monkeypatch.setattr("selectkd.data.rendering.BATCH", 64)
+    how = Rendering(tokenizer, ChatTemplate.of(tokenizer), TextRules(64), format="prompt_completion")
+
+    def peak(count):
+        short = [{"prompt": f"n{i}", "completion": "yes"} for i in range(count)]
+        chunk = Lines("a.jsonl", 1, 0, "".join(json.dumps(row) + "\n" for row in short).encode())
+        tracemalloc.start()
+        part = part_of(chunk, how)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        table = pa.ipc.open_stream(SCHEMA.serialize().to_pybytes() + part.rows).read_all()
+        assert part.examples == len(table) == count
+        return found
+
+    peak(50)  # what is imported or remembered at first
+    assert peak(3200) - peak(800) < 2400 * 1200

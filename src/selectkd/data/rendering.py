@@ -30,9 +30,10 @@ WITHOUT_TOOLS = (
 )
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 """Packages whose versions may change the text or its tokens."""
-TOGETHER, LARGE = 256, 1 << 20
+TOGETHER, LARGE, BATCH = 256, 1 << 20, 2048
 """Records that are rendered and tokenised together, and characters of their text: most of the words of so many come
-more than once, and a question to another process costs less than a hundredth of what it asks for."""
+more than once, and a question to another process costs less than a hundredth of what it asks for. Examples that become
+rows together: each has many times the memory of its row."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Rendering:
 
 @dataclass
 class Part:
-    """What became of a chunk: what was found, what was counted, the ends of turns, and its rows as an Arrow message."""
+    """What became of a chunk: what was found, what was counted, the ends of turns, and its rows as Arrow messages."""
 
     found: Found
     counts: Counter[str] = field(default_factory=Counter)
@@ -115,6 +116,13 @@ class Part:
         found = Found(**content["found"])
         found.formats, found.example = tuple(found.formats), tuple(found.example)  # type: ignore[assignment]
         return cls(found, Counter(content["counts"]), list(content["ends"]), content["examples"])
+
+    def take(self, examples: list[Example]) -> None:
+        """Moves the examples to the rows."""
+        if examples:
+            self.rows += batch_of(examples).serialize().to_pybytes()
+            self.examples += len(examples)
+            examples.clear()
 
     def add(self, later: Part) -> None:
         """Takes in the counts of the next chunk, not its rows."""
@@ -147,10 +155,10 @@ def part_of(chunk: Chunk, how: Rendering, *, limit: int | None = None, before: F
             counts[cut] += one.truncated and len(one) == rules.max_length
             counts[WITHOUT_TOOLS] += one.without_tools
             examples.append(one)
-    part.examples = len(examples)
+        if len(examples) >= BATCH:
+            part.take(examples)
     part.ends = sorted(set().union(*how.template.ends.values()))
-    if examples:
-        part.rows = batch_of(examples).serialize().to_pybytes()
+    part.take(examples)
     return part
 
 

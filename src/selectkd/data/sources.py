@@ -145,7 +145,7 @@ def streamed_source(
             f"{path}: none of {len(index)} records can be trained on{first}. Look at `selectkd data check`."
         )
     stream = int(entry.get("stream", 0))
-    table = pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(part.rows), SCHEMA)])
+    table = pa.ipc.open_stream(SCHEMA.serialize().to_pybytes() + part.rows).read_all()
     named = "given" if how.format else "detected"
     summary = f"{path}: {len(index):,} records streamed, format {part.found.format} ({named})"
     if part.examples > part.found.good:
