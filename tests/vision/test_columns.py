@@ -15,7 +15,7 @@ from selectkd.data.render import TextRules
 from selectkd.data.sources import dataset_source
 from selectkd.data.text_cache import TextCache
 from selectkd.errors import DataError
-from selectkd.models.load import load_tokenizer
+from selectkd.models.load import load_tokenizer, load_vision
 from vision import tiny
 
 PNG = tiny.png(tiny.picture(0))
@@ -131,7 +131,10 @@ def text_only(folder_of: Any, tmp_path: Path) -> Any:
 
 def test_words_that_look_like_marks_are_text(read: Any, text_only: Any) -> None:
     assert len(read(*map(says, MARKUP)).examples) == len(MARKUP)
-    words = [*MARKUP, "what does the tag <image> do?", "write one for me, like so: <image>"]
+    words = [
+        *MARKUP, "what does the tag <image> do?", "write one for me, like so: <image>", "<video> tags do not play",
+        "what is wrong with\n<audio>\n<source src='a.wav'>\nin Safari",
+    ]  # fmt: skip
     assert len(text_only(*map(says, words)).examples) == len(words)
     answers = {"question": "which tag shows one?", "answer": "<image>"}
     assert len(text_only(answers).examples) == len(read(answers).examples) == 1
@@ -144,6 +147,10 @@ def test_a_model_of_text_refuses_what_it_would_read_blind(text_only: Any) -> Non
         (says("<image>\nwhat is it", picture="0.png"), "turn 0 has <image>"),
         (says("what is it\n<image>"), "turn 0 has <image>"),
         (says("<video>what is it"), "turn 0 has <video>"),
+        (
+            says("<image> what is it", picture=f"data:image/png;base64,{CODED}"),
+            "The field 'picture' holds one",
+        ),
         ({**ASKS, "audios": ["a.wav"]}, "'audios', and audio is not read"),
     ):
         with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{words}"):
@@ -155,6 +162,22 @@ def test_plain_text_beside_an_address_of_an_image_is_text(text_only: Any) -> Non
     assert len(source.examples) == 1 and "not part of the text: image_url" in source.summary
     with pytest.raises(DataError, match="images beside text"):
         text_only({"text": "<image>\nA cat on a mat.", "image_path": "0.png"})
+    with pytest.raises(DataError, match="images beside text"):
+        text_only({"text": "<image>\nA cat on a mat.", "picture": f"data:image/png;base64,{CODED}"})
+
+
+def test_images_in_memory_are_known_by_their_pixels(folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of("internvl")
+    tokenizer, vision = load_tokenizer(folder), load_vision(folder)
+
+    def texts(seed: int) -> int:
+        """Tokenises a record with an image in memory; how many texts the cache then has."""
+        data = [{**ASKS, "image": tiny.picture(seed)}]
+        cache = TextCache(tmp_path, 1)
+        dataset_source({"path": "memory"}, tokenizer, TextRules(400), data=data, vision=vision, cache=cache)
+        return len(list(tmp_path.iterdir()))
+
+    assert [texts(0), texts(0), texts(1), texts(0)] == [1, 1, 2, 2]
 
 
 def test_a_file_url_is_read_as_one(tmp_path: Path) -> None:

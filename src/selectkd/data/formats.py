@@ -74,7 +74,8 @@ def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record")
         unread = unread_images(record)
         return replace(sample, unread=unread) if unread else sample
     names = columns_of(record)
-    if set(names) & set(COLUMNS[:2]) or (names and PLACEHOLDER in (sample.text or "")):
+    held = [*names, *unread_images(record)]
+    if set(names) & set(COLUMNS[:2]) or (held and PLACEHOLDER in (sample.text or "")):
         raise DataError(
             f"{origin}: images beside {format}. What would work: messages, conversations, prompt + completion, or "
             "instruction + output."

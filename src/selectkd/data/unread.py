@@ -23,8 +23,8 @@ MEDIA = {
 }
 """Fields of a record that hold what is not read, with what that is."""
 MARKS = (PLACEHOLDER, "<video>", "<audio>")
-ALONE = re.compile(r"\A\s*<(image|video|audio)>|^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
-"""A mark where converters put one: at the beginning of a text, or as a line of its own."""
+ALONE = re.compile(r"\A\s*<(image|video|audio)>(?! +\S)|\n[ \t]*<(image|video|audio)>\s*\Z")
+"""A mark where converters put one: at the beginning of a text, if no space and a word follow, or as its last line."""
 STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """How the files of images begin."""
 
@@ -44,15 +44,15 @@ def check_marks(
 ) -> None:
     """DataError where a question has a mark for an image, a video or a sound that was not read.
 
-    sees: of a model that sees images, for which ``<image>`` is a mark wherever it stands; else one begins a text or is
-    a line of its own, and is a word in any other place. A text with the closing tag (``</image>``) is markup. fields:
-    those of the record that hold images, for the message.
+    ``<image>`` is one wherever it stands for a model that sees images (``sees``), and in a record with images in
+    ``fields`` that are not read. Else a mark begins a text, or is its last line, and is a word in any other place. A
+    text with the closing tag (``</image>``) is markup.
     """
     for number, message in enumerate(messages):
         if message["role"] != "user":
             continue
         text = text_of(message["content"])
-        mark = next(_marks(text, sees), None)
+        mark = next(_marks(text, sees or bool(fields)), None)
         if mark is not None:
             kind = mark[1:-1]
             found = (
@@ -69,11 +69,11 @@ def check_marks(
             )
 
 
-def _marks(text: str, sees: bool) -> Iterator[str]:
+def _marks(text: str, anywhere: bool) -> Iterator[str]:
     for mark in MARKS:
         if mark in text and f"</{mark[1:]}" not in text:
             alone = any(mark[1:-1] in found.groups() for found in ALONE.finditer(text))
-            if alone or (sees and mark == PLACEHOLDER):
+            if alone or (anywhere and mark == PLACEHOLDER):
                 yield mark
 
 
