@@ -232,6 +232,19 @@ def test_data_that_cannot_be_read_is_exit_3_with_its_line(
     assert main(["data", "check", str(file), "--on-bad-record", "maybe"]) == 2
 
 
+def test_data_check_skips_records_that_cannot_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": "a?", "answer": "b"}, {"question": "a?", "answer": "c", "video": "a.mp4"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", str(file)]) == 3
+    assert "rows.jsonl:2: has the field 'video'" in capsys.readouterr().err
+    assert main(["data", "check", str(file), "--on-bad-record", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "records 1, duplicates 0" in out and "bad: " in out and "1 bad records skipped" in out
+
+
 @pytest.fixture
 def tokenizer_folder(tmp_path: Path) -> Path:
     """A tokenizer of words, without a chat template."""

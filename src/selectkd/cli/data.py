@@ -16,7 +16,7 @@ from selectkd.cli.answer import JsonFile, write_answer
 from selectkd.cli.overrides import OfRecipe
 from selectkd.cli.plugin import AllowPlugin
 from selectkd.cli.terminal import clean, paint, say, write
-from selectkd.errors import ConfigError
+from selectkd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from selectkd.config import Recipe
@@ -273,7 +273,12 @@ def _check_records(spec: Mapping[str, Any], on_bad_record: str) -> None:
     seen: set[bytes] = set()
     sizes: Counter[int] = Counter()
     for origin, record in records:
-        to_sample(record, records.found.format, origin=origin)  # refuses what cannot be trained on
+        try:
+            to_sample(record, records.found.format, origin=origin)
+        except DataError as problem:  # what cannot be trained on
+            records.refuse(problem)
+            records.found.good, records.found.bad = records.found.good - 1, records.found.bad + 1
+            continue
         text = json.dumps(record, sort_keys=True, default=str)
         seen.add(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
         sizes[len(text)] += 1
