@@ -24,7 +24,7 @@ from selectkd.data.rounds import Keys, Steps, Tokens, alone
 from selectkd.data.shorter import has_system, shorter
 from selectkd.data.template import ChatTemplate
 from selectkd.data.turns import text_of
-from selectkd.data.unread import check_marks
+from selectkd.data.unread import check_seen
 from selectkd.data.windows import Window
 from selectkd.errors import ConfigError, DataError
 
@@ -141,18 +141,8 @@ def rendering(
             "every answer has weight 0" if written else "empty completion" if replies else "no completion"
         )
         return [Dropped(sample.origin, reason)]
-    if sample.images and sight is None:
-        some = f"{len(sample.images)} image{'s' * (len(sample.images) != 1)}"
-        raise DataError(
-            f"{sample.origin}: has {some}, and the model sees none, or its folder has no processor. Use a model that "
-            "sees images, leave the row out, or take its images out where the text does not need them."
-        )
-    check_marks(sample.messages or (), sample.origin, sees=sight is not None, fields=sample.unread)
-    if sample.unread and sight is not None:
-        raise DataError(
-            f"{sample.origin}: the field {sample.unread[0]!r} holds an image and is not read. Call it image, or take "
-            "it out where the text does not need it."
-        )
+    messages, sees = sample.messages or (), sight is not None
+    check_seen(messages, sample.origin, sees=sees, images=len(sample.images), fields=sample.unread)
     sample = _with_defaults(sample, rules)
     texts = yield from _texts(sample, encoder, encoder.ends(eos_ids), rules, template, sight)
     if not texts:

@@ -39,20 +39,38 @@ def check_media(record: Mapping[str, Any], origin: str) -> None:
             )
 
 
-def check_marks(
-    messages: Sequence[Mapping[str, Any]], origin: str, *, sees: bool, fields: Sequence[str] = ()
+def check_seen(
+    messages: Sequence[Mapping[str, Any]], origin: str, *, sees: bool, images: int, fields: Sequence[str]
 ) -> None:
-    """DataError where a question has a mark for an image, a video or a sound that was not read.
+    """DataError where a model would be trained blind: on images it does not see, on a field that holds one and is not
+    read (one of ``fields``), or on a question with a mark for something that was not read.
 
-    ``<image>`` is one wherever it stands for a model that sees images (``sees``), and in a record with images in
-    ``fields`` that are not read. Else a mark begins a text, or is its last line, and is a word in any other place. A
-    text with the closing tag (``</image>``) is markup.
+    sees: whether the model sees images, of which ``images`` were read. ``<image>`` is a mark wherever it stands for
+    such a model, and in a record with ``fields``. Else a mark begins a text, or is its last line, and is a word in any
+    other place. A text with the closing tag (``</image>``) is markup.
     """
+    if images and not sees:
+        raise DataError(
+            f"{origin}: has {images} image{'s' * (images != 1)}, and the model sees none, or its folder has no "
+            "processor. Use a model that sees images, leave the row out, or take its images out where the text does "
+            "not need them."
+        )
+    _check_marks(messages, origin, fields, sees or bool(fields))
+    if fields and sees:
+        raise DataError(
+            f"{origin}: the field {fields[0]!r} holds an image and is not read. Call it image, or take it out where "
+            "the text does not need it."
+        )
+
+
+def _check_marks(
+    messages: Sequence[Mapping[str, Any]], origin: str, fields: Sequence[str], anywhere: bool
+) -> None:
     for number, message in enumerate(messages):
         if message["role"] != "user":
             continue
         text = text_of(message["content"])
-        mark = next(_marks(text, sees or bool(fields)), None)
+        mark = next(_marks(text, anywhere), None)
         if mark is not None:
             kind = mark[1:-1]
             found = (

@@ -152,17 +152,21 @@ def assemble(
         options=options_of(recipe, plan.losses, plan.extras),
         losses=plan.losses,
         extras=plan.extras,
-        writer=writer_for(
-            recipe,
-            plan.streams,
-            student.model,
-            plan.teacher,
-            plan.tokenizer,
-            precision=plan.precision,
-            vision=plan.text.vision,
-        ),
+        writer=_writer(recipe, plan, student.model),
         precision=plan.precision,
         text=plan.text,
+    )
+
+
+def _writer(recipe: Any, plan: Plan, student: nn.Module) -> RolloutWriter | None:
+    return writer_for(
+        recipe,
+        plan.streams,
+        student,
+        plan.teacher,
+        plan.tokenizer,
+        precision=plan.precision,
+        vision=plan.text.vision,
     )
 
 
