@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from selectkd.data.render import eos_ids_of, with_start
+from selectkd.data.encoding import eos_ids_of
+from selectkd.data.plain import with_start
 from selectkd.data.token_bytes import first_with, token_bytes
 from selectkd.errors import ConfigError
 

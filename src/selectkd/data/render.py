@@ -18,6 +18,7 @@ from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
 from selectkd.data.image_parts import count_of
 from selectkd.data.images import ImageRef
+from selectkd.data.plain import behind_start, joined, single_end
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
@@ -30,18 +31,6 @@ from selectkd.errors import ConfigError, DataError
 
 OnTooLong = Literal["truncate", "drop", "error"]
 TrainOn = Literal["completion", "all"]
-
-# Source: Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), train.py, PROMPT_DICT.
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 
 _Text = tuple[list[int], list[bool], tuple[int, ...]]
@@ -132,14 +121,7 @@ def rendering(
     """``render``, together with other samples. sight: of a model that sees images; a sample that would lose one of them
     is left out.
     """
-    if sample.rejected:
-        return [Dropped(sample.origin, "labelled false")]
-    if sample.messages is not None and not sample.trained:
-        replies = [message for message in sample.messages if message["role"] == "assistant"]
-        written = any(message.get("tool_calls") or text_of(message["content"]).strip() for message in replies)
-        reason = (
-            "every answer has weight 0" if written else "empty completion" if replies else "no completion"
-        )
+    if (reason := _left_out(sample)) is not None:
         return [Dropped(sample.origin, reason)]
     messages, sees = sample.messages or (), sight is not None
     check_seen(messages, sample.origin, sees=sees, images=len(sample.images), fields=sample.unread)
@@ -175,6 +157,17 @@ def rendering(
             )
             results.append(_fit(example, rules, ids[0] == encoder.bos, cut_prompt=talk is not sample))
     return results
+
+
+def _left_out(sample: Sample) -> str | None:
+    """Why a sample is left out before it is rendered; None where it is not."""
+    if sample.rejected:
+        return "labelled false"
+    if sample.messages is None or sample.trained:
+        return None
+    replies = [message for message in sample.messages if message["role"] == "assistant"]
+    written = any(message.get("tool_calls") or text_of(message["content"]).strip() for message in replies)
+    return "every answer has weight 0" if written else "empty completion" if replies else "no completion"
 
 
 def _too_long(trained: list[bool], rules: TextRules) -> bool:
@@ -227,8 +220,8 @@ def _texts(
         )
         return texts
     if sample.images:
-        joined = yield from _joined_to_images(sample, encoder, eos_ids, sight)
-        return [joined]
+        seen = yield from _joined_to_images(sample, encoder, eos_ids, sight)
+        return [seen]
     if sight.vision.token_types == "prefix":
         raise DataError(
             f"{sample.origin}: has no image, and a prompt of {type(sight.vision.processor).__name__} begins with one. "
@@ -249,7 +242,7 @@ def _joined_to_images(sample: Sample, encoder: Encoder, eos_ids: frozenset[int],
     before, spans = vision.prompt_tokens(prompt, refs, sample.origin)
     answer: Encoded = yield Tokens(sample.completion or "")
     after = [*answer.ids, *encoder.end]
-    ids, trained = _single_end([*before, *after], [False] * len(before) + [True] * len(after), eos_ids)
+    ids, trained = single_end([*before, *after], [False] * len(before) + [True] * len(after), eos_ids)
     return ids, trained, (), images_in(ids, trained, spans, refs, sample, vision)
 
 
@@ -264,8 +257,8 @@ def _tokenize(
         if not sample.text.strip():
             return [([], [], ())]
         found: Encoded = yield Tokens(window.of(sample.text, 0, encoder.tokenizer).text)
-        ids = _behind_start(found.ids, encoder) + encoder.end
-        return [(*_single_end(ids, [True] * len(ids), eos_ids), ())]
+        ids = behind_start(found.ids, encoder) + encoder.end
+        return [(*single_end(ids, [True] * len(ids), eos_ids), ())]
     if template.source or sample.completion is None:
         if rules.train_on == "all" and template.source:
             ends = encoder.signs(turn_ends(template, encoder.tokenizer, eos_ids, sample))
@@ -276,8 +269,8 @@ def _tokenize(
             sample, encoder, template, eos_ids=eos_ids, window=window, train_turns=rules.train_turns
         )
         return [(ids, trained, turns) for ids, trained, turns, _ in texts]
-    joined = yield from _joined(sample, encoder, eos_ids, rules.train_on, window)
-    return [(*joined, ())]
+    plain = yield from joined(sample, encoder, eos_ids, rules.train_on, window)
+    return [(*plain, ())]
 
 
 def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[int], list[bool]]:
@@ -292,63 +285,6 @@ def _pretokenised(sample: Sample, tokenizer: Any, train_on: str) -> tuple[list[i
             )
     mask = list(sample.mask or ())
     return ids, [True] * len(ids) if train_on == "all" else mask
-
-
-def _joined(
-    sample: Sample, encoder: Encoder, eos_ids: frozenset[int], train_on: str, window: Window
-) -> Steps[tuple[list[int], list[bool]]]:
-    """Prompt and completion without a template: the boundary is the prompt's length in characters, then EOS.
-
-    Where a token would reach across the boundary the two are tokenised apart, which is how generation sees
-    them.
-    """
-    prompt, completion = sample.prompt, sample.completion or ""
-    if sample.instruction is not None:
-        instruction, given = sample.instruction
-        layout = ALPACA_INPUT if given else ALPACA
-        # Plain replacement: braces in the data are text, not fields.
-        prompt = (
-            layout.replace("{input}", given).replace("{instruction}", instruction)
-            if not given
-            else (
-                layout.split("{instruction}")[0]
-                + instruction
-                + layout.split("{instruction}")[1].replace("{input}", given)
-            )
-        )
-    part = window.of(prompt + completion, len(prompt), encoder.tokenizer)
-    prompt, completion = (
-        part.text[: part.head + len(prompt) - part.start],
-        completion[: part.stop - len(prompt)],
-    )
-    found: Encoded = yield Tokens(prompt + completion)
-    if encoder.fast and not found.crosses(len(prompt)):
-        count = found.first(len(prompt))
-        before, after = found.ids[:count], found.ids[count:]
-    else:
-        one: Encoded = yield Tokens(prompt)
-        other: Encoded = yield Tokens(completion)
-        before, after = one.ids, other.ids
-    before = _behind_start(before, encoder)
-    ids = [*before, *after, *encoder.end]
-    return _single_end(ids, [train_on == "all"] * len(before) + [True] * (len(ids) - len(before)), eos_ids)
-
-
-def with_start(ids: list[int], tokenizer: Any) -> list[int]:
-    """The ids with the special tokens the tokenizer itself puts first (a BOS, say), unless they are there
-    already.
-    """
-    return _behind_start(ids, Encoder(tokenizer))
-
-
-def _behind_start(ids: list[int], encoder: Encoder) -> list[int]:
-    return list(ids) if ids[: len(encoder.start)] == encoder.start else encoder.start + ids
-
-
-def _single_end(ids: list[int], trained: list[bool], eos_ids: frozenset[int]) -> tuple[list[int], list[bool]]:
-    """The ids without the EOS that was added, when the text brought its own."""
-    twice = len(ids) > 1 and ids[-1] in eos_ids and ids[-2] in eos_ids
-    return (ids[:-1], trained[:-1]) if twice else (ids, trained)
 
 
 def _fit(example: Example, rules: TextRules, keep_first: bool, *, cut_prompt: bool) -> Example | Dropped:
