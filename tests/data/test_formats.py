@@ -151,7 +151,7 @@ def test_parts_that_call_tools_and_give_results_become_turns():
         ([USER, {"role": "assistant", "content": 7}], r"messages\[1\]\.content.*int"),
         ([{"role": "user", "content": [{"type": "audio"}]}, REPLY], r"content\[0\].*audio"),
         ([USER, "text"], r"messages\[1\]"),
-        ("text", r"messages: needs a list"),
+        ("text", r"messages: needs text or a list"),
         ([], r"messages"),
         ([USER, {"role": "assistant", "content": "ab\u00e9\ud800"}], r"U\+D800 at byte 4"),
     ],

@@ -38,7 +38,7 @@ VERDICTS = ("label", "kto_tag")
 LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
 
-_OTHERS = ("tools", *SYSTEM_NAMES)
+_OTHERS = ("tools", "functions", *SYSTEM_NAMES)
 _PAIR = (*PROMPT_NAMES, "input", *COMPLETION_NAMES, "output", *_OTHERS)
 _INSTRUCTION = ("instruction", "input", "context", *OUTPUT_NAMES, "history", *_OTHERS)
 READ: Mapping[str, Collection[str]] = {

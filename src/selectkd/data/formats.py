@@ -22,8 +22,9 @@ from selectkd.data.detection import (
     present,
     verdict_of,
 )
+from selectkd.data.fields import Where, from_json, plain_text
 from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, columns_of, placed
-from selectkd.data.turns import Where, check_order, from_json, plain_text, text_of, turns_of
+from selectkd.data.turns import add_turns, check_order, text_of
 from selectkd.data.unread import check_media, unread_images
 from selectkd.errors import DataError
 
@@ -119,7 +120,7 @@ def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
             turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
             turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
         else:
-            turns += turns_of(item, at, before=turns)
+            add_turns(turns, item, at)
     return turns
 
 
@@ -162,11 +163,18 @@ def _chat(
         format,
         messages=tuple(messages),
         trained=trained,
-        tools=_tools(record.get("tools"), Where(origin).at("tools")),
+        tools=_tools_of(record, Where(origin)),
         prompt=plain[0] if plain else "",
         completion=plain[1] if plain else None,
         instruction=instruction,
     )
+
+
+def _tools_of(record: Mapping[str, Any], where: Where) -> tuple[Any, ...] | None:
+    """The record's tools; of OpenAI's older ``functions`` each becomes a tool."""
+    tools = _tools(record.get("tools"), where.at("tools"))
+    older = _tools(record.get("functions"), where.at("functions"))
+    return tools or (older and tuple({"type": "function", "function": schema} for schema in older))
 
 
 def _tools(value: Any, where: Where) -> tuple[Any, ...] | None:

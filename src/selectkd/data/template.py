@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from selectkd.data.fields import Where, plain_text
 from selectkd.data.jinja_process import CLOSE, OPEN
 from selectkd.data.renderer import Answer, Failure, Job, Renderings, render
 from selectkd.data.rounds import Steps
-from selectkd.data.turns import Where, plain_text
 from selectkd.errors import ConfigError, DataError
 from selectkd.objective.registry import did_you_mean
 

@@ -4,10 +4,11 @@ render.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from selectkd.data.calls import function_of, legacy_call, spoken_calls, tool_calls
+from selectkd.data.fields import Where, plain_text
 from selectkd.data.image_parts import image_part
 from selectkd.data.jinja_process import REASONING
 from selectkd.errors import DataError
@@ -24,6 +25,8 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
     "function_call": "assistant",
 }
 
@@ -42,54 +45,29 @@ FOLLOWS = {
 }
 
 
-class Where(NamedTuple):
-    """A place in a record for an error message: ``file:line``, then the path of the field."""
-
-    origin: str
-    path: str = ""
-
-    def at(self, step: str | int) -> Where:
-        """The place one field or one list index further in."""
-        if isinstance(step, int):
-            return Where(self.origin, f"{self.path}[{step}]")
-        return Where(self.origin, f"{self.path}.{step}" if self.path else step)
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.path}" if self.path else self.origin
+def role_of(name: Any) -> str | None:
+    """The role that a name means, in whatever case; None where it means none."""
+    return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
-def plain_text(value: Any, where: Where) -> str:
-    """The value itself when it is text that can be written as UTF-8.
-
-    Raises DataError for another type, and with the byte offset for a lone surrogate, which no tokenizer can
-    encode.
-    """
-    if not isinstance(value, str):
-        raise DataError(f"{where}: needs text, not {type(value).__name__} {repr(value)[:60]}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        offset = len(value[: error.start].encode("utf-8"))
-        code = ord(value[error.start])
-        raise DataError(
-            f"{where}: a lone surrogate U+{code:04X} at byte {offset} of the text; it has no UTF-8 form.\n"
-            "Write the whole character, or skip such rows with `on_bad_record: skip`."
-        ) from None
-    return value
+def is_call(item: Any) -> bool:
+    """Whether a turn is nothing but calls of tools, by its role."""
+    name = (item.get("role") or item.get("from")) if isinstance(item, Mapping) else None
+    return isinstance(name, str) and name.strip().lower() == "function_call"
 
 
 def turn_of(item: Any, where: Where) -> dict[str, Any]:
     """One turn as {role, content, ...}; other fields of the turn reach the template untouched.
 
     Takes role/content and from/value. Content may be text, a list of text parts, or null beside tool_calls. The
-    arguments of a call that are JSON text become the object they mean.
+    arguments of a call that are JSON text become the object they mean; OpenAI's older ``function_call`` is one call.
     """
     if not isinstance(item, Mapping):
         raise DataError(f"{where}: needs a turn such as {{role, content}}, not {type(item).__name__}.")
     turn = {str(name): value for name, value in item.items() if value is not None}
     role_name, text_name = ("role", "content") if "role" in turn else ("from", "value")
     given_role = turn.pop(role_name, None)
-    role = ROLES.get(given_role) if isinstance(given_role, str) else None
+    role = role_of(given_role)
     if role is None:
         shown = repr(given_role)[:60]
         raise DataError(
@@ -97,13 +75,20 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
         )
     content = turn.pop(text_name, None)
     at = where.at(text_name)
-    if given_role == "function_call":
-        turn["tool_calls"] = [_spoken_call(plain_text(content, at), at)]
-        content = ""
+    if is_call(item):
+        turn["tool_calls"], content = spoken_calls(content, at), ""
     elif "tool_calls" in turn:
-        turn["tool_calls"] = _tool_calls(turn["tool_calls"], where.at("tool_calls"))
+        turn["tool_calls"] = tool_calls(turn["tool_calls"], where.at("tool_calls"))
         if not turn["tool_calls"]:
             del turn["tool_calls"]
+    legacy = legacy_call(turn.pop("function_call", None), where.at("function_call"))
+    if legacy:
+        if role != "assistant" or turn.get("tool_calls"):
+            raise DataError(
+                f"{where}.function_call: stands in a turn of {role} or beside other calls. What would work: one "
+                "function_call in a turn of the assistant, or tool_calls."
+            )
+        turn["tool_calls"] = legacy
     if content is None and turn.get("tool_calls"):
         content = ""
     turn["content"] = _content(content, at, turn, role)
@@ -125,6 +110,15 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
     return {"role": role, **turn}
 
 
+def add_turns(turns: list[dict[str, Any]], item: Any, where: Where) -> None:
+    """Adds those of an item to ``turns``. Calls directly after calls, in turns of nothing else, become one turn's."""
+    new = turns_of(item, where, before=turns)
+    bare = [{**turn, "tool_calls": ()} for turn in (*turns[-1:], new[0])]
+    if is_call(item) and turns and turns[-1].get("tool_calls") and bare[0] == bare[1]:
+        new[0]["tool_calls"] = [*turns.pop()["tool_calls"], *new[0]["tool_calls"]]
+    turns += new
+
+
 def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """``turn_of`` an item; results of tools among the parts of a user's turn are turns of their own, before the rest.
 
@@ -133,7 +127,7 @@ def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = (
     parts = item.get("content") if isinstance(item, Mapping) else None
     if not isinstance(parts, list | tuple) or not any(_kind(part) == "tool_result" for part in parts):
         return [turn_of(item, where)]
-    if ROLES.get(str(item.get("role"))) != "user":
+    if role_of(item.get("role")) != "user":
         raise DataError(f"{where}: only a user's turn can have parts of type tool_result.")
     calls = (call for turn in before for call in turn.get("tool_calls") or ())
     names = {str(call.get("id")): {"name": call.get("function", call)["name"]} for call in calls}
@@ -172,7 +166,7 @@ def _content(content: Any, where: Where, turn: dict[str, Any], role: str) -> str
         elif _kind(part) == "tool_use" and role == "assistant":
             about = {"name": part.get("name"), "arguments": part.get("input")}
             name = {"id": plain_text(part["id"], at.at("id"))} if part.get("id") is not None else {}
-            calls.append({"type": "function", **name, "function": _function(about, at)})
+            calls.append({"type": "function", **name, "function": function_of(about, at)})
         elif calls:
             raise DataError(f"{at}: a part behind a tool_use, where templates write none. Put calls last.")
         else:
@@ -208,66 +202,6 @@ def _part(part: Any, where: Where) -> dict[str, Any]:
         return image
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise DataError(f"{where}: a part of type {repr(kind)[:40]}; what is read is text and images.")
-
-
-def _spoken_call(text: str, where: Where) -> dict[str, Any]:
-    """The call that a function_call turn has as its text."""
-    call = from_json(text)
-    if not isinstance(call, Mapping) or "name" not in call:
-        raise DataError(f"{where}: a function_call needs JSON with name and arguments, not {text[:60]!r}.")
-    return {"type": "function", "function": _function(call, where)}
-
-
-def _tool_calls(value: Any, where: Where) -> list[dict[str, Any]]:
-    """The calls of a turn, given as a list or as JSON text of one, with the fields they have."""
-    calls = from_json(value) if isinstance(value, str) and value.strip() else value
-    if calls == "":
-        return []
-    if not isinstance(calls, list | tuple):
-        raise DataError(f"{where}: needs a list of calls, not {type(value).__name__} {repr(value)[:60]}.")
-    checked = []
-    for index, call in enumerate(calls):
-        at = where.at(index)
-        if not isinstance(call, Mapping):
-            raise DataError(f"{at}: needs a call such as {{name, arguments}}, not {repr(call)[:60]}.")
-        kept = {str(name): each for name, each in call.items() if each is not None}
-        for name in ("id", "type"):
-            if name in kept:
-                plain_text(kept[name], at.at(name))
-        if "function" in kept:
-            if not isinstance(kept["function"], Mapping):
-                raise DataError(
-                    f"{at}.function: needs {{name, arguments}}, not {repr(kept['function'])[:60]}."
-                )
-            checked.append({**kept, "function": _function(kept["function"], at.at("function"))})
-        else:
-            checked.append(_function(kept, at))
-    return checked
-
-
-def _function(call: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """A call's own fields, its name text and its arguments an object."""
-    name = plain_text(call.get("name"), where.at("name"))
-    if not name:
-        raise DataError(f"{where}.name: is empty; a call needs the name of what it calls.")
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        arguments = from_json(arguments) if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, Mapping):
-        raise DataError(
-            f"{where}.arguments: needs an object, or JSON text of one, not {repr(call.get('arguments'))[:60]}."
-        )
-    return {**call, "name": name, "arguments": dict(arguments)}
-
-
-def from_json(text: str) -> Any:
-    """The value that JSON text means, None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def check_order(messages: Sequence[Mapping[str, Any]], where: Where) -> None:
