@@ -185,6 +185,24 @@ def test_padding_of_pretokenised_rows_goes_by_the_attention_mask():
     assert sample.input_ids == (5, 0, 6) and sample.mask == (False, True, True)
 
 
+@pytest.mark.parametrize(
+    "name", ["completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask"]
+)
+def test_a_mask_of_pretokenised_rows_is_read_by_each_of_its_names(name):
+    row = {"input_ids": [5, 6, 7], name: [0, 1, 1], "special_tokens_mask": [1, 0, 0]}
+    assert to_sample(row, "tokens").mask == (False, True, True)
+    both = {**row, "labels": [5, 6, -100]}
+    assert to_sample(both, "tokens").mask == (False, True, False)
+    two = {**row, "completion_mask": [0, 1, 1], "loss_mask": [0, 1, 0]}
+    assert to_sample(two, "tokens").mask == (False, True, False)
+
+
+@pytest.mark.parametrize("name", ["prompt_mask", "train_masks"])
+def test_a_mask_of_an_unknown_name_is_refused(name):
+    with pytest.raises(DataError, match=rf"record: {name}: no mask is called so"):
+        to_sample({"input_ids": [5, 6], name: [0, 1]}, "tokens")
+
+
 @pytest.mark.parametrize("row", [{}, {"foo": 1}, {"prompt": "only"}, {"text": None}])
 def test_a_row_of_no_format_names_its_fields(row):
     with pytest.raises(DataError, match="no known format"):

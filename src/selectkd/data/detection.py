@@ -15,7 +15,7 @@ from selectkd.data.unread import MEDIA, unread_images
 from selectkd.errors import DataError
 
 FORMATS: Mapping[str, str] = {
-    "tokens": "input_ids, optional labels (-100 = not trained) or completion_mask",
+    "tokens": "input_ids, optional labels (-100 = not trained) or a mask such as completion_mask or assistant_masks",
     "preference": "prompt + chosen + rejected; chosen is trained, rejected is not used",
     "unpaired_preference": "prompt + completion, messages, ... + label; true is trained, false is left out",
     "messages": "messages: [{role, content}, ...]; every assistant turn is trained",

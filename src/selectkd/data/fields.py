@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from selectkd.errors import DataError
 
@@ -50,3 +50,14 @@ def from_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def refuse(where: Where, problem: str) -> NoReturn:
+    """DataError of a problem with a field."""
+    raise DataError(f"{where}: {problem}")
+
+
+def shown(value: Any) -> str:
+    """A short form of a value for an error message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

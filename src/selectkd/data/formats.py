@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from selectkd.data.detection import (
     COMPLETION_NAMES,
@@ -22,14 +21,12 @@ from selectkd.data.detection import (
     present,
     verdict_of,
 )
-from selectkd.data.fields import Where, from_json, plain_text
+from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
 from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, columns_of, placed
-from selectkd.data.turns import add_turns, check_order, text_of
+from selectkd.data.token_rows import token_row
+from selectkd.data.turns import check_order, talk_of, text_of, transcript
 from selectkd.data.unread import check_media, unread_images
 from selectkd.errors import DataError
-
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
-"""What parts the turns of a conversation written as one text (HH-RLHF)."""
 
 
 @dataclass(frozen=True)
@@ -84,54 +81,11 @@ def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record")
     return sample
 
 
-def _refuse(where: Where, problem: str) -> NoReturn:
-    raise DataError(f"{where}: {problem}")
-
-
 def _need(record: Mapping[str, Any], names: Sequence[str], where: Where) -> tuple[str, Any]:
     name = present(record, names)
     if name is None:
-        _refuse(where, f"the field {names[0]!r} is missing or null; it needs text.")
+        refuse(where, f"the field {names[0]!r} is missing or null; it needs text.")
     return name, record[name]
-
-
-def _turns(value: Any, where: Where) -> list[dict[str, Any]]:
-    """Turns as messages in the role/content shape: a list of turns or one alone, texts that take turns, pairs of
-    {input, output}, or a transcript.
-    """
-    items = [value] if isinstance(value, Mapping) else value
-    if isinstance(value, str):
-        items = from_json(value) if value.lstrip()[:1] == "[" else _transcript(value)
-    if not isinstance(items, list | tuple) or not items:
-        _refuse(where, f"needs text or a list of turns, not {_shown(value)}.")
-    if len(items) > 1 and all(isinstance(item, str) for item in items):
-        items = [
-            {"role": ("user", "assistant")[index % 2], "content": item} for index, item in enumerate(items)
-        ]
-    turns: list[dict[str, Any]] = []
-    for index, item in enumerate(items):
-        at = where.at(index)
-        if (
-            isinstance(item, Mapping)
-            and "input" in item
-            and "output" in item
-            and not {"role", "from"} & item.keys()
-        ):
-            turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
-            turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
-        else:
-            add_turns(turns, item, at)
-    return turns
-
-
-def _transcript(text: str) -> list[dict[str, Any]]:
-    """The turns of a conversation written as one text, empty where it is none."""
-    _, *parts = TRANSCRIPT.split(text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": part.strip()}
-        for who, part in zip(parts[::2], parts[1::2], strict=True)
-    ]
 
 
 def _chat(
@@ -185,12 +139,12 @@ def _tools(value: Any, where: Where) -> tuple[Any, ...] | None:
     if isinstance(value, str):
         value = from_json(value)
         if value is None:
-            _refuse(where, f"is text that is not JSON: {_shown(given)}.")
+            refuse(where, f"is text that is not JSON: {shown(given)}.")
     if not isinstance(value, list | tuple):
-        _refuse(where, f"needs a list of tool schemas, not {_shown(given)}.")
+        refuse(where, f"needs a list of tool schemas, not {shown(given)}.")
     for index, schema in enumerate(value):
         if not isinstance(schema, Mapping):
-            _refuse(where.at(index), f"needs a tool schema, an object, not {_shown(schema)}.")
+            refuse(where.at(index), f"needs a tool schema, an object, not {shown(schema)}.")
     return tuple(value) or None
 
 
@@ -213,14 +167,14 @@ def _extra_input(record: Mapping[str, Any], where: Where) -> str:
 
 def _messages(record: Mapping[str, Any], where: Where) -> Sample:
     at = where.at("messages")
-    turns = _turns(record.get("messages"), at)
+    turns = talk_of(record.get("messages"), at)
     return _chat(where.origin, "messages", _system(record, where, turns) + turns, at, record=record)
 
 
 def _conversations(record: Mapping[str, Any], where: Where) -> Sample:
     name = present(record, TALK_NAMES) or TALK_NAMES[0]
     at = where.at(name)
-    turns = _turns(record.get(name), at)
+    turns = talk_of(record.get(name), at)
     start = 1 if turns[0]["role"] in ("system", "developer") else 0
     while len(turns) > start and turns[start]["role"] == "assistant":
         del turns[start]  # an answer to a question that was left out of the record (ShareGPT)
@@ -236,7 +190,7 @@ def _pair(
     if isinstance(prompt[1], str):
         turns = [{"role": "user", "content": plain_text(prompt[1], prompt_at)}]
     else:
-        turns = _turns(prompt[1], prompt_at)
+        turns = talk_of(prompt[1], prompt_at)
     if isinstance(answer[1], str):
         reply = [{"role": "assistant", "content": plain_text(answer[1], answer_at)}]
     elif isinstance(answer[1], list | tuple) and all(isinstance(one, str) for one in answer[1]):
@@ -244,7 +198,7 @@ def _pair(
             f"{answer_at}: needs one answer, not a list of {len(answer[1])} texts. Write the one that is to be trained."
         )
     else:
-        reply = _turns(answer[1], answer_at)
+        reply = talk_of(answer[1], answer_at)
     if reply[: len(turns)] == turns:
         reply = reply[len(turns) :]
     system = _system(record, where, turns)
@@ -269,9 +223,9 @@ def _preference(record: Mapping[str, Any], where: Where) -> Sample:
     chosen = _need(record, ("chosen",), where)
     name = present(record, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
     if name is None:
-        turns = _transcript(chosen[1]) if isinstance(chosen[1], str) else chosen[1]
+        turns = transcript(chosen[1]) if isinstance(chosen[1], str) else chosen[1]
         if not isinstance(turns, list | tuple) or len(turns) < 2:
-            _refuse(
+            refuse(
                 where,
                 "chosen and rejected have no prompt. Add the field 'prompt', or put the turns in chosen.",
             )
@@ -291,11 +245,11 @@ def _instruction(record: Mapping[str, Any], where: Where) -> Sample:
     turns = _system(record, where)
     history = record.get("history")
     if not isinstance(history, list | tuple | None):
-        _refuse(where.at("history"), f"needs a list of [instruction, response], not {_shown(history)}.")
+        refuse(where.at("history"), f"needs a list of [instruction, response], not {shown(history)}.")
     for index, past in enumerate(history or ()):
         at = where.at("history").at(index)
         if not isinstance(past, list | tuple) or len(past) != 2:
-            _refuse(at, f"needs [instruction, response], not {_shown(past)}.")
+            refuse(at, f"needs [instruction, response], not {shown(past)}.")
         turns.append({"role": "user", "content": plain_text(past[0], at)})
         turns.append({"role": "assistant", "content": plain_text(past[1], at)})
     plain = None if turns else (instruction, output)
@@ -319,60 +273,19 @@ def _text(record: Mapping[str, Any], where: Where) -> Sample:
 
 
 def _tokens(record: Mapping[str, Any], where: Where) -> Sample:
-    ids = _integers(record.get("input_ids"), where.at("input_ids"))
-    labels, mask = record.get("labels"), record.get("completion_mask")
-    trained = [True] * len(ids)
-    if labels is not None:
-        at = where.at("labels")
-        values = _integers(labels, at, of=len(ids))
-        for index, (token, label) in enumerate(zip(ids, values, strict=True)):
-            if label not in (-100, token):
-                _refuse(
-                    at.at(index),
-                    f"is {label}, but input_ids[{index}] is {token}: labels must not be shifted.",
-                )
-        trained = [label != -100 for label in values]
-    if mask is not None:
-        values = _integers(mask, where.at("completion_mask"), of=len(ids), masks=True)
-        trained = [bool(value) and kept for value, kept in zip(values, trained, strict=True)]
-    given = record.get("attention_mask")
-    given = [1] * len(ids) if given is None else given
-    present = _integers(given, where.at("attention_mask"), of=len(ids), masks=True)
-    kept = [index for index, value in enumerate(present) if value]
-    return Sample(
-        where.origin, "tokens", input_ids=tuple(ids[i] for i in kept), mask=tuple(trained[i] for i in kept)
-    )
-
-
-def _integers(value: Any, where: Where, *, of: int | None = None, masks: bool = False) -> list[int]:
-    """A list of integers, of the length of input_ids when ``of`` is given; ``masks`` holds 0, 1 or booleans."""
-    if not isinstance(value, list | tuple):
-        _refuse(where, f"needs a list of integers, not {_shown(value)}.")
-    for index, item in enumerate(value):
-        if not isinstance(item, int) or (isinstance(item, bool) and not masks):
-            _refuse(where.at(index), f"needs an integer, not {_shown(item)}.")
-        if masks and item not in (0, 1):
-            _refuse(where.at(index), f"is {item}; a mask holds 0 and 1.")
-    if of is not None and len(value) != of:
-        _refuse(where, f"has {len(value)} entries, but input_ids has {of}.")
-    return [int(item) for item in value]
+    ids, mask = token_row(record, where)
+    return Sample(where.origin, "tokens", input_ids=ids, mask=mask)
 
 
 def _unpaired(record: Mapping[str, Any], where: Where) -> Sample:
     """A row of one answer with a verdict on it."""
     label = verdict_of(record)
     if not isinstance(label, bool):
-        _refuse(where.at(present(record, VERDICTS) or "label"), f"needs true or false, not {_shown(label)}.")
+        refuse(where.at(present(record, VERDICTS) or "label"), f"needs true or false, not {shown(label)}.")
     kinds = matching_formats({name: value for name, value in record.items() if name not in VERDICTS})
     if len(kinds) != 1 or kinds[0] not in LABELLED:
-        _refuse(where, f"a row with a label needs the fields of one of {', '.join(LABELLED)}.")
+        refuse(where, f"a row with a label needs the fields of one of {', '.join(LABELLED)}.")
     return replace(_READERS[kinds[0]](record, where), format="unpaired_preference", rejected=not label)
-
-
-def _shown(value: Any) -> str:
-    """A short form of a value for an error message."""
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 _READERS = {

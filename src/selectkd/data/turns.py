@@ -4,11 +4,12 @@ render.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from selectkd.data.calls import function_of, legacy_call, spoken_calls, tool_calls
-from selectkd.data.fields import Where, plain_text
+from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
 from selectkd.data.image_parts import image_part
 from selectkd.data.jinja_process import REASONING
 from selectkd.errors import DataError
@@ -34,6 +35,9 @@ TEXTS = ("text", "input_text", "output_text")
 """Types of a part that is text: of chats, and of OpenAI's newer interface for what was asked and answered."""
 SWITCHES = ("train", "training", "loss")
 """Fields of a turn that say whether it is trained: Axolotl's and ms-swift's."""
+
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+"""What parts the turns of a conversation written as one text (HH-RLHF)."""
 
 # Which role may come directly after which; None is the start of the conversation.
 FOLLOWS = {
@@ -145,6 +149,45 @@ def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = (
             named = {} if call is None else {"tool_call_id": call, **names.get(str(call), {})}
             turns.append(turn_of({"content": "", **result, "role": "tool", **named}, at))
     return [*turns, turn_of({**item, "content": rest}, where)] if rest else turns
+
+
+def talk_of(value: Any, where: Where) -> list[dict[str, Any]]:
+    """Turns as messages in the role/content shape: a list of turns or one alone, texts that take turns, pairs of
+    {input, output}, or a transcript.
+    """
+    items = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, str):
+        items = from_json(value) if value.lstrip()[:1] == "[" else transcript(value)
+    if not isinstance(items, list | tuple) or not items:
+        refuse(where, f"needs text or a list of turns, not {shown(value)}.")
+    if len(items) > 1 and all(isinstance(item, str) for item in items):
+        items = [
+            {"role": ("user", "assistant")[index % 2], "content": item} for index, item in enumerate(items)
+        ]
+    turns: list[dict[str, Any]] = []
+    for index, item in enumerate(items):
+        at = where.at(index)
+        if (
+            isinstance(item, Mapping)
+            and "input" in item
+            and "output" in item
+            and not {"role", "from"} & item.keys()
+        ):
+            turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
+            turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
+        else:
+            add_turns(turns, item, at)
+    return turns
+
+
+def transcript(text: str) -> list[dict[str, Any]]:
+    """The turns of a conversation written as one text, empty where it is none."""
+    _, *parts = TRANSCRIPT.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": part.strip()}
+        for who, part in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def text_of(content: Any) -> str:
