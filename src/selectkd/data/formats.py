@@ -23,6 +23,7 @@ from selectkd.data.detection import (
 )
 from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
 from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, columns_of, placed
+from selectkd.data.pairs import RULES, joined
 from selectkd.data.token_rows import token_row
 from selectkd.data.turns import check_order, talk_of, text_of, transcript
 from selectkd.data.unread import check_media, unread_images
@@ -153,7 +154,7 @@ def _system(
 ) -> list[dict[str, Any]]:
     """The system turn of a record's field, none before turns that begin with one of their own."""
     name = present(record, SYSTEM_NAMES)
-    if name is None or (turns and turns[0]["role"] in ("system", "developer")):
+    if name is None or (turns and turns[0]["role"] in RULES):
         return []
     text = plain_text(record[name], where.at(name))
     return [{"role": "system", "content": text}] if text else []
@@ -175,7 +176,7 @@ def _conversations(record: Mapping[str, Any], where: Where) -> Sample:
     name = present(record, TALK_NAMES) or TALK_NAMES[0]
     at = where.at(name)
     turns = talk_of(record.get(name), at)
-    start = 1 if turns[0]["role"] in ("system", "developer") else 0
+    start = 1 if turns[0]["role"] in RULES else 0
     while len(turns) > start and turns[start]["role"] == "assistant":
         del turns[start]  # an answer to a question that was left out of the record (ShareGPT)
     return _chat(where.origin, "conversations", _system(record, where, turns) + turns, at, record=record)
@@ -187,7 +188,8 @@ def _pair(
     """A prompt and the completion that is trained, each either text or turns."""
     prompt_at, answer_at = where.at(prompt[0]), where.at(answer[0])
     plain = None
-    if isinstance(prompt[1], str):
+    whole = prompt[0] in ("messages", *TALK_NAMES)
+    if isinstance(prompt[1], str) and not whole:
         turns = [{"role": "user", "content": plain_text(prompt[1], prompt_at)}]
     else:
         turns = talk_of(prompt[1], prompt_at)
@@ -199,15 +201,13 @@ def _pair(
         )
     else:
         reply = talk_of(answer[1], answer_at)
-    if reply[: len(turns)] == turns:
-        reply = reply[len(turns) :]
-    system = _system(record, where, turns)
+    system = _system(record, where, turns if turns[0]["role"] in RULES else reply)
     if isinstance(prompt[1], str) and isinstance(answer[1], str) and not system:
         plain = (prompt[1], answer[1])
-    turns = system + turns
-    return _chat(
-        where.origin, format, turns + reply, where, record=record, first_trained=len(turns), plain=plain
-    )
+    if whole and len(turns) > 1 and turns[-1]["role"] == "assistant":
+        del turns[-1]  # the answer that was judged: the chosen one stands in its place
+    turns, asked = joined(system + turns, reply, answer_at)
+    return _chat(where.origin, format, turns, where, record=record, first_trained=asked, plain=plain)
 
 
 def _prompt_completion(record: Mapping[str, Any], where: Where) -> Sample:
