@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from selectkd.data.detection import FORMATS
+from selectkd.data.detection import FORMATS, detect_format
 from selectkd.data.example import Dropped
 from selectkd.data.files import read_records
 from selectkd.data.formats import to_sample
@@ -246,3 +246,53 @@ def test_fields_of_text_that_a_format_does_not_read_are_named(tmp_path):
     assert read_records(file).summary.endswith("; not part of the text: context")
     file.write_text(json.dumps({"instruction": "q", "output": "a", "context": "c", "system": "s"}))
     assert "not part" not in read_records(file).summary
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag", "desirable"])
+@pytest.mark.parametrize("format", ["messages", "conversations", "prompt_completion", "instruction"])
+def test_a_row_labelled_false_is_not_trained_whoever_names_its_format(tmp_path, tokenizer, name, format):
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps(FULL[format] | {name: label}) for label in (True, False, None)))
+    if format != "messages":
+        source = dataset_source({"path": str(file), "format": format}, tokenizer, TextRules(64))
+        assert len(source) == 2 and "1 labelled false" in source.summary
+        assert f"not part of the text: {name}" in source.summary
+    assert to_sample(FULL[format] | {name: False}, format).rejected
+
+
+def test_rows_with_and_without_a_label_say_what_to_do(tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [FULL["prompt_completion"] | {"label": label} for label in (True, None, False)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"data\.jsonl:2: the row has no label, and rows before it have one"):
+        read_records(file)
+    assert len(read_records(file, on_bad_record="skip")) == 2
+    file.write_text("\n".join(map(json.dumps, rows[1:])))
+    with pytest.raises(DataError, match="Give every row a label, true or false") as told:
+        read_records(file)
+    assert "or name one" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "q", "role": "prompter", "parent_id": None}, "one turn of a conversation, with the role 'prompter'"),
+        ({"text": "q", "role": "assistant", "id": "1"}, "one turn of a conversation, with the role 'assistant'"),
+        ({"content": "q", "role": "user"}, "one turn of a conversation, with the role 'user'"),
+        ({"question": "q", "answer": None}, "has 'question', and beside it answer is missing or null"),
+        ({"instruction": "q", "response": None}, "has 'instruction', and beside it response is missing or null"),
+        ({"prompt": None, "completion": "a"}, "has 'completion', and beside it prompt is missing or null"),
+        ({"prompt": "q", "chosen": "a"}, "has 'chosen', and beside it rejected is missing or null"),
+    ],
+)  # fmt: skip
+def test_a_row_of_no_format_says_what_it_lacks(tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        detect_format(row)
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(DataError, match=said):
+        read_records(file)
+
+
+def test_text_about_people_of_some_role_is_text():
+    assert detect_format({"text": "t", "role": "engineer"}) == "text"

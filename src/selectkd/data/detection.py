@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from selectkd.data.image_parts import columns_of, filled
+from selectkd.data.turns import role_of
 from selectkd.data.unread import MEDIA, unread_images
 from selectkd.errors import DataError
 
@@ -33,10 +34,10 @@ OUTPUT_NAMES = ("output", *COMPLETION_NAMES, "generation")
 TALK_NAMES = ("conversations", "conversation")
 TEXT_NAMES = ("text", "content")
 SYSTEM_NAMES = ("system", "system_prompt")
-VERDICTS = ("label", "kto_tag")
-"""Fields that say whether an answer is good: TRL's and LLaMA-Factory's."""
+VERDICTS = ("label", "kto_tag", "desirable")
+"""Fields that say whether an answer is good: TRL's, LLaMA-Factory's and one of many data sets."""
 LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
-"""Formats whose rows may carry a verdict, ``label: true`` or ``false``."""
+"""Formats whose rows may have a verdict. A row with ``label: false`` is never trained, whoever names its format."""
 
 _OTHERS = ("tools", "functions", *SYSTEM_NAMES)
 _PAIR = (*PROMPT_NAMES, "input", *COMPLETION_NAMES, "output", *_OTHERS)
@@ -94,7 +95,7 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
         found = "instruction"
     elif pair_names(record):
         found = "prompt_completion"
-    elif record.get("text") is not None or (record.get("content") is not None and "role" not in record):
+    elif not _one_turn(record) and present(record, TEXT_NAMES):
         found = "text"
     if found in LABELLED and isinstance(verdict_of(record), bool):
         return ("unpaired_preference",)
@@ -112,6 +113,7 @@ def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
     images, media = columns_of(record), [name for name in MEDIA if filled(record.get(name))]
     return [
         *spoken,
+        *(name for name in VERDICTS if record.get(name) is not None and format != "unpaired_preference"),
         *(images if format in ("tokens", "text") else images[1:]),
         *unread_images(record),
         *media,
@@ -119,9 +121,9 @@ def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
 
 
 def verdict_of(record: Mapping[str, Any]) -> Any:
-    """The record's verdict on its answer, None where it has none."""
-    name = present(record, VERDICTS)
-    return None if name is None else record[name]
+    """The record's verdict on its answer, of several one that is true or false; None where it has none."""
+    found = [record[name] for name in VERDICTS if record.get(name) is not None]
+    return next((one for one in found if isinstance(one, bool)), found[0] if found else None)
 
 
 def detect_format(record: Mapping[str, Any], *, origin: str = "record") -> str:
@@ -129,9 +131,42 @@ def detect_format(record: Mapping[str, Any], *, origin: str = "record") -> str:
     found = matching_formats(record)
     if found:
         return found[0]
+    raise no_format(record, origin)
+
+
+def no_format(record: Mapping[str, Any], origin: str) -> DataError:
+    """The error of a record whose fields are those of no format: its fields, and what is missing beside them."""
     names = ", ".join(sorted(map(str, record))[:12]) or "none"
-    raise DataError(
-        f"{origin}: no known format; fields: {names}.\n"
+    return DataError(
+        f"{origin}: no known format; fields: {names}.{_missing(record)}\n"
         "What would work: messages | conversations | prompt + completion | instruction + output |\n"
         "prompt + chosen + rejected | text | input_ids."
     )
+
+
+def _missing(record: Mapping[str, Any]) -> str:
+    if _one_turn(record) and present(record, TEXT_NAMES):
+        return (
+            f"\nThe row is one turn of a conversation, with the role {str(record['role'])[:40]!r}. Join the turns of "
+            "each conversation into one row with `messages`."
+        )
+    wanted = {
+        **dict.fromkeys(("chosen",), ("rejected",)),
+        **dict.fromkeys(("rejected",), ("chosen",)),
+        **dict.fromkeys(("instruction",), OUTPUT_NAMES),
+        **dict.fromkeys((*PROMPT_NAMES, "input"), COMPLETION_NAMES),
+        **dict.fromkeys(COMPLETION_NAMES, PROMPT_NAMES),
+    }
+    name = present(record, tuple(wanted))
+    if name is None:
+        return ""
+    some = [each for each in wanted[name] if each in record] or wanted[name]
+    return f"\nThe row has {name!r}, and beside it {' or '.join(some)} is missing or null."
+
+
+def _one_turn(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a turn of a conversation in a row of its own, such as a message of a tree (OASST)."""
+    role = record.get("role")
+    if record.get("text") is not None and not (isinstance(role, str) and "parent_id" in record):
+        return role_of(role) is not None or role == "prompter"
+    return role is not None

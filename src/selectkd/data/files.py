@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selectkd.data.chunks import Chunk, Item, Place, chunks
-from selectkd.data.detection import FORMATS, LABELLED, left_aside, matching_formats, verdict_of
+from selectkd.data.detection import FORMATS, LABELLED, left_aside, matching_formats, no_format, verdict_of
 from selectkd.errors import ConfigError, DataError
 
 OnBad = Literal["error", "skip"]
@@ -20,6 +20,7 @@ WORDS = (
     "true", "false", "0", "1", "-1", "0.0", "1.0", "no", "yes", "good", "bad", "desirable", "chosen", "rejected",
 )  # fmt: skip
 """Labels that may say whether an answer is good."""
+LABELS = ("unpaired_preference",)
 SHOWN = 20
 """Messages of bad records that are kept; all of them are counted."""
 
@@ -123,9 +124,11 @@ class Checked:
         """Why a record is bad; raises DataError where the source has a second format, or a row that of two."""
         found, formats = self.found, (self.named,) if self.named else matching_formats(record)
         if not formats:
-            names = ", ".join(sorted(map(str, record))[:12]) or "none"
+            return no_format(record, origin)
+        if found.formats == LABELS and formats[0] in LABELLED and verdict_of(record) is None:
             return DataError(
-                f"{origin}: no known format; fields: {names}.\nWhat would work: {', '.join(FORMATS)}."
+                f"{origin}: the row has no label, and rows before it have one. Make it true or false, or leave such "
+                "rows out with `on_bad_record: skip`."
             )
         if self.named is None and len(formats) == 1 and formats[0] in LABELLED and _verdict(record):
             return DataError(
@@ -208,11 +211,17 @@ def check_reading(format: str | None, limit: int | None, on_bad_record: str) -> 
 
 
 def _mixed(found: Found, formats: tuple[str, ...], example: tuple[str, str]) -> DataError:
+    way = "Put each format in a source of its own, or name one with `format:`."
+    if formats == LABELS and found.formats[0] in LABELLED:
+        way = (
+            "Give every row a label, true or false. `format: unpaired_preference` with `on_bad_record: skip` leaves "
+            "out the\nrows without one."
+        )
     return DataError(
         "more than one format in one source, for example\n"
         f"  {found.example[0]}: {' and '.join(found.formats)}, fields {found.example[1]}\n"
         f"  {example[0]}: {' and '.join(formats)}, fields {example[1]}\n"
-        "Put each format in a source of its own, or name one with `format:`."
+        f"{way}"
     )
 
 

@@ -65,6 +65,8 @@ def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record")
     if format not in _READERS:
         raise DataError(f"{origin}: no format is called {format!r}. What would work: {', '.join(FORMATS)}.")
     sample = _READERS[format](record, Where(origin))
+    if format in LABELLED and verdict_of(record) is False:
+        sample = replace(sample, rejected=True)
     if sample.messages is not None:
         check_media(record, origin)
         messages, images = placed(sample.messages, record, origin)
