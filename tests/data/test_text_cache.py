@@ -101,7 +101,18 @@ def test_a_second_reading_renders_nothing_and_gives_the_same(tmp_path, tokenizer
 
 @pytest.mark.parametrize(
     "change",
-    ["max_length", "train_on", "eos_ids", "template", "tokenizer", "limit", "file", "routes", "on_too_long"],
+    [
+        "max_length",
+        "train_on",
+        "eos_ids",
+        "template",
+        "tokenizer",
+        "limit",
+        "file",
+        "routes",
+        "on_too_long",
+        "apart",
+    ],
 )
 def test_whatever_a_sample_rests_on_is_in_its_key(tmp_path, make_tokenizer, change):
     path, cache = write(tmp_path, 5), TextCache.at(tmp_path / "cache")
@@ -114,6 +125,7 @@ def test_whatever_a_sample_rests_on_is_in_its_key(tmp_path, make_tokenizer, chan
         "tokenizer": {"tokenizer": make_tokenizer(extra=("number",))}, "limit": {"spec": {"path": path, "limit": 4}},
         "file": {}, "routes": {"routes": Routes(({"prompt": [row["prompt"] for row in rows(5)]},))},
         "on_too_long": {"rules": TextRules(64, on_too_long="drop")},
+        "apart": {"tokenizer": make_tokenizer(split_special_tokens=True)},
     }[change]  # fmt: skip
     if change == "file":
         write(tmp_path, 5, size=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -342,3 +343,109 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_turns_and_keeps_its_system_p
     assert examples(row, tokenizer, train_turns="last", max_prompt_length=9, on_too_long="drop") == [
         Dropped("d.jsonl:3", "too long")
     ]
+
+
+LOOK = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+
+
+def calling(name: str, content: str = "", **arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "id": "call00000", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("name", ["smollm2", "phi3", "phi4"])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        calling("time", "Let me check the time."),
+        calling("search", "I will search the web for this query: Oslo.", query="Oslo"),
+        calling("end", "Yes."),
+        calling("f"),
+    ],
+)
+def test_a_call_that_the_template_leaves_out_is_refused_whatever_the_answer_says(name, turn):
+    row = [*turns(("user", "What time is it?")), turn]
+    with pytest.raises(DataError, match=r"turn 1 .*leaves out its tool_calls\[0\]\.name"):
+        examples({"messages": row}, tokenizer_of(name))
+    later = [*row, *turns(("user", "Go on."), ("assistant", "It is late."))]
+    for rules in ({"train_turns": "last"}, {"train_on": "all"}):
+        with pytest.raises(DataError, match=r"turn 1 .*leaves out its tool_calls\[0\]\.name"):
+            examples({"messages": later}, tokenizer_of(name), **rules)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3.2", "mistral-v0.3", "gpt-oss"])
+def test_an_end_of_turn_in_an_argument_does_not_end_the_turn(name):
+    tokenizer = tokenizer_of(name)
+    ends = {
+        tokenizer.eos_token,
+        *(one for one in tokenizer.all_special_tokens if "end" in one or "call" in one),
+    }
+    for end in ends:
+        code = f"tok = '{end}';\nx = 1"
+        row = [*turns(("user", "Write it.")), calling("run", code=code)]
+        (text,) = trained({"messages": row}, tokenizer)
+        assert "x = 1" in text and not text.endswith("x = 1")
+        plain = [*turns(("user", "Write it.")), calling("run", code="x = 1")]
+        assert text[-12:] == trained({"messages": plain}, tokenizer)[0][-12:]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.2", "qwen3"])
+@pytest.mark.parametrize("tools", [None, [LOOK]])
+def test_a_question_that_is_too_long_keeps_what_the_template_writes_around_it(name, tools):
+    tokenizer, words = tokenizer_of(name), [f"w{n}" for n in range(300)]
+    row = {"messages": turns(("user", " ".join(words)), ("assistant", "Yes.")), "tools": tools}
+    short = {**row, "messages": turns(("user", " ".join(words[-20:])), ("assistant", "Yes."))}
+    (few,) = examples(short, tokenizer)
+    limit = few.completion.index(True) + 3
+    (cut,) = examples(row, tokenizer, max_prompt_length=limit)
+    assert limit - 40 < cut.completion.index(True) <= limit and cut.cut_prompt
+    start, _, _ = tokenizer.decode(few.input_ids).partition(words[-20])
+    text = tokenizer.decode(cut.input_ids)
+    assert text.startswith(start) and words[-1] in text and words[0] not in text
+
+
+def test_a_tool_result_that_is_too_long_is_cut_before_the_question():
+    tokenizer = tokenizer_of("qwen2.5")
+    words = " ".join(f"w{n}" for n in range(300))
+    result = {"role": "tool", "content": words, "name": "time", "tool_call_id": "call00000"}
+    row = {
+        "messages": [
+            *turns(("user", "What time is it?")),
+            calling("time"),
+            result,
+            *turns(("assistant", "Late.")),
+        ]
+    }
+    (cut,) = examples(row, tokenizer, train_turns="last", max_prompt_length=200)
+    text = tokenizer.decode(cut.input_ids)
+    assert (
+        "What time is it?" in text
+        and "w299" in text
+        and "w0 " not in text
+        and cut.completion.index(True) <= 200
+    )
+
+
+@pytest.mark.parametrize("train_turns", ["last", "final_answer"])
+def test_a_last_turn_that_is_not_to_be_trained_drops_the_conversation(train_turns):
+    row = {"messages": [*OSLO, ROME[0], {**ROME[1], "weight": 0}]}
+    (found,) = examples(row, tokenizer_of("smollm2"), train_turns=train_turns)
+    assert found == Dropped("d.jsonl:3", "no final answer")
+
+
+def test_train_on_all_leaves_out_no_reasoning_in_silence():
+    thought = [
+        {**turn, "reasoning_content": f"About {turn['content']}"} if turn["role"] == "assistant" else turn
+        for turn in (*OSLO, *ROME)
+    ]
+    for row in (thought, [*thought, *turns(("user", "So?"))]):
+        with pytest.raises(DataError, match=r"turn 1 .*leaves out its reasoning_content"):
+            examples({"messages": row}, tokenizer_of("qwen3"), train_on="all")
+
+
+def test_a_tag_that_an_answer_mentions_makes_no_reasoning_of_it():
+    row = {"messages": turns(("user", "?"), ("assistant", "The tag </think> closes. and <think> opens"))}
+    with pytest.raises(DataError, match=r"turn 1 .*leaves out its content, or changes it"):
+        examples(row, tokenizer_of("qwen3"))
+    headless = {"messages": turns(("user", "?"), ("assistant", "Two and two.\n</think>\n\nFour."))}
+    assert trained(headless, tokenizer_of("qwen3")) == ["<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>"]

@@ -16,13 +16,12 @@ from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
-from selectkd.data.image_parts import count_of
 from selectkd.data.images import ImageRef
 from selectkd.data.plain import behind_start, joined, single_end
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
-from selectkd.data.shorter import has_system, shorter
+from selectkd.data.shorter import shorter
 from selectkd.data.template import ChatTemplate
 from selectkd.data.turns import text_of
 from selectkd.data.unread import check_seen
@@ -149,7 +148,7 @@ def rendering(
         if too_long and (less := shorter(talk, turns, length, most, sizes)) is not None:
             texts = yield from _texts(less, encoder, encoder.ends(eos_ids), rules, template, sight)
             waiting[:0] = [(less, text) for text in texts]
-        elif too_long and (has_system(talk) or count_of((talk.messages or ())[: turns[0]])):
+        elif too_long:
             results.append(Dropped(sample.origin, "prompt longer than max_prompt_length"))
         else:
             example = Example(

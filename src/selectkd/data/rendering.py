@@ -212,7 +212,8 @@ def _tokenizer_identity(tokenizer: Any) -> str:
         about.pop("padding", None)
     else:
         about = sorted(tokenizer.get_vocab().items())
-    parts = [type(tokenizer).__name__, about, str(tokenizer.special_tokens_map)]
+    apart = getattr(tokenizer, "split_special_tokens", False)
+    parts = [type(tokenizer).__name__, about, str(tokenizer.special_tokens_map), apart]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -15,19 +15,15 @@ CAUTION = 0.8
 """Of the text that seems too much so much goes at once: what is left of it goes after another count of tokens."""
 
 
-def has_system(sample: Sample) -> bool:
-    """Whether a conversation begins with a system prompt."""
-    return sample.messages is not None and sample.messages[0]["role"] in SYSTEM
-
-
 def shorter(
     sample: Sample, trained: tuple[int, ...], length: int, most: int, images: Sequence[int] = ()
 ) -> Sample | None:
     """The conversation of the turns ``trained`` with less before the first of them; None where nothing can go.
 
-    Its oldest turns up to a question go, with their images. Where only one question is left, the beginning of its text
-    goes, so that the system prompt stays; without a system prompt it is left to a cut of the tokens. A question with an
-    image stays whole. length: the tokens of the prompt, of which ``most`` may stay; images: those of each image.
+    Its oldest turns up to a question go, with their images. Where only one question is left, the beginning of the
+    longest text from it on goes, of the question or of a tool's result; one with an image stays whole. What the
+    template writes around them stays, and so does the system prompt. length: the tokens of the prompt, of which
+    ``most`` may stay; images: those of each image.
     """
     messages = sample.messages or ()
     first = trained[0]
@@ -50,8 +46,13 @@ def shorter(
             trained=tuple(number - kept + start for number in trained),
             images=(*sample.images[: sum(counts[:start])], *sample.images[sum(counts[:kept]) :]),
         )
-    if start in (0, first) or not letters[start] or any(counts[start:first]):
+    cut = max(
+        (number for number in range(start, first) if messages[number]["role"] != "assistant"),
+        key=letters.__getitem__,
+        default=None,
+    )
+    if cut is None or not letters[cut] or any(counts[start:first]):
         return None
-    text = text_of(messages[start]["content"])[max(1, ceil(enough / each)) :]
-    left = (*messages[:start], {**messages[start], "content": text}, *messages[start + 1 :])
+    text = text_of(messages[cut]["content"])[max(1, ceil(enough / each)) :]
+    left = (*messages[:cut], {**messages[cut], "content": text}, *messages[cut + 1 :])
     return replace(sample, messages=left, trained=trained)
