@@ -183,6 +183,11 @@ training: {output_dir: r, batch_size: four, dtype: float16, learning_rate: -1}
         ("data.sources.0.name=../../x", "letters, digits"),
         ("data.sources.1.name=x", "the list has 1 items"),
         ("data.evaluation=1.0", "below 1"),
+        (
+            "data.evaluation={path: h.jsonl, weight: 2}",
+            "data.evaluation.weight has no effect on held-out text",
+        ),
+        ("data.evaluation={path: h.jsonl, policy: dataset}", "data.evaluation.policy has no effect"),
         ("training.lerning_rate=1", "Did you mean 'learning_rate'"),
         ("trainning.seed=1", "Did you mean 'training'"),
         ("training.seed.x=1", "there is no training.seed.x"),

@@ -209,7 +209,7 @@ def test_a_row_of_no_format_names_its_fields(row):
         detect_format(row)
 
 
-@pytest.mark.parametrize("name", ["train", "training", "loss"])
+@pytest.mark.parametrize("name", ["train", "training", "loss", "trainable", "loss_mask"])
 def test_a_turn_that_is_switched_off_is_not_trained(name):
     turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
     turns[1][name], turns[3][name] = False, True
@@ -224,7 +224,7 @@ def test_a_weight_other_than_nothing_or_all_is_refused(weight):
         to_sample({"messages": turns}, "messages")
 
 
-@pytest.mark.parametrize("name", ["train", "training", "loss"])
+@pytest.mark.parametrize("name", ["train", "training", "loss", "trainable", "loss_mask"])
 def test_a_switch_is_yes_or_no_in_a_form_that_is_read(name):
     for off in (False, 0, 0.0):
         assert to_sample({"messages": [USER, {**REPLY, name: off}, USER, REPLY]}, "messages").trained == (3,)
@@ -232,6 +232,24 @@ def test_a_switch_is_yes_or_no_in_a_form_that_is_read(name):
     for wrong in ("false", "no", 0.5, [0]):
         with pytest.raises(DataError, match=rf"messages\[1\]\.{name}: needs true"):
             to_sample({"messages": [USER, {**REPLY, name: wrong}]}, "messages")
+
+
+def test_a_turn_that_is_masked_is_not_trained():
+    for masked in (True, 1):
+        turns = [{**USER, "masked": True}, {**REPLY, "masked": masked}, USER, {**REPLY, "masked": False}]
+        sample = to_sample({"messages": turns}, "messages")
+        assert sample.trained == (3,) and all("masked" not in turn for turn in sample.messages)
+    with pytest.raises(DataError, match=r"messages\[1\]\.masked: needs false \(trained\) or true"):
+        to_sample({"messages": [USER, {**REPLY, "masked": "yes"}]}, "messages")
+
+
+@pytest.mark.parametrize("name", ["mask", "train_on", "is_trained", "no_loss"])
+def test_a_switch_of_an_unknown_name_is_refused(name):
+    for value in (True, False, 0, 1):
+        with pytest.raises(DataError, match=rf"messages\[1\]\.{name}: no switch of training is called so"):
+            to_sample({"messages": [USER, {**REPLY, name: value}]}, "messages")
+    turns = [USER, {**REPLY, name: "text"}]
+    assert to_sample({"messages": turns}, "messages").messages[1][name] == "text"
 
 
 def test_several_answers_to_one_question_are_no_turns():

@@ -100,6 +100,16 @@ def test_arguments_are_part_of_a_templates_fingerprint(made):
     assert read_text(recipe, tokenizer).template.fingerprint != other.fingerprint != ""
 
 
+def test_an_argument_that_the_template_does_not_read_is_warned_of(made):
+    reading = CHAT + "{% if enable_thinking %}{% set mood = 1 %}{% endif %}"
+    tokenizer, recipe = made(
+        reading, template_arguments={"enable_thinkin": False, "range": 1, "enable_thinking": 1}
+    )
+    found = [line for line in read_text(recipe, tokenizer).warnings if "template_arguments" in line]
+    assert len(found) == 2 and "enable_thinkin: the chat template reads no such variable" in found[0]
+    assert found[0].endswith("Did you mean 'enable_thinking'?") and "template_arguments.range" in found[1]
+
+
 def test_a_template_that_asks_for_the_date_is_given_one_for_the_whole_run(made):
     tokenizer, recipe = made(DATED)
     dated = read_text(recipe, tokenizer, date="2020-01-02T03:04:05")

@@ -178,6 +178,13 @@ class Data(Section):
     began."""
 
     @model_validator(mode="after")
+    def _held_out_text_is_read_once(self) -> Self:
+        for name in ("weight", "policy", "objective"):
+            if isinstance(self.evaluation, SourceSection) and getattr(self.evaluation, name) is not None:
+                raise refuse("has no effect on held-out text; take it out", at=f"evaluation.{name}")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_save_padding(self) -> Self:
         if self.packing and self.bucket:
             raise refuse("packing leaves no padding for bucket to save; set one of the two to false")

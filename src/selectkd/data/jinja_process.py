@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache, partial
 from typing import IO, Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -66,15 +66,29 @@ def _json(
     )
 
 
-@lru_cache(maxsize=8)
-def compiled(template: str) -> Any:
-    """The template with what Hugging Face's templates may use beside jinja2's own."""
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What Hugging Face's templates may use beside jinja2's own."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _json
     environment.globals["raise_exception"] = _refuse
-    found = environment.from_string(template)
+    return environment
+
+
+def asked_for(template: str) -> set[str]:
+    """The variables that a template reads; none of a template that is no jinja2."""
+    environment = _environment()
+    try:
+        return meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals)
+    except (TemplateError, RecursionError):
+        return set()
+
+
+@lru_cache(maxsize=8)
+def compiled(template: str) -> Any:
+    """The template, ready to be rendered."""
+    found = _environment().from_string(template)
     found.globals = dict(found.globals)  # read at each rendering, where a chain of maps is slow
     return found
 

@@ -33,8 +33,17 @@ ROLES = {
 
 TEXTS = ("text", "input_text", "output_text")
 """Types of a part that is text: of chats, and of OpenAI's newer interface for what was asked and answered."""
-SWITCHES = ("train", "training", "loss")
-"""Fields of a turn that say whether it is trained: Axolotl's and ms-swift's."""
+SWITCHES = {
+    "train": True,
+    "training": True,
+    "trainable": True,
+    "loss": True,
+    "loss_mask": True,
+    "masked": False,
+}
+"""Fields of a turn that say whether it is trained and the value that says so: Axolotl's, ms-swift's, torchtune's."""
+ANY_SWITCH = re.compile(r"(?:^|_)(?:train(?:ed|able|ing)?|loss|mask(?:ed|s)?)(?:_|$)")
+"""Names of fields that may be such a switch where they hold true or false."""
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 """What parts the turns of a conversation written as one text (HH-RLHF)."""
@@ -103,15 +112,29 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
         raise DataError(
             f"{where}.weight: needs 1 (trained) or 0 (not trained), not {repr(turn['weight'])[:60]}."
         )
-    for name in SWITCHES:
-        if name in turn:
-            given = turn.pop(name)
-            if not isinstance(given, bool | int | float) or given not in (0, 1):
-                raise DataError(
-                    f"{where}.{name}: needs true (trained) or false (not trained), not {repr(given)[:60]}."
-                )
-            turn["weight"] = int(bool(given) and turn.get("weight", 1))
+    for name in [name for name in turn if ANY_SWITCH.search(name.lower())]:
+        turn["weight"] = int(_trained(turn, name, where) and turn.get("weight", 1))
     return {"role": role, **turn}
+
+
+def _trained(turn: dict[str, Any], name: str, where: Where) -> bool:
+    """Whether a switch of a turn, which is taken out, has it trained; a field that is none stays."""
+    given = turn[name]
+    yes_or_no = isinstance(given, bool | int | float) and given in (0, 1)
+    if name not in SWITCHES:
+        if yes_or_no:
+            raise DataError(
+                f"{where}.{name}: no switch of training is called so. What would work: {', '.join(SWITCHES)}. Rename "
+                "it, or take it out."
+            )
+        return True
+    if not yes_or_no:
+        on, off = ("true", "false") if SWITCHES[name] else ("false", "true")
+        raise DataError(
+            f"{where}.{name}: needs {on} (trained) or {off} (not trained), not {repr(given)[:60]}."
+        )
+    del turn[name]
+    return bool(given) is SWITCHES[name]
 
 
 def add_turns(turns: list[dict[str, Any]], item: Any, where: Where) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from selectkd.config import CacheTeacher, ModelTeacher
 from selectkd.data.examples import Examples
 from selectkd.data.inspect import shared_prompts
+from selectkd.data.jinja_process import asked_for
 from selectkd.data.prompts import split
 from selectkd.data.render import TextRules
 from selectkd.data.routes import Routes
@@ -24,6 +25,7 @@ from selectkd.data.text_cache import TextCache
 from selectkd.data.vision import Vision
 from selectkd.errors import CacheError, ConfigError
 from selectkd.models.ends import end_ids
+from selectkd.objective.registry import did_you_mean
 from selectkd.teachers.cache.index import INDEX, PLAN, read_index
 
 MEASURED = 1000
@@ -45,8 +47,13 @@ class Reading:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings of the split, and a line for each source that lost something on the way."""
-        return [*self.split, *(line for source in self.sources if (line := lost(source)) is not None)]
+        """Of arguments that the template does not read, of the split, and of each source that lost something."""
+        unread = unread_arguments(self.template)
+        return [
+            *unread,
+            *self.split,
+            *(line for source in self.sources if (line := lost(source)) is not None),
+        ]
 
 
 def read_text(
@@ -122,6 +129,20 @@ def template_of(recipe: Any, tokenizer: Any, *, date: str | None = None) -> Chat
     moment = recipe.data.date or _cached(recipe).get("date") or date
     arguments = {name: value for name, value in recipe.data.template_arguments.items() if name != "tools"}
     return ChatTemplate.of(tokenizer, arguments=arguments, moment=moment)
+
+
+def unread_arguments(template: ChatTemplate) -> list[str]:
+    """A warning for each argument of the recipe that the template never reads, so that it changes nothing."""
+    sources = (
+        [template.source] if isinstance(template.source, str) else list((template.source or {}).values())
+    )
+    names = {name for source in sources for name in asked_for(source)}
+    return [
+        f"data.template_arguments.{name}: the chat template reads no such variable, so it has no effect."
+        f"{did_you_mean(name, names)}"
+        for name in template.arguments
+        if sources and name not in names
+    ]
 
 
 def ends_of(recipe: Any, tokenizer: Any) -> frozenset[int]:
