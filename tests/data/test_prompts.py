@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from selectkd.data.example import Example
 from selectkd.data.examples import Examples
 from selectkd.data.formats import to_sample
 from selectkd.data.inspect import check, languages
-from selectkd.data.prompts import BANDS, ROWS, groups, packed, prompt_keys, prompt_of, unpacked
+from selectkd.data.prompts import BANDS, ROWS, SHINGLE, groups, packed, prompt_keys, prompt_of, unpacked
 from selectkd.data.render import TextRules, render
 from selectkd.errors import ConfigError
 
@@ -25,6 +26,29 @@ def test_case_punctuation_and_the_form_of_letters_do_not_part_a_prompt():
         assert prompt_keys("Where is Oslo?") == prompt_keys(other)
     assert not near("Where is Oslo?", "Where is Rome?") and not near("2 + 3", "2 + 4")
     assert len({prompt_keys(text) for text in ("", "?", "a", "b", "\ud800")}) == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("2 + 3", "2 - 3"),
+        ("2*3", "2/3"),
+        ("What is 2.5 plus 1?", "What is 2 5 plus 1?"),
+        ("Is x < y, or is it not?", "Is x > y, or is it not?"),
+        ("x^2 = 4", "x 2 = 4"),
+        ("Give 5% of 20", "Give 5 of 20"),
+        ("2 \u2212 3", "2 \u00d7 3"),
+    ],
+)
+def test_signs_of_calculation_part_prompts_and_keep_them_near(one, other):
+    assert prompt_keys(one)[0] != prompt_keys(other)[0]
+    assert prompt_keys(one) == prompt_keys(one.replace(" ", "  ") + "!")
+    assert near(one, other) == (len(re.findall(r"\w+", one)) >= SHINGLE)
+
+
+def test_the_space_around_a_sign_and_a_hyphen_between_letters_do_not_part_a_prompt():
+    assert prompt_keys("2+3=?") == prompt_keys("2 + 3 = ?")
+    assert prompt_keys("A well-known town.") == prompt_keys("a well known town")
 
 
 @pytest.mark.parametrize("changed", [1, 2, 4])

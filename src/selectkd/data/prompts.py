@@ -22,6 +22,11 @@ from selectkd.data.image_parts import count_of
 from selectkd.data.turns import text_of
 
 WORD = re.compile(r"\w+")
+SIGNS = "+*/=<>^%\u2212\u00d7\u00f7\u2260\u2264\u2265"
+SIGN = rf"[{SIGNS}]|(?<![^\W\d])-|-(?![^\W\d])|(?<=\d)\.(?=\d)"
+"""What changes a calculation, and no hyphen between letters: 2 - 3 is another prompt than 2 + 3, and 2.5 than 25."""
+SPOKEN = re.compile(rf"\w+|{SIGN}")
+POINT = re.compile(r"\.\d")
 SHINGLE = 3
 """Words that are hashed together. A prompt of fewer has no near ones."""
 BANDS, ROWS = 8, 8
@@ -80,7 +85,8 @@ def prompt_keys(text: str) -> tuple[int, ...]:
     The bands are of a MinHash signature over SHINGLE words. Source: Broder 1997; Leskovec et al., Mining of Massive
     Datasets, chapter 3.
 
-    The first is of all words without case, accents' forms and punctuation.
+    The first is of all words and signs of calculation, without case, accents' forms and other punctuation. The others
+    are of words alone.
 
     >>> prompt_keys("Where is Oslo?") == prompt_keys("where is oslo")
     True
@@ -92,8 +98,12 @@ def prompt_keys(text: str) -> tuple[int, ...]:
 
 def packed_keys(texts: Sequence[str]) -> list[bytes]:
     """``prompt_keys`` of each text, as ``packed`` gives them."""
-    spoken = [_words(text) for text in texts]
-    exact = [_hash(" ".join(words).encode("utf-8", "surrogatepass")) for words in spoken]
+    plain = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
+    spoken = [_words(text) for text in plain]
+    exact = [
+        _hash(" ".join(SPOKEN.findall(text) if _calculates(text) else words).encode("utf-8", "surrogatepass"))
+        for text, words in zip(plain, spoken, strict=True)
+    ]
     near = iter(_bands([words for words in spoken if len(words) >= SHINGLE]))
     return [
         packed((one, *(next(near) if len(words) >= SHINGLE else (one,) * BANDS)))
@@ -101,9 +111,14 @@ def packed_keys(texts: Sequence[str]) -> list[bytes]:
     ]
 
 
-def _words(text: str) -> list[str]:
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return (plain.translate(_ASCII).split() if plain.isascii() else WORD.findall(plain)) or [text]
+def _words(plain: str) -> list[str]:
+    return (plain.translate(_ASCII).split() if plain.isascii() else WORD.findall(plain)) or [plain]
+
+
+def _calculates(plain: str) -> bool:
+    """Whether a text may hold a sign of calculation: a look at each is faster than their pattern."""
+    signs = SIGNS[:8] if plain.isascii() else SIGNS
+    return "-" in plain or any(sign in plain for sign in signs) or POINT.search(plain) is not None
 
 
 def _bands(spoken: Sequence[Sequence[str]]) -> list[list[int]]:
