@@ -196,6 +196,10 @@ def write(folder, *names):
         (["alpaca.jsonl", "dolly.jsonl"], None, 2),
         (["only/train_sft.jsonl"], None, 1),
         (["main/train.jsonl", "main/test.jsonl"], None, ["main/train.jsonl"]),
+        (["data-1.jsonl", "data-2.jsonl", "eval.jsonl"], None, ["data-1.jsonl", "data-2.jsonl"]),
+        (["data.jsonl", "test.jsonl"], "train", ["data.jsonl"]),
+        (["data.jsonl", "validation.jsonl", "test.jsonl"], None, ["data.jsonl"]),
+        (["data.jsonl", "test.jsonl"], "test", ["test.jsonl"]),
     ],
 )
 def test_a_folder_gives_the_files_of_one_split(tmp_path, names, split, read):
@@ -213,8 +217,12 @@ def test_a_folder_gives_the_files_of_one_split(tmp_path, names, split, read):
             None,
             "test_sft, train_gen, train_sft",
         ),
-        (["validation.jsonl", "test.jsonl"], None, "test, validation"),
-        (["data.jsonl", "test.jsonl"], None, "test and files of none"),
+        (
+            ["validation.jsonl", "test.jsonl"],
+            None,
+            "test, validation. None is for training by its name: call that",
+        ),
+        (["data.jsonl", "train_a.jsonl"], None, "train_a and files of none"),
         (["main/train.jsonl", "socratic/train.jsonl"], None, "configurations main, socratic"),
     ],
 )
@@ -222,6 +230,27 @@ def test_a_folder_that_could_mean_several_things_asks_which(tmp_path, names, spl
     write(tmp_path, *names)
     with pytest.raises(ConfigError, match=said):
         read_records(tmp_path, split=split)
+
+
+def test_a_pattern_of_paths_gives_the_files_that_match(tmp_path):
+    write(tmp_path, "data/a-1.jsonl", "data/a-2.jsonl", "data/b.jsonl", "data/deep/c.jsonl")
+    (tmp_path / "data" / "a-3.md").write_text("no data")
+    for pattern, names in (
+        ("data/a-*.jsonl", ["data/a-1.jsonl", "data/a-2.jsonl"]),
+        ("data/a-*", ["data/a-1.jsonl", "data/a-2.jsonl"]),
+        ("data/**/*.jsonl", ["data/a-1.jsonl", "data/a-2.jsonl", "data/b.jsonl", "data/deep/c.jsonl"]),
+    ):
+        found = read_records(tmp_path / pattern)
+        assert [row["text"] for row in found.rows] == names and "data" in found.summary
+    with pytest.raises(DataError, match=r"c-\*\.jsonl: no data file matches"):
+        read_records(tmp_path / "data" / "c-*.jsonl")
+
+
+def test_a_source_of_a_pattern_has_a_name_and_trains(tmp_path, tokenizer):
+    write(tmp_path, "rows/a-1.jsonl", "rows/a-2.jsonl")
+    for pattern, name in (("rows/*.jsonl", "rows"), ("rows/a-*.jsonl", "a")):
+        source = dataset_source({"path": str(tmp_path / pattern)}, tokenizer, TextRules(64))
+        assert len(source) == 2 and source.name == name
 
 
 def test_a_split_is_never_a_part_of_another_ones_name(tmp_path):

@@ -39,7 +39,8 @@ def split_of(path: str) -> str | None:
 def files_of(names: list[str], folder: str, split: str | None, config: str | None = None) -> list[str]:
     """The data files of one split among the ``names`` within a folder, or all of them where names tell no splits apart.
 
-    Without ``split`` that is ``train`` where there is one. Raises ConfigError naming the splits, or the configurations
+    Without ``split`` that is ``train`` where there is one; files that name no split are that beside files for
+    evaluation alone. Raises ConfigError naming the splits, or the configurations
     that have files of the split in folders of their own, where more than one could be meant; DataError for a split that
     is not there.
     """
@@ -49,12 +50,18 @@ def files_of(names: list[str], folder: str, split: str | None, config: str | Non
     if not files:
         raise DataError(f"{folder}: no data files. What would work: {', '.join(SUFFIXES)} in the folder.")
     splits = sorted({each for each in files.values() if each is not None})
+    held_out = bool(splits) and not any(each.startswith("train") for each in splits)
+    if held_out and None in files.values():
+        files, splits = {name: each or "train" for name, each in files.items()}, [*splits, "train"]
     wanted = split or ("train" if "train" in splits else None)
     if wanted is None and splits and (len(splits) > 1 or None in files.values()):
         more = "" if None not in files.values() else " and files of none"
-        raise ConfigError(
-            f"{folder} holds the splits {', '.join(splits)}{more}. Choose one, for example split: {splits[-1]}."
+        way = (
+            "None is for training by its name: call that train, or choose one with split: NAME."
+            if held_out
+            else f"Choose one, for example split: {splits[-1]}."
         )
+        raise ConfigError(f"{folder} holds the splits {', '.join(splits)}{more}. {way}")
     chosen = [name for name, each in files.items() if wanted is None or each == wanted.lower()]
     if not chosen:
         known = f"Its splits: {', '.join(splits)}." if splits else f"Its files: {', '.join(list(files)[:6])}."

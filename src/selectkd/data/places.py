@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -201,6 +202,11 @@ class Place:
         if "://" in self.path:
             return self._remote()
         place = Path(self.path)
+        if "*" in self.path and not place.exists():
+            found = sorted(one for one in glob(self.path, recursive=True) if one.lower().endswith(KINDS))
+            if not found:
+                raise DataError(f"{self.path}: no data file matches. What would work: {', '.join(SUFFIXES)}.")
+            return [DataFile(one, _shown(one)) for one in found]
         if place.is_dir():
             if any(all((place / name).exists() for name in names) for names in SAVED):
                 return self._saved(self.path)

@@ -221,7 +221,10 @@ def _place(entry: Mapping[str, Any]) -> Place:
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("name") or Path(str(entry["path"])).stem.split(".")[0] or "data")
+    """The name of a source; without one that of its file, of a pattern the first part from its end that is no star."""
+    path = Path(str(entry["path"]))
+    parts = (part.split(".")[0].replace("*", "").strip("-_") for part in (path.stem, *path.parts[-2::-1]))
+    return str(entry.get("name") or next(filter(None, parts), "data"))
 
 
 def _source(text: Text, how: Rendering, path: str, name: str, weight: float, stream: int) -> Source:
