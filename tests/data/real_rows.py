@@ -79,6 +79,14 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "metamathqa": ({"type": "GSM", "query": Q, "original_question": Q, "response": A}, "prompt_completion", []),
     "gsm8k": ({"question": Q, "answer": f"2 + 3 = <<2+3=5>>5\n#### 5. {A}"}, "prompt_completion", []),
     "math": ({"problem": Q, "level": "Level 1", "type": "Algebra", "solution": A}, "prompt_completion", []),
+    "openmath": (
+        {"problem": Q, "generated_solution": A, "expected_answer": "5", "problem_source": "s"}, "prompt_completion", [],
+    ),
+    "xlam": (
+        {"id": 1, "query": Q, "answers": json.dumps([{"name": "say", "arguments": {"text": A}}]),
+         "tools": json.dumps([{"name": "say", "description": "says", "parameters": {"text": {"type": "str"}}}])},
+        "prompt_completion", [],
+    ),
     "math-500": (
         {"problem": Q, "solution": A, "answer": "5", "subject": "Algebra", "level": 1, "unique_id": "t/1"},
         "prompt_completion", ["answer"],

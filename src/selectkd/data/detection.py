@@ -28,8 +28,10 @@ FORMATS: Mapping[str, str] = {
 """The formats in the order in which one is chosen for a record with the fields of several."""
 
 PROMPT_NAMES = ("prompt", "query", "question", "problem", "inputs")
-COMPLETION_NAMES = ("completion", "response", "solution", "answer", "targets", "target")
+COMPLETION_NAMES = ("completion", "response", "solution", "generated_solution", "answer", "targets", "target")
 """A solution comes before an answer, which is its last line where a record has both (MATH-500, NuminaMath)."""
+CALLS = "answers"
+"""The field of the calls that answer a prompt in a record with tools (xLAM)."""
 OUTPUT_NAMES = ("output", *COMPLETION_NAMES, "generation")
 TALK_NAMES = ("conversations", "conversation")
 TEXT_NAMES = ("text", "content")
@@ -40,7 +42,7 @@ LABELLED = ("messages", "conversations", "prompt_completion", "instruction")
 """Formats whose rows may have a verdict. A row with ``label: false`` is never trained, whoever names its format."""
 
 _OTHERS = ("tools", "functions", *SYSTEM_NAMES)
-_PAIR = (*PROMPT_NAMES, "input", *COMPLETION_NAMES, "output", *_OTHERS)
+_PAIR = (*PROMPT_NAMES, "input", *COMPLETION_NAMES, CALLS, "output", *_OTHERS)
 _INSTRUCTION = ("instruction", "input", "context", *OUTPUT_NAMES, "history", *_OTHERS)
 READ: Mapping[str, Collection[str]] = {
     "tokens": ("input_ids",),
@@ -72,6 +74,8 @@ def pair_names(record: Mapping[str, Any]) -> tuple[str, str] | None:
     prompt, answer = present(record, PROMPT_NAMES), present(record, COMPLETION_NAMES)
     if prompt is not None and answer is not None:
         return prompt, answer
+    if prompt is not None and record.get(CALLS) and record.get("tools"):
+        return prompt, CALLS
     prompt, answer = present(record, ("input", *PROMPT_NAMES)), present(record, ("output", *COMPLETION_NAMES))
     return (prompt, answer) if prompt is not None and answer is not None else None
 

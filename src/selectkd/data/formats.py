@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from selectkd.data.detection import (
+    CALLS,
     COMPLETION_NAMES,
     FORMATS,
     LABELLED,
@@ -218,6 +219,8 @@ def _prompt_completion(record: Mapping[str, Any], where: Where) -> Sample:
         prompt = _need(record, (*PROMPT_NAMES, "input"), where)
         return _pair(record, where, prompt, _need(record, COMPLETION_NAMES, where), "prompt_completion")
     prompt, answer = ((name, record[name]) for name in names)
+    if answer[0] == CALLS:
+        answer = (CALLS, [{"role": "function_call", "content": answer[1]}])
     return _pair(record, where, prompt, answer, "prompt_completion")
 
 
