@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from selectkd.cli import main
 from selectkd.cli.terminal import clean
@@ -299,3 +300,7 @@ def test_data_check_reads_a_recipe(
     assert main(["data", "check", str(recipe)]) == 0
     told = capsys.readouterr().out
     assert "no held-out text" in told and "overlap" not in told  # nothing was compared
+    as_json = tmp_path / "r.json"
+    as_json.write_text(json.dumps(yaml.safe_load(recipe.read_text())))
+    assert main(["data", "check", str(as_json)]) == 0
+    assert capsys.readouterr().out == told

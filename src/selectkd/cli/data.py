@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 READING = ("path", "split", "config", "revision", "storage_options", "format", "limit")
 """The keys of a source that say which records are read."""
+LARGEST = 1_000_000
+"""Bytes of a JSON file that may be a recipe."""
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -200,12 +202,24 @@ def align(
 
 
 def _wanted(target: str, tokenizer: str | None, max_length: int, on_bad_record: str) -> Wanted:
-    if not target.lower().endswith((".yaml", ".yml")):
+    if not _is_recipe(target):
         return Wanted(None, target, tokenizer, None, max_length, _policy(on_bad_record))
 
     from selectkd.config import load_recipe
 
     return _of(load_recipe(target), tokenizer)
+
+
+def _is_recipe(target: str) -> bool:
+    """Whether a target is a recipe: a YAML file, or one of JSON with the keys of a recipe."""
+    path = Path(target)
+    if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > LARGEST:
+        return path.suffix.lower() in (".yaml", ".yml")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"data", "training"} <= content.keys()
 
 
 def _of(recipe: Recipe, tokenizer: str | None) -> Wanted:
