@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 import struct
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
+import numpy as np
 import xxhash
 
 from selectkd.config.extras import how_to_install
@@ -34,8 +36,10 @@ KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ANIMATED = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
 SECONDS = 20.0
 """How long a URL may take."""
-CODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-"""How files of JPEG, PNG, GIF and WebP begin in base64."""
+CODED = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk)[A-Za-z0-9+/=\s]{60,}")
+"""How files of JPEG, PNG, GIF, WebP, TIFF and BMP begin in base64. No path is so long without a dot."""
+DEEP = ("PPM", "PNG")
+"""Kinds whose numbers of mode I are sixteen bits, whatever the file's largest."""
 HEADER = struct.Struct("<cQ16s")
 BY_PATH = b"p"
 """How a packed reference to a file begins."""
@@ -142,9 +146,14 @@ def found(source: Any, rules: ImageRules, where: str, *, max_pixels: int | None 
         return _of_bytes(_fetched(source, rules, where), most, where)
     if source.startswith("file://"):
         return _of_path(unquote(source.removeprefix("file://").removeprefix("localhost")), rules, most, where)
-    if len(source) > 64 and source.startswith(CODED) and "." not in source:
+    if in_base64(source):
         return _of_bytes(_base64(source, where), most, where)
     return _of_path(source, rules, most, where)
+
+
+def in_base64(text: str) -> bool:
+    """Whether a text is the file of an image in base64, by how it begins."""
+    return CODED.match(text, 0, 128) is not None
 
 
 def decoded(content: bytes, where: str, *, max_pixels: int = 0) -> Image.Image:
@@ -163,13 +172,18 @@ def decoded(content: bytes, where: str, *, max_pixels: int = 0) -> Image.Image:
                 if getattr(image, "is_animated", False) and image.format in ANIMATED:
                     _refuse(where, f"the {image.format} has {image.n_frames} frames; an image has one.")
                 if max_pixels and image.format == "JPEG":
-                    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
-                    image.draft("RGB", (max(1, int(width * scale)), max(1, int(height * scale))))
-                upright = _in_rgb(ImageOps.exif_transpose(image), Image)
+                    image.draft("RGB", _size_within(width, height, max_pixels))
+                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in DEEP)
+                upright = ImageOps.exif_transpose(image)
+                upright = _of_deep_grey(upright, Image) if deep else _in_rgb(upright, Image)
     except Image.DecompressionBombError:
         _refuse(where, f"the image has more than {MOST_PIXELS:,} pixels. Scale it down.")
+    except DataError:
+        raise
     except _FAULTS as error:
         reason = " ".join(str(error).split())[:80] or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "its bytes begin like those of none"
         raise DataError(
             f"{where}: not a sound image ({reason}). What would work: {', '.join(KINDS)}, whole; or skip such rows "
             "with `on_bad_record: skip`."
@@ -198,19 +212,32 @@ def _in_rgb(image: Any, Image: Any) -> Any:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I;16"):  # sixteen bits of grey, which convert would cut at 255
-        return image.point(lambda value: value / 256).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are numbers of 32 bits ({image.mode})")
     return image.convert("RGB")
 
 
+def _of_deep_grey(image: Any, Image: Any) -> Any:
+    """Sixteen bits of grey, which ``convert`` would cut at 255; the grey that is transparent is white."""
+    deep = np.asarray(image)
+    grey = (deep >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[deep == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
 def _within(image: Any, max_pixels: int, Image: Any) -> Any:
-    width, height = image.size
-    scale = (max_pixels / (width * height)) ** 0.5
-    if scale >= 1:
+    if image.width * image.height <= max_pixels:
         return image
-    return image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+    return image.resize(_size_within(*image.size, max_pixels), Image.Resampling.BICUBIC)
+
+
+def _size_within(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """The size of the same shape with at most so many pixels; no side is 0."""
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    wide, high = max(1, int(width * scale)), max(1, int(height * scale))
+    return min(wide, max_pixels), min(high, max_pixels)
 
 
 def _of_bytes(content: bytes, max_pixels: int, where: str) -> ImageRef:

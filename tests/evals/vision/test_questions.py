@@ -112,6 +112,25 @@ def test_every_rotation_must_be_right_made_here_or_held_by_the_file(tmp_path: Pa
     assert shown == [png(1), png(2), png(1), png(1)], "a row that names another row's image has it"
 
 
+def test_nan_that_fills_empty_cells_is_no_option_and_no_hint(tmp_path: Path) -> None:
+    rows = [
+        {"index": 0, "image": {"bytes": png(1), "path": None}, "hint": "nan", "question": "Which?", "A": "cat", "B": "dog",
+         "C": "nan", "D": "nan", "answer": "B"},
+        {"index": 1, "image": {"bytes": png(2), "path": None}, "hint": "look", "question": "Which?", "A": "nan", "B": "nan",
+         "C": "inf", "D": "nan", "answer": "A"},
+        {"index": 2, "image": {"bytes": png(3), "path": None}, "hint": "look", "question": "Which?", "A": "1", "B": "2",
+         "C": "inf", "D": "nan", "answer": "D"},
+        {"index": 3, "image": {"bytes": png(4), "path": None}, "hint": "look", "question": "Which?", "A": "1", "B": "nan",
+         "C": "nan", "D": "nan", "answer": "A"},
+    ]  # fmt: skip
+    found = list(read_questions(parquet(tmp_path / "MMBench.parquet", rows)))
+    assert [list(one.options.values()) for one in found] == [
+        ["cat", "dog"], ["nan", "nan", "inf"], ["1", "2", "inf", "nan"], ["1", "nan"],
+    ]  # fmt: skip
+    asked = [BENCHMARKS["mmbench"].ask(one) for one in found]
+    assert "Hint" not in asked[0] and asked[1].startswith("Hint: look")
+
+
 def test_a_limit_counts_questions_and_keeps_their_rotations_together(tmp_path: Path) -> None:
     rows = [
         {"index": at + turn * 1_000_000, "image": text64(1), "answer": "B", **PET}

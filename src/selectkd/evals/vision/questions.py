@@ -26,6 +26,8 @@ REFERENCE = 64
 """An image cell of at most so many characters is the index of the row that has the image (VLMEvalKit's rule)."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """How a cell ends that is a path and no base64, which has no dots."""
+FILLER = "nan"
+"""What stands in empty cells of MMBench's Parquet files."""
 TURN = 1_000_000
 """VLMEvalKit's index of a rotated question is the index of the question plus so many for each turn."""
 INLINE_OPTIONS = re.compile(r"\s*\bOptions:\s*(?=A[:.]\s)", re.IGNORECASE)
@@ -166,18 +168,25 @@ def _question(record: Mapping[str, Any], origin: str, index: str, images: tuple[
     text, answer = _first(record, "query", "question"), _first(record, "answer", "gt_answer")
     if not isinstance(text, str) or answer in (None, ""):
         raise DataError(f"{origin}: no question with its answer; fields: {', '.join(sorted(record))[:120]}.")
-    text, options = _options(record, text, origin)
+    text, options = _options(record, text, str(answer), origin)
     if isinstance(answer, list):
         answer = str(answer)
     right = _letter(record, str(answer), options, origin) if options else str(answer)
     kept = {key: one for key, one in record.items() if not key.startswith(("image", "decoded"))}
+    if str(kept.get("hint")) == FILLER:
+        del kept["hint"]
     return Question(origin, index, text, right, images, options, _groups(record, index), kept)
 
 
-def _options(record: Mapping[str, Any], text: str, origin: str) -> tuple[str, dict[str, str]]:
-    """(the question without options, its options): of columns A, B, ..., a list, or the question itself (MMStar)."""
+def _options(record: Mapping[str, Any], text: str, answer: str, origin: str) -> tuple[str, dict[str, str]]:
+    """(the question without options, its options): of columns A, B, ..., a list, or the question itself (MMStar).
+
+    Of columns behind the second, the last ones that hold ``FILLER`` are none, unless one is the answer.
+    """
     columns = {one: str(record[one]) for one in string.ascii_uppercase if record.get(one) not in (None, "")}
     if columns:
+        while len(columns) > 2 and columns[last := max(columns)] == FILLER and answer != last:
+            del columns[last]
         return text, columns
     listed = _first(record, "options", "choices")
     texts = literal_list(listed) if isinstance(listed, str) else listed
