@@ -95,6 +95,14 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         {"source": "s", "problem": Q, "solution": A, "messages": [ASK, ANSWER]}, "messages", ["problem", "solution"],
     ),
     "orca_dpo_pairs": ({"system": "Be brief.", "question": Q, "chosen": A, "rejected": "6."}, "preference", []),
+    "distilabel-intel-orca-dpo-pairs": (
+        {"system": "", "input": Q, "chosen": A, "rejected": "6.", "generations": [A, "6."]}, "preference", [],
+    ),
+    "orca pairs with whole conversations": (
+        {"system": "Be brief.", "question": Q, "chosen": [{"role": "system", "content": "Be brief."}, ASK, ANSWER],
+         "rejected": [{"role": "system", "content": "Be brief."}, ASK, BAD]},
+        "preference", [],
+    ),
     "dpo-mix": ({"dataset": "d", "chosen": [ASK, ANSWER], "rejected": [ASK, BAD]}, "preference", []),
     "hh-rlhf": (
         {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: Six."},

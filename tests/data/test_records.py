@@ -311,6 +311,9 @@ def test_rows_with_and_without_a_label_say_what_to_do(tmp_path):
         ({"question": "q", "answer": None}, "has 'question', and beside it answer is missing or null"),
         ({"instruction": "q", "response": None}, "has 'instruction', and beside it response is missing or null"),
         ({"prompt": None, "completion": "a"}, "has 'completion', and beside it prompt is missing or null"),
+        ({"messages": None, "text": None, "id": 3}, "Of these messages, text are null"),
+        ({"text": None}, "Of these text is null"),
+        ({"question": "q"}, "beside it completion or response or solution is missing"),
         ({"prompt": "q", "chosen": "a"}, "has 'chosen', and beside it rejected is missing or null"),
     ],
 )  # fmt: skip

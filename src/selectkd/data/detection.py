@@ -163,8 +163,9 @@ def _missing(record: Mapping[str, Any]) -> str:
     }
     name = present(record, tuple(wanted))
     if name is None:
-        return ""
-    some = [each for each in wanted[name] if each in record] or wanted[name]
+        empty = [each for each in SPOKEN if each in record and record[each] is None]
+        return f"\nOf these {', '.join(empty)} {'is' if len(empty) == 1 else 'are'} null." if empty else ""
+    some = [each for each in wanted[name] if each in record] or wanted[name][:3]
     return f"\nThe row has {name!r}, and beside it {' or '.join(some)} is missing or null."
 
 

@@ -226,7 +226,7 @@ def _prompt_completion(record: Mapping[str, Any], where: Where) -> Sample:
 
 def _preference(record: Mapping[str, Any], where: Where) -> Sample:
     chosen = _need(record, ("chosen",), where)
-    name = present(record, (*PROMPT_NAMES, "conversations", "instruction", "messages"))
+    name = present(record, (*PROMPT_NAMES, "conversations", "instruction", "messages", "input"))
     if name is None:
         turns = transcript(chosen[1]) if isinstance(chosen[1], str) else chosen[1]
         if not isinstance(turns, list | tuple) or len(turns) < 2:
