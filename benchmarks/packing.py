@@ -6,14 +6,15 @@ One row of random ids, samples of equal length, a Llama of SmolLM2's width and h
 that reaches the attention of a layer beside queries, keys and values (flex attention's mask of blocks, flash
 attention's cu_seqlens). dense mask: one additive [1, 1, t, t] mask in fp32, given to sdpa. by position ids:
 transformers' own mask of a packed row, [1, 1, t, t] in bool, for sdpa. by sample: ``models.forward``. The seconds are
-processor time; flash attention has none without its package, nor does flex attention, which has no gradient on a
-processor.
+processor time, medians of passes in turns; flash attention has none without its package, nor does flex attention,
+which has no gradient on a processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from selectkd.data.collate import Batch, collate_packed
 from selectkd.data.example import Example
 from selectkd.models.forward import flash_inputs, last_hidden
 from selectkd.models.head import backbone
+
+REPEATS = 3
 
 
 def model_of(layers: int) -> Any:
@@ -58,14 +61,19 @@ class Masks:
         self.bytes = sum(one.numel() * one.element_size() for one in tensors if one is not None)
 
 
-def timed(run: Any, model: Any, masks: Masks) -> tuple[float, int]:
-    best = float("inf")
-    for _ in range(3):
-        model.zero_grad(set_to_none=True)
-        start = time.process_time()
-        run().square().mean().backward()
-        best = min(best, time.process_time() - start)
-    return best, masks.bytes
+def timed(ways: dict[str, Any], model: Any, masks: Masks) -> dict[str, tuple[list[float], int]]:
+    """Of each way the processor seconds of REPEATS passes, taken in turns, and the bytes of its mask."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    sizes = {}
+    for _ in range(REPEATS):
+        for name, run in ways.items():
+            model.zero_grad(set_to_none=True)
+            masks.bytes = 0
+            start = time.process_time()
+            run().square().mean().backward()
+            seconds[name].append(time.process_time() - start)
+            sizes[name] = masks.bytes
+    return {name: (seconds[name], sizes[name]) for name in ways}
 
 
 def measured(length: int, sample: int, layers: int) -> list[Row]:
@@ -82,9 +90,12 @@ def measured(length: int, sample: int, layers: int) -> list[Row]:
     }
     case = f"t {length}, samples of {sample}, {layers} layers"
     rows: list[Row] = []
-    for name, run in ways.items():
-        seconds, size = timed(run, model, masks)
-        rows += [(case, name, "mask bytes", size, 0.0, 1), (case, name, "seconds", seconds, 0.0, 3)]
+    for name, (seconds, size) in timed(ways, model, masks).items():
+        spread = (max(seconds) - min(seconds)) / 2
+        rows += [
+            (case, name, "mask bytes", size, "", 1),
+            (case, name, "seconds", median(seconds), spread, REPEATS),
+        ]
     blocks = flex_attention_mask(
         1,
         length,
@@ -93,10 +104,10 @@ def measured(length: int, sample: int, layers: int) -> list[Row]:
     )
     kept = [one for one in vars(blocks).values() if isinstance(one, torch.Tensor)]
     rows.append(
-        (case, "flex attention", "mask bytes", sum(x.numel() * x.element_size() for x in kept), 0.0, 1)
+        (case, "flex attention", "mask bytes", sum(x.numel() * x.element_size() for x in kept), "", 1)
     )
     starts = flash_inputs(batch)["cu_seq_lens_q"]
-    rows.append((case, "flash attention", "mask bytes", starts.numel() * starts.element_size(), 0.0, 1))
+    rows.append((case, "flash attention", "mask bytes", starts.numel() * starts.element_size(), "", 1))
     return rows
 
 
