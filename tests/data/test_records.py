@@ -9,7 +9,7 @@ import pytest
 
 from selectkd.data.detection import FORMATS, detect_format
 from selectkd.data.example import Dropped
-from selectkd.data.files import read_records
+from selectkd.data.files import Found, read_records
 from selectkd.data.formats import to_sample
 from selectkd.data.render import TextRules, render
 from selectkd.data.sources import dataset_source
@@ -324,6 +324,14 @@ def test_a_row_of_no_format_says_what_it_lacks(tmp_path, row, said):
     file.write_text(json.dumps(row))
     with pytest.raises(DataError, match=said):
         read_records(file)
+
+
+@pytest.mark.parametrize("first", ["unpaired_preference", "prompt_completion"])
+def test_chunks_with_and_without_labels_say_what_to_do(first):
+    formats = ["unpaired_preference", "prompt_completion"]
+    one, other = (Found(1, formats=(name,)) for name in sorted(formats, key=lambda name: name != first))
+    with pytest.raises(DataError, match="Give every row a label, true or false"):
+        one.add(other)
 
 
 def test_text_about_people_of_some_role_is_text():

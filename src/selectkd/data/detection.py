@@ -152,7 +152,7 @@ def _missing(record: Mapping[str, Any]) -> str:
     if _one_turn(record) and present(record, TEXT_NAMES):
         return (
             f"\nThe row is one turn of a conversation, with the role {str(record['role'])[:40]!r}. Join the turns of "
-            "each conversation into one row with `messages`."
+            "each conversation into one row with `messages`; `format: text` trains each as text of its own."
         )
     wanted = {
         **dict.fromkeys(("chosen",), ("rejected",)),

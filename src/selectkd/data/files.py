@@ -212,7 +212,7 @@ def check_reading(format: str | None, limit: int | None, on_bad_record: str) -> 
 
 def _mixed(found: Found, formats: tuple[str, ...], example: tuple[str, str]) -> DataError:
     way = "Put each format in a source of its own, or name one with `format:`."
-    if formats == LABELS and found.formats[0] in LABELLED:
+    if LABELS in (formats, found.formats) and {*formats, *found.formats} - {*LABELS} <= {*LABELLED}:
         way = (
             "Give every row a label, true or false. `format: unpaired_preference` with `on_bad_record: skip` leaves "
             "out the\nrows without one."
