@@ -33,6 +33,12 @@ def says(text: str, **fields: Any) -> dict[str, Any]:
     return {"question": text, "answer": "a cat", **fields}
 
 
+def turn(content: Any = "what is it", **fields: Any) -> dict[str, Any]:
+    """A record whose question has fields of its own."""
+    asked = {"role": "user", "content": content, **fields}
+    return {"messages": [asked, {"role": "assistant", "content": "a cat"}]}
+
+
 READ: dict[str, dict[str, Any]] = {
     **{f"the field {name}": {**ASKS, name: "0.png"} for name in COLUMNS},
     "several paths": {**ASKS, "image_paths": ["0.png"]},
@@ -50,6 +56,22 @@ READ: dict[str, dict[str, Any]] = {
     "a data URL as base64": part(base64=f"data:image/png;base64,{CODED}"),
     "a part that counts": {**part(index=0, text=None), "images": ["0.png"]},
     "a part with a path under another name": part(image_path="0.png"),
+    "a part whose first field is an object of nulls": part(
+        image={"bytes": None, "path": None}, image_url={"url": "0.png"}),
+    "a part of nulls and a column": {**part(image={"bytes": None, "path": None}), "images": ["0.png"]},
+    "the same image as a path and as an object": {
+        **ASKS, "images": ["0.png"], "image": {"bytes": None, "path": "0.png"},
+    },
+    **{f"the field {name} of a turn": turn(**{name: "0.png"}) for name in COLUMNS},
+    "Ollama's images": turn(images=[CODED]),
+    "a turn's image and nulls": turn(images=["0.png"], video=None, videos=[], audio={"bytes": None, "path": None}),
+    "a turn's image at its part": turn([{"type": "image"}, {"type": "text", "text": "what is it"}], image="0.png"),
+    "a turn's image at its mark": turn("<image>what is it", image="0.png"),
+    "a turn of ShareGPT": {
+        "conversations": [{"from": "human", "value": "what is it", "image": "0.png"},
+                          {"from": "gpt", "value": "a cat"}],
+    },
+    "a pair of input and output": {"conversations": [{"input": "what is it", "output": "a cat", "image": "0.png"}]},
     "a mark, and a field of another name": says("<image>\nwhat is it", image_path="0.png"),
 }  # fmt: skip
 
@@ -58,7 +80,7 @@ READ: dict[str, dict[str, Any]] = {
 def test_an_image_is_read_from_every_field_that_says_what_it_is(read: Any, name: str) -> None:
     wanted = read(tiny.asks("what is it", "a cat", "0.png")).examples[0]
     (one,) = read(READ[name]).examples
-    if "mark" not in name:
+    if "a mark" not in name:
         assert one.input_ids == wanted.input_ids
     assert one.images.spans and len(one.images.refs) == 1
     assert one.images.shown()[0].tobytes() == tiny.picture(0).tobytes()
@@ -90,6 +112,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a mark and a field of an unknown name": (
         says("<image>what is it", picture=f"data:image/png;base64,{CODED}"), "The field 'picture' holds one"),
     "a field of an unknown name": ({**ASKS, "picture": [f"data:image/png;base64,{CODED}"]}, "'picture' holds an image"),
+    "bare base64 in a field of an unknown name": ({**ASKS, "picture_data": CODED}, "'picture_data' holds an image"),
+    "a path in an object": ({**ASKS, "picture": {"bytes": None, "path": "a.png"}}, "'picture' holds an image"),
+    "imagefolder's metadata": ({**ASKS, "file_name": "a/0.JPG"}, "'file_name' holds an image"),
+    "paths in a field of an unknown name": ({**ASKS, "shots": ["0.png"]}, "'shots' holds an image"),
+    "an address in a field of an unknown name": (
+        {**ASKS, "page": "https://host/a.webp?size=9"}, "'page' holds an image"),
+    "a field of an unknown name in a turn": (turn(picture="0.png"), "'picture' holds an image"),
+    "a turn's video": (turn(video="a.mp4"), r"messages\[0\]: has the field 'video', and video is not read"),
+    "a video of a pair": (
+        {"messages": [{"input": "what", "output": "a cat", "video": "a.mp4"}]}, "the field 'video', and video"),
+    "an answer's image": (
+        {"messages": [{"role": "user", "content": "draw"}, {"role": "assistant", "content": "so", "image": "0.png"}]},
+        r"turn 1 \(assistant\) has an image"),
+    "two images of a turn for one mark": (
+        turn("<image>what", images=["0.png", "1.png"]), "2 images .* 1 placeholder"),
+    "images in a turn and in a column": (
+        {**turn(image="0.png"), "images": ["1.png"]}, "1 image in the column images, and 0"),
+    "an image in a part of text": (
+        turn([{"type": "text", "text": "what", "image": "0.png"}]), "type text .* 'image'"),
     "a mark beside an image in a part": (
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"},
                                                    {"type": "text", "text": "what is <image>"}]},
@@ -155,6 +196,31 @@ def test_a_model_of_text_refuses_what_it_would_read_blind(text_only: Any) -> Non
     ):
         with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{words}"):
             text_only(record)
+
+
+def test_a_model_of_text_refuses_the_images_of_turns_and_names_what_may_be_one(text_only: Any) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:1: has 1 image, and the model sees none"):
+        text_only(turn(images=["0.png"]))
+    with pytest.raises(DataError, match="the field 'video', and video is not read"):
+        text_only(turn(video="a.mp4"))
+    source = text_only({**ASKS, "file_name": "0.png", "picture_data": CODED})
+    assert len(source.examples) == 1 and "not part of the text: file_name, picture_data" in source.summary
+
+
+def test_names_of_files_that_are_the_text_are_no_images(read: Any) -> None:
+    for record in (
+        says("favicon.png", system="a.png"),
+        {"question": "which file?", "answer": "logo.png"},
+        turn("a.png", name="b.png"),
+    ):
+        assert len(read(record).examples) == 1
+
+
+def test_images_of_turns_stand_in_their_turns(read: Any) -> None:
+    talk = [turn("this and\n<image>?", images=["1.png"]), turn("or this", image="2.png")]
+    (one,) = read({"messages": [each for record in talk for each in record["messages"]]}).examples
+    assert [name.rpartition("/")[2] for name in one.images.names] == ["1.png", "2.png"]
+    assert len(one.images.places) == 2
 
 
 def test_plain_text_beside_an_address_of_an_image_is_text(text_only: Any) -> None:

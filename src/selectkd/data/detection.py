@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from selectkd.data.image_parts import columns_of, filled
+from selectkd.data.image_parts import MEDIA, columns_of, filled
 from selectkd.data.turns import role_of
-from selectkd.data.unread import MEDIA, unread_images
+from selectkd.data.unread import unread_images
 from selectkd.errors import DataError
 
 FORMATS: Mapping[str, str] = {
@@ -119,7 +119,7 @@ def left_aside(record: Mapping[str, Any], format: str) -> list[str]:
         *spoken,
         *(name for name in VERDICTS if record.get(name) is not None and format != "unpaired_preference"),
         *(images if format in ("tokens", "text") else images[1:]),
-        *unread_images(record),
+        *unread_images(record, SPOKEN),
         *media,
     ]
 

@@ -13,6 +13,7 @@ from selectkd.data.detection import (
     LABELLED,
     OUTPUT_NAMES,
     PROMPT_NAMES,
+    SPOKEN,
     SYSTEM_NAMES,
     TALK_NAMES,
     TEXT_NAMES,
@@ -23,11 +24,11 @@ from selectkd.data.detection import (
     verdict_of,
 )
 from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
-from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, columns_of, placed
+from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, ImagePart, check_media, columns_of, placed
 from selectkd.data.pairs import RULES, joined
 from selectkd.data.token_rows import token_row
 from selectkd.data.turns import check_order, talk_of, text_of, transcript
-from selectkd.data.unread import check_media, unread_images
+from selectkd.data.unread import unread_images
 from selectkd.errors import DataError
 
 
@@ -73,10 +74,10 @@ def to_sample(record: Mapping[str, Any], format: str, *, origin: str = "record")
         messages, images = placed(sample.messages, record, origin)
         if images:
             return replace(sample, messages=messages, images=images)
-        unread = unread_images(record)
+        unread = unread_images(record, SPOKEN, messages)
         return replace(sample, unread=unread) if unread else sample
     names = columns_of(record)
-    held = [*names, *unread_images(record)]
+    held = [*names, *unread_images(record, SPOKEN)]
     if set(names) & set(COLUMNS[:2]) or (held and PLACEHOLDER in (sample.text or "")):
         raise DataError(
             f"{origin}: images beside {format}. What would work: messages, conversations, prompt + completion, or "

@@ -13,6 +13,16 @@ COLUMNS = (
     "image_url",
 )  # fmt: skip
 """Fields of a record that hold its images. The first that has some is read; ``images`` beside ``image`` is refused."""
+MEDIA = {
+    name: kind
+    for kind in ("video", "audio")
+    for name in (
+        kind,
+        f"{kind}s",
+        *(f"{kind}{end}" for one in ("_path", "_file", "_url") for end in (one, f"{one}s")),
+    )
+}
+"""Fields of a record or a turn that hold what is not read, with what that is."""
 PLACEHOLDER = "<image>"
 """What stands for an image in a text, in LLaVA's and ms-swift's files."""
 SOURCES = (
@@ -37,7 +47,7 @@ def image_part(part: Mapping[str, Any], where: Any) -> dict[str, Any] | None:
     """A part of a message as {type: image, source, place, max_pixels}; None for one that is no image."""
     if part.get("type") not in PARTS:
         return None
-    name = next((key for key in SOURCES if part.get(key) is not None), None)
+    name = next((key for key in SOURCES if filled(part.get(key))), None)
     source = None if name is None else part[name]
     if name in ("base64", "data"):
         source = {"base64": source}
@@ -68,11 +78,56 @@ def images_of(record: Mapping[str, Any], origin: str) -> list[Any]:
     if not names:
         return []
     lists = [value if isinstance(value := record[name], list | tuple) else [value] for name in names]
-    if names[:2] == list(COLUMNS[:2]) and list(lists[0]) != list(lists[1]):
+    if names[:2] == list(COLUMNS[:2]) and [*map(_file, lists[0])] != [*map(_file, lists[1])]:
         raise DataError(
             f"{origin}: has images in two fields, {names[0]} and {names[1]}. Put all of them into one."
         )
     return list(lists[0])
+
+
+def _file(image: Any) -> Any:
+    """What an image is compared by: of {bytes, path} what it has."""
+    if not isinstance(image, Mapping):
+        return image
+    return next((image[name] for name in ("bytes", "path", "url") if image.get(name) is not None), image)
+
+
+def check_media(record: Mapping[str, Any], origin: str) -> None:
+    """DataError where a conversation comes with a video or a sound, without which it would be trained blind."""
+    for name, kind in MEDIA.items():
+        if filled(record.get(name)):
+            raise DataError(
+                f"{origin}: has the field {name!r}, and {kind} is not read. Leave the row out, or take the field out "
+                "where the text does not need it."
+            )
+
+
+def with_own_images(turn: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    """A turn with the images of its own fields among its parts: at its parts without an image of their own, at
+    ``<image>`` in its text, else before the text. DataError where their numbers differ, and for a video or a sound.
+    """
+    check_media(turn, str(where))
+    images = images_of(turn, str(where))
+    if not images:
+        return dict(turn)
+    name = columns_of(turn)[0]
+    own = {key: value for key, value in turn.items() if key not in COLUMNS}
+    message = own if _images(own) else _split(own)
+    if not _images(message):
+        message = _before_text(own, len(images))
+    slots = [part for part in _images(message) if part["source"] is None]
+    if len(slots) != len(images):
+        raise _unequal(str(where), len(images), name, len(slots), "turn")
+    for number, (slot, source) in enumerate(zip(slots, images, strict=True)):
+        slot |= {"source": source, "place": f"{where}: image {number} of {name}"}
+    return message
+
+
+def _unequal(origin: str, images: int, name: str, slots: int, of: str) -> DataError:
+    return DataError(
+        f"{origin}: {images} image{'s' * (images != 1)} in the {'column' if of == 'turns' else 'field'} {name}, and "
+        f"{slots} placeholder{'s' * (slots != 1)} in the {of}. Give each image its placeholder, or name it in its part."
+    )
 
 
 def _anthropic(source: Mapping[str, Any], where: Any) -> Any:
@@ -102,12 +157,7 @@ def placed(
             messages = _before_question(messages, len(column), origin)
     slots = sum(part["source"] is None for message in messages for part in _images(message))
     if slots != len(column):
-        some = f"{len(column)} image{'s' * (len(column) != 1)}"
-        name = (columns_of(record) or COLUMNS[:1])[0]
-        raise DataError(
-            f"{origin}: {some} in the column {name}, and {slots} placeholder{'s' * (slots != 1)} "
-            "in the turns. Give each image its placeholder, or name it in its part."
-        )
+        raise _unequal(origin, len(column), (columns_of(record) or COLUMNS[:1])[0], slots, "turns")
     most, left = _pixels(record.get("max_pixels"), f"{origin}: max_pixels"), iter(enumerate(column))
     shown, found = [], []
     for number, message in enumerate(messages):
@@ -165,10 +215,13 @@ def _before_question(messages: Sequence[dict[str, Any]], count: int, origin: str
     place = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if place is None:
         raise DataError(f"{origin}: has images and no turn that asks. Add a user turn.")
-    content = messages[place]["content"]
+    return [*messages[:place], _before_text(messages[place], count), *messages[place + 1 :]]
+
+
+def _before_text(message: Mapping[str, Any], count: int) -> dict[str, Any]:
+    content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    asks = {**messages[place], "content": [*(_slot() for _ in range(count)), *parts]}
-    return [*messages[:place], asks, *messages[place + 1 :]]
+    return {**message, "content": [*(_slot() for _ in range(count)), *parts]}
 
 
 def _without_sources(message: dict[str, Any]) -> dict[str, Any]:

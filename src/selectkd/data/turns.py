@@ -10,7 +10,7 @@ from typing import Any
 
 from selectkd.data.calls import function_of, legacy_call, spoken_calls, tool_calls
 from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
-from selectkd.data.image_parts import image_part
+from selectkd.data.image_parts import COLUMNS, MEDIA, columns_of, filled, image_part, with_own_images
 from selectkd.data.jinja_process import REASONING
 from selectkd.errors import DataError
 
@@ -114,7 +114,7 @@ def turn_of(item: Any, where: Where) -> dict[str, Any]:
         )
     for name in [name for name in turn if ANY_SWITCH.search(name.lower())]:
         turn["weight"] = int(_trained(turn, name, where) and turn.get("weight", 1))
-    return {"role": role, **turn}
+    return with_own_images({"role": role, **turn}, where)
 
 
 def _trained(turn: dict[str, Any], name: str, where: Where) -> bool:
@@ -196,7 +196,9 @@ def talk_of(value: Any, where: Where) -> list[dict[str, Any]]:
             and "output" in item
             and not {"role", "from"} & item.keys()
         ):
-            turns.append({"role": "user", "content": plain_text(item["input"], at.at("input"))})
+            asked = {"role": "user", "content": plain_text(item["input"], at.at("input"))}
+            seen = {name: item[name] for name in (*COLUMNS, *MEDIA) if name in item}
+            turns.append(with_own_images({**seen, **asked}, at))
             turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
         else:
             add_turns(turns, item, at)
@@ -262,6 +264,10 @@ def _part(part: Any, where: Where) -> dict[str, Any]:
         return {"type": "text", "text": plain_text(part, where)}
     if isinstance(part, Mapping) and part.get("type") in TEXTS:
         plain_text(part.get("text"), where.at("text"))
+        for name in (*columns_of(part), *(name for name in MEDIA if filled(part.get(name)))):
+            raise DataError(
+                f"{where}: a part of type {part['type']} with something in {name!r}. Make it two parts."
+            )
         return {str(name): value for name, value in part.items() if value is not None} | {"type": "text"}
     image = image_part(part, where) if isinstance(part, Mapping) else None
     if image is not None:

@@ -5,38 +5,27 @@ as ``<image>`` in a question without anything to show there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from selectkd.data.image_parts import COLUMNS, PLACEHOLDER, filled
+from selectkd.data.image_parts import COLUMNS, MEDIA, PLACEHOLDER
+from selectkd.data.images import in_base64
+from selectkd.data.jinja_process import REASONING
 from selectkd.data.turns import text_of
 from selectkd.errors import DataError
 
-MEDIA = {
-    name: kind
-    for kind in ("video", "audio")
-    for name in (
-        kind,
-        f"{kind}s",
-        *(f"{kind}{end}" for one in ("_path", "_file", "_url") for end in (one, f"{one}s")),
-    )
-}
-"""Fields of a record that hold what is not read, with what that is."""
 MARKS = (PLACEHOLDER, "<video>", "<audio>")
 ALONE = re.compile(r"\A\s*<(image|video|audio)>(?! +\S)|\n[ \t]*<(image|video|audio)>\s*\Z")
 """A mark where converters put one: at the beginning of a text, if no space and a word follow, or as its last line."""
 STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """How the files of images begin."""
-
-
-def check_media(record: Mapping[str, Any], origin: str) -> None:
-    """DataError where a conversation comes with a video or a sound, without which it would be trained blind."""
-    for name, kind in MEDIA.items():
-        if filled(record.get(name)):
-            raise DataError(
-                f"{origin}: has the field {name!r}, and {kind} is not read. Leave the row out, or take the field out "
-                "where the text does not need it."
-            )
+PATH = re.compile(r"[^\s<>\"']+\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?:\?\S*)?", re.IGNORECASE)
+LONGEST = 2048
+"""Characters of a path or an address at most."""
+FILE = frozenset({"bytes", "path"})
+"""Fields of an object that is a file, as data sets of the Hugging Face library store it."""
+OF_TURNS = frozenset({"role", "content", "name", "tool_call_id", "tool_calls", *REASONING})
+"""Fields of a turn that hold text, which may be the name of a file."""
 
 
 def check_seen(
@@ -95,11 +84,21 @@ def _marks(text: str, anywhere: bool) -> Iterator[str]:
                 yield mark
 
 
-def unread_images(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields of other names than those of ``COLUMNS`` that hold the bytes of an image."""
-    return tuple(
+def unread_images(
+    record: Mapping[str, Any], texts: Collection[str], turns: Sequence[Mapping[str, Any]] = ()
+) -> tuple[str, ...]:
+    """Fields of other names than those of ``COLUMNS`` that plainly hold an image, its bytes or its path, of a record
+    and of its turns. texts: fields of a record that hold text, which may be the name of a file.
+    """
+    found = [name for name in _with_images(record) if name not in texts]
+    found += [name for turn in turns for name in _with_images(turn) if name not in OF_TURNS]
+    return tuple(dict.fromkeys(found))
+
+
+def _with_images(fields: Mapping[str, Any]) -> Iterator[str]:
+    return (
         name
-        for name, value in record.items()
+        for name, value in fields.items()
         if name not in COLUMNS and name not in MEDIA and _is_image(value)
     )
 
@@ -108,9 +107,13 @@ def _is_image(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return bool(value) and _is_image(value[0])
     if isinstance(value, Mapping):
-        return _is_image(value.get("bytes"))
+        return _is_image(value.get("bytes")) or (value.keys() <= FILE and _is_image(value.get("path")))
     if isinstance(value, bytes):
         return value.startswith(STARTS)
-    if hasattr(value, "save") and hasattr(value, "mode"):  # Pillow's
-        return True
-    return isinstance(value, str) and value.startswith("data:image/")
+    if isinstance(value, str):
+        return (
+            value.startswith("data:image/")
+            or in_base64(value)
+            or (len(value) <= LONGEST and PATH.fullmatch(value) is not None)
+        )
+    return hasattr(value, "save") and hasattr(value, "mode")  # Pillow's
