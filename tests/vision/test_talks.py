@@ -159,3 +159,23 @@ def test_the_placeholder_in_a_text_before_the_last_answer_is_refused(read: Any) 
     )
     with pytest.raises(DataError, match="image placeholders"):
         read(talk(*turns))
+
+
+def test_an_answer_that_would_lose_all_its_images_is_dropped_and_counted(read: Any) -> None:
+    turns = (
+        asked("what is it", "0.png"),
+        says("a cat on a mat " * 4),
+        asked("what colour is it"),
+        says("red"),
+    )
+    source = read(
+        talk(asked("?", "3.png"), says("a")), talk(*turns), train_turns="last", max_prompt_length=60
+    )
+    assert len(source.examples) == 1 and source.counts["its images would be cut"] == 1
+    kept = talk(asked("hello " * 9), says("yes"), *turns[:1], says("a cat"), *turns[2:])
+    limit = read(talk(*kept["messages"][2:]), train_turns="last").examples[0].completion.index(True)
+    (one,) = read(kept, train_turns="last", max_prompt_length=limit).examples
+    assert one.cut_prompt and len(one.images.refs) == 1
+    words = talk(asked("hello " * 9), says("yes"), asked("what colour is it"), says("red"))
+    (one,) = read(words, train_turns="last", max_prompt_length=40).examples
+    assert one.cut_prompt and not one.images.refs

@@ -188,6 +188,18 @@ def count_of(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(_images(message)) for message in messages)
 
 
+def without_marks(text: str) -> str:
+    """A text without ``<image>``, where the images stand before it.
+
+    >>> without_marks("<image>\\ncaption en")
+    'caption en'
+    """
+    if PLACEHOLDER not in text:
+        return text
+    first, *others = text.split(PLACEHOLDER)
+    return "".join([first, *(piece.lstrip() for piece in others)]).rstrip()
+
+
 def _images(message: Mapping[str, Any]) -> list[Any]:
     content = message.get("content")
     return [part for part in content if part.get("type") == "image"] if isinstance(content, list) else []

@@ -16,12 +16,13 @@ from selectkd.data.encoding import Encoded, Encoder, eos_ids_of
 from selectkd.data.example import Dropped, Example
 from selectkd.data.files import OnBad
 from selectkd.data.formats import Sample
+from selectkd.data.image_parts import without_marks
 from selectkd.data.images import ImageRef
 from selectkd.data.plain import behind_start, joined, single_end
 from selectkd.data.positions import TrainTurns, whole_text
 from selectkd.data.prompts import images_asked, prompt_of, with_images
 from selectkd.data.rounds import Keys, Steps, Tokens, alone
-from selectkd.data.shorter import shorter
+from selectkd.data.shorter import images_before, shorter
 from selectkd.data.template import ChatTemplate
 from selectkd.data.turns import text_of
 from selectkd.data.unread import check_seen
@@ -146,6 +147,9 @@ def rendering(
         sizes = () if images is None else [end - begin for begin, end in images.places]
         length, most = trained.index(True), rules.max_prompt_length or 0
         if too_long and (less := shorter(talk, turns, length, most, sizes)) is not None:
+            if images_before(talk, turns) and not images_before(less, less.trained):
+                results.append(Dropped(sample.origin, "its images would be cut"))
+                continue
             texts = yield from _texts(less, encoder, encoder.ends(eos_ids), rules, template, sight)
             waiting[:0] = [(less, text) for text in texts]
         elif too_long:
@@ -237,7 +241,8 @@ def _joined_to_images(sample: Sample, encoder: Encoder, eos_ids: frozenset[int],
     """Images, prompt and completion without a template, as the model's processor lays out a prompt (PaliGemma's)."""
     vision = sight.vision
     refs = vision.opened(sample.images, sight.rules)
-    prompt = sample.instruction[0] if sample.instruction is not None else sample.prompt
+    asked = (sample.prompt,) if sample.instruction is None else sample.instruction
+    prompt = without_marks("\n\n".join(part for part in asked if part))
     before, spans = vision.prompt_tokens(prompt, refs, sample.origin)
     answer: Encoded = yield Tokens(sample.completion or "")
     after = [*answer.ids, *encoder.end]

@@ -15,6 +15,11 @@ CAUTION = 0.8
 """Of the text that seems too much so much goes at once: what is left of it goes after another count of tokens."""
 
 
+def images_before(sample: Sample, trained: tuple[int, ...]) -> int:
+    """How many images stand before the first of the turns ``trained``."""
+    return count_of((sample.messages or ())[: trained[0]])
+
+
 def shorter(
     sample: Sample, trained: tuple[int, ...], length: int, most: int, images: Sequence[int] = ()
 ) -> Sample | None:
