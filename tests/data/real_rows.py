@@ -39,6 +39,12 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "sharegpt": (
         {"id": "x_1", "conversations": [{"from": "gpt", "value": "Go on."}, HUMAN, GPT]}, "conversations", [],
     ),
+    "the_cauldron": ({"images": [], "texts": [{"user": Q, "assistant": A, "source": "x"}]}, "conversations", []),
+    "finevision": (
+        {"images": None, "texts": [{"user": "And 4?", "assistant": "9."}, {"user": Q, "assistant": A}], "source": "x",
+         "relevance_ratings": [5, 4], "relevance_min": 4},
+        "conversations", [],
+    ),
     "slimorca": (
         {"conversations": [{"from": "system", "value": "Be brief.", "weight": None}, {**HUMAN, "weight": 0.0},
                            {**GPT, "weight": 1.0}]},

@@ -185,6 +185,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "images": ["0.png"],
     },
     "LLaVA's": {"conversations": TALK, "image": "0.png"},
+    "the Cauldron's": {
+        "images": ["0.png"],
+        "texts": [{"user": "what is it", "assistant": "a cat", "source": "x"}],
+    },
     "a column alone": {"question": "what is it", "answer": "a cat", "image": "0.png"},
     "an instruction": {"instruction": "what is it", "output": "a cat", "images": ["0.png"]},
 }

@@ -223,6 +223,11 @@ def test_images_of_turns_stand_in_their_turns(read: Any) -> None:
     assert len(one.images.places) == 2
 
 
+def test_texts_that_are_no_pairs_are_no_conversation(text_only: Any) -> None:
+    source = text_only({"text": "The news of today.", "texts": ["The news", "of today."]})
+    assert source.format == "text" and "not part of the text: texts" in source.summary
+
+
 def test_plain_text_beside_an_address_of_an_image_is_text(text_only: Any) -> None:
     source = text_only({"text": "The news of today.", "image_url": "https://host/a.png"})
     assert len(source.examples) == 1 and "not part of the text: image_url" in source.summary

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from selectkd.data.image_parts import MEDIA, columns_of, filled
-from selectkd.data.turns import role_of
+from selectkd.data.turns import pair_of, role_of
 from selectkd.data.unread import unread_images
 from selectkd.errors import DataError
 
@@ -34,6 +34,8 @@ CALLS = "answers"
 """The field of the calls that answer a prompt in a record with tools (xLAM)."""
 OUTPUT_NAMES = ("output", *COMPLETION_NAMES, "generation")
 TALK_NAMES = ("conversations", "conversation")
+PAIRS = "texts"
+"""The field of a conversation of {user, assistant} objects (the Cauldron, FineVision)."""
 TEXT_NAMES = ("text", "content")
 SYSTEM_NAMES = ("system", "system_prompt")
 VERDICTS = ("label", "kto_tag", "desirable")
@@ -51,7 +53,7 @@ READ: Mapping[str, Collection[str]] = {
     ),
     "unpaired_preference": ("messages", *TALK_NAMES, *_PAIR, *_INSTRUCTION),
     "messages": ("messages", *_OTHERS),
-    "conversations": (*TALK_NAMES, *_OTHERS),
+    "conversations": (*TALK_NAMES, PAIRS, *_OTHERS),
     "instruction": _INSTRUCTION,
     "prompt_completion": _PAIR,
     "text": TEXT_NAMES,
@@ -80,6 +82,14 @@ def pair_names(record: Mapping[str, Any]) -> tuple[str, str] | None:
     return (prompt, answer) if prompt is not None and answer is not None else None
 
 
+def talk_name(record: Mapping[str, Any]) -> str | None:
+    """The field of a record's conversation, None where it has none."""
+    pairs = record.get(PAIRS)
+    first = pairs[0] if isinstance(pairs, list | tuple) and pairs else None
+    found = present(record, TALK_NAMES)
+    return PAIRS if found is None and isinstance(first, Mapping) and pair_of(first) else found
+
+
 def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The format of a record, empty where its fields are those of none.
 
@@ -93,7 +103,7 @@ def matching_formats(record: Mapping[str, Any]) -> tuple[str, ...]:
     found = None
     if record.get("messages") is not None:
         found = "messages"
-    elif present(record, TALK_NAMES):
+    elif talk_name(record):
         found = "conversations"
     elif record.get("instruction") is not None and present(record, OUTPUT_NAMES):
         found = "instruction"

@@ -21,6 +21,7 @@ from selectkd.data.detection import (
     matching_formats,
     pair_names,
     present,
+    talk_name,
     verdict_of,
 )
 from selectkd.data.fields import Where, from_json, plain_text, refuse, shown
@@ -177,7 +178,7 @@ def _messages(record: Mapping[str, Any], where: Where) -> Sample:
 
 
 def _conversations(record: Mapping[str, Any], where: Where) -> Sample:
-    name = present(record, TALK_NAMES) or TALK_NAMES[0]
+    name = talk_name(record) or TALK_NAMES[0]
     at = where.at(name)
     turns = talk_of(record.get(name), at)
     start = 1 if turns[0]["role"] in RULES else 0

@@ -45,6 +45,8 @@ SWITCHES = {
 ANY_SWITCH = re.compile(r"(?:^|_)(?:train(?:ed|able|ing)?|loss|mask(?:ed|s)?)(?:_|$)")
 """Names of fields that may be such a switch where they hold true or false."""
 
+PAIRS = (("input", "output"), ("user", "assistant"))
+"""Fields of a question and its answer in one item of a conversation."""
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 """What parts the turns of a conversation written as one text (HH-RLHF)."""
 
@@ -174,9 +176,16 @@ def turns_of(item: Any, where: Where, *, before: Sequence[Mapping[str, Any]] = (
     return [*turns, turn_of({**item, "content": rest}, where)] if rest else turns
 
 
+def pair_of(item: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The fields of a question and its answer where an item of a conversation is both."""
+    if {"role", "from"} & item.keys():
+        return None
+    return next((pair for pair in PAIRS if item.keys() >= {*pair}), None)
+
+
 def talk_of(value: Any, where: Where) -> list[dict[str, Any]]:
     """Turns as messages in the role/content shape: a list of turns or one alone, texts that take turns, pairs of
-    {input, output}, or a transcript.
+    {input, output} or {user, assistant}, or a transcript.
     """
     items = [value] if isinstance(value, Mapping) else value
     if isinstance(value, str):
@@ -190,16 +199,13 @@ def talk_of(value: Any, where: Where) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     for index, item in enumerate(items):
         at = where.at(index)
-        if (
-            isinstance(item, Mapping)
-            and "input" in item
-            and "output" in item
-            and not {"role", "from"} & item.keys()
-        ):
-            asked = {"role": "user", "content": plain_text(item["input"], at.at("input"))}
+        pair = pair_of(item) if isinstance(item, Mapping) else None
+        if pair is not None:
+            question, answer = pair
+            asked = {"role": "user", "content": plain_text(item[question], at.at(question))}
             seen = {name: item[name] for name in (*COLUMNS, *MEDIA) if name in item}
             turns.append(with_own_images({**seen, **asked}, at))
-            turns.append({"role": "assistant", "content": plain_text(item["output"], at.at("output"))})
+            turns.append({"role": "assistant", "content": plain_text(item[answer], at.at(answer))})
         else:
             add_turns(turns, item, at)
     return turns
