@@ -64,6 +64,6 @@ def test_refusals_of_images_say_one_thing_in_plain_words() -> None:
     with pytest.raises(DataError) as frames:
         decoded(two, "d:1")
     assert str(frames.value) == "d:1: the TIFF has 2 frames; an image has one."
-    with pytest.raises(DataError, match="begin like those of none") as none:
+    with pytest.raises(DataError, match="first bytes are those of no kind") as none:
         decoded(b"an image, surely", "d:1")
     assert "object" not in str(none.value)

@@ -183,7 +183,7 @@ def decoded(content: bytes, where: str, *, max_pixels: int = 0) -> Image.Image:
     except _FAULTS as error:
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "its bytes begin like those of none"
+            reason = "its first bytes are those of no kind that is read"
         raise DataError(
             f"{where}: not a sound image ({reason}). What would work: {', '.join(KINDS)}, whole; or skip such rows "
             "with `on_bad_record: skip`."
@@ -230,7 +230,7 @@ def _of_deep_grey(image: Any, Image: Any) -> Any:
 def _within(image: Any, max_pixels: int, Image: Any) -> Any:
     if image.width * image.height <= max_pixels:
         return image
-    return image.resize(_size_within(*image.size, max_pixels), Image.Resampling.BICUBIC)
+    return image.resize(_size_within(image.width, image.height, max_pixels), Image.Resampling.BICUBIC)
 
 
 def _size_within(width: int, height: int, max_pixels: int) -> tuple[int, int]:
