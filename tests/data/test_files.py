@@ -296,5 +296,6 @@ def test_a_record_of_several_lines_is_told_to_be_one_of_an_array(tmp_path):
 
 
 def test_a_file_named_as_one_of_a_saved_data_set_makes_no_data_set(tmp_path):
-    write(tmp_path, lines(ROWS), "state.json")
+    (tmp_path / "state.json").write_text("{}")
+    write(tmp_path, lines(ROWS))
     assert len(read_records(tmp_path)) == 5

@@ -216,7 +216,9 @@ def test_files_behind_a_web_server_are_read_and_streamed(tmp_path, parts):
             streamed = streamed_source(spec, tiny_tokenizer(), TextRules(32), cache=cache).streamed
             assert streamed is not None
             chunks = streamed.chunks.index.rows
-            places = [(chunk, record) for chunk in range(len(chunks)) for record in range(chunks[chunk, 4])]
-            found = [example.input_ids for example in streamed.examples(places, 0)]
+            places = [
+                (chunk, record, 0) for chunk in range(len(chunks)) for record in range(chunks[chunk, 4])
+            ]
+            found = [example.input_ids for example in streamed.examples(places)]
             assert found == [example.input_ids for example in here.examples]
         server.shutdown()

@@ -183,6 +183,13 @@ def test_a_conversation_that_becomes_several_samples_gives_one_an_epoch_and_all_
     text = source(str(file), tokenizer := make_tokenizer(earlier), tmp_path, rules=TextRules(96))
     assert "one of its samples an epoch" in text.summary
     options, seen = BatchOptions(4, 3, packing=packing, max_length=96), Counter()
+    twice = source(str(file), tokenizer, tmp_path, {"weight": 2}, rules=TextRules(96))
+    pairs = [
+        tokenizer.decode(ids.tolist()).rpartition("number ")[2]
+        for batch in batches([twice], options, 0)
+        for ids in batch.samples()
+    ]
+    assert len(pairs) == 60 and len(set(pairs)) == 50  # two of those that have two or three
     for epoch in range(6):
         answers = []
         for batch in batches([text], options, epoch):

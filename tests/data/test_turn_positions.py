@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -380,9 +381,9 @@ def test_an_end_of_turn_in_an_argument_does_not_end_the_turn(name):
         tokenizer.eos_token,
         *(one for one in tokenizer.all_special_tokens if "end" in one or "call" in one),
     }
-    for end in ends:
+    for end, name in [(one, name) for one in ends for name in ("code", f"c{one}")]:
         code = f"tok = '{end}';\nx = 1"
-        row = [*turns(("user", "Write it.")), calling("run", code=code)]
+        row = [*turns(("user", "Write it.")), calling("run", **{name: code})]
         (text,) = trained({"messages": row}, tokenizer)
         assert "x = 1" in text and not text.endswith("x = 1")
         plain = [*turns(("user", "Write it.")), calling("run", code="x = 1")]
@@ -443,9 +444,49 @@ def test_train_on_all_leaves_out_no_reasoning_in_silence():
             examples({"messages": row}, tokenizer_of("qwen3"), train_on="all")
 
 
-def test_a_tag_that_an_answer_mentions_makes_no_reasoning_of_it():
-    row = {"messages": turns(("user", "?"), ("assistant", "The tag </think> closes. and <think> opens"))}
-    with pytest.raises(DataError, match=r"turn 1 .*leaves out its content, or changes it"):
-        examples(row, tokenizer_of("qwen3"))
-    headless = {"messages": turns(("user", "?"), ("assistant", "Two and two.\n</think>\n\nFour."))}
-    assert trained(headless, tokenizer_of("qwen3")) == ["<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>"]
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-r1", "smollm3"])
+def test_a_thought_without_its_opening_is_one(name):
+    tokenizer, thought = tokenizer_of(name), "Two and two.\n</think>\n\nFour."
+    for rules in ({}, {"train_turns": "final_answer"}):
+        whole = {"messages": turns(("user", "?"), ("assistant", f"<think>\n{thought}"))}
+        headless = {"messages": turns(("user", "?"), ("assistant", thought))}
+        assert examples(headless, tokenizer, **rules) == examples(whole, tokenizer, **rules)
+    assert "Two" not in trained(headless, tokenizer, train_turns="final_answer")[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+@pytest.mark.parametrize("text", ["The tag </think> closes. and <think> opens", "It is </think>."])
+def test_a_tag_that_an_answer_mentions_makes_no_reasoning_of_it(name, text):
+    row = {"messages": turns(("user", "?"), ("assistant", text))}
+    with pytest.raises(DataError, match=r"turn 1 .*leaves out its content, or changes it. It has </think>"):
+        examples(row, tokenizer_of(name))
+
+
+def test_a_question_that_is_cut_to_nothing_is_dropped():
+    row = {"messages": turns(("system", "Be brief. " * 4), ("user", "0123456789"), ("assistant", "Yes."))}
+    tokenizer = tokenizer_of("llama3.2")
+    (whole,) = examples(row, tokenizer)
+    full = whole.completion.index(True)
+    for limit in range(full - 12, full):
+        (found,) = examples(row, tokenizer, max_prompt_length=limit)
+        if isinstance(found, Dropped):
+            assert found.reason == "prompt longer than max_prompt_length"
+        else:
+            assert "9<|eot_id|>" in tokenizer.decode(found.input_ids)
+
+
+def test_a_long_question_beside_long_schemas_is_cut_in_time():
+    tokenizer = tokenizer_of("qwen2.5")
+    words = {f"field{n}": {"type": "string", "description": "A word of the many. " * 4} for n in range(100)}
+    tool = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"type": "object", "properties": words}},
+    }
+    row = {"messages": turns(("user", "word " * 600), ("assistant", "Yes.")), "tools": [tool]}
+    bare = {**row, "messages": turns(("user", "word"), ("assistant", "Yes."))}
+    rules = {"max_length": 1 << 17}
+    (short,) = examples(bare, tokenizer, **rules)
+    limit = short.completion.index(True) + 200
+    start = time.process_time()
+    (cut,) = examples(row, tokenizer, max_prompt_length=limit, **rules)
+    assert limit - 100 < cut.completion.index(True) <= limit and time.process_time() - start < 5

@@ -23,6 +23,8 @@ TAG = re.compile(r"\s*(</?[A-Za-z_]+>|\[/?[A-Z_]+\])\s*")
 NO_THOUGHT = re.compile(r"<think>\s*</think>\s*|\[THINK\]\s*\[/THINK\]\s*")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*|\s*\[THINK\](.*?)\[/THINK\]\s*", re.DOTALL)
 CLOSING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+HEADLESS = re.compile(r"(?:(?!</?think>|\[/?THINK\]).)*\n\s*(</think>|\[/THINK\])\s*\n", re.DOTALL)
+"""A thought as a model writes it behind a generation prompt that opens it: closed on a line of its own."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,36 @@ class Conversation:
 
 def conversation_of(sample: Sample, template: ChatTemplate, ends: Collection[str]) -> Conversation:
     traits = template.traits(sample.origin, tools=bool(sample.tools))
+    marks, thinks = _reads(template.text(sample.origin, tools=bool(sample.tools)))
     messages = [shaped(without_end(message, ends), traits) for message in sample.messages or ()]
+    if thinks:
+        messages = [
+            _with_opening(message) if message["role"] == "assistant" else message for message in messages
+        ]
     if any(holds_sign(name) or holds_sign(value) for turn in messages for name, value in turn.items()):
         raise DataError(
             f"{sample.origin}: holds one of the noncharacters U+FDD0 to U+FDD3, which no text needs. Take it out."
         )
-    marks, thinks = _reads(template.text(sample.origin, tools=bool(sample.tools)))
     return Conversation(sample, template, messages, marks, thinks, ends)
+
+
+def _with_opening(message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message whose thought, where it is closed alone, is opened as well."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": _opened(content)}
+    if not content or "text" not in content[0]:
+        return message
+    return {**message, "content": [{**content[0], "text": _opened(content[0]["text"])}, *content[1:]]}
+
+
+def _opened(text: str) -> str:
+    found = HEADLESS.match(text)
+    return (
+        text
+        if found is None
+        else next(one for one, closing in CLOSING.items() if closing == found[1]) + "\n" + text
+    )
 
 
 @lru_cache(maxsize=8)

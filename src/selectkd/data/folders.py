@@ -17,16 +17,18 @@ FAMILIES = tuple(
 KINDS = tuple(ending for family in FAMILIES for ending in family)
 SUFFIXES = tuple(ending for ending in KINDS if not ending.endswith(PACKED))
 SPLIT = re.compile(
-    r"(?:^|[^a-z0-9])((?:train|training|test|testing|validation|valid|val|dev|eval|evaluation)"
-    r"(?:_(?![0-9]+(?:[^a-z0-9]|$))[a-z0-9]+)*)(?=[^a-z0-9]|$)"
+    r"(?:^|[^a-z0-9])((?:train|training|test|testing|validation|valid|val|dev|evals|eval|evaluation)"
+    r"(?:_(?![0-9]+(?:[^a-z0-9]|$))[a-z0-9]+)*)[0-9]*(?=[^a-z0-9]|$)"
 )
-"""A split in a path: train, or train_sft; the numbers of a shard do not belong to it."""
+"""A split in a path: train, or train_sft; the numbers of a shard do not belong to it, in train1 either."""
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files about a data set, which hold no records."""
 
 
 def split_of(path: str) -> str | None:
     """The split that a path within a folder names, None where it names none.
 
-    >>> [split_of(p) for p in ("data/train_sft-00000-of-00002.parquet", "gsm8k_test.jsonl", "train/a.json", "a.json")]
+    >>> [split_of(p) for p in ("data/train_sft-00000-of-00002.parquet", "gsm8k_test1.jsonl", "train/a.json", "a.json")]
     ['train_sft', 'test', 'train', None]
     """
     bare = path.lower()
@@ -44,7 +46,11 @@ def files_of(names: list[str], folder: str, split: str | None, config: str | Non
     that have files of the split in folders of their own, where more than one could be meant; DataError for a split that
     is not there.
     """
-    seen = [name for name in sorted(names) if not any(part.startswith(".") for part in name.split("/"))]
+    seen = [
+        name
+        for name in sorted(names)
+        if Path(name).name not in ABOUT and not any(part.startswith(".") for part in name.split("/"))
+    ]
     family = next((one for one in FAMILIES if any(name.lower().endswith(one) for name in seen)), ())
     files = {name: split_of(name) for name in seen if family and name.lower().endswith(family)}
     if not files:

@@ -51,16 +51,25 @@ def draw(sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: in
     A source of weight w gives w * size examples (rounded down over all epochs so far): it walks through one
     shuffle of itself after the other, so no example comes twice before every other has come once.
     """
-    drawn: list[NDArray[np.int64]] = []
+    return draw_with_walks(sizes, weights, seed=seed, epoch=epoch)[0]
+
+
+def draw_with_walks(
+    sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``draw``, and how often the source of each example had been walked through before it came, [n] each."""
+    drawn, walks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     start = 0
     for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
         at = np.arange(int(epoch * weight * size), int((epoch + 1) * weight * size))
         for cycle in np.unique(at // size).tolist() if size else ():
             places = at[at // size == cycle] % size
             drawn.append(start + shuffled(size, "selectkd/source", seed, number, cycle)[places])
+            walks.append(np.full(len(places), cycle))
         start += size
-    chosen = np.concatenate([*drawn, np.empty(0, np.int64)])
-    return chosen[shuffled(len(chosen), "selectkd/epoch", seed, epoch)]
+    chosen = np.concatenate(drawn)
+    order = shuffled(len(chosen), "selectkd/epoch", seed, epoch)
+    return chosen[order], np.concatenate(walks)[order]
 
 
 def bins_in_windows(

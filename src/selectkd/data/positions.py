@@ -262,7 +262,8 @@ def _texts_in(value: Any) -> Iterator[str]:
             inside = value
         yield from [value] if isinstance(inside, str) else _texts_in(inside)
     elif isinstance(value, Mapping):
-        for each in value.values():
+        for name, each in value.items():
+            yield str(name)
             yield from _texts_in(each)
     elif isinstance(value, list | tuple):
         for each in value:

@@ -146,7 +146,8 @@ def rendering(
         too_long = bool(turns) and _too_long(trained, rules)
         sizes = () if images is None else [end - begin for begin, end in images.places]
         length, most = trained.index(True), rules.max_prompt_length or 0
-        if too_long and (less := shorter(talk, turns, length, most, sizes)) is not None:
+        less = (yield from shorter(talk, turns, length, most, sizes)) if too_long else None
+        if less is not None:
             if images_before(talk, turns) and not images_before(less, less.trained):
                 results.append(Dropped(sample.origin, "its images would be cut"))
                 continue

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
+from selectkd.data.encoding import Encoded
 from selectkd.data.formats import Sample
 from selectkd.data.image_parts import count_of
+from selectkd.data.rounds import Steps, Tokens
 from selectkd.data.turns import text_of
 
 SYSTEM = ("system", "developer")
 CAUTION = 0.8
 """Of the text that seems too much so much goes at once: what is left of it goes after another count of tokens."""
+LOOKED_AT = 4096
+"""Characters at the end of a text that say how many of them a token has."""
 
 
 def images_before(sample: Sample, trained: tuple[int, ...]) -> int:
@@ -22,7 +26,7 @@ def images_before(sample: Sample, trained: tuple[int, ...]) -> int:
 
 def shorter(
     sample: Sample, trained: tuple[int, ...], length: int, most: int, images: Sequence[int] = ()
-) -> Sample | None:
+) -> Steps[Sample | None]:
     """The conversation of the turns ``trained`` with less before the first of them; None where nothing can go.
 
     Its oldest turns up to a question go, with their images. Where only one question is left, the beginning of the
@@ -58,6 +62,13 @@ def shorter(
     )
     if cut is None or not letters[cut] or any(counts[start:first]):
         return None
-    text = text_of(messages[cut]["content"])[max(1, ceil(enough / each)) :]
+    text = text_of(messages[cut]["content"])
+    end: Encoded = yield Tokens(
+        text[-LOOKED_AT:]
+    )  # schemas and headers are no part of what its characters cost
+    of_token = len(text[-LOOKED_AT:]) / max(1, len(end.ids))
+    text = text[max(1, ceil(enough * of_token), len(text) - ceil(1.2 * most * of_token)) :]
+    if not text.strip():
+        return None
     left = (*messages[:cut], {**messages[cut], "content": text}, *messages[cut + 1 :])
     return replace(sample, messages=left, trained=trained)

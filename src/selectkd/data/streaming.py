@@ -7,6 +7,7 @@ chunks of its window (``data.chunk_index``), so a run goes on at any batch and e
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selectkd.data.chunk_index import Chunks
-from selectkd.data.chunks import Chunk, Given
+from selectkd.data.chunks import Chunk, Given, Item
 from selectkd.data.collate import Batch, bins_of
 from selectkd.data.example import Example
 from selectkd.data.files import Checked, Found
 from selectkd.data.formats import to_sample
 from selectkd.data.lanes import Lanes, lanes_for
-from selectkd.data.order import Batches, BatchOptions, draw, shuffled
+from selectkd.data.order import Batches, BatchOptions, draw_with_walks, shuffled
 from selectkd.data.prompts import is_held_out, packed, prompt_keys, prompt_of
 from selectkd.data.rendering import Rendering, rendered
 from selectkd.errors import DataError
@@ -38,18 +39,28 @@ class Streamed:
     stream: int = 0
     share: float = 0.0
 
-    def examples(self, records: Iterable[tuple[int, int]], epoch: int) -> list[Example]:
-        """At most one example of each record, a chunk and a place in it; none of one that is held out, dropped, or bad
-        and skipped (a line of the log). A conversation that becomes several gives the next one each epoch.
+    def examples(self, records: Iterable[tuple[int, int, int]]) -> list[Example]:
+        """At most one example of each record: a chunk, a place in it, and how often it came before. There is none of
+        one that is held out, dropped, or bad and skipped (a line of the log). A conversation that becomes several
+        examples gives the next one each time.
         """
         how = self.how
-        items = (self.chunks.item(chunk, record) for chunk, record in records)
-        checked = Checked(items, format=how.format, on_bad_record=how.rules.on_bad_record, before=self.before)
+        times: defaultdict[str, list[int]] = defaultdict(list)
+
+        def items() -> Iterator[Item]:
+            for chunk, record, before in records:
+                item = self.chunks.item(chunk, record)
+                times[item[0]].append(before)
+                yield item
+
+        checked = Checked(
+            items(), format=how.format, on_bad_record=how.rules.on_bad_record, before=self.before
+        )
         found: list[Example] = []
         for results in rendered(checked, how):
             kept = [one for one in results or () if isinstance(one, Example)]
             if kept and not is_held_out(kept[0].prompt, self.share):
-                turn = epoch + int.from_bytes(kept[0].prompt[:8], "little")
+                turn = times[kept[0].origin].pop(0) + int.from_bytes(kept[0].prompt[:8], "little")
                 found.append(replace(kept[turn % len(kept)], stream=self.stream))
         for message in checked.found.problems:
             logging.getLogger("selectkd").warning(message)
@@ -92,12 +103,15 @@ class StreamEpoch(Batches):
     ) -> None:
         self.sources, self.options, self.epoch = sources, options, epoch
         indices = [source.chunks.index for source in sources]
-        drawn = draw([len(one.units) for one in indices], weights, seed=options.seed, epoch=epoch)
+        drawn, walks = draw_with_walks(
+            [len(one.units) for one in indices], weights, seed=options.seed, epoch=epoch
+        )
         begin = np.cumsum([0, *(len(one.rows) for one in indices)])
         starts = np.concatenate([one.units + at for one, at in zip(indices, begin, strict=False)])
         rows = np.concatenate([one.rows for one in indices])
-        # chunks [c] of the epoch in order, numbered over all sources one after the other
-        self._chunks = _runs(starts[drawn], np.append(starts, len(rows))[drawn + 1])
+        # chunks [c] of the epoch in order, numbered over all sources one after the other; how often each came before
+        stops = np.append(starts, len(rows))[drawn + 1]
+        self._chunks, self._walks = _runs(starts[drawn], stops), np.repeat(walks, stops - starts[drawn])
         self._begin = begin
         lanes = lanes_for(len(drawn), int(rows[self._chunks, 5].max(initial=0)))
         self.lanes = Lanes(rows[self._chunks, 4], options.batch_size, lanes, options.seed, epoch)
@@ -122,14 +136,14 @@ class StreamEpoch(Batches):
         for window in windows:
             for source, chunk in map(self._place, window):
                 self.sources[source].chunks.load(chunk)
-        wanted: list[list[tuple[int, int]]] = [[] for _ in self.sources]
+        wanted: list[list[tuple[int, int, int]]] = [[] for _ in self.sources]
         for chunk, record in records:
             source, there = self._place(chunk)
-            wanted[source].append((there, record))
+            wanted[source].append((there, record, int(self._walks[chunk])))
         found = [
             example
             for source, some in zip(self.sources, wanted, strict=True)
-            for example in source.examples(some, self.epoch)
+            for example in source.examples(some)
         ] or [Example([self.options.pad_id], [False])]
         if not self.options.packing:
             return self.options.laid_out([[example] for example in found])

@@ -11,6 +11,7 @@ from selectkd.data.formats import Sample
 from selectkd.data.jinja_process import REASONING
 from selectkd.data.rounds import Steps
 from selectkd.data.template import BEGIN, END
+from selectkd.data.turns import text_of
 from selectkd.errors import DataError
 
 MARK = re.compile(f"{BEGIN}([0-9]+){END}")
@@ -68,18 +69,22 @@ def check_turn(talk: Conversation, number: int, region: str) -> None:
 
 
 def _closes_what_it_opens(text: str) -> bool:
-    """Whether a text has no tag that closes a thought before one that opens it: a template takes what stands before it
-    for reasoning."""
+    """Whether each tag that closes a thought has one before it that opens it: a template takes what stands before the
+    tag for reasoning."""
     return all(
-        text.find(closing) < 0 or text.find(opening) <= text.find(closing)
+        text.find(closing) < 0 or -1 < text.find(opening) < text.find(closing)
         for opening, closing in CLOSING.items()
     )
 
 
 def lost(sample: Sample, number: int, name: str, role: str) -> NoReturn:
+    """DataError of a field that a template leaves out or changes."""
+    text = text_of((sample.messages or ())[number]["content"]) if name == "content" else ""
+    tag = next((closing for closing in CLOSING.values() if closing in text), None)
+    why = f" It has {tag}, at which the template parts reasoning from answer." if tag else ""
     way = {"system": "a template with system prompts", "assistant": "a template that keeps all of a turn"}
     raise DataError(
-        f"{sample.origin}: turn {number} ({role}): the chat template leaves out its {name}, or changes it.\n"
+        f"{sample.origin}: turn {number} ({role}): the chat template leaves out its {name}, or changes it.{why}\n"
         f"What would work: {way.get(role, 'a template that writes such turns')} (data.chat_template: FILE, or "
         "data.template_arguments),\na row without it, or `on_bad_record: skip`."
     )
