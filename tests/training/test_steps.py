@@ -17,7 +17,7 @@ from selectkd.objective.schedules import BetaSchedule
 from selectkd.teachers import LiveTeacher
 from selectkd.training.counts import REDUCTIONS, Counts, correction, row_scale
 from selectkd.training.feed import BatchFeed
-from selectkd.training.heldout.evaluation import evaluate, probe
+from selectkd.training.heldout.evaluation import evaluate, evaluate_each, probe
 from selectkd.training.ledger import Ledger
 from selectkd.training.loop import train_loop
 from selectkd.training.record.metrics import REQUIRED
@@ -164,6 +164,34 @@ def test_learning_lowers_the_held_out_kl_of_its_own_text(student: Any, teacher_m
     after = evaluate(student, teacher, text, objective, streams=("a", "b"))
     assert after.kl < before.kl
     assert before.tar == 1.0 and before.tokens == after.tokens and set(after.streams) == {"a", "b"}
+
+
+def test_a_sequence_is_measured_in_a_batch_as_it_is_alone(student: Any, teacher_model: Any) -> None:
+    held, teacher = texts(7), LiveTeacher(teacher_model)
+    untrained = replace(held[2], completion=[False] * len(held[2]))
+    each = evaluate_each(
+        student, teacher, padded([*held[:2], untrained, *held[3:]], 3), GATED, streams=("a", "b")
+    )
+    alone = [
+        evaluate(student, teacher, padded([one], 1), GATED, streams=("a", "b"))
+        for one in (*held[:2], *held[3:])
+    ]
+    assert len(each) == 6 and any(0 < one.tar < 1 for one in each) and any(one.bite > 0 for one in each)
+    for one, other in zip(each, alone, strict=True):
+        assert one.tokens == other.tokens and one.streams.keys() == other.streams.keys()
+        for name in (
+            "kl",
+            "perplexity",
+            "teacher_perplexity",
+            "tar",
+            "acceptance",
+            "bite",
+            "overlap",
+            "unverified",
+        ):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5, abs=1e-7), name
+        (mine,), (its,) = one.streams.values(), other.streams.values()
+        assert mine == pytest.approx(its, rel=1e-5)
 
 
 def test_held_out_measures_equal_the_plain_program(student: Any, teacher_model: Any) -> None:

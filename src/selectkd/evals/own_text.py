@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from selectkd.data.alignment import tokenizer_fingerprint
-from selectkd.data.collate import collate
 from selectkd.data.order import Padded
 from selectkd.data.render import pad_id_of
-from selectkd.data.rewrite import examples_of
 from selectkd.errors import ConfigError
 from selectkd.evals.heldout import plan_of
 from selectkd.evals.run_suite import described
 from selectkd.evals.statistics import Interval, bootstrap_mean, bootstrap_ratio, paired_bootstrap
 from selectkd.models.load import Loaded
-from selectkd.models.precision import FP32, Precision
 from selectkd.objective.objective import Objective
-from selectkd.teachers.protocol import Teacher
-from selectkd.training.heldout.evaluation import Evaluation, evaluate
+from selectkd.training.heldout.evaluation import Evaluation, evaluate_each
 
 ONE_VERIFIER = Objective("forward_kl", {"name": "greedy_topk", "k": 5}, beta=0.01)
 """What TAR is measured by where students are compared: SelecTKD's defaults, whatever a run trained with."""
@@ -61,7 +55,7 @@ def own_text(
         teacher = plan.teacher.open(plan.tokenizer, student=loaded.model, reference=None)
         if on_progress is not None:
             on_progress(f"{name}: {len(examples)} held-out texts of {run}")
-        seen[name] = each_sequence(loaded.model, teacher, batches)
+        seen[name] = evaluate_each(loaded.model, teacher, batches, ONE_VERIFIER)
         settings[name] = {"data": f"held out by {run}", "verifier": "greedy_topk, k 5", **described(loaded)}
     rows = [row for name, each in seen.items() for row in _rows(name, each, settings[name])]
     of_teacher = next(iter(seen.values()))
@@ -69,27 +63,6 @@ def own_text(
         surprises = [(one.tokens, math.log(one.teacher_perplexity or 1.0)) for one in of_teacher]
         rows.append(_perplexity_row(f"teacher of {run}", surprises, {"data": f"held out by {run}"}))
     return rows, _compared(seen)
-
-
-def each_sequence(
-    student: nn.Module,
-    teacher: Teacher,
-    batches: Iterable[Any],
-    *,
-    seed: int = 0,
-    streams: Sequence[str] = ("data",),
-    precision: Precision = FP32,
-) -> list[Evaluation]:
-    """``evaluate`` of every sequence of the batches alone, in order; one without trained tokens is left out."""
-    found = [
-        evaluate(
-            student, teacher, [collate([example], pad_id=0)], ONE_VERIFIER, seed=seed, streams=streams,
-            precision=precision,
-        )
-        for batch in batches
-        for example in examples_of(batch)
-    ]  # fmt: skip
-    return [one for one in found if one.tokens]
 
 
 def _rows(name: str, each: Sequence[Evaluation], settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -162,12 +162,13 @@ def measured(
 def held_out(assembly: Any, seed: int) -> dict[str, Any]:
     """The held-out measures of an assembled run's student, with the KL of each sequence; one verifier for every arm."""
     from selectkd.errors import ConfigError
-    from selectkd.evals.own_text import each_sequence
+    from selectkd.evals.own_text import ONE_VERIFIER
+    from selectkd.training.heldout.evaluation import evaluate_each
 
     if not assembly.heldout:
         raise ConfigError("a comparison needs held-out text; set data.evaluation to {path: ...} or a share.")
-    each = each_sequence(
-        assembly.student, assembly.teacher, assembly.heldout, seed=seed, streams=assembly.streams,
+    each = evaluate_each(
+        assembly.student, assembly.teacher, assembly.heldout, ONE_VERIFIER, seed=seed, streams=assembly.streams,
         precision=assembly.precision,
     )  # fmt: skip
     tokens = sum(one.tokens for one in each)

@@ -88,7 +88,7 @@ def evaluate(
             sums = {**one.sums, "kl": one.sums["divergence"], "row_kl": one.sums["row_divergence"]}
             micro = MicroBatch(batch, rows, torch.empty(0), torch.empty(0), last=True)
             total += step_sums(micro, one.loss, sums, streams=len(streams)).cpu()
-            surprise += torch.tensor(one.surprise, dtype=torch.float64)
+            surprise += torch.tensor([_sum(rows) for rows in one.surprise], dtype=torch.float64)
     total, surprise = over_ranks(torch.cat([total, surprise])).split([len(total), 2])
     sums, n = named(total), float(total[FIELDS.index("n")])
     measures = {name: math.nan if value is None else value for name, value in rates(sums).items()}
@@ -108,6 +108,63 @@ def evaluate(
     )
 
 
+@torch.no_grad()
+def evaluate_each(
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    streams: Sequence[str] = ("data",),
+    precision: Precision = FP32,
+) -> list[Evaluation]:
+    """``evaluate`` of every sequence of the batches alone, in order, from one forward pass a batch; a sequence without
+    trained tokens is left out. objective: of a gate that ranks no rows. On one process.
+    """
+    measured = replace(objective, divergence="forward_kl", thin_rejected=False)
+    device, found = head_of(student).weight.device, list[Evaluation]()
+    with evaluating(student):
+        for batch in batches:
+            batch = batch.to(device)
+            rows = supervised(batch)
+            if not len(rows):
+                continue
+            one = _measured(student, teacher, batch, measured, seed=seed, chunk=None, precision=precision)
+            for sequence in rows.there.tolist():
+                own = rows.sequence == sequence
+                found.append(_of_sequence(one, own, streams[int(batch.stream[sequence])]))
+    return found
+
+
+def _of_sequence(one: _Measured, own: Tensor, stream: str) -> Evaluation:
+    """The evaluation of the rows ``own`` [n] of a batch, which are one sequence of a stream."""
+    means = {
+        name: float(one.sums[f"row_{name}"][own].double().mean())
+        for name in ("divergence", "acceptance", "overlap", "unverified")
+    }
+    weighted = float((one.sums["row_weight"][own].double() * one.sums["row_divergence"][own].double()).mean())
+    kl, tar = means["divergence"], means["acceptance"]
+    mean = [math.nan if rows is None else float(rows[own].mean()) for rows in one.surprise]
+    return Evaluation(
+        kl=kl,
+        perplexity=_exp(mean[0]),
+        teacher_perplexity=None if math.isnan(mean[1]) else _exp(mean[1]),
+        tar=tar,
+        acceptance=tar,
+        bite=1.0 - weighted / kl if kl else 0.0,
+        overlap=means["overlap"],
+        tokens=int(own.sum()),
+        sequences=1,
+        streams={stream: {"tar": tar, "kl": kl, "divergence": kl}},
+        unverified=means["unverified"],
+    )
+
+
+def _sum(rows: Tensor | None) -> float:
+    return math.nan if rows is None else float(rows.sum())
+
+
 def _of_this_rank(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     """(batch, whether it counts) of this rank. A sharded student runs on all ranks at once, so all have as many: where
     they do not come out even, some ranks run the last batch again, uncounted.
@@ -123,14 +180,13 @@ def _of_this_rank(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The loss and sums of a batch; surprise: -log of its own tokens' probability, summed, by student and teacher.
-
-    The teacher's is nan where its rows do not say.
+    """The loss and sums of a batch; surprise: -log of its own tokens' probability, [n] in fp64, by student and by
+    teacher; None where it was not asked for, or the teacher's rows do not say.
     """
 
     loss: Tensor
     sums: dict[str, Tensor]
-    surprise: tuple[float, float]
+    surprise: tuple[Tensor | None, Tensor | None]
 
 
 def _measured(
@@ -152,16 +208,18 @@ def _measured(
         with precision.autocast(batch.input_ids.device):
             hidden = hidden_rows(student, batch, rows.position)  # [n, d]
         of_teacher = teacher(batch, rows.position)
-        by_student = by_teacher = math.nan
+        by_student = by_teacher = None
         with precision.autocast(hidden.device):
             loss, sums = distillation_loss(
                 hidden, head, of_teacher, objective, uniform, chunk=chunk, labels=rows.labels,
                 sequence=rows.sequence,
             )  # fmt: skip
             if surprise:
-                by_student = negative_log_likelihood(hidden, head, rows.labels, chunk=chunk)
+                by_student = -token_log_probs(hidden, head, rows.labels, chunk=chunk).double()
         if surprise and isinstance(of_teacher, LiveRows):
-            by_teacher = negative_log_likelihood(of_teacher.hidden, of_teacher.head, rows.labels, chunk=chunk)
+            by_teacher = -token_log_probs(
+                of_teacher.hidden, of_teacher.head, rows.labels, chunk=chunk
+            ).double()
         return _Measured(loss, sums, (by_student, by_teacher))
 
     return inside(student, measure)
