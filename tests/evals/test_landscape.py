@@ -196,3 +196,14 @@ def test_a_path_with_signs_of_a_formula_breaks_no_figure(name: str, tmp_path: Pa
     assert len(axes.legend().get_texts()) == 1
     _save(figure, tmp_path / "$a_b$.svg")
     assert (tmp_path / "$a_b$.svg").stat().st_size > 1000
+
+
+def test_a_figure_that_is_drawn_again_is_the_same_file(tmp_path: Path) -> None:
+    from selectkd.evals.figures import _figure, _save
+
+    files = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for file in files:
+        figure = _figure(4, 3)
+        figure.subplots().errorbar([0, 1], [0, 1], xerr=[[1, 1], [1, 1]], fmt="s")
+        _save(figure, file)
+    assert files[0].read_bytes() == files[1].read_bytes()

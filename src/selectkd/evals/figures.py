@@ -114,8 +114,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
+    """The same figure gives the same bytes."""
+    import matplotlib
+
     drawn, kind = io.BytesIO(), path.suffix.lower().removeprefix(".")
-    figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": "selectkd"}):
+        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_plain(path, drawn.getvalue())
 
 
