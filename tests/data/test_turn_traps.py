@@ -47,9 +47,9 @@ def test_an_end_of_turn_in_an_argument_does_not_end_the_turn(name):
         tokenizer.eos_token,
         *(one for one in tokenizer.all_special_tokens if "end" in one or "call" in one),
     }
-    for end, name in [(one, name) for one in ends for name in ("code", f"c{one}")]:
-        code = f"tok = '{end}';\nx = 1"
-        row = [*turns(("user", "Write it.")), calling("run", **{name: code})]
+    forms = [form for end in ends for form in ({"code": f"tok = '{end}';\nx = 1"}, {f"c{end}": "x = 1"})]
+    for arguments in forms:
+        row = [*turns(("user", "Write it.")), calling("run", **arguments)]
         (text,) = trained({"messages": row}, tokenizer)
         assert "x = 1" in text and not text.endswith("x = 1")
         plain = [*turns(("user", "Write it.")), calling("run", code="x = 1")]

@@ -1,4 +1,4 @@
-"""Whether the images of a tokenised text are still those that were tokenised, told before any model is loaded."""
+"""Whether the images of a tokenised text are still those that were tokenised, looked at before any model is loaded."""
 
 from __future__ import annotations
 
