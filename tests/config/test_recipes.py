@@ -81,10 +81,14 @@ def test_full_size_recipes_carry_the_papers_numbers() -> None:
 
 @pytest.mark.parametrize("layers", [None, 24])
 def test_the_starter_recipe_loads(tmp_path: Path, layers: int | None) -> None:
-    recipe = load_recipe(written(tmp_path, starter("a/big", "a/small", layers, "chats.jsonl")))
+    text = starter("a/big", "a/small", layers, "chats.jsonl")
+    recipe = load_recipe(written(tmp_path, text))
     assert recipe.training.output_dir == "runs/first" and (recipe.student.model is None) == (
         layers is not None
     )
+    assert recipe.objective.gate == {"name": "always"}  # plain distillation, as the studies have it ahead
+    gated = load_recipe(written(tmp_path, text.replace("# selection:", "selection:"))).objective
+    assert gated.gate == {"name": "greedy_topk", "k": 5} and gated.beta != 1.0
 
 
 def test_without_an_objective_the_papers_is_used(tmp_path: Path) -> None:

@@ -23,9 +23,12 @@ def options_of(name: str) -> list[Any]:
     return [name, *({"name": name, option: True} for option in METHODS[name].options)]
 
 
-@pytest.mark.parametrize(("method", "verifier"), [("selectkd", "greedy_topk"), ("selectkd_spec_k", "spec_k")])
+@pytest.mark.parametrize(
+    ("method", "verifier"),
+    [("selectkd-paper", "greedy_topk"), ({"name": "selectkd-paper", "spec_k": True}, "spec_k")],
+)
 def test_the_papers_own_method_has_the_papers_numbers(
-    method: str, verifier: str, recipe: Callable[..., Any]
+    method: Any, verifier: str, recipe: Callable[..., Any]
 ) -> None:
     objective = recipe(method=method).objective
     assert objective.divergence == {"name": "forward_kl"}

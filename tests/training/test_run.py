@@ -253,7 +253,7 @@ def test_every_name_and_number_of_a_card_survives_both_versions_of_yaml() -> Non
         ("gkd", {"divergence": {"name": "forward_kl"}}, ["objective.divergence"]),
         ("abkd", {"divergence": {"name": "alpha_beta", "alpha": 0.9}}, ["objective.divergence.alpha"]),
         ("opd", {"reduction": "weight_mean"}, ["objective.reduction"]),
-        ("selectkd", {"verifier": {"name": "spec_k", "k": 5}}, ["objective.verifier"]),
+        ("selectkd-paper", {"verifier": {"name": "spec_k", "k": 5}}, ["objective.verifier"]),
         ("kd", {"selector": {"name": "tip"}}, ["objective.verifier"]),
         ("gkd", {"language_model": 0.5}, []),  # the method says nothing of it
         ({"name": "gkd", "forward_kl": True}, {"divergence": "forward_kl"}, []),

@@ -32,10 +32,9 @@ data:
   evaluation: 0.05                   # a share held out, or {path: ...}
   train_on: completion               # completion | all
 
-objective:                           # `selectkd show` lists divergences, verifiers and selectors
-  divergence: {name: forward_kl}
-  verifier: {name: greedy_topk, k: 5}   # accepted: the student's best token is among the teacher's 5 best
-$beta
+method: kd                           # plain distillation: forward KL on every token; `selectkd show methods` has others
+# SelecTKD's gate over it, as in the paper (method: selectkd-paper); `selectkd doctor` says if it is likely to help:
+$gate
 
 training:
   output_dir: runs/first             # a new or empty folder
@@ -51,9 +50,8 @@ LOADED = {
   model: $student             # must share the teacher's tokenizer
   # or cut the student from the teacher:
   # from_teacher: {layers: 20, choose: measured}   # measured | even | a list of layers""",
-    "beta": """\
-  beta: 0.01                         # weight of a rejected token; for a student that agrees nowhere yet:
-  # beta: {start: 1.0, end: 0.01, until_tar: 0.5}""",
+    "gate": """\
+# selection: {verifier: greedy_topk, k: 5, beta: 0.01}   # beta: weight of a token that the teacher rejects""",
     "steps": """\
   epochs: 2                          # or max_steps
   batch_size: 8
@@ -70,9 +68,9 @@ CUT = {
   from_teacher: {layers: $layers, choose: measured}   # measured | even | a list of layers
   # or load one that shares the teacher's tokenizer:
   # model: Qwen/Qwen2-1.5B""",
-    "beta": """\
-  # weight of a rejected token: 1 until the student agrees half of the time, since a cut one agrees seldom at first
-  beta: {start: 1.0, end: 0.01, until_tar: 0.5}""",
+    "gate": """\
+# selection: {verifier: greedy_topk, k: 5, beta: {start: 1.0, end: 0.01, until_tar: 0.5}}
+# beta is the weight of a token that the teacher rejects: 1 at first, where a cut student agrees seldom""",
     "steps": """\
   epochs: 1                          # or max_steps
   batch_size: 8

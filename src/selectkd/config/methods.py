@@ -48,23 +48,19 @@ OURS = "default of ours"
 """Where no paper's value is known to us, or the paper leaves it open."""
 
 
-def _selectkd(variant: str, verifier: str, /) -> Method:
-    """The paper's own method with one of its two verifiers."""
-    return Method(
-        f"SelecTKD, Variant {variant}, else beta.",
-        _loss("forward_kl", within={"verifier": {"name": verifier, "k": 5}, "beta": 0.01}),
-        f"{SELECTKD}, Algorithm 1.",
-        {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
-    )
-
-
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "selectkd": _selectkd(
-            "A: full weight where the student's best is in the teacher's top k", "greedy_topk"
-        ),
-        "selectkd_spec_k": _selectkd(
-            "B: full weight where one of the student's k proposals passes", "spec_k"
+        "selectkd-paper": Method(
+            "SelecTKD's Variant A: full weight where the student's best is in the teacher's top k, else beta.",
+            _loss("forward_kl", within={"verifier": {"name": "greedy_topk", "k": 5}, "beta": 0.01}),
+            f"{SELECTKD}, Algorithm 1.",
+            {"objective.verifier.k": SELECTKD, "objective.beta": SELECTKD},
+            {
+                "spec_k": Option(
+                    "Variant B: full weight where one of the student's k proposals passes.",
+                    {"objective": {"verifier": {"name": "spec_k", "k": 5}}},
+                )
+            },
         ),
         "kd": Method(
             "Plain distillation: forward KL on every token of the data set.",
