@@ -51,8 +51,9 @@ def test_a_sound_recipe_passes_every_check_and_nothing_is_written(
     found = findings(capsys)
     assert all(row["ok"] for row in found.values())
     static = "recipe output_dir loggers weights tokenizer objective text masks memory disk"
-    assert list(found) == f"{static} models teacher tar calibration step".split()
+    assert list(found) == f"{static} models teacher tar gate calibration step".split()
     assert "[[" in found["masks"]["message"] and "k = 20" in found["tar"]["message"]
+    assert "surprise of the teacher" in found["gate"]["message"]
     assert "ECE" in found["calibration"]["message"] and "loss" in found["step"]["message"]
     assert not (tmp_path / "run").exists()
 

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.trainer_callback import PrinterCallback
 
 from selectkd.config.departures import as_call, departure_warnings
+from selectkd.config.training import Training
 from selectkd.data import inspect
 from selectkd.data.example import Example
 from selectkd.data.render import eos_ids_of
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError, DataError, NumericsError, ResourceError, SelectKDError, TeacherError
-from selectkd.loss.head import Head
 from selectkd.loss.teacher_rows import LiveRows
 from selectkd.models.devices import free_memory, training_device, wait_for
-from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
 from selectkd.models.load import check_local
 from selectkd.models.sharded import inside
@@ -38,11 +36,14 @@ from selectkd.training.assembly import Assembly, assemble
 from selectkd.training.checkpoint.folder import newest
 from selectkd.training.checks import Plan, prepare
 from selectkd.training.counts import ranks, total
-from selectkd.training.heldout.evaluation import negative_log_likelihood, probe
+from selectkd.training.heldout.evaluation import probe
 from selectkd.training.heldout.watch import tar_of
 from selectkd.training.ledger import Ledger
+from selectkd.training.preflight.advice import Table, advice
+from selectkd.training.preflight.calibration import calibration
 from selectkd.training.preflight.estimate import Memory, estimate
 from selectkd.training.preflight.images import images_matter
+from selectkd.training.preflight.signs import signs_of
 from selectkd.training.record.metrics import check_loggers
 from selectkd.training.run import COLD_TAR, cold, feed_of, steps_of
 from selectkd.training.run_folder import (
@@ -61,7 +62,6 @@ from selectkd.training.trainer import LedgerTrainer
 KS = (1, 5, 20)
 """The k of greedy_topk that TAR at step 0 is reported for: strict, the paper's, lenient."""
 
-BINS = 10
 SHOWN = 2
 
 
@@ -132,8 +132,11 @@ def without_weights(recipe: Any, device: torch.device) -> Iterator[Finding]:
 def with_weights(
     recipe: Any, device: torch.device, stage: Callable[..., None] | None = None
 ) -> Iterator[Finding]:
-    """The models loaded: the teacher's answer, TAR at step 0, calibration, one optimizer step, the ranks."""
+    """The models loaded: the teacher's answer, TAR at step 0, whether a gate is likely to help, calibration, one
+    optimizer step, the ranks.
+    """
     assembly: Assembly | None = None
+    recipe = with_probe(recipe)
     try:
         assembly = assemble(
             recipe, device=device, date=date_of(Path(recipe.training.output_dir)), stage=stage
@@ -152,10 +155,18 @@ def with_weights(
         yield tried("images", lambda: images_matter(assembly))
     yield tried("teacher", lambda: _teacher(assembly))
     yield tried("tar", lambda: _tar(assembly, recipe))
-    yield tried("calibration", lambda: _calibration(assembly))
+    yield tried("gate", lambda: _gate(assembly))
+    yield tried("calibration", lambda: calibration(assembly))
     yield tried("step", lambda: _step(assembly, recipe, device))
     if ranks() > 1:
         yield tried("ranks", lambda: _ranks(assembly))
+
+
+def with_probe(recipe: Any) -> Any:
+    """The recipe, with the usual number of probe samples where it follows none: they are what is measured."""
+    training = recipe.training
+    samples = training.probe_samples or Training.model_fields["probe_samples"].default
+    return recipe.model_copy(update={"training": training.model_copy(update={"probe_samples": samples})})
 
 
 def tried(check: str, look: Callable[[], str]) -> Finding:
@@ -310,35 +321,11 @@ def _tar(assembly: Assembly, recipe: Any) -> str:
     return text + (f" {cold(tar)}" if tar < COLD_TAR and assembly.beta.start == assembly.beta.end < 1 else "")
 
 
-@torch.no_grad()
-def _calibration(assembly: Assembly) -> str:
-    """For each model: perplexity of the text, and the gap between how sure it is and how often it is right."""
-    chosen = supervised(assembly.probe)
-    assembly.student.eval()
-
-    def calibrations() -> list[str]:
-        with assembly.precision.autocast(assembly.probe.input_ids.device):
-            hidden = hidden_rows(assembly.student, assembly.probe, chosen.position)
-        rows = assembly.teacher(assembly.probe, chosen.position)
-        student = f"student {_calibrated(hidden, head_of(assembly.student), chosen.labels)}"
-        if not isinstance(rows, LiveRows):
-            return [student]
-        return [f"teacher {_calibrated(rows.hidden, rows.head, chosen.labels)}", student]
-
-    return "; ".join(inside(assembly.student, calibrations))
-
-
-def _calibrated(hidden: Tensor, head: Head, labels: Tensor) -> str:
-    n = labels.shape[0]
-    sure, right = torch.empty(n), torch.empty(n)
-    for i in range(0, n, 64):
-        best = head.logits(hidden[i : i + 64]).softmax(-1).max(-1)
-        sure[i : i + 64] = best.values.cpu()
-        right[i : i + 64] = (best.indices == labels[i : i + 64]).float().cpu()
-    of = torch.clamp((sure * BINS).long(), max=BINS - 1)
-    gap = sum(float((sure[of == b] - right[of == b]).sum().abs()) for b in range(BINS)) / n
-    perplexity = float(torch.tensor(negative_log_likelihood(hidden, head, labels) / n).exp())
-    return f"perplexity {perplexity:.3g}, sure {float(sure.mean()):.3f}, right {float(right.mean()):.3f}, ECE {gap:.3f}"
+def _gate(assembly: Assembly) -> str:
+    """The advice for the pair; never a failure."""
+    of = (assembly.student, assembly.teacher, assembly.probe)
+    signs = signs_of(*of, precision=assembly.precision)
+    return advice(signs, sum(p.numel() for p in assembly.student.parameters()), Table.read())
 
 
 def _step(assembly: Assembly, recipe: Any, device: torch.device) -> str:
