@@ -198,13 +198,13 @@ class Family:
         spoken_of = np.array([self.gate in (None, pair["gate"]) for pair in pairs])
         helps = np.array([pair["seen"] == "helps" for pair in pairs])
         known = np.unique(values)
-        cuts = (known[1:] + known[:-1]) / 2
-        found = [(int((~helps).sum()), 0, Rule())]
-        for cut in [*cuts, known[0], known[-1]]:
-            yes = (values >= cut if self.above else values <= cut) & spoken_of
-            rule = Rule(self.sign, self.above, float(cut), self.gate)
-            found.append((int((yes == helps).sum()), -int(yes.sum()), rule))
-        return max(found, key=lambda one: one[:2])[2]
+        cuts = np.concatenate([(known[1:] + known[:-1]) / 2, known[:1], known[-1:]])[:, None]
+        yes = (values >= cuts if self.above else values <= cuts) & spoken_of  # [cuts, pairs]
+        right, gated = (yes == helps).sum(1), yes.sum(1)
+        best = max(range(len(cuts)), key=lambda cut: (right[cut], -gated[cut]))
+        if (right[best], -gated[best]) <= ((~helps).sum(), 0):
+            return Rule()
+        return Rule(self.sign, self.above, float(cuts[best, 0]), self.gate)
 
 
 def families(pairs: Sequence[Pair]) -> list[Family]:

@@ -187,3 +187,10 @@ def test_models_that_the_rows_are_not_of_are_refused(
     assert signs.kl > 0 and parameters > 1000
     with pytest.raises(program.ConfigError, match="they are others"):
         program.signs_before(checked, 2 * signs.kl)
+
+
+def test_the_table_that_ships_has_the_rule_that_its_pairs_give(program: Any) -> None:
+    table = Table.read()
+    if table is not None:
+        made = program.Fit(table.pairs).table
+        assert (made.rule, made.held_back) == (table.rule, table.held_back)

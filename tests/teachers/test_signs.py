@@ -4,6 +4,7 @@ studied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +33,15 @@ HELD = HeldBack(pairs=20, teachers=5, plain=15, by_sign=18, helped=5, found=4)
 SIGNS = Signs(900, tar=0.5, overlap=0.4, kl=2.0, teacher_entropy=1.0, student_entropy=3.0, surprise=0.7)
 
 
-def plainly(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def plainly(
+    p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, sequence: torch.Tensor
+) -> dict[str, float]:
     """The signs by their words, from two distributions [n, v]."""
     best = q.argmax(-1)
     rank = (p > p.gather(1, best[:, None])).sum(-1)
     entropies = {name: -(x * x.log()).sum(-1).mean() for name, x in (("teacher", p), ("student", q))}
     found = {
-        "tar": (rank < 5).double().mean(),
+        "tar": torch.stack([(rank < 5)[sequence == one].double().mean() for one in sequence.unique()]).mean(),
         "overlap": torch.minimum(p, q).sum(-1).mean(),
         "kl": (p * (p / q).log()).sum(-1).mean(),
         "teacher_entropy": entropies["teacher"],
@@ -58,13 +61,13 @@ def test_signs_equal_their_words_in_float64_for_one_teacher_and_for_an_average()
     """More rows than a chunk has."""
     student, *models = (tiny_llama(seed, dtype=torch.float64).eval() for seed in (2, 3, 4))
     batch = collate(texts(20), pad_id=0)
-    labels = supervised(batch).labels
+    labels, sequence = supervised(batch).labels, supervised(batch).sequence
     assert len(labels) > 100
     p, other, q = (probs_of(model, batch) for model in (*models, student))
     student.train()
     one = signs_of(student, LiveTeacher(models[0]), batch)
     assert one is not None and one.agreement is None and one.rows == len(labels) and student.training
-    for name, value in plainly(p, q, labels).items():
+    for name, value in plainly(p, q, labels, sequence).items():
         assert getattr(one, name) == pytest.approx(value, abs=1e-9), name
 
     models = [model.float() for model in models]  # an average is formed in fp32
@@ -72,7 +75,7 @@ def test_signs_equal_their_words_in_float64_for_one_teacher_and_for_an_average()
     found = signs_of(student, both, batch)
     assert found is not None
     assert found.agreement == pytest.approx(float(torch.minimum(p, other).sum(-1).mean()), abs=1e-5)
-    for name, value in plainly(0.75 * p + 0.25 * other, q, labels).items():
+    for name, value in plainly(0.75 * p + 0.25 * other, q, labels, sequence).items():
         assert getattr(found, name) == pytest.approx(value, abs=1e-5), name
 
     routed = SeveralTeacher([LiveTeacher(model) for model in models], streams=[0, 1])
@@ -86,9 +89,10 @@ def test_a_teachers_rows_that_are_not_finite_and_ids_it_lacks_are_left_out() -> 
     head, wider = (torch.randn(v, 8, generator=generator, dtype=torch.float64) for v in (20, 24))
     labels = torch.randint(20, (70,), generator=generator)
     p, q = (teacher @ wider[:20].T).softmax(-1), (hidden @ head.T).softmax(-1)
-    expected = plainly(p[1:], q[1:], labels[1:])
+    sequence = torch.arange(70) // 30
+    expected = plainly(p[1:], q[1:], labels[1:], sequence[1:])
     teacher[0] = torch.nan
-    found = signs_of_rows(hidden, Head(head), LiveRows(teacher, wider), labels)
+    found = signs_of_rows(hidden, Head(head), LiveRows(teacher, wider), labels, sequence)
     assert found.rows == 69
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, abs=1e-9), name
@@ -164,6 +168,8 @@ def finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
     def found(path: str) -> Finding:
         every = {one.check: one for one in doctor(load_recipe(path, []), device="cpu")}
         assert not [one for one in every.values() if not one.ok]
+        tar = re.search(r"k = 5: (\d\.\d+)", every["tar"].message)
+        assert tar is not None and every["gate"].message.startswith(("whether", f"TAR {tar[1]} "))
         return every["gate"]
 
     return found

@@ -38,10 +38,10 @@ LEAST = -87.0
 class Signs:
     """Means over the ``rows`` of a text whose teacher is finite, at temperature 1 and over the ids both models share.
 
-    tar: of greedy_topk, k = 5, in [0, 1]. overlap: sum_v min(p, q), in [0, 1]. In nats: kl, KL(p || q);
-    teacher_entropy and student_entropy; surprise, -log p of the text's token minus the teacher's entropy, which is near
-    0 for a calibrated teacher and large for one that is sure of wrong tokens. agreement: sum_v min of each two of
-    several teachers where both teach, in [0, 1]; None with one teacher.
+    tar: of greedy_topk, k = 5, each text's mean averaged over texts, in [0, 1]. overlap: sum_v min(p, q), in [0, 1]. In
+    nats: kl, KL(p || q); teacher_entropy and student_entropy; surprise, -log p of the text's token minus the teacher's
+    entropy, which is near 0 for a calibrated teacher and large for one that is sure of wrong tokens. agreement: sum_v
+    min of each two of several teachers where both teach, in [0, 1]; None with one teacher.
     """
 
     rows: int
@@ -76,7 +76,7 @@ def signs_of(
         rows = teacher(batch, seen.position)
         if not isinstance(rows, LiveRows | SeveralRows):
             return None
-        return signs_of_rows(hidden, head_of(student), rows, seen.labels)
+        return signs_of_rows(hidden, head_of(student), rows, seen.labels, seen.sequence)
 
     with evaluating(student):
         return inside(student, measured)
@@ -84,16 +84,21 @@ def signs_of(
 
 @torch.no_grad()
 def signs_of_rows(
-    hidden: Float[Tensor, "n d"], head: Head, rows: LiveRows | SeveralRows, labels: Int[Tensor, " n"]
+    hidden: Float[Tensor, "n d"],
+    head: Head,
+    rows: LiveRows | SeveralRows,
+    labels: Int[Tensor, " n"],
+    sequence: Int[Tensor, " n"],
 ) -> Signs:
-    """The signs from the student's hidden states and head, the teacher's rows, and the text's tokens.
+    """The signs from the student's hidden states and head, the teacher's rows, the text's tokens and whose they are.
 
     Only [c, v] of each model exists at a time.
     """
     width, scratch, n = rows.shared_width(head.width), Scratch(), hidden.shape[0]
     verifier = greedy_topk(k=min(K, width))
-    sums = torch.zeros(6, dtype=torch.float64)
-    alike, finite = torch.zeros(2, dtype=torch.float64), 0
+    columns = torch.empty(n, 6, dtype=torch.float64)
+    finite = torch.ones(n, dtype=torch.bool)
+    alike = torch.zeros(2, dtype=torch.float64)
     for start in range(0, n, CHUNK):
         cut = slice(start, min(start + CHUNK, n))
         whole = slice(0, cut.stop - start)
@@ -101,25 +106,24 @@ def signs_of_rows(
         pair = rows.open(cut, width, scratch).pair(whole, logits, 1.0)
         pair = replace(pair, label=labels[cut])
         of_teacher = entropy(pair.logp)
-        columns = torch.stack(
-            [
-                verifier(pair, logits.new_empty(whole.stop, 0)).to(of_teacher.dtype),
-                pair.overlap,
-                forward_kl(pair.logp, pair.logq),
-                of_teacher,
-                entropy(pair.logq),
-                -label_log_prob(pair, pair.logp, "the teacher's surprise").clamp(min=LEAST) - of_teacher,
-            ],
-            -1,
-        )  # [c, 6]
-        kept = slice(None) if pair.finite is None else pair.finite
-        sums += columns[kept].double().sum(0).cpu()
-        finite += columns[kept].shape[0]
+        seen = [
+            verifier(pair, logits.new_empty(whole.stop, 0)),
+            pair.overlap,
+            forward_kl(pair.logp, pair.logq),
+            of_teacher,
+            entropy(pair.logq),
+            -label_log_prob(pair, pair.logp, "the teacher's surprise").clamp(min=LEAST) - of_teacher,
+        ]
+        columns[cut] = torch.stack([each.double() for each in seen], -1).cpu()
+        finite[cut] = pair.finite.cpu() if pair.finite is not None else True
         if isinstance(rows, SeveralRows):
             alike += _alike(rows, cut, logits, scratch).cpu()
-    means = (sums / finite).tolist() if finite else [float("nan")] * len(sums)
+    columns, whose = columns[finite], sequence.cpu()[finite]
+    tar = torch.stack(
+        [columns[whose == one, 0].mean() for one in whose.unique()] or [columns.new_tensor(torch.nan)]
+    )
     agreement = float(alike[0] / alike[1]) if alike[1] else None
-    return Signs(finite, *means, agreement=agreement)
+    return Signs(len(columns), float(tar.mean()), *columns[:, 1:].mean(0).tolist(), agreement=agreement)
 
 
 def _alike(rows: SeveralRows, cut: slice, logits: Tensor, scratch: Scratch) -> Tensor:
