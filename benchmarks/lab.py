@@ -33,17 +33,26 @@ NOISE = 0.3
 
 @dataclass(frozen=True)
 class Plan:
-    """Records of a corpus, its vocabulary, and how long its models train."""
+    """Records of a corpus, its vocabulary, and how long its models train. copies: as of ``made``."""
 
     records: int = 40_000
     heldout: int = 200
     vocabulary: int = 1024
     seeds: int = 6
+    copies: bool = False
     teacher: Course = field(default_factory=lambda: Course(steps=1500, learning_rate=3e-3, ages=AGES))
     damage: Course = field(default_factory=lambda: Course(steps=300, learning_rate=1e-3))
     student: Course = field(default_factory=lambda: Course(steps=150, learning_rate=3e-3))
 
 
+PLANS = {
+    "code": Plan(),
+    "instructions": Plan(),
+    "problems": Plan(
+        heldout=600, copies=True, teacher=Course(3000, 2e-3, ages=AGES, beta2=0.95),
+        damage=Course(600, 1e-3, beta2=0.95), student=Course(3000, 3e-3, beta2=0.95),
+    ),
+}  # fmt: skip
 SMALL = Plan(
     records=3000, heldout=40, vocabulary=512, teacher=Course(steps=300, learning_rate=5e-3, ages=(0.25,)),
     damage=Course(steps=40, learning_rate=2e-3), student=Course(steps=40, learning_rate=5e-3), seeds=2,
@@ -62,18 +71,22 @@ def make(corpus: str, folder: Path, plan: Plan, teachers: Sequence[str], student
     if not (folder / "tokenizer").exists():
         lab_text.tokenizer_of(records, plan.vocabulary).save_pretrained(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    rows, heldout = rows_of(tokenizer, records), rows_of(tokenizer, held)
+    alone = corpus in lab_text.DRAWN
+    rows, heldout = (rows_of(tokenizer, some, completions_only=alone) for some in (records, held))
     for size in teachers:
         name, course = f"teacher-{size}", plan.teacher
-        if SIZES[size].width > 200:
+        if plan.copies:  # a step of wide models is smaller
+            course = replace(course, learning_rate=course.learning_rate * (128 / SIZES[size].width) ** 0.5)
+        elif SIZES[size].width > 200:
             course = replace(course, learning_rate=course.learning_rate / 2)
-        train(folder / name, made(SIZES[size], tokenizer, 0), tokenizer, rows, heldout, course)
+        model = made(SIZES[size], tokenizer, 0, copies=plan.copies)
+        train(folder / name, model, tokenizer, rows, heldout, course)
         _summarise(folder)
         if size == teachers[0]:
             for seed in range(plan.seeds):
                 for warm in students:
                     course = replace(plan.student, seed=100 + seed)
-                    model = made(SIZES[warm], tokenizer, course.seed)
+                    model = made(SIZES[warm], tokenizer, course.seed, copies=plan.copies)
                     train(folder / f"student-{warm}-s{seed}", model, tokenizer, rows, heldout, course)
             _damaged(folder, name, tokenizer, rows, heldout, plan)
             _summarise(folder)
@@ -113,12 +126,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--students", nargs="+", choices=list(SIZES))
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args(arguments)
-    plan = SMALL if given.small else Plan()
     folder = given.folder or (FOLDER / "small" if given.small else FOLDER)
     teachers = given.teachers or (["0.2M"] if given.small else ["1M", "3M", "7M", "15M"])
     students = given.students or (["0.05M"] if given.small else ["0.2M", "0.5M", "1M"])
     for corpus in given.corpora:
-        make(corpus, folder / corpus, plan, teachers, students)
+        make(corpus, folder / corpus, SMALL if given.small else PLANS[corpus], teachers, students)
         for name, model in json.loads((folder / corpus / "models.json").read_text("utf-8")).items():
             print(f"{corpus} {name}: {model['parameters']:,} parameters, {model['tokens']:,} tokens in "
                   f"{model['seconds']:.0f} s, held-out loss {model['heldout']:.3f}")  # fmt: skip

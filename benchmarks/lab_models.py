@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,38 +53,58 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Course:
-    """How a model trains: optimizer steps, highest learning rate, seed, and the shares of the steps after which a copy
-    is kept as a model of its own."""
+    """How a model trains: optimizer steps, highest learning rate, seed, the shares of the steps after which a copy is
+    kept as a model of its own, and Adam's second decay."""
 
     steps: int
     learning_rate: float
     seed: int = 0
     ages: tuple[float, ...] = ()
+    beta2: float = 0.999
 
 
-def made(size: Size, tokenizer: Any, seed: int) -> Any:
-    """A Llama of random weights."""
+def made(size: Size, tokenizer: Any, seed: int, *, copies: bool = False) -> Any:
+    """A Llama of random weights. copies: from weights as large as 1 / sqrt(width) and with positions for short texts, so
+    that it learns to copy numbers and letters in some thousand steps instead of not at all."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
+    start: dict[str, Any] = {}
+    if copies:
+        start = {"initializer_range": size.width**-0.5,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}  # fmt: skip
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.inner,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
         max_position_embeddings=4 * LENGTH, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=end, pad_token_id=end,
+        eos_token_id=end, pad_token_id=end, **start,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def rows_of(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """The ids of every record, its end token included, at most LENGTH of them."""
+class Row(NamedTuple):
+    """The ids of a record; those before ``first`` are read and not learned."""
+
+    ids: list[int]
+    first: int = 0
+
+
+def rows_of(
+    tokenizer: Any, records: Sequence[dict[str, Any]], *, completions_only: bool = False
+) -> list[Row]:
+    """Every record with its end token, at most LENGTH ids of it."""
     texts = [one["prompt"] + one["completion"] for one in records]
     ids = tokenizer(texts)["input_ids"] if texts else []
-    return [[*one, tokenizer.eos_token_id][:LENGTH] for one in ids]
+    first = [0] * len(records)
+    if completions_only:
+        first = [len(one) for one in tokenizer([one["prompt"] for one in records])["input_ids"]]
+    return [
+        Row([*one, tokenizer.eos_token_id][:LENGTH], start) for one, start in zip(ids, first, strict=True)
+    ]
 
 
-def batches(rows: Sequence[list[int]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(rows: Sequence[Row], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(input_ids, labels), each [b, t], without end: every epoch in an order of its own, rows of like length together.
-    A label of -100 is padding."""
+    A label of -100 is not learned."""
     epoch = 0
     while True:
         chance = random.Random(f"{seed} {epoch}")
@@ -92,7 +112,7 @@ def batches(rows: Sequence[list[int]], seed: int) -> Iterator[tuple[Tensor, Tens
         chance.shuffle(order)
         groups = []
         for start in range(0, len(order), 32 * BATCH):
-            pool = sorted(order[start : start + 32 * BATCH], key=lambda i: len(rows[i]))
+            pool = sorted(order[start : start + 32 * BATCH], key=lambda i: len(rows[i].ids))
             groups += [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
         chance.shuffle(groups)
         for group in groups:
@@ -100,11 +120,13 @@ def batches(rows: Sequence[list[int]], seed: int) -> Iterator[tuple[Tensor, Tens
         epoch += 1
 
 
-def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """(input_ids, labels) of rows, padded on the right."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    width = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
+    labels = torch.tensor(
+        [[-100] * row.first + row.ids[row.first :] + [-100] * (width - len(row.ids)) for row in rows]
+    )
     return ids, labels
 
 
@@ -118,10 +140,10 @@ def token_losses(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, rows: Sequence[list[int]]) -> float:
+def heldout_loss(model: Any, rows: Sequence[Row]) -> float:
     """The mean loss of held-out rows in nats a token."""
     model.eval()
-    ordered = sorted(rows, key=len)
+    ordered = sorted(rows, key=lambda row: len(row.ids))
     losses = torch.cat(
         [token_losses(model, *padded(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
     )
@@ -133,8 +155,8 @@ def train(
     folder: Path,
     model: Any,
     tokenizer: Any,
-    rows: Sequence[list[int]],
-    heldout: Sequence[list[int]],
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
     course: Course,
     relabel: Relabel | None = None,
 ) -> None:
@@ -172,7 +194,7 @@ def follow(folder: Path, model: Any, course: Course, material: Material) -> None
     where the folder is there. A training that was killed goes on from its state, beside the folder."""
     if folder.exists():
         return
-    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.01, betas=(0.9, course.beta2))
     pace = get_cosine_schedule_with_warmup(optimizer, max(1, course.steps // 10), course.steps)
     state = folder.with_name(folder.name + ".state")
     curve, step, tokens, seconds = [], 0, 0, 0.0
@@ -219,11 +241,11 @@ def _save(folder: Path, material: Material, curve: list[dict[str, Any]]) -> None
     part.rename(folder)
 
 
-def noisy_tokens(rows: Sequence[list[int]], share: float, seed: int) -> list[int]:
-    """Token ids such that ``share`` of all positions come right after one of them, to about a hundredth."""
+def noisy_tokens(rows: Sequence[Row], share: float, seed: int) -> list[int]:
+    """Token ids such that ``share`` of all learned positions come right after one of them, to about a hundredth."""
     counts: dict[int, int] = {}
     for row in rows:
-        for token in row[:-1]:
+        for token in row.ids[max(row.first - 1, 0) : -1]:
             counts[token] = counts.get(token, 0) + 1
     total, taken, chosen = sum(counts.values()), 0, []
     order = sorted(counts)

@@ -22,11 +22,14 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},
     "leg_counting": {"min_animals": 1, "max_animals": 2, "max_instances": 5},
-    "gcd": {"min_value": 1, "max_value": 30},
+    "gcd": {"min_value": 1, "max_value": 60},
     "simple_equations": {"min_terms": 2, "max_terms": 2, "max_value": 9},
     "syllogism": {},
 }
 """reasoning-gym's tasks, so small that a model of some million parameters learns several of them."""
+
+DRAWN = ("problems",)
+"""Corpora whose prompts are drawn at random: their models are trained on the completions alone."""
 
 PACKAGES = (
     "networkx",
@@ -58,8 +61,85 @@ def problems(count: int, seed: int) -> list[Record]:
             if of_task < wanted and prompt not in found:
                 of_task += 1
                 answer = str(entry["answer"])
-                found[prompt] = {"prompt": prompt, "completion": answer, "task": task, "answer": answer}
+                worked = STEPS[task](entry) if task in STEPS else ""
+                completion = f"{worked} = {answer}" if worked else answer
+                found[prompt] = {"prompt": prompt, "completion": completion, "task": task, "answer": answer}
     return mixed(found.values(), seed)
+
+
+def _sum_steps(entry: Mapping[str, Any]) -> str:
+    """From the last digit on: ``45 + 38`` has the steps ``5+8=13 4+3+1=8``; a difference below 0 is turned round."""
+    left, sign, right = entry["metadata"]["expression"].split()
+    a, b = sorted((int(left), int(right)), reverse=True) if sign == "-" else (int(left), int(right))
+    steps, carry = [f"{a}{sign}{b}"], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        first, second = a // 10**place % 10, b // 10**place % 10
+        if sign == "+":
+            found = first + second + carry
+            steps.append(f"{first}+{second}+{carry}={found}")
+            carry = found // 10
+        else:
+            found = first - second - carry
+            carry = int(found < 0)
+            steps.append(f"{first}-{second}={found % 10}-{carry}")
+    return " ".join(steps)
+
+
+def _leg_steps(entry: Mapping[str, Any]) -> str:
+    """``5*2=10 2*8=16 10+16``: legs of an animal, times how many there are."""
+    animals, total = entry["metadata"]["animals"], int(entry["answer"])
+    if len(animals) == 1:
+        (count,) = animals.values()
+        return f"{count}*{total // count}"
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    parts = [(count, ANIMALS[name]) for name, count in animals.items()]
+    steps = [f"{count}*{legs}={count * legs}" for count, legs in parts]
+    return " ".join([*steps, "+".join(str(count * legs) for count, legs in parts)])
+
+
+def _gcd_steps(entry: Mapping[str, Any]) -> str:
+    """Euclid's remainders: ``48 18 12 6 0``."""
+    a, b = sorted(entry["metadata"]["numbers"], reverse=True)
+    steps = [a]
+    while b:
+        steps.append(b)
+        a, b = b, a % b
+    return " ".join(map(str, [*steps, 0]))
+
+
+def _equation_steps(entry: Mapping[str, Any]) -> str:
+    """``8*v + 1 = 49`` has the steps ``49-1=48 48/8``, and ``5 - 8*v = -51`` has ``5--51=56 56/8``."""
+    left, right = entry["metadata"]["equation"].split(" = ")
+    terms, total = left.split(), int(right)
+    unknown = next(term for term in terms if term[-1].isalpha())
+    factor = int(unknown[:-2] or 1)
+    if len(terms) == 1:
+        steps = []
+    elif terms[2] == unknown and terms[1] == "-":
+        steps = [f"{terms[0]}-{total}", total := int(terms[0]) - total]
+    else:
+        known = next(term for term in (terms[0], terms[2]) if term != unknown)
+        back = "+" if terms[1] == "-" else "-"
+        steps = [f"{total}{back}{known}", total := total + int(f"{back}{known}")]
+    shown = [f"{steps[0]}={steps[1]}"] if steps else []
+    return " ".join([*shown, *([f"{total}/{factor}"] if factor > 1 else [])])
+
+
+def _letter_steps(entry: Mapping[str, Any]) -> str:
+    """The letters one by one, forward and backward."""
+    word = entry["metadata"]["word"]
+    return f"{' '.join(word)} : {' '.join(reversed(word))}"
+
+
+STEPS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "chain_sum": _sum_steps,
+    "leg_counting": _leg_steps,
+    "gcd": _gcd_steps,
+    "simple_equations": _equation_steps,
+    "spell_backward": _letter_steps,
+}
+"""The worked steps that come before an answer, where a task has them."""
 
 
 def functions(count: int, seed: int) -> list[Record]:

@@ -96,7 +96,7 @@ def test_wrong_labels_stand_after_the_named_tokens_alone(lab: Any) -> None:
 def test_noisy_tokens_come_before_the_share_of_positions_that_was_asked_for(lab: Any) -> None:
     models = importlib.import_module("lab_models")
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(200, (50,), generator=generator).tolist() for _ in range(100)]
+    rows = [models.Row(torch.randint(200, (50,), generator=generator).tolist(), 20) for _ in range(100)]
     noisy = set(models.noisy_tokens(rows, 0.3, seed=3))
-    after = [token in noisy for row in rows for token in row[:-1]]
+    after = [token in noisy for row in rows for token in row.ids[19:-1]]
     assert sum(after) / len(after) == pytest.approx(0.3, abs=0.01)

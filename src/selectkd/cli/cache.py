@@ -50,13 +50,25 @@ def build(
 
     The cache covers the text for training, evaluation and the probe.
     """
+    if rank >= ranks:
+        raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
+    checked = _recipe(recipe, changes)
+    folder, index = filled(checked, device, rank=rank, ranks=ranks)
+    if index is None:
+        write_answer(json_file, {"finished": False})
+        say("the shards of this rank are finished; other ranks are still at work.")
+    else:
+        _describe(folder, index, json_file)
+
+
+def filled(
+    checked: Recipe, device: str, *, rank: int = 0, ranks: int = 1
+) -> tuple[Path, dict[str, Any] | None]:
+    """(the folder of a recipe's cache, its index once every rank's shards are there, else None), built or finished."""
     from selectkd.models.devices import use_device
     from selectkd.teachers.cache import build_cache, plan_of
     from selectkd.training.stopping import StopRequests, stopped
 
-    if rank >= ranks:
-        raise ConfigError(f"--rank {rank} of --ranks {ranks}: ranks count from 0. Use {ranks - 1} or less.")
-    checked = _recipe(recipe, changes)
     on = use_device(device)
     teacher, examples, options, tokenizer, text = _text(checked, on)
     folder = Path(checked.teacher.cache).expanduser()  # type: ignore[union-attr]
@@ -76,15 +88,10 @@ def build(
             if stop.asked is not None:
                 raise stopped(stop.asked, f"the shards that were done are in {folder}")
 
-        index = build_cache(
+        return folder, build_cache(
             folder, plan, records, origin, rank=rank, ranks=ranks, say=show_progress,
             before_shard=between_shards,
         )  # fmt: skip
-    if index is None:
-        write_answer(json_file, {"finished": False})
-        say("the shards of this rank are finished; other ranks are still at work.")
-    else:
-        _describe(folder, index, json_file)
 
 
 @app.command("verify", cls=OfRecipe)

@@ -39,8 +39,9 @@ def run(
 ) -> None:
     """Run a study: every variant and control, with every seed.
 
-    Each finished run adds a row to the file of rows. Repeating the command runs what is missing or failed.
+    Caches that its teachers name with their model are filled first. Each finished run adds a row to the file of rows. Repeating the command runs what is missing or failed.
     """
+    from selectkd.cli.cache import filled
     from selectkd.config.study import load_study
     from selectkd.evals.studies.rows import read_rows
     from selectkd.evals.studies.study import planned, run_study
@@ -83,6 +84,10 @@ def run(
         rate = "" if row["learning_rate"] is None else f" at {row['learning_rate']:g}"
         show_progress(f"{row['arm']} seed {row['seed']}{rate}: {summary}")
 
+    for folder, recipe in study.caches().items() if done < total else ():
+        if not (Path(folder).expanduser() / "index.json").is_file():
+            show_progress(f"fills {folder}")
+            filled(recipe, device)
     run_study(study, path, runs / file.stem, workers=workers, device=device, on_row=show)
     say(f"{path} holds the rows; `selectkd study results {file}` prints the tables")
 

@@ -14,20 +14,22 @@ from selectkd.config.load import recipe_from, text_of
 from selectkd.config.problems import Problem, explained, raised
 from selectkd.config.schema import Recipe
 from selectkd.config.section import Name, Section, Text, Whole, refuse
+from selectkd.config.teachers import CacheTeacher
 from selectkd.config.yaml_text import read
 from selectkd.errors import ConfigError
 from selectkd.objective.plugins import search
 from selectkd.objective.registry import did_you_mean
 
 Control = Literal["matched_random", "matched_position"]
-Measure = Literal["completions", "calibration", "draft", "sharpness"]
+Measure = Literal["completions", "calibration", "draft", "sharpness", "dynamics"]
 Outcome = Literal[
     "held_out_kl", "held_out_loss", "tar", "overlap", "exact_match", "parse_rate", "calibration_error",
-    "draft_acceptance", "draft_speedup", "top_eigenvalue", "option_accuracy", "yes_no_accuracy",
+    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share",
+    "nondecreasing_share", "flips", "rank_correlation", "option_accuracy", "yes_no_accuracy",
 ]  # fmt: skip
 HIGHER_IS_BETTER = (
-    "tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup", "option_accuracy",
-    "yes_no_accuracy",
+    "tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup", "kappa", "theorem_1_share",
+    "nondecreasing_share", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), Whole]
 
@@ -87,7 +89,8 @@ class Study(Section):
     """The number by which learning rates are chosen and arms are compared."""
     measures: list[Measure | DrawnScenes] = []
     """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
-    `sharpness`, and `vision`, a mapping of its name, scenes of each task and their size in pixels (option_accuracy,
+    `sharpness`, `dynamics` (kappa, theorem_1_share, nondecreasing_share, flips, rank_correlation; needs
+    training.probe_samples), and `vision`, a mapping of its name, scenes of each task and their size in pixels (option_accuracy,
     yes_no_accuracy)."""
     claims: list[Claim] = []
     """Differences that the statement expects."""
@@ -110,6 +113,25 @@ class Study(Section):
                         f"names the arm {name!r}, which is none.{did_you_mean(name, known)}", at="claims"
                     )
         return self
+
+    def caches(self) -> dict[str, Recipe]:
+        """Folder of each cache that an arm's teacher names with its model or server, and a recipe that fills it.
+
+        ConfigError where arms name one folder for different teachers.
+        """
+        found: dict[str, Recipe] = {}
+        for arm in self.arms:
+            recipe = self.recipe_of(arm)
+            for teacher in recipe.teachers:
+                if not isinstance(teacher, CacheTeacher) or (teacher.model or teacher.server) is None:
+                    continue
+                known = found.setdefault(teacher.cache, recipe.model_copy(update={"teacher": teacher}))
+                if known.teacher != teacher:
+                    raise ConfigError(
+                        f"arms.{arm}: teacher.cache {teacher.cache} belongs to another teacher of this study; name "
+                        "another folder."
+                    )
+        return found
 
     def asked(self) -> list[str | dict[str, Any]]:
         """The measures as plain data."""

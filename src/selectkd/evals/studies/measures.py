@@ -18,6 +18,7 @@ from selectkd.data.rewrite import examples_of, last_turns
 from selectkd.data.supervised import supervised
 from selectkd.errors import ConfigError
 from selectkd.evals.asking import Decoding
+from selectkd.evals.dynamics import dynamics as dynamics_of
 from selectkd.evals.heldout import divergence_loss
 from selectkd.evals.landscape import sharpness, top_eigenvalue
 from selectkd.evals.speculative.measure import speculation, timed_alone
@@ -25,7 +26,7 @@ from selectkd.evals.vision.model import VisionModel
 from selectkd.evals.vision.synthetic import SCENES, run_synthetic
 from selectkd.models.forward import hidden_rows
 from selectkd.models.head import head_of
-from selectkd.models.load import Loaded
+from selectkd.models.load import Loaded, load_model
 from selectkd.rollouts.generate import Request, ends_of, generate
 from selectkd.rollouts.rules import Draw
 from selectkd.rollouts.sampling import Sampling
@@ -98,7 +99,7 @@ def draft(assembly: Any, recipe: Any) -> Numbers:
     """The student as the draft of its teacher on held-out prompts, greedy: draft_acceptance, the measured draft_speedup
     over the teacher alone, and draft_exact, 1 where the texts are the teacher's own.
     """
-    target = _teacher_model(assembly, "draft")
+    target = _teacher_model(assembly, recipe, "draft")
     turns = [turn for batch in assembly.heldout for turn in last_turns(batch)][:DRAFTED]
     prompts = [torch.tensor(turn.prompt) for turn in turns]
     ends = ends_of(assembly.tokenizer, target)
@@ -114,12 +115,27 @@ def draft(assembly: Any, recipe: Any) -> Numbers:
 def sharp(assembly: Any, recipe: Any) -> Numbers:
     """top_eigenvalue of the Hessian of held-out KL, and sharpness, its mean rise under random kicks of a tenth of each
     row's norm."""
-    target = _teacher_model(assembly, "sharpness")
+    target = _teacher_model(assembly, recipe, "sharpness")
     examples = [one for batch in assembly.heldout for one in examples_of(batch)][:LANDSCAPE_TEXTS]
     assembly.student.eval()
     loss = divergence_loss(assembly.student, target, collate(examples, pad_id=pad_id_of(assembly.tokenizer)))
     weights = list(assembly.student.parameters())
     return {"top_eigenvalue": top_eigenvalue(weights, loss), "sharpness": sharpness(weights, loss).value}
+
+
+def dynamics(assembly: Any, recipe: Any) -> Numbers:
+    """Theorem 1 on the run's probe: kappa with its interval, theorem_1_share and nondecreasing_share of the steps
+    between looks, flips, and rank_correlation of TAR and held-out KL; what the looks do not give is left out."""
+    seen = dynamics_of(recipe.training.output_dir)
+    found = {
+        **({} if seen.line is None else {"kappa": seen.line.kappa, "kappa_low": seen.line.low,
+                                         "kappa_high": seen.line.high, "kappa_r_squared": seen.line.r_squared}),
+        "theorem_1_share": seen.claim_share,
+        "nondecreasing_share": seen.nondecreasing_share,
+        "flips": float(seen.lost + seen.won),
+        "rank_correlation": seen.rank_correlation,
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def vision(assembly: Any, recipe: Any, *, scenes: int = SCENES, size: int = 224) -> Numbers:
@@ -141,10 +157,18 @@ def vision(assembly: Any, recipe: Any, *, scenes: int = SCENES, size: int = 224)
     return found | {name: sum(values) / len(values) for name, values in of_metric.items()}
 
 
-def _teacher_model(assembly: Any, measure: str) -> Any:
-    if not isinstance(assembly.teacher, LiveTeacher):
-        raise ConfigError(f"measures: {measure} needs a teacher in memory; set teacher to {{model: ...}}.")
-    return assembly.teacher.model
+def _teacher_model(assembly: Any, recipe: Any, measure: str) -> Any:
+    """The teacher in memory, or loaded where the cache says which it is of."""
+    if isinstance(assembly.teacher, LiveTeacher):
+        return assembly.teacher.model
+    named = getattr(recipe.teacher, "model", None)
+    if named is None:
+        raise ConfigError(
+            f"measures: {measure} needs the teacher itself; set teacher to {{model: ...}}, or name the model beside "
+            "the cache."
+        )
+    device = next(assembly.student.parameters()).device
+    return load_model(named, dtype=recipe.teacher.dtype or "float32").model.to(device).eval()
 
 
 MEASURES: Mapping[str, Callable[..., Numbers]] = MappingProxyType(
@@ -153,6 +177,7 @@ MEASURES: Mapping[str, Callable[..., Numbers]] = MappingProxyType(
         "calibration": calibration,
         "draft": draft,
         "sharpness": sharp,
+        "dynamics": dynamics,
         "vision": vision,
     }
 )
