@@ -4,7 +4,8 @@
 
 Each corpus has a folder with train.jsonl, heldout.jsonl and its models: teacher-SIZE, teacher-SIZE-age-12 and so on
 (copies of the teacher when it was younger), teacher-SIZE-wrong and teacher-SIZE-unsure (taught wrong tokens after the
-tokens that noise.json names), student-SIZE-sSEED (trained briefly, one for each seed of a study). What is there is not
+tokens that noise.json names), student-SIZE-sSEED (trained briefly, one for each seed of a study; for
+problems also student-SIZE-cold-sSEED and student-SIZE-near-sSEED, trained for less and for longer). What is there is not
 made again; a run that is killed goes on. models.json says of each model its parameters, steps, tokens, seconds and
 held-out loss.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ class Plan:
     copies: bool = False
     teacher: Course = field(default_factory=lambda: Course(steps=1500, learning_rate=3e-3, ages=AGES))
     damage: Course = field(default_factory=lambda: Course(steps=300, learning_rate=1e-3))
-    student: Course = field(default_factory=lambda: Course(steps=150, learning_rate=3e-3))
+    students: Mapping[str, Course] = field(
+        default_factory=lambda: {"": Course(steps=150, learning_rate=3e-3)}
+    )
+    """What follows a student's size in its name -> how it was trained before a study."""
 
 
 PLANS = {
@@ -50,12 +55,17 @@ PLANS = {
     "instructions": Plan(),
     "problems": Plan(
         heldout=600, copies=True, teacher=Course(3000, 2e-3, ages=AGES, beta2=0.95),
-        damage=Course(600, 1e-3, beta2=0.95), student=Course(3000, 3e-3, beta2=0.95),
+        damage=Course(600, 1e-3, beta2=0.95),
+        students={
+            "": Course(1000, 3e-3, beta2=0.95),
+            "-cold": Course(100, 3e-3, beta2=0.95),
+            "-near": Course(3000, 3e-3, beta2=0.95),
+        },
     ),
 }  # fmt: skip
 SMALL = Plan(
     records=3000, heldout=40, vocabulary=512, teacher=Course(steps=300, learning_rate=5e-3, ages=(0.25,)),
-    damage=Course(steps=40, learning_rate=2e-3), student=Course(steps=40, learning_rate=5e-3), seeds=2,
+    damage=Course(steps=40, learning_rate=2e-3), students={"": Course(steps=40, learning_rate=5e-3)}, seeds=2,
 )  # fmt: skip
 
 
@@ -84,10 +94,10 @@ def make(corpus: str, folder: Path, plan: Plan, teachers: Sequence[str], student
         _summarise(folder)
         if size == teachers[0]:
             for seed in range(plan.seeds):
-                for warm in students:
-                    course = replace(plan.student, seed=100 + seed)
+                for warm, (end, course) in product(students, plan.students.items()):
+                    course = replace(course, seed=100 + seed)
                     model = made(SIZES[warm], tokenizer, course.seed, copies=plan.copies)
-                    train(folder / f"student-{warm}-s{seed}", model, tokenizer, rows, heldout, course)
+                    train(folder / f"student-{warm}{end}-s{seed}", model, tokenizer, rows, heldout, course)
             _damaged(folder, name, tokenizer, rows, heldout, plan)
             _summarise(folder)
 

@@ -26,7 +26,7 @@ def test_a_small_laboratory_has_text_models_that_learn_and_teachers_that_are_wro
     models = importlib.import_module("lab_models")
     plan = lab.Plan(
         records=300, heldout=24, vocabulary=320, seeds=1, teacher=models.Course(60, 1e-2, ages=(0.5,)),
-        damage=models.Course(40, 1e-2), student=models.Course(10, 5e-3),
+        damage=models.Course(40, 1e-2), students={"": models.Course(10, 5e-3)},
     )  # fmt: skip
     lab.make("problems", tmp_path, plan, ["0.05M"], ["0.05M"])
     names = ["student-0.05M-s0", *(f"teacher-0.05M{end}" for end in ("", "-age-50", "-unsure", "-wrong"))]
