@@ -194,7 +194,9 @@ def follow(folder: Path, model: Any, course: Course, material: Material) -> None
     where the folder is there. A training that was killed goes on from its state, beside the folder."""
     if folder.exists():
         return
-    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.01, betas=(0.9, course.beta2))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=course.learning_rate, weight_decay=0.01, betas=(0.9, course.beta2)
+    )
     pace = get_cosine_schedule_with_warmup(optimizer, max(1, course.steps // 10), course.steps)
     state = folder.with_name(folder.name + ".state")
     curve, step, tokens, seconds = [], 0, 0, 0.0

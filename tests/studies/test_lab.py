@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,38 @@ def test_noisy_tokens_come_before_the_share_of_positions_that_was_asked_for(lab:
     noisy = set(models.noisy_tokens(rows, 0.3, seed=3))
     after = [token in noisy for row in rows for token in row.ids[19:-1]]
     assert sum(after) / len(after) == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_problem_is_solved_in_steps_that_end_with_its_answer(lab: Any) -> None:
+    text = importlib.import_module("lab_text")
+    seen = set()
+    for one in text.problems(600, 3):
+        steps, _, answer = one["completion"].rpartition(" = ")
+        seen.add(one["task"])
+        assert (answer or one["completion"]) == one["answer"]
+        for product in re.findall(r"(?<!\S)(\d+[*+]\d+)=(\d+)", steps):
+            assert eval(product[0]) == int(product[1]), one
+        last = steps.split(" ")[-1]
+        if one["task"] == "leg_counting":
+            assert eval(last) == int(answer)
+        if one["task"] == "simple_equations" and "/" in last:
+            top, bottom = last.split("/")
+            assert int(top) == int(bottom) * int(answer)
+        if one["task"] == "gcd":
+            remainders = [int(word) for word in steps.split(" ")]
+            assert remainders[-1] == 0 and remainders[-2] == int(answer)
+        if one["task"] == "spell_backward":
+            assert last == answer[-1] and steps.endswith(" ".join(answer))
+    assert seen == set(text.TASKS)
+
+
+def test_a_problem_is_learned_from_its_solution_alone(lab: Any) -> None:
+    models, text = (importlib.import_module(name) for name in ("lab_models", "lab_text"))
+    records = [{"prompt": "1 + 1\n", "completion": "2"}, {"prompt": "10 + 10\n", "completion": "20"}]
+    tokenizer = text.tokenizer_of(records, 300)
+    ids, labels = models.padded(models.rows_of(tokenizer, records, completions_only=True))
+    learned = [tokenizer.decode(row[row != -100]) for row in labels]
+    assert learned == ["2<end>", "20<end>"]
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    _, whole = models.padded(models.rows_of(tokenizer, records))
+    assert tokenizer.decode(whole[1]) == "10 + 10\n20<end>"

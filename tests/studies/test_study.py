@@ -30,6 +30,8 @@ MEASURED = {
     "draft_acceptance",
     "draft_speedup",
     "top_eigenvalue",
+    "flips",
+    "nondecreasing_share",
 }
 
 
@@ -122,10 +124,41 @@ def test_a_study_tunes_each_arm_runs_its_controls_and_runs_nothing_twice(
 def test_every_measure_is_in_the_row_of_a_run(root: Path, tmp_path: Path) -> None:
     """But of drawn scenes, which need a student that sees images: tests/vision/test_pair.py."""
     names = [name for name in MEASURES if name != "vision"]
-    study = load_study(written(tmp_path / "all.yaml", study_of(root, measures=names)))
+    content = study_of(root, measures=names)
+    content["recipe"]["training"]["probe_samples"] = 4
+    study = load_study(written(tmp_path / "all.yaml", content))
     values = values_of(study, Job(arms_of(study)[0], 1, 1e-2), None)
     row = measured(values, tmp_path / "run", measures=study.asked())
     assert row.keys() >= MEASURED and row["draft_exact"] == 1
+
+
+def test_a_study_fills_the_caches_that_its_teachers_name_and_still_measures_with_the_teacher_itself(
+    root: Path, tmp_path: Path
+) -> None:
+    content = study_of(root, measures=["draft", "sharpness"])
+    model, folder = content["recipe"]["teacher"]["model"], tmp_path / "cache"
+    content["recipe"]["teacher"] = {"cache": str(folder), "model": model, "precision": "float32"}
+    file = written(tmp_path / "cached.yaml", content)
+    command = ["study", "run", str(file), "--runs", str(tmp_path / "runs")]
+    assert main(command) == 0
+    assert (folder / "index.json").is_file()
+    rows = read_rows(tmp_path / "cached.jsonl")
+    live = study_of(root, measures=["draft", "sharpness"])
+    assert main([*command[:2], str(written(tmp_path / "live.yaml", live)), *command[3:]]) == 0
+    for key, row in read_rows(tmp_path / "live.jsonl").items():
+        assert rows[key]["held_out_kl"] == pytest.approx(row["held_out_kl"], rel=1e-4)
+        assert rows[key]["top_eigenvalue"] == pytest.approx(row["top_eigenvalue"], rel=1e-2)
+
+    other = {"teacher": {"cache": str(folder), "model": "another", "precision": "float32"}}
+    content["arms"]["other"] = other
+    with pytest.raises(ConfigError, match=r"arms.other: teacher.cache .* belongs to another teacher"):
+        load_study(written(tmp_path / "both.yaml", content)).caches()
+    del content["recipe"]["teacher"]["model"]
+    del content["arms"]["other"]
+    file = written(tmp_path / "unnamed.yaml", content)
+    assert main([*command[:2], str(file), *command[3:]]) == 0
+    error = read_rows(tmp_path / "unnamed.jsonl")["kd", 1, None]["error"]
+    assert "draft needs the teacher itself" in error and "name the model beside the cache" in error
 
 
 def test_a_run_that_failed_is_run_again_and_one_of_another_recipe_too(root: Path, tmp_path: Path) -> None:
