@@ -4,10 +4,9 @@
 
 Each corpus has a folder with train.jsonl, heldout.jsonl and its models: teacher-SIZE, teacher-SIZE-age-12 and so on
 (copies of the teacher when it was younger), teacher-SIZE-wrong and teacher-SIZE-unsure (taught wrong tokens after the
-tokens that noise.json names), student-SIZE-sSEED (trained briefly, one for each seed of a study; for
-problems also student-SIZE-cold-sSEED and student-SIZE-near-sSEED, trained for less and for longer). What is there is not
-made again; a run that is killed goes on. models.json says of each model its parameters, steps, tokens, seconds and
-held-out loss.
+tokens that noise.json names), student-SIZE-sSEED (trained briefly, one for each seed of a study; for problems also
+student-SIZE-cold-sSEED and student-SIZE-near-sSEED, trained for less and for longer). What is there is not made again;
+a run that is killed goes on. models.json says of each model its parameters, steps, tokens, seconds and held-out loss.
 """
 
 from __future__ import annotations

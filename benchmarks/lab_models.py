@@ -64,8 +64,8 @@ class Course:
 
 
 def made(size: Size, tokenizer: Any, seed: int, *, copies: bool = False) -> Any:
-    """A Llama of random weights. copies: from weights as large as 1 / sqrt(width) and with positions for short texts, so
-    that it learns to copy numbers and letters in some thousand steps instead of not at all."""
+    """A Llama of random weights. copies: from weights as large as 1 / sqrt(width) and with positions for short
+    texts, so that it learns to copy numbers and letters in some thousand steps instead of not at all."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     start: dict[str, Any] = {}

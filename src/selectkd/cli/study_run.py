@@ -39,7 +39,8 @@ def run(
 ) -> None:
     """Run a study: every variant and control, with every seed.
 
-    Caches that its teachers name with their model are filled first. Each finished run adds a row to the file of rows. Repeating the command runs what is missing or failed.
+    Caches that its teachers name with their model are filled first. Each finished run adds a row to the file of rows.
+    Repeating the command runs what is missing or failed.
     """
     from selectkd.cli.cache import filled
     from selectkd.config.study import load_study

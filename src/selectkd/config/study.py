@@ -90,8 +90,8 @@ class Study(Section):
     measures: list[Measure | DrawnScenes] = []
     """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
     `sharpness`, `dynamics` (kappa, theorem_1_share, nondecreasing_share, flips, rank_correlation; needs
-    training.probe_samples), and `vision`, a mapping of its name, scenes of each task and their size in pixels (option_accuracy,
-    yes_no_accuracy)."""
+    training.probe_samples), and `vision`, a mapping of its name, scenes of each task and their size in pixels
+    (option_accuracy, yes_no_accuracy)."""
     claims: list[Claim] = []
     """Differences that the statement expects."""
 

@@ -16,8 +16,8 @@ from selectkd.evals.studies.study import Arm, arms_of, chosen_rates
 POWER = 0.8
 SHOWN = (
     "held_out_kl", "held_out_loss", "tar", "acceptance", "overlap", "exact_match", "parse_rate", "calibration_error",
-    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share", "nondecreasing_share",
-    "flips", "rank_correlation", "option_accuracy", "yes_no_accuracy",
+    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share",
+    "nondecreasing_share", "flips", "rank_correlation", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
 """Columns of the table, where the rows have them."""
 CHANCE = {"option_accuracy": 0.25, "yes_no_accuracy": 0.5}
