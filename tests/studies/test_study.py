@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.evals.statistics import t_interval
 from selectkd.evals.studies.measures import MEASURES
 from selectkd.evals.studies.one_run import measured
-from selectkd.evals.studies.results import Compared, detectable, last_fall, verdict
+from selectkd.evals.studies.results import Compared, detectable, last_fall, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
 from selectkd.evals.studies.study import Job, arms_of, chosen_rates, values_of
 from training.tiny import recipe_of, tiny_llama, write_pair
@@ -264,6 +264,30 @@ def test_a_claim_is_decided_by_where_the_whole_interval_lies(
     assert (
         verdict(claim, Compared("a", "b", "held_out_kl", t_interval(values), detectable(values))) == outcome
     )
+
+
+def test_a_trend_is_the_slope_with_each_doubling_in_every_seed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {f"of_{size}": {"method": "kd"} for size in (1, 2, 8)}
+    trend = {"of": {"of_1": 1, "of_2": 2, "of_8": 8}, "measure": "tar"}
+    content = study_of(root, arms=arms, seeds=[1, 2, 3], trends=[trend])
+    file = written(tmp_path / "t.yaml", content)
+    study, rows = load_study(file), {}
+    for seed, steep in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        for arm, doublings in (("of_1", 0), ("of_2", 1), ("of_8", 3)):
+            row = {"arm": arm, "seed": seed, "learning_rate": None, "tar": 0.4 + steep * doublings,
+                   "held_out_kl": 1.0, "wall_seconds": 1.0}  # fmt: skip
+            append_row(tmp_path / "t.jsonl", row)
+    rows = read_rows(tmp_path / "t.jsonl")
+    seen = slope(study, rows, study.trends[0])
+    wanted = t_interval([0.1, 0.2, 0.3])
+    assert seen is not None
+    assert (seen.value, seen.low, seen.n) == (pytest.approx(0.2), pytest.approx(wanted.low), 3)
+    assert main(["study", "results", str(file)]) == 0
+    assert "TAR with each doubling from of_1 to of_8: +0.2000 [" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"'of_9', which is none"):
+        load_study(written(tmp_path / "w.yaml", {**content, "trends": [{"of": {"of_1": 1, "of_9": 9}}]}))
 
 
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:

@@ -66,6 +66,15 @@ class Claim(Section):
         return self
 
 
+class Trend(Section):
+    """How a number of several arms goes with a quantity in which they differ, such as the teacher's size."""
+
+    of: Annotated[dict[Text, Annotated[float, Field(gt=0.0)]], Field(min_length=2)]
+    """Name of each arm, and its quantity."""
+    measure: Outcome | None = None
+    """The number. Left out: the study's outcome."""
+
+
 class Study(Section):
     """A study: arms that differ from one recipe, each run with every seed."""
 
@@ -94,6 +103,8 @@ class Study(Section):
     (option_accuracy, yes_no_accuracy)."""
     claims: list[Claim] = []
     """Differences that the statement expects."""
+    trends: list[Trend] = []
+    """Slopes that are reported: the change of a number with each doubling of a quantity."""
 
     @model_validator(mode="after")
     def _seeds_are_apart(self) -> Self:
@@ -106,12 +117,11 @@ class Study(Section):
     @model_validator(mode="after")
     def _claims_name_arms(self) -> Self:
         known = [*self.arms, *(f"{arm}/{control}" for arm in self.arms for control in self.controls)]
-        for claim in self.claims:
-            for name in (claim.first, claim.second):
-                if name not in known:
-                    raise refuse(
-                        f"names the arm {name!r}, which is none.{did_you_mean(name, known)}", at="claims"
-                    )
+        named = [("claims", name) for claim in self.claims for name in (claim.first, claim.second)]
+        named += [("trends", name) for trend in self.trends for name in trend.of]
+        for key, name in named:
+            if name not in known:
+                raise refuse(f"names the arm {name!r}, which is none.{did_you_mean(name, known)}", at=key)
         return self
 
     def caches(self) -> dict[str, Recipe]:

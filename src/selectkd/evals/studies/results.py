@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from selectkd.config.study import Claim, Study
+from selectkd.config.study import Claim, Study, Trend
 from selectkd.evals.statistics import Interval, t_interval
 from selectkd.evals.studies.rows import Key, Row, number, paired
 from selectkd.evals.studies.study import Arm, arms_of, chosen_rates
@@ -64,6 +64,19 @@ def detectable(differences: Sequence[float]) -> float:
     return float(reach * spread / math.sqrt(n))
 
 
+def slope(study: Study, rows: Mapping[Key, Row], trend: Trend) -> Interval | None:
+    """The change of a trend's number with each doubling of its quantity: the least-squares slope on log2 of the
+    quantity in each seed that all arms have, then Student's t over seeds; None without such a seed."""
+    chosen, measure = chosen_rates(study, rows), trend.measure or study.outcome
+    at = [math.log2(quantity) for quantity in trend.of.values()]
+    found = []
+    for seed in study.seeds:
+        values = [number(rows.get((arm, seed, chosen.get(arm))), measure) for arm in trend.of]
+        if None not in values:
+            found.append(float(stats.linregress(at, values).slope))
+    return t_interval(found) if found else None
+
+
 def verdict(claim: Claim, seen: Compared | None) -> str:
     """confirmed, refuted or undecided, by where the interval lies; not run before there are two seeds.
 
@@ -117,6 +130,9 @@ def markdown(
     parts += [
         table for metric, chance in CHANCE.items() if (table := _scenes(metric, chance, of_arm)) is not None
     ]
+    slopes = [_sloped(study, rows, trend) for trend in study.trends]
+    if slopes:
+        parts.append("\n".join(f"- {line}" for line in slopes))
     others = _others(study, rows, arms)
     if others:
         parts.append(
@@ -136,6 +152,16 @@ def _claimed(claim: Claim, study: Study, rows: Mapping[Key, Row]) -> str:
     expected = f"{claim.expected} than" if claim.expected != "same" else f"within {claim.within:g} of"
     text = f"**{verdict(claim, seen)}**: {_words(measure)} of {claim.second} {expected} {claim.first}"
     return text if seen is None else f"{text}: {_shown(seen)}"
+
+
+def _sloped(study: Study, rows: Mapping[Key, Row], trend: Trend) -> str:
+    seen, names = slope(study, rows, trend), list(trend.of)
+    text = f"{_words(trend.measure or study.outcome)} with each doubling from {names[0]} to {names[-1]}"
+    if seen is None:
+        return f"{text}: not run"
+    return f"{text}: {seen.value:+.4f}" + (
+        f" [{seen.low:+.4f}, {seen.high:+.4f}], n {seen.n}" if seen.n > 1 else ""
+    )
 
 
 def _others(study: Study, rows: Mapping[Key, Row], arms: Sequence[Arm]) -> list[str]:
