@@ -7,7 +7,7 @@ from typing import Any
 
 from selectkd.config.keys import sections
 from selectkd.config.schema import Recipe
-from selectkd.config.study import Claim, Study
+from selectkd.config.study import Claim, Study, Trend
 
 INTRODUCTION = """\
 # Every key of a recipe
@@ -47,8 +47,10 @@ def page() -> str:
         section = schema["$defs"][name]
         shared = any(set(found) & set(others) for other, others in paths.items() if other != name)
         parts += [_heading(section, found, shared), section["description"] + "\n", _table(section)]
-    study, claim = Study.model_json_schema(), Claim.model_json_schema()
-    parts += [STUDY, _table(study), "## `claims[N]`\n", claim["description"] + "\n", _table(claim)]
+    parts += [STUDY, _table(Study.model_json_schema())]
+    for key, section in (("claims", Claim), ("trends", Trend)):
+        schema = section.model_json_schema()
+        parts += [f"## `{key}[N]`\n", schema["description"] + "\n", _table(schema)]
     return "\n".join(parts).strip()
 
 
