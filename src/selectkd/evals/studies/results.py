@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from selectkd.config.study import Claim, Study, Trend
@@ -71,9 +72,10 @@ def slope(study: Study, rows: Mapping[Key, Row], trend: Trend) -> Interval | Non
     at = [math.log2(quantity) for quantity in trend.of.values()]
     found = []
     for seed in study.seeds:
-        values = [number(rows.get((arm, seed, chosen.get(arm))), measure) for arm in trend.of]
-        if None not in values:
-            found.append(float(stats.linregress(at, values).slope))
+        each = (number(rows.get((arm, seed, chosen.get(arm))), measure) for arm in trend.of)
+        values = [one for one in each if one is not None]
+        if len(values) == len(at):
+            found.append(float(np.polyfit(at, values, 1)[0]))
     return t_interval(found) if found else None
 
 
