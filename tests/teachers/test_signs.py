@@ -30,7 +30,9 @@ from training.tiny import texts, tiny_llama
 
 GATE = {"verifier": "greedy_topk", "k": 5, "beta": 0.01}
 HELD = HeldBack(pairs=20, teachers=5, plain=15, by_sign=18, helped=5, found=4)
-SIGNS = Signs(900, tar=0.5, overlap=0.4, kl=2.0, teacher_entropy=1.0, student_entropy=3.0, surprise=0.7)
+SIGNS = Signs(
+    900, tar=0.5, overlap=0.4, kl=2.0, teacher_entropy=1.0, student_entropy=3.0, surprise=0.7, lead=0.9
+)
 
 
 def plainly(
@@ -47,6 +49,7 @@ def plainly(
         "teacher_entropy": entropies["teacher"],
         "student_entropy": entropies["student"],
         "surprise": -p.gather(1, labels[:, None]).log().mean() - entropies["teacher"],
+        "lead": (p.gather(1, labels[:, None]) / q.gather(1, labels[:, None])).log().mean(),
     }
     return {name: float(value) for name, value in found.items()}
 

@@ -26,6 +26,7 @@ WORDS = {
     "teacher_entropy": "entropy of the teacher",
     "student_entropy": "entropy of the student",
     "surprise": "surprise of the teacher beyond its entropy",
+    "lead": "lead of the teacher on the text",
 }
 """The signs that a rule may read, and what they are called."""
 
@@ -147,7 +148,7 @@ def _seen(signs: Signs) -> str:
     text = (
         f"TAR {signs.tar:.3f} (greedy_topk, k = 5), overlap {signs.overlap:.3f}, KL {signs.kl:.3g} nats, entropy of "
         f"the teacher {signs.teacher_entropy:.3g} and of the student {signs.student_entropy:.3g}, surprise of the "
-        f"teacher beyond its entropy {signs.surprise:.3g}"
+        f"teacher beyond its entropy {signs.surprise:.3g}, lead of the teacher on the text {signs.lead:.3g}"
     )
     return text + ("" if signs.agreement is None else f", overlap of the teachers {signs.agreement:.3f}")
 

@@ -40,8 +40,9 @@ class Signs:
 
     tar: of greedy_topk, k = 5, each text's mean averaged over texts, in [0, 1]. overlap: sum_v min(p, q), in [0, 1]. In
     nats: kl, KL(p || q); teacher_entropy and student_entropy; surprise, -log p of the text's token minus the teacher's
-    entropy, which is near 0 for a calibrated teacher and large for one that is sure of wrong tokens. agreement: sum_v
-    min of each two of several teachers where both teach, in [0, 1]; None with one teacher.
+    entropy, which is near 0 for a calibrated teacher and large for one that is sure of wrong tokens; lead, log p - log q
+    of the text's token: by how much the teacher knows the text better. agreement: sum_v min of each two of several
+    teachers where both teach, in [0, 1]; None with one teacher.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Signs:
     teacher_entropy: float
     student_entropy: float
     surprise: float
+    lead: float
     agreement: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def signs_of_rows(
     """
     width, scratch, n = rows.shared_width(head.width), Scratch(), hidden.shape[0]
     verifier = greedy_topk(k=min(K, width))
-    columns = torch.empty(n, 6, dtype=torch.float64)
+    columns = torch.empty(n, 7, dtype=torch.float64)
     finite = torch.ones(n, dtype=torch.bool)
     alike = torch.zeros(2, dtype=torch.float64)
     for start in range(0, n, CHUNK):
@@ -106,13 +108,15 @@ def signs_of_rows(
         pair = rows.open(cut, width, scratch).pair(whole, logits, 1.0)
         pair = replace(pair, label=labels[cut])
         of_teacher = entropy(pair.logp)
+        text = [label_log_prob(pair, logs, "a sign").clamp(min=LEAST) for logs in (pair.logp, pair.logq)]
         seen = [
             verifier(pair, logits.new_empty(whole.stop, 0)),
             pair.overlap,
             forward_kl(pair.logp, pair.logq),
             of_teacher,
             entropy(pair.logq),
-            -label_log_prob(pair, pair.logp, "the teacher's surprise").clamp(min=LEAST) - of_teacher,
+            -text[0] - of_teacher,
+            text[0] - text[1],
         ]
         columns[cut] = torch.stack([each.double() for each in seen], -1).cpu()
         finite[cut] = pair.finite.cpu() if pair.finite is not None else True
