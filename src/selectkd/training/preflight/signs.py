@@ -40,9 +40,9 @@ class Signs:
 
     tar: of greedy_topk, k = 5, each text's mean averaged over texts, in [0, 1]. overlap: sum_v min(p, q), in [0, 1]. In
     nats: kl, KL(p || q); teacher_entropy and student_entropy; surprise, -log p of the text's token minus the teacher's
-    entropy, which is near 0 for a calibrated teacher and large for one that is sure of wrong tokens; lead, log p - log q
-    of the text's token: by how much the teacher knows the text better. agreement: sum_v min of each two of several
-    teachers where both teach, in [0, 1]; None with one teacher.
+    entropy, which is near 0 for a calibrated teacher and large for one that is sure of wrong tokens; lead, mean log p
+    minus mean log q of the text's token: by how much the teacher knows the text better. agreement: sum_v min of each
+    two of several teachers where both teach, in [0, 1]; None with one teacher.
     """
 
     rows: int
