@@ -114,16 +114,18 @@ def _equation_steps(entry: Mapping[str, Any]) -> str:
     terms, total = left.split(), int(right)
     unknown = next(term for term in terms if term[-1].isalpha())
     factor = int(unknown[:-2] or 1)
-    if len(terms) == 1:
-        steps = []
-    elif terms[2] == unknown and terms[1] == "-":
-        steps = [f"{terms[0]}-{total}", total := int(terms[0]) - total]
-    else:
-        known = next(term for term in (terms[0], terms[2]) if term != unknown)
-        back = "+" if terms[1] == "-" else "-"
-        steps = [f"{total}{back}{known}", total := total + int(f"{back}{known}")]
-    shown = [f"{steps[0]}={steps[1]}"] if steps else []
-    return " ".join([*shown, *([f"{total}/{factor}"] if factor > 1 else [])])
+    steps = []
+    if len(terms) == 3:
+        first, sign, second = terms
+        if second == unknown and sign == "-":
+            step, total = f"{first}-{total}", int(first) - total
+        else:
+            known, back = second if first == unknown else first, "+" if sign == "-" else "-"
+            step, total = f"{total}{back}{known}", total + int(f"{back}{known}")
+        steps.append(f"{step}={total}")
+    if factor > 1:
+        steps.append(f"{total}/{factor}")
+    return " ".join(steps)
 
 
 def _letter_steps(entry: Mapping[str, Any]) -> str:
