@@ -161,6 +161,28 @@ def test_a_study_fills_the_caches_that_its_teachers_name_and_still_measures_with
     assert "draft needs the teacher itself" in error and "name the model beside the cache" in error
 
 
+def test_a_measure_loads_the_teacher_as_its_cache_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from selectkd.config.teachers import CacheTeacher
+    from selectkd.evals.studies import measures
+
+    asked: dict[str, Any] = {}
+
+    def load(model: str, **named: Any) -> Any:
+        asked.update(named, model=model)
+        return SimpleNamespace(on=lambda device: SimpleNamespace(model=nn.Linear(1, 1)))
+
+    monkeypatch.setattr(measures, "load_model", load)
+    wanted = {"model": "a/b", "revision": "v2", "dtype": "bfloat16", "quantization": "bitsandbytes-8bit",
+              "attn_implementation": "eager"}  # fmt: skip
+    recipe = SimpleNamespace(teacher=CacheTeacher.model_validate({"cache": "c", **wanted}))
+    measures._teacher_model(SimpleNamespace(teacher=None, student=nn.Linear(1, 1)), recipe, "draft")
+    assert asked == wanted
+
+
 def test_a_run_that_failed_is_run_again_and_one_of_another_recipe_too(root: Path, tmp_path: Path) -> None:
     content = study_of(root, arms={"one": {"method": "kd"}, "bad": {"training": {"learning_rate": 1e30}}})
     content["recipe"]["training"] |= {"max_steps": 6}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from selectkd.config.teachers import CacheTeacher
 from selectkd.data.collate import collate
 from selectkd.data.render import pad_id_of
 from selectkd.data.rewrite import examples_of, last_turns
@@ -161,14 +162,17 @@ def _teacher_model(assembly: Any, recipe: Any, measure: str) -> Any:
     """The teacher in memory, or loaded where the cache says which it is of."""
     if isinstance(assembly.teacher, LiveTeacher):
         return assembly.teacher.model
-    named = getattr(recipe.teacher, "model", None)
-    if named is None:
+    named = recipe.teacher
+    if not isinstance(named, CacheTeacher) or named.model is None:
         raise ConfigError(
             f"measures: {measure} needs the teacher itself; set teacher to {{model: ...}}, or name the model beside "
             "the cache."
         )
-    device = next(assembly.student.parameters()).device
-    return load_model(named, dtype=recipe.teacher.dtype or "float32").model.to(device).eval()
+    loaded = load_model(
+        named.model, dtype=named.dtype or "float32", quantization=named.quantization, revision=named.revision,
+        attn_implementation=named.attn_implementation,
+    )  # fmt: skip
+    return loaded.on(next(assembly.student.parameters()).device).model.eval()
 
 
 MEASURES: Mapping[str, Callable[..., Numbers]] = MappingProxyType(
