@@ -86,6 +86,7 @@ def adapted(model: Any, config: Any, *, in_fp32: bool = False) -> nn.Module:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+        # peft has an error of its own kind for each module that it cannot adapt; the user's remedy is the same
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             names = sorted(config.target_modules)
             others = [name for name in linear_layers(model) if name not in names]

@@ -48,7 +48,7 @@ class ServerPlan:
 
     def server(self) -> Any:
         """The server as a source of rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # every server has its own
 
     def weights(self) -> str | None:
         """The checksum of the server's weights; None where the server tells none."""
