@@ -84,8 +84,11 @@ def make(corpus: str, folder: Path, plan: Plan, teachers: Sequence[str], student
     rows, heldout = (rows_of(tokenizer, some, completions_only=alone) for some in (records, held))
     for size in teachers:
         name, course = f"teacher-{size}", plan.teacher
-        if plan.copies:  # a step of wide models is smaller
-            course = replace(course, learning_rate=course.learning_rate * (128 / SIZES[size].width) ** 0.5)
+        if plan.copies:  # a step of wide models is smaller, and Adam brings them no further than 3M
+            width = SIZES[size].width
+            course = replace(
+                course, learning_rate=course.learning_rate * (128 / width) ** 0.5, muon=width > 300
+            )
         elif SIZES[size].width > 200:
             course = replace(course, learning_rate=course.learning_rate / 2)
         model = made(SIZES[size], tokenizer, 0, copies=plan.copies)

@@ -54,13 +54,15 @@ SIZES = {
 @dataclass(frozen=True)
 class Course:
     """How a model trains: optimizer steps, highest learning rate, seed, the shares of the steps after which a copy is
-    kept as a model of its own, and Adam's second decay."""
+    kept as a model of its own, and Adam's second decay. muon: its matrices by Muon, the rest by Adam, and products in
+    bf16; a step of a wide model then takes twice the time and brings it further."""
 
     steps: int
     learning_rate: float
     seed: int = 0
     ages: tuple[float, ...] = ()
     beta2: float = 0.999
+    muon: bool = False
 
 
 def made(size: Size, tokenizer: Any, seed: int, *, copies: bool = False) -> Any:
@@ -166,7 +168,9 @@ def train(
         ids, labels = batch
         if relabel is not None:
             labels = relabel(ids, labels, torch.Generator().manual_seed(course.seed * 1_000_003 + step))
-        return token_losses(model, ids, labels).mean(), int((labels[:, 1:] != -100).sum())
+        with torch.autocast("cpu", torch.bfloat16, enabled=course.muon):
+            losses = token_losses(model, ids, labels)
+        return losses.mean(), int((labels[:, 1:] != -100).sum())
 
     def save(part: Path) -> None:
         model.save_pretrained(part)
@@ -194,17 +198,17 @@ def follow(folder: Path, model: Any, course: Course, material: Material) -> None
     where the folder is there. A training that was killed goes on from its state, beside the folder."""
     if folder.exists():
         return
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=course.learning_rate, weight_decay=0.01, betas=(0.9, course.beta2)
-    )
-    pace = get_cosine_schedule_with_warmup(optimizer, max(1, course.steps // 10), course.steps)
+    optimizers = _optimizers(model, course)
+    paces = [
+        get_cosine_schedule_with_warmup(one, max(1, course.steps // 10), course.steps) for one in optimizers
+    ]
     state = folder.with_name(folder.name + ".state")
     curve, step, tokens, seconds = [], 0, 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        pace.load_state_dict(saved["pace"])
+        for part, state_of in zip((*optimizers, *paces), saved["parts"], strict=True):
+            part.load_state_dict(state_of)
         curve, step, tokens, seconds = (saved[name] for name in ("curve", "step", "tokens", "seconds"))
     source = material.batches(step)
     looks = {max(1, round(course.steps * part / 20)) for part in range(1, 21)}
@@ -214,9 +218,9 @@ def follow(folder: Path, model: Any, course: Course, material: Material) -> None
         loss, count = material.loss(next(source), step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pace.step()
+        for part in (*optimizers, *paces):
+            part.step()
+        model.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + count
         spent = seconds + time.perf_counter() - began
         if step in looks:
@@ -226,12 +230,27 @@ def follow(folder: Path, model: Any, course: Course, material: Material) -> None
             _save(folder.with_name(f"{folder.name}-age-{round(100 * ages[step])}"), material, curve)
         if time.perf_counter() - saved_at > SAVE_SECONDS:
             saved_at = time.perf_counter()
-            part = state.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pace": pace.state_dict(),
-                        "curve": curve, "step": step, "tokens": tokens, "seconds": spent}, part)  # fmt: skip
-            part.rename(state)
+            partial = state.with_suffix(".part")
+            torch.save({"model": model.state_dict(), "parts": [one.state_dict() for one in (*optimizers, *paces)],
+                        "curve": curve, "step": step, "tokens": tokens, "seconds": spent}, partial)  # fmt: skip
+            partial.rename(state)
     _save(folder, material, curve)
     state.unlink(missing_ok=True)
+
+
+def _optimizers(model: Any, course: Course) -> list[torch.optim.Optimizer]:
+    rest, found = list(model.parameters()), []
+    if course.muon:
+        layers = list(model.model.layers.parameters())
+        matrices = [one for one in layers if one.ndim == 2]
+        found.append(torch.optim.Muon(matrices, lr=course.learning_rate, weight_decay=0.01,
+                                      adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+        taken = {id(one) for one in matrices}
+        rest = [one for one in rest if id(one) not in taken]
+    found.append(
+        torch.optim.AdamW(rest, lr=course.learning_rate, weight_decay=0.01, betas=(0.9, course.beta2))
+    )
+    return found
 
 
 def _save(folder: Path, material: Material, curve: list[dict[str, Any]]) -> None:

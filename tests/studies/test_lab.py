@@ -45,13 +45,14 @@ def test_a_small_laboratory_has_text_models_that_learn_and_teachers_that_are_wro
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
+@pytest.mark.parametrize("muon", [False, True], ids=["adam", "muon"])
 def test_a_training_that_was_killed_ends_at_the_same_weights(
-    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, muon: bool
 ) -> None:
     models, text = (importlib.import_module(name) for name in ("lab_models", "lab_text"))
     records = [{"prompt": f"{i} + {i}\n", "completion": str(2 * i)} for i in range(60)]
     tokenizer = text.tokenizer_of(records, 300)
-    rows, course = models.rows_of(tokenizer, records), models.Course(12, 1e-2)
+    rows, course = models.rows_of(tokenizer, records), models.Course(12, 1e-2, muon=muon)
 
     def trained(folder: Path) -> Any:
         models.train(

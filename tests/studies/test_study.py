@@ -18,7 +18,7 @@ from selectkd.errors import ConfigError
 from selectkd.evals.statistics import t_interval
 from selectkd.evals.studies.measures import MEASURES
 from selectkd.evals.studies.one_run import measured
-from selectkd.evals.studies.results import Compared, detectable, last_fall, slope, verdict
+from selectkd.evals.studies.results import Compared, detectable, last_fall, markdown, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
 from selectkd.evals.studies.study import Job, arms_of, chosen_rates, values_of
 from training.tiny import recipe_of, tiny_llama, write_pair
@@ -310,6 +310,17 @@ def test_a_trend_is_the_slope_with_each_doubling_in_every_seed(
     assert "TAR with each doubling from of_1 to of_8: +0.2000 [" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"'of_9', which is none"):
         load_study(written(tmp_path / "w.yaml", {**content, "trends": [{"of": {"of_1": 1, "of_9": 9}}]}))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_share_of_python_has_a_column_where_a_student_wrote_any(
+    root: Path, tmp_path: Path, share: float
+) -> None:
+    study = load_study(written(tmp_path / "python.yaml", study_of(root)))
+    row = {"held_out_kl": 0.5, "tar": 0.0, "parse_rate": 0.0}
+    rows = {("kd", 1, None): row, ("gated", 1, None): {**row, "parse_rate": share}}
+    text = markdown("python", study, rows, command="a command")
+    assert ("parse rate" in text) == bool(share) and "| TAR |" in text
 
 
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:

@@ -20,7 +20,7 @@ SHOWN = (
     "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share",
     "nondecreasing_share", "flips", "rank_correlation", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
-"""Columns of the table, where the rows have them."""
+"""Columns of the table, where the rows have them; parse_rate where any student wrote Python."""
 CHANCE = {"option_accuracy": 0.25, "yes_no_accuracy": 0.5}
 """Measures of drawn scenes that stand by task in tables of their own, and what a model that sees nothing comes to."""
 LAST_PART = 0.2
@@ -186,10 +186,11 @@ def _shown(seen: Compared) -> str:
 def _table(
     study: Study, arms: Sequence[Arm], of_arm: Mapping[str, list[Row]], chosen: Mapping[str, float | None]
 ) -> str:
+    found = {name: [number(row, name) for each in of_arm.values() for row in each] for name in SHOWN}
     columns = [
         name
-        for name in SHOWN
-        if any(number(row, name) is not None for each in of_arm.values() for row in each)
+        for name, values in found.items()
+        if (any(values) if name == "parse_rate" else values.count(None) < len(values))
     ]
     rated = bool(study.learning_rates)
     head = ["arm", *(["learning rate"] if rated else []), "seeds", *map(_words, columns)]
