@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,43 @@ from selectkd.objective.contract import example_log_dists
 from selectkd.objective.divergences import DIVERGENCES
 from selectkd.objective.objective import Objective
 from selectkd.objective.pair import dense_pair, entropy
-from selectkd.objective.verifiers import VERIFIERS
+from selectkd.objective.plugins import allow_plugin, component
+from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, traits_of
+
+
+@component("verifier")
+def of_the_text():
+    return lambda pair, uniform: (pair.label[:, None] == torch.arange(2)).any(-1).float()
+
+
+@component("verifier")
+def of_the_reference():
+    return Stated(VerifierTraits(needs_reference=True))
+
+
+@component("verifier")
+def twice():
+    return Stated(VerifierTraits(above_one=True))
+
+
+@component("verifier")
+def of_all():
+    return lambda pair, uniform: pair.logp.new_ones(1)
+
+
+@component("verifier")
+def sure():
+    return lambda pair, uniform: (pair.logp.amax(-1) > -0.5).to(pair.logp.dtype)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A gate of a plug-in with these traits."""
+
+    traits: VerifierTraits
+
+    def __call__(self, pair, uniform):
+        return 2.0 * torch.ones_like(pair.logp[:, 0])
 
 
 def none(rows: int) -> torch.Tensor:
@@ -116,11 +152,54 @@ def test_a_router_gives_each_row_the_divergence_of_the_first_gate_that_takes_it(
         ([{"divergence": "forward_kl", "weight": -1}], "0 or more"),
         ([{"gate": "spec_k", "divergence": "forward_kl"}], "ranks rows or draws"),
         ([{"gate": "greedy_topkk", "divergence": "forward_kl"}], "Did you mean 'greedy_topk'"),
+        ([{"gate": "label_top_k", "divergence": "forward_kl"}], "label_top_k reads the tokens of the text"),
+        ([{"gate": "iw_opd", "divergence": "forward_kl"}], "ranks rows"),
+        ([{"gate": f"{__name__}:of_the_text", "divergence": "forward_kl"}], "fails on rows without a text"),
+        ([{"gate": f"{__name__}:of_the_reference", "divergence": "forward_kl"}], "a reference student"),
+        ([{"gate": f"{__name__}:twice", "divergence": "forward_kl"}], "weighs rows above 1"),
+        ([{"gate": f"{__name__}:of_all", "divergence": "forward_kl"}], r"gives \(1,\) for 2 rows"),
+        (
+            [
+                {
+                    "divergence": {
+                        "name": "router",
+                        "routes": [{"gate": "label_top_k", "divergence": "forward_kl"}],
+                    }
+                }
+            ],
+            "label_top_k reads the tokens of the text",
+        ),
     ],
 )
 def test_a_route_that_cannot_work_is_refused_as_the_objective_is_made(routes, match, unchecked) -> None:
+    allow_plugin(__name__)
     with pytest.raises(ConfigError, match=match):
         Objective({"name": "router", "routes": routes})
+
+
+def test_a_gate_of_a_plugin_that_needs_both_distributions_alone_is_a_route(unchecked) -> None:
+    allow_plugin(__name__)
+    routes = [{"gate": f"{__name__}:sure", "divergence": "reverse_kl"}]
+    p, q = example_log_dists(30, 9, seed=1), example_log_dists(30, 9, seed=2)
+    routed = Objective({"name": "router", "routes": routes}, "always")(dense_pair(p, q), none(30)).divergence
+    expected = torch.where(p.amax(-1) > -0.5, DIVERGENCES["reverse_kl"](p, q), 0.0)
+    assert torch.equal(routed, expected) and 0 < routed.count_nonzero() < 30
+
+
+def test_a_routers_gates_decide_by_the_pair_that_verification_sees() -> None:
+    """At the temperature of the loss, .2, the teacher is sure of every row; at 1 of none. In a router within a route
+    too."""
+    logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.5, 0.5]], dtype=torch.float64)
+    at = {t: dense_pair((logits / t).log_softmax(-1), (-logits / t).log_softmax(-1)) for t in (0.2, 1.0)}
+    gate = {"name": "teacher_entropy", "max": 0.5}
+    routes = [{"gate": gate, "divergence": "reverse_kl"}, {"divergence": "forward_kl"}]
+    for divergence in (routes, [{"divergence": {"name": "router", "routes": routes}}]):
+        objective = Objective({"name": "router", "routes": divergence}, "always")
+        loss = at[0.2].logp, at[0.2].logq
+        sure = objective(at[0.2], none(2)).divergence
+        unsure = objective(at[0.2], none(2), verified=at[1.0]).divergence
+        assert torch.equal(sure, DIVERGENCES["reverse_kl"](*loss))
+        assert torch.equal(unsure, DIVERGENCES["forward_kl"](*loss))
 
 
 def test_a_control_deals_out_the_verdicts_of_any_gate_that_decides_row_by_row() -> None:
@@ -136,3 +215,34 @@ def test_a_control_deals_out_the_verdicts_of_any_gate_that_decides_row_by_row() 
             assert torch.equal(dealt, own[uniform[:, 1].argsort(stable=True)])
     with pytest.raises(ConfigError, match="must decide row by row"):
         VERIFIERS["matched_position"](of={"name": "prefix_gate"})
+
+
+@pytest.mark.parametrize("name", ["iw_opd", "fire", "prefix_gate", "prefix_product"])
+def test_a_shuffle_deals_out_the_weights_of_a_gate_that_ranks_rows(name: str) -> None:
+    p, q = example_log_dists(64, 9, seed=1), example_log_dists(64, 9, seed=2)
+    sequence = torch.arange(8).repeat_interleave(8)
+    pair = replace(dense_pair(p, q), sequence=sequence, label=torch.arange(64) % 9)
+    uniform = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
+    own = VERIFIERS[name]()(pair, none(64))
+    dealt = VERIFIERS["matched_shuffle"](of={"name": name})
+    assert traits_of(dealt).above_one == traits_of(VERIFIERS[name]()).above_one
+    found = dealt(pair, uniform)
+    assert torch.equal(found, own[uniform[:, 0].argsort(stable=True)]) and not torch.equal(found, own)
+
+
+@pytest.mark.parametrize("name", ["matched_shuffle", "matched_position"])
+def test_rows_that_are_always_accepted_take_no_part_in_a_shuffle(name: str) -> None:
+    """Else their verdicts go to other rows, which are then accepted beside them, and the whole rate is another."""
+    p, q = example_log_dists(64, 9, seed=1), example_log_dists(64, 9, seed=2)
+    sequence, label = torch.arange(8).repeat_interleave(8), torch.arange(64) % 9
+    own = VERIFIERS["greedy_topk"](k=2)(dense_pair(p, q), none(64)).bool()
+    label = torch.where(
+        own & (torch.arange(64) % 2 == 0), 0, label.clamp(min=1)
+    )  # 0: accepted by the gate as well
+    pair = replace(dense_pair(p, q), sequence=sequence, label=label)
+    uniform = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
+    gated = Objective("forward_kl", {"name": "greedy_topk", "k": 2}, beta=0.0, always_accept=(0,))
+    control = replace(gated, verifier={"name": name, "of": {"name": "greedy_topk", "k": 2}})
+    accepted, dealt = (one(pair, uniform).acceptance for one in (gated, control))
+    assert dealt.sum() == accepted.sum() and not torch.equal(dealt, accepted)
+    assert bool((dealt[label == 0] == 1).all())

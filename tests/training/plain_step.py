@@ -32,6 +32,7 @@ class Rows(NamedTuple):
     u: Tensor
     sequence: Tensor
     finite: Tensor  # [n] whether the teacher's row is
+    named: Tensor  # [n] whether its token is accepted whatever the verifier says
 
     def of(self, rows: Tensor) -> Rows:
         return Rows(*(one[rows] for one in self))
@@ -106,8 +107,9 @@ def prefix(x: Rows, k: int) -> Tensor:
 
 
 def shuffled(x: Rows, k: int, bins: Tensor) -> Tensor:
-    """Greedy's verdicts within each bin, in the order of u."""
+    """Greedy's verdicts within each bin, in the order of u; rows that are accepted anyway have a bin of their own."""
     verdict, out = greedy(x, k) & x.finite, torch.zeros_like(x.finite)
+    bins = torch.where(x.named & x.finite, -1, bins)
     drawn = torch.where(x.finite, x.u[:, 0], 0.0)  # a row without a teacher stands first
     for one in bins.unique():
         rows = (bins == one).nonzero()[:, 0]
@@ -216,7 +218,8 @@ def plain_step(
     logs = lambda x, t=1.0: (x / t).masked_fill(~alive, -torch.inf).log_softmax(-1)  # noqa: E731
     finite = zp[:, alive].isfinite().all(-1)
     zp = torch.where(finite[:, None], zp, z.detach())
-    seen = lambda t: Rows(logs(zp, t), logs(z.detach(), t), logs(zr, t), y, u, sequence, finite)  # noqa: E731
+    named = torch.isin(y, torch.tensor(case.always_accept))
+    seen = lambda t: Rows(logs(zp, t), logs(z.detach(), t), logs(zr, t), y, u, sequence, finite, named)  # noqa: E731
     p, q, n = logs(zp, case.temperature), logs(z, case.temperature), len(y)
     log_p, log_q = at(logs(zp), y), at(logs(z), y)
     sources, stream = stream, stream if len(case.streams) > 1 else torch.zeros_like(stream)
@@ -237,7 +240,7 @@ def plain_step(
             accepted[group] = verdict.to(accepted.dtype)
         beta[mine], factor[mine], language[mine] = of.beta, of.weight, of.language_model
 
-    accept = torch.where(torch.isin(y, torch.tensor(case.always_accept)), 1.0, accepted)
+    accept = torch.where(named, 1.0, accepted)
     weight = beta + (1 - beta) * accept
     if case.thins:
         weight = (u[:, -1] < weight).to(weight.dtype)

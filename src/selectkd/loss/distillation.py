@@ -20,6 +20,8 @@ from selectkd.loss.teacher_rows import CachedRows, LiveRows, TeacherRows
 from selectkd.loss.token_log_probs import token_log_probs
 from selectkd.objective.divergences.uld import is_unpaired
 from selectkd.objective.objective import Objective
+from selectkd.objective.pair import one_of
+from selectkd.objective.verifiers import traits_of
 
 
 @untraced
@@ -57,10 +59,10 @@ def distillation_loss(
     Under autocast to bf16 the products of an fp32 head are in bf16, its gradient is summed in fp32, and
     all else stays in fp32. The product of the teacher is in its own dtype.
 
-    Returns (loss, sums). sums holds detached scalars n, accepted, weight, divergence, weighted_divergence, overlap,
-    unverified (rows that no verdict can be given on) and teacher_nonfinite (rows left out because the teacher's were
-    nan or infinite), and row_acceptance, row_divergence, row_weight, row_overlap, row_unverified [n]. TAR is
-    accepted / n, bite 1 - weighted_divergence / divergence.
+    Returns (loss, sums). sums holds detached scalars n, accepted, always_accepted (by ``always_accept``, and part of
+    accepted), weight, divergence, weighted_divergence, overlap, unverified (rows that no verdict can be given on) and
+    teacher_nonfinite (rows left out because the teacher's were nan or infinite), and row_acceptance, row_divergence,
+    row_weight, row_overlap, row_unverified [n]. TAR is accepted / n, bite 1 - weighted_divergence / divergence.
     Raises ConfigError where shapes or the teacher do not fit the objective.
     Source: SelecTKD (arXiv 2510.24021), equation 4.
 
@@ -112,6 +114,7 @@ def fused_loss(
         "weighted_divergence": (columns["weight"] * columns["divergence"]).sum(),
         "overlap": columns["overlap"].sum(),
         "unverified": columns["unverified"].sum(),
+        "always_accepted": columns.pop("always_accepted").sum(),
         "teacher_nonfinite": bad,
     }
     if call.options.also_kl:
@@ -130,7 +133,15 @@ def _fused(
     if call.acceptance is None and call.objective.ranks_the_batch and hidden.shape[0]:
         call = replace(call, acceptance=first_pass(hidden.detach(), student.detach(), call, width))
     loss, bad, *rows = ChunkedLoss.apply(hidden, student.weight, student.bias, None, student, call)  # type: ignore[misc]
-    return loss, bad, dict(zip(ROWS, rows, strict=True))
+    named = _always_accepted(call.objective, call.labels, hidden)
+    return loss, bad, dict(zip(ROWS, rows, strict=True)) | {"always_accepted": named}
+
+
+def _always_accepted(objective: Objective, labels: Tensor | None, hidden: Tensor) -> Tensor:
+    """1 for each row that ``always_accept`` accepts, 0 for others, [n]."""
+    if labels is None or not objective.always_accept:
+        return torch.zeros(hidden.shape[0], device=hidden.device)
+    return one_of(labels, objective.always_accept).float()
 
 
 def _by_spans(
@@ -161,7 +172,8 @@ def _by_spans(
     loss, bad, *rows = ChunkedLoss.apply(hidden[first], student.weight, student.bias, later, student, call)  # type: ignore[misc]
     inside = span >= 0
     columns = {}
-    for name, values in zip(ROWS, rows, strict=True):
+    named = _always_accepted(call.objective, call.labels, hidden[first])
+    for name, values in [*zip(ROWS, rows, strict=True), ("always_accepted", named)]:
         out = values.new_full(span.shape, 1.0 if name == "unverified" else 0.0)
         if name in ("divergence", "weight", "kl"):
             out[first] = values
@@ -227,11 +239,13 @@ def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
 
 def _check_support(teacher: TeacherRows, objective: Objective, width: int) -> None:
     """ConfigError where a verifier needs more of the teacher's best tokens than its rows hold."""
-    need = objective.teacher_tokens
     held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(width)
-    if need is not None and need > held:
-        what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
-        raise ConfigError(
-            f"{type(objective.verifier).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
-            f"Set objective.verifier.k to {held} or less."
-        )
+    for judge in objective.judges:
+        need = traits_of(judge).teacher_tokens
+        if need is not None and need > held:
+            what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
+            key = "objective.verifier.k" if judge is objective.verifier else "the k of that route's gate"
+            raise ConfigError(
+                f"{type(judge).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
+                f"Set {key} to {held} or less."
+            )

@@ -28,6 +28,7 @@ SCALARS = (
     "weighted_divergence",
     "overlap",
     "unverified",
+    "always_accepted",
     "teacher_nonfinite",
 )
 

@@ -6,7 +6,7 @@ n rows. The weight is V = beta + (1 - beta) a; the loss of a row is V * D(p || q
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from selectkd.errors import ConfigError
 from selectkd.objective.divergences import DIVERGENCES, LABEL_LOSSES, reads_label
-from selectkd.objective.divergences.router import check_routes
-from selectkd.objective.pair import TokenPair
+from selectkd.objective.divergences.router import check_routes, gates_in, is_router, routed
+from selectkd.objective.pair import TokenPair, one_of
 from selectkd.objective.registry import Spec, bind, build, name_of
 from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, traits_of
+from selectkd.objective.verifiers import VERIFIERS, VerifierTraits, matched_shuffle, traits_of
 
 LOSSES = {**DIVERGENCES, **LABEL_LOSSES}
 
@@ -42,9 +42,10 @@ class Objective:
     (logp, logq) -> [n]. verifier: a name of VERIFIERS or SELECTORS, {"name": ..., **params}, "module:factory", or an
     instance of one. beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as
     in the paper. always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for
-    instance EOS. verify_temperature: verification uses p and q at this temperature, whatever the temperature of the
-    loss. thin_rejected: keep a row with probability V at weight 1, and drop it otherwise: an unbiased estimate of the
-    loss and its gradient in which dropped rows cost no gradient product. Reads one more uniform number a token.
+    instance EOS. verify_temperature: verification, and the gates of a router, use p and q at this temperature,
+    whatever the temperature of the loss. thin_rejected: keep a row with probability V at weight 1, and drop it
+    otherwise: an unbiased estimate of the loss and its gradient in which dropped rows cost no gradient product. Reads
+    one more uniform number a token.
     Source: SelecTKD (arXiv 2510.24021), equation 4 and Algorithm 1.
 
     >>> import torch
@@ -73,6 +74,9 @@ class Objective:
         check_routes(self.divergence)
         table = {**VERIFIERS, **SELECTORS}
         object.__setattr__(self, "verifier", build(table, self.verifier, kind="verifier or selector"))
+        # rows that are accepted anyway are no part of a rate
+        if self.always_accept and isinstance(self.verifier, matched_shuffle):
+            object.__setattr__(self, "verifier", replace(self.verifier, spared=self.always_accept))
         if self.thin_rejected and self.traits.above_one:
             raise ConfigError(
                 f"thin_rejected keeps a row with probability equal to its weight, and {name_of(self.verifier)} weighs "
@@ -93,6 +97,16 @@ class Objective:
     def teacher_tokens(self) -> int | None:
         """How many of the teacher's best tokens the verifier needs: see ``VerifierTraits``."""
         return self.traits.teacher_tokens
+
+    @property
+    def judges(self) -> tuple[Any, ...]:
+        """All that look at rows at the temperature of verification: the verifier, and the gates of a router."""
+        return (self.verifier, *gates_in(self.divergence))
+
+    @property
+    def routes_rows(self) -> bool:
+        """Whether the divergence depends on the row: its gates ask for the pair that verification sees."""
+        return is_router(self.divergence)
 
     @property
     def drops_rows(self) -> bool:
@@ -139,9 +153,7 @@ class Objective:
         if self.always_accept:
             if label is None:
                 raise ConfigError("always_accept reads the tokens of the text; pass labels=[n].")
-            named = torch.zeros_like(label, dtype=torch.bool)
-            for token in self.always_accept:  # a tensor of them would be a copy that waits for the device
-                named = named | (label == token)
+            named = one_of(label, self.always_accept)
             acceptance = torch.where(named, torch.ones_like(acceptance), acceptance)
         # exactly 1 and beta at a = 1 and a = 0, and exactly 1 everywhere at beta = 1
         if self.beta < 1.0:
@@ -163,14 +175,18 @@ class Objective:
         verified: TokenPair | None = None,
         acceptance: Float[Tensor, " n"] | None = None,
     ) -> TokenLoss:
-        """Loss and verdict of each row; ``verified`` is the pair at the verification temperature where that differs,
-        ``acceptance`` the result of a first pass where there was one."""
+        """Loss and verdict of each row; ``verified`` is the pair at the verification temperature where that differs, by
+        which a router's gates decide too, ``acceptance`` the result of a first pass where there was one."""
         verified = pair if verified is None else verified
         weight, acceptance = self.weigh(verified, uniform, acceptance=acceptance)
         with torch.no_grad():
             overlap = verified.overlap
         divergence: Callable[..., Tensor] = self.divergence  # type: ignore[assignment]
-        return TokenLoss(divergence(pair.logp, pair.logq, *self._column(pair)), weight, acceptance, overlap)
+        if self.routes_rows:
+            value = routed(divergence, pair, verified)
+        else:
+            value = divergence(pair.logp, pair.logq, *self._column(pair))
+        return TokenLoss(value, weight, acceptance, overlap)
 
     def _column(self, pair: TokenPair) -> tuple[Int[Tensor, " n"], ...]:
         """Where the text's tokens stand, for a loss that looks at them."""

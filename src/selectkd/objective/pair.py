@@ -6,6 +6,7 @@ n rows, s support columns, v vocabulary, K stored tokens. p = teacher, q = stude
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,6 +174,14 @@ def label_of(pair: TokenPair, name: str) -> Int[Tensor, " n"]:
     if pair.label is None:
         raise ConfigError(f"{name} reads the tokens of the text; pass labels=[n] to distillation_loss.")
     return pair.label
+
+
+def one_of(label: Int[Tensor, " n"], tokens: Sequence[int]) -> Bool[Tensor, " n"]:
+    """Whether the text's token of each row is one of ``tokens``, [n]."""
+    found = torch.zeros_like(label, dtype=torch.bool)
+    for token in tokens:  # a tensor of them would be a copy that waits for the device
+        found = found | (label == token)
+    return found
 
 
 def sequence_of(pair: TokenPair) -> Int[Tensor, " n"]:

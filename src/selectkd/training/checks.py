@@ -21,6 +21,7 @@ from selectkd.models.quantized import check_quantization
 from selectkd.objective.objective import Objective
 from selectkd.objective.registry import name_of
 from selectkd.objective.schedules import BetaSchedule
+from selectkd.objective.verifiers import traits_of
 from selectkd.rollouts.streams import Stream, check_labels, extras_of, losses_of, streams_of
 from selectkd.teachers import exactness
 from selectkd.teachers.aligned import AlignedPlan
@@ -119,12 +120,14 @@ def check_objective(objective: Objective, recipe: Any, teacher: TeacherPlan, *, 
     """ConfigError for an objective that this teacher, or a vocabulary of ``width`` tokens, cannot give."""
     temperature = recipe.objective.temperature
     exactness.check(objective, teacher.payload, k=teacher.k, temperature=temperature, source=teacher.source)
-    need = objective.teacher_tokens
-    if need is not None and need > width:
-        raise ConfigError(
-            f"{name_of(objective.verifier)} needs the teacher's {need} best tokens; "
-            f"the vocabulary has {width}. Set objective.verifier.k to {width} or less."
-        )
+    for judge in objective.judges:
+        need = traits_of(judge).teacher_tokens
+        if need is not None and need > width:
+            key = "objective.verifier.k" if judge is objective.verifier else "the k of that route's gate"
+            raise ConfigError(
+                f"{name_of(judge)} needs the teacher's {need} best tokens; "
+                f"the vocabulary has {width}. Set {key} to {width} or less."
+            )
     if recipe.training.compile_loss is True:
         whole = teacher.payload in ("live", "hidden") and not isinstance(teacher, SeveralPlan)
         check_compiled(objective.divergence, whole=whole)

@@ -123,7 +123,9 @@ class Ledger:
         self.step, self.left_out, self._in_a_row = state["step"], list(state["left_out"]), state["in_a_row"]
         self.tokens, self.tar, self.last = state["tokens"], state["tar"], dict(state["last"])
         self.spikes.load_state_dict(state["spikes"])
-        self._window = list(state["window"])
+        # sums of a checkpoint from before always_accepted was one of them have no place for it
+        size = len(zeros(len(self.streams)))
+        self._window = [one for one in state["window"] if len(one) == size]
         self.beta = replace(self.beta, best_tar=state["best_tar"])
         if self.share is not None and state.get("share") is not None:
             self.share = ShareSchedule(**state["share"])

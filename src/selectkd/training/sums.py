@@ -12,7 +12,7 @@ from selectkd.training.first_pass import MicroBatch
 
 FIELDS = (
     "loss", "n", "sequences", "tar", "accepted", "kl", "divergence",
-    "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite",
+    "weighted_divergence", "weight", "overlap", "unverified", "teacher_nonfinite", "always_accepted",
 )  # fmt: skip
 LOSS, WEIGHT = FIELDS.index("loss"), FIELDS.index("weight")
 STREAM_FIELDS = ("tar", "sequences", "divergence", "kl", "n")
@@ -54,9 +54,10 @@ def named(total: Tensor) -> dict[str, float]:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float | None]:
-    """kl, divergence, tar, acceptance, bite, overlap and unverified from sums; None where nothing divides."""
+    """kl, divergence, tar, acceptance, bite, overlap and unverified from sums; None where nothing divides. Also
+    always_accepted, the share of the tokens that ``always_accept`` accepts, where there are any."""
     n, sequences = sums["n"], sums["sequences"]
-    return {
+    found = {
         "kl": sums["kl"] / n if n else None,
         "divergence": sums["divergence"] / n if n else None,
         "tar": sums["tar"] / sequences if sequences else None,
@@ -66,6 +67,7 @@ def rates(sums: dict[str, float]) -> dict[str, float | None]:
         "unverified": sums["unverified"] / n if n else None,
         "weight": sums["weight"] / n if n else None,
     }
+    return found | ({"always_accepted": sums["always_accepted"] / n} if sums["always_accepted"] else {})
 
 
 def stream_rates(total: Tensor, streams: Sequence[str]) -> dict[str, dict[str, float | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectkd.errors import ConfigError
-from selectkd.objective.pair import TokenPair, sequence_of
+from selectkd.objective.pair import TokenPair, label_of, one_of, sequence_of
 from selectkd.objective.registry import build
 from selectkd.objective.verifiers.row_statistics import RowStatistics
 from selectkd.objective.verifiers.selectkd import at_least_one, greedy_topk
@@ -66,19 +66,17 @@ class matched_random:
 class matched_shuffle:
     """Another verifier's verdicts dealt out to random rows of the step: the same rate at every step, random places.
 
-    of: that verifier, {"name": ..., **params}, one that decides row by row; by default greedy top-k with ``k``. Not
-    token-local: the loss scores every row first. ConfigError for a verifier that ranks rows.
+    of: that verifier, {"name": ..., **params}; by default greedy top-k with ``k``. Of one that gives weights above 1
+    the weights are dealt out. spared: ids of tokens whose rows take no part; an Objective sets its ``always_accept``,
+    so that the rate of the other rows stays the verifier's. Not token-local: the loss scores every row first.
     """
 
     k: int = 5
     of: Any = None
+    spared: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         at_least_one(type(self).__name__, self.k)
-        if traits_of(self.gate).ranks:
-            raise ConfigError(
-                f"{type(self).__name__}(of={self.of!r}): of must decide row by row, as greedy_topk and spec_k do."
-            )
 
     @cached_property
     def gate(self) -> Any:
@@ -94,17 +92,38 @@ class matched_shuffle:
             uniforms_per_token=gate.uniforms_per_token + 1,
             teacher_tokens=gate.teacher_tokens,
             scope="step",
+            needs_reference=gate.needs_reference,
             above_one=gate.above_one,
         )
 
     def score(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, "n m"]:
-        own = traits_of(self.gate).uniforms_per_token
-        verdict = self.gate(pair, uniform)
-        return torch.stack([verdict, uniform[:, own].to(verdict.dtype)], -1)  # [n, 2]
+        """The gate's verdict, or its scores where it ranks rows; then a uniform number, and 1 where a row is spared."""
+        traits = traits_of(self.gate)
+        own = self.gate.score(pair, uniform) if traits.ranks else self.gate(pair, uniform)[:, None]
+        columns = [own, uniform[:, traits.uniforms_per_token, None].to(own.dtype)]
+        if self.spared:
+            named = one_of(label_of(pair, type(self).__name__), self.spared)
+            columns.append(named[:, None].to(own.dtype))
+        return torch.cat(columns, -1)  # [n, m]
 
     def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        scores = scores.nan_to_num(nan=0.0)  # a row without a teacher has been rejected
-        return scores[torch.argsort(scores[:, 1], stable=True), 0]
+        beside = 2 if self.spared else 1
+        own, drawn = scores[:, :-beside], scores[:, -beside:].nan_to_num(nan=0.0)
+        # a row without a teacher has been rejected; a gate that ranks rows sees to it itself
+        ranks = traits_of(self.gate).ranks
+        verdict = self.gate.keep(own, sequence) if ranks else own[:, 0].nan_to_num(nan=0.0)
+        group = self.group(sequence)
+        if self.spared:
+            group = torch.where(drawn[:, 1] > 0, -1, group)
+        chance = torch.argsort(drawn[:, 0], stable=True)
+        giver = chance[torch.argsort(group[chance], stable=True)]
+        kept = torch.empty_like(verdict)
+        kept[torch.argsort(group, stable=True)] = verdict[giver]
+        return kept
+
+    def group(self, sequence: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Rows among which verdicts are dealt out have one number of 0 or more, [n]."""
+        return torch.zeros_like(sequence)
 
     def __call__(self, pair: TokenPair, uniform: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         return self.keep(self.score(pair, uniform), sequence_of(pair))
@@ -116,18 +135,20 @@ class matched_position(matched_shuffle):
     the same rate at every step and at every place, whichever rows they are.
 
     Like places are 0, 1 to 2, 3 to 6, 7 to 14, and so on. What a run gains over this control is not gained by where in
-    an answer the gate lets tokens pass. Rows of one sequence must stand in order (``pair.sequence``).
+    an answer the gate lets tokens pass. Rows of one sequence must stand in order (``pair.sequence``). ConfigError for
+    a verifier that ranks rows.
     """
 
-    def keep(self, scores: Float[Tensor, "n m"], sequence: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        scores = scores.nan_to_num(nan=0.0)
-        place = place_of(sequence)
-        bins = (place + 1).double().log2().floor().long()
-        chance = torch.argsort(scores[:, 1], stable=True)
-        drawn = chance[torch.argsort(bins[chance], stable=True)]
-        kept = torch.empty_like(scores[:, 0])
-        kept[torch.argsort(bins, stable=True)] = scores[drawn, 0]
-        return kept
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if traits_of(self.gate).ranks:
+            raise ConfigError(
+                f"matched_position(of={self.of!r}): of must decide row by row, as greedy_topk and spec_k do. "
+                "matched_shuffle takes any verifier."
+            )
+
+    def group(self, sequence: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        return (place_of(sequence) + 1).double().log2().floor().long()
 
 
 def place_of(sequence: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
