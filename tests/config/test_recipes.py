@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -371,3 +372,31 @@ def test_checking_a_recipe_loads_no_torch(tmp_path: Path) -> None:
         check=True,
     )
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("rate", [1.25, -0.1])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"objective": {"verifier": {"name": "matched_random", "rate": "RATE"}}},
+        {"selection": {"verifier": "matched_random", "rate": "RATE"}},
+        {
+            "objective": {
+                "verifier": {"name": "matched_shuffle", "of": {"name": "matched_random", "rate": "RATE"}}
+            }
+        },
+        {"objective": {"by_writer": {"dataset": {"verifier": {"name": "matched_random", "rate": "RATE"}}}}},
+    ],
+)
+def test_random_tokens_at_a_rate_that_is_no_share_are_refused_with_the_recipe(part, rate: float) -> None:
+    def values(rate: float) -> dict:
+        return {
+            "teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"sources": [{"path": "x"}]},
+            "training": {"output_dir": "o", "max_steps": 1, "batch_size": 1},
+            **json.loads(json.dumps(part).replace('"RATE"', str(rate))),
+        }  # fmt: skip
+
+    with pytest.raises(ConfigError, match=rf"rate = {rate}.*rate lies in \[0, 1\]"):
+        recipe_from(values(rate))
+    for share in (0.0, 1.0, 1):
+        recipe_from(values(share))

@@ -38,7 +38,19 @@ def _component(value: Any) -> Any:
     name = value.get("name")
     if not isinstance(name, str) or not name:
         raise refuse("needs a name: write {name: ..., parameter: value}; `selectkd show` lists the names")
+    _check_rate(value)
     return value
+
+
+def _check_rate(component: dict[str, Any]) -> None:
+    """Refuses random tokens at a rate that is no share, here or as the gate that a control repeats."""
+    rate, of = component.get("rate"), component.get("of")
+    if component.get("name") == "matched_random" and isinstance(rate, int | float) and not 0.0 <= rate <= 1.0:
+        raise refuse(
+            f"has rate = {rate}, but matched_random keeps a share of the tokens; rate lies in [0, 1]"
+        )
+    if isinstance(of, dict):
+        _check_rate(of)
 
 
 SET_BY_RENDERING = ("messages", "documents", "add_generation_prompt", "strftime_now")
