@@ -17,9 +17,10 @@ import yaml
 from selectkd.cli.app import main
 from selectkd.config import recipe_from
 from selectkd.errors import ConfigError
-from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, arms, controlled
+from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, SHUFFLE, Arm, arms, controlled
 from selectkd.evals.studies.compare import compare, differences, read_rows
 from selectkd.evals.studies.one_run import empty, measured
+from selectkd.objective.objective import Objective
 from selectkd.training.run_folder import write_run
 from selectkd.training.run_lock import locked
 from training.tiny import recipe_of, tiny_llama, write_pair
@@ -188,13 +189,50 @@ def test_every_arm_of_a_seed_starts_alike_and_differs_in_its_method_alone() -> N
         position.objective.verifier == {"name": "matched_position", "k": 5}
         and position.objective.beta == 0.01
     )
-    other = {**base, "selection": {"verifier": "spec_k", "k": 5, "beta": 0.01}}
-    assert [arm.selection for arm in arms({"one": other}, ["kd"], seeds=1, controls=True)] == [
-        PLAIN,
-        SELECTED,
-        RANDOM,
-    ]
     assert recipe_from(found[4].values).data.policy.probability == 1.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("selection", "controls"),
+    [
+        ({"verifier": "spec_k", "k": 3, "beta": 0.2}, [RANDOM, POSITION]),
+        ({"verifier": {"name": "teacher_entropy", "max": 0.5}, "beta": 0.0}, [RANDOM, POSITION]),
+        ({"verifier": "sigmoid_entropy_gap", "beta": 0.0}, [RANDOM, POSITION]),
+        ({"verifier": "prefix_gate", "k": 3}, [RANDOM]),
+        ({"selector": "tip", "share": 0.2, "beta": 0.0}, [RANDOM]),
+        ({"verifier": "iw_opd", "gamma": 0.3, "beta": 0.0}, [SHUFFLE]),
+        ({"verifier": "fire", "beta": 0.0}, [SHUFFLE]),
+    ],
+)
+def test_each_selection_has_the_controls_that_are_possible(
+    selection: dict[str, Any], controls: list[str]
+) -> None:
+    base = {
+        "teacher": {"model": "t"}, "student": {"model": "s"},
+        "data": {"sources": [{"path": "x"}], "evaluation": 0.1},
+        "training": {"output_dir": "o", "max_steps": 1, "batch_size": 1}, "selection": selection,
+    }  # fmt: skip
+    found = arms({"one": base}, ["kd"], seeds=1, controls=True)
+    assert [arm.selection for arm in found] == [PLAIN, SELECTED, *controls]
+    selected = recipe_from(found[1].values).objective
+    for arm in found[2:]:
+        one = controlled(arm, {"acceptance": 0.3}) if arm.selection == RANDOM else arm
+        objective = recipe_from(one.values).objective
+        assert objective.beta == selected.beta and objective.selector is None
+        if arm.selection != RANDOM:
+            assert objective.verifier == {"name": arm.selection, "of": selected.gate}
+            Objective("forward_kl", objective.verifier)  # it can be made
+
+
+def test_a_random_control_accepts_as_many_with_the_tokens_that_are_always_accepted() -> None:
+    values = {"objective": {"always_accept": ["eos"]}, "selection": {"verifier": "greedy_topk", "k": 5}}
+    arm = Arm("", "recipe", RANDOM, 1, values)
+    made = controlled(arm, {"acceptance": 0.6, "always_accepted": 0.2}).values["selection"]
+    assert made["rate"] == pytest.approx(0.5) and 0.2 + 0.8 * made["rate"] == pytest.approx(0.6)
+    with pytest.raises(ConfigError, match="lacks always_accepted"):
+        controlled(arm, {"acceptance": 0.6})
+    with pytest.raises(ConfigError, match=r"mean weight is 1.25"):
+        controlled(Arm("", "recipe", RANDOM, 1, {"selection": {}}), {"acceptance": 1.25})
 
 
 @pytest.mark.parametrize("method", ["kd", "seqkd", "gkd", "distillm", "distillm2", "skd", "adaspec", "atkd"])

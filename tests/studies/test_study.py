@@ -20,7 +20,7 @@ from selectkd.evals.studies.measures import MEASURES
 from selectkd.evals.studies.one_run import measured
 from selectkd.evals.studies.results import Compared, detectable, last_fall, markdown, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
-from selectkd.evals.studies.study import Job, arms_of, chosen_rates, values_of
+from selectkd.evals.studies.study import Job, arms_of, check_names, chosen_rates, rate_for, values_of
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 MEASURED = {
@@ -264,6 +264,56 @@ def test_a_control_keeps_the_arms_loss_and_beta_and_changes_its_gate_alone(
     assert position.verifier == {"name": "matched_position", "of": {"name": "expected_spec_k", "k": 2}}
     ranked = recipe_from(values_of(study, Job(found["ranked/matched_random"], 1, None), 0.5)).objective
     assert ranked.selector is None and ranked.gate == {"name": "matched_random", "rate": 0.5}
+
+
+def test_a_gate_whose_weights_exceed_one_has_its_weights_dealt_out_for_a_control(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"weighed": {"method": "kd", "selection": {"verifier": "iw_opd", "gamma": 0.5, "beta": 0.0}}}
+    content = study_of(root, arms=arms, controls=["matched_random", "matched_position"])
+    file = written(tmp_path / "w.yaml", content)
+    assert main(["study", "run", str(file), "--runs", str(tmp_path / "runs")]) == 0
+    rows = read_rows(tmp_path / "w.jsonl")
+    assert {key[0] for key in rows} == {"weighed", "weighed/matched_shuffle"}
+    gated, control = (rows[name, 1, None] for name in ("weighed", "weighed/matched_shuffle"))
+    assert gated["acceptance"] > 1.0 and "error" not in control
+    # the first step's rows are the same ones; from the second on the students differ a little
+    assert control["acceptance"] == pytest.approx(gated["acceptance"], rel=0.02)
+    claim = {"first": "weighed/matched_random", "second": "weighed", "expected": "lower"}
+    study = load_study(written(file, {**content, "claims": [claim]}))
+    with pytest.raises(ConfigError, match=r"'weighed/matched_random'.*It has: weighed/matched_shuffle"):
+        check_names(study)
+    check_names(
+        load_study(
+            written(file, {**content, "claims": [{**claim, "first": claim["first"][:8] + "matched_shuffle"}]})
+        )
+    )
+    capsys.readouterr()
+
+
+def test_a_control_accepts_as_many_as_its_gate_where_some_tokens_are_always_accepted(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third of the words are always accepted, and the gate rejects nearly all others."""
+    objective = {"always_accept": list(range(4, 24))}
+    arms = {
+        "gated": {"method": "kd", "objective": objective, "selection": {"verifier": "greedy_topk", "k": 1}}
+    }
+    content = study_of(root, arms=arms, controls=["matched_random"])
+    content["recipe"]["training"] |= {"max_steps": 24, "learning_rate": 1e-6}
+    file = written(tmp_path / "always.yaml", content)
+    assert main(["study", "run", str(file), "--runs", str(tmp_path / "runs")]) == 0
+    rows = read_rows(tmp_path / "always.jsonl")
+    gated, control = rows["gated", 1, None], rows["gated/matched_random", 1, None]
+    share, tokens = gated["always_accepted"], gated["tokens"]
+    assert 0.15 < share < 0.6 and control["always_accepted"] == share < gated["acceptance"] < 1.0
+    rate = rate_for(load_study(file), rows, Job(arms_of(load_study(file))[1], 1, None))
+    assert rate == pytest.approx((gated["acceptance"] - share) / (1 - share))
+    # within four standard deviations of fair draws for the other tokens
+    spread = ((1 - share) * rate * (1 - rate) / tokens) ** 0.5
+    assert abs(control["acceptance"] - gated["acceptance"]) <= 4 * spread
+    assert share * (1 - gated["acceptance"]) > 4 * spread  # so much more by the rate of all rows
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

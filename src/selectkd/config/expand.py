@@ -68,7 +68,7 @@ def _selected(objective: Any, given: Any, selection: Any) -> Any:
     """The objective with the selection's verifier or selector and its beta in it."""
     if not isinstance(selection, Mapping) or not isinstance(objective, Mapping | None):
         return objective  # the check of the section reports the wrong type
-    wanted = {**_gates(selection), "beta": selection.get("beta", 0.01)}
+    wanted = {**gates_of(selection), "beta": selection.get("beta", 0.01)}
     for key, value in wanted.items():
         written = given.get(key) if isinstance(given, Mapping) else None
         written = {"name": written} if key != "beta" and isinstance(written, str) else written
@@ -83,7 +83,7 @@ def _selected(objective: Any, given: Any, selection: Any) -> Any:
     return {**kept, **wanted}
 
 
-def _gates(selection: Mapping[str, Any]) -> dict[str, Any]:
+def gates_of(selection: Mapping[str, Any]) -> dict[str, Any]:
     """The verifier and the selector that a selection names, with the parameters beside the name, which are those of the
     one that is named, or of the verifier where none is.
     """

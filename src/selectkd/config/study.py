@@ -49,7 +49,8 @@ class Claim(Section):
     """A difference of two arms that the study expects, second minus first."""
 
     first: Text
-    """Name of an arm; NAME/matched_random and NAME/matched_position are the controls of the arm NAME."""
+    """Name of an arm; NAME/matched_random, NAME/matched_position and NAME/matched_shuffle are controls of the arm
+    NAME."""
     second: Text
     """Name of the other arm."""
     measure: Outcome | None = None
@@ -87,7 +88,9 @@ class Study(Section):
     arms: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Name of each arm, and the keys of the recipe in which it differs."""
     controls: list[Control] = []
-    """Controls that are run beside every gated arm: random tokens at its rate of acceptance, overall or by position."""
+    """Controls that are run beside every gated arm: random tokens at its rate of acceptance, overall or by position.
+    A gate that ranks tokens has none by position. One whose weights may exceed 1 has no rate: `matched_shuffle`, which
+    deals its weights out to random tokens, stands in for `matched_random`."""
     learning_rates: list[Annotated[float, Field(gt=0.0)]] = []
     """Learning rates that every arm and control is tried with; each takes its best. Left out: the recipe's."""
     tuning_seed: Seed = 0
@@ -116,7 +119,8 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _claims_name_arms(self) -> Self:
-        known = [*self.arms, *(f"{arm}/{control}" for arm in self.arms for control in self.controls)]
+        controls = [*self.controls, *(["matched_shuffle"] if "matched_random" in self.controls else [])]
+        known = [*self.arms, *(f"{arm}/{control}" for arm in self.arms for control in controls)]
         named = [("claims", name) for claim in self.claims for name in (claim.first, claim.second)]
         named += [("trends", name) for trend in self.trends for name in trend.of]
         for key, name in named:

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from selectkd.config.expand import gates_of
 from selectkd.config.methods import METHODS
 from selectkd.errors import ConfigError
-from selectkd.objective.registry import did_you_mean
+from selectkd.evals.studies.rows import rate_of_others
+from selectkd.objective.registry import build, did_you_mean
+from selectkd.objective.selectors import SELECTORS
+from selectkd.objective.verifiers import VERIFIERS, traits_of
 
 SET_ASIDE = (
     "divergence", "verifier", "selector", "beta", "by_writer", "extras", "language_model", "reduction", "thin_rejected",
@@ -20,8 +24,9 @@ SELECTION = {"verifier": "greedy_topk", "k": 5, "beta": 0.01}
 """The paper's, where the recipe has no selection of its own."""
 
 PLAIN, SELECTED, RANDOM, POSITION = "none", "selected", "matched_random", "matched_position"
+SHUFFLE = "matched_shuffle"
 """What an arm does with rows: nothing; the selection; random rows at the rate the selection had in the arm it controls
-for; the verdicts of greedy top-k dealt out among rows at like places of their sequences."""
+for; the selection's verdicts dealt out among rows at like places of their sequences, or among all rows."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def arms(
     seed.
 
     The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by the two that
-    say what its number of rows, and that number at each place of an answer, would have done; the second where the
-    selection is greedy top-k, whose verdicts it deals out.
+    say what its number of rows, and that number at each place of an answer, would have done; see
+    ``possible_controls``.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} makes no run; give 1 or more.")
@@ -90,8 +95,28 @@ def arms(
 
 
 def _controls_of(values: Mapping[str, Any]) -> tuple[str, ...]:
-    chosen = values.get("selection") or SELECTION
-    return (RANDOM, POSITION) if chosen.get("verifier") == "greedy_topk" else (RANDOM,)
+    return tuple(possible_controls(_gate(values.get("selection") or SELECTION)).values())
+
+
+def possible_controls(gate: Mapping[str, Any]) -> dict[str, str]:
+    """Each control that is asked for and the one that a verifier or selector has: none by position where it ranks rows;
+    its weights dealt out to random rows where they may exceed 1, since no random rows have such a rate. ConfigError for
+    a gate that cannot be made.
+
+    >>> possible_controls({"name": "spec_k", "k": 5})
+    {'matched_random': 'matched_random', 'matched_position': 'matched_position'}
+    >>> possible_controls({"name": "iw_opd"})
+    {'matched_random': 'matched_shuffle'}
+    """
+    traits = traits_of(build({**VERIFIERS, **SELECTORS}, gate, kind="verifier or selector"))
+    found = {RANDOM: SHUFFLE if traits.above_one else RANDOM}
+    return found if traits.ranks else {**found, POSITION: POSITION}
+
+
+def _gate(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """The verifier of a selection, or its selector where it has no verifier."""
+    gates = gates_of(selection)
+    return gates.get("verifier") or gates["selector"]
 
 
 def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> dict[str, Any]:
@@ -109,14 +134,25 @@ def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> 
         objective = arm_values.get("objective") or {}
         arm_values["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
         arm_values["selection"] = (
-            {**chosen, "verifier": "matched_position"} if selection == POSITION else chosen
+            _dealt_out(chosen, selection) if selection in (POSITION, SHUFFLE) else chosen
         )
     return arm_values
 
 
+def _dealt_out(chosen: Mapping[str, Any], control: str) -> dict[str, Any]:
+    """A selection whose verifier's verdicts a control deals out."""
+    if chosen.get("verifier") == "greedy_topk":  # the control's own default, with the k beside it
+        return {**chosen, "verifier": control}
+    kept = {key: chosen[key] for key in ("selector", "beta") if key in chosen}
+    return {**kept, "verifier": {"name": control, "of": _gate(chosen)}}
+
+
 def controlled(arm: Arm, selected: Mapping[str, Any]) -> Arm:
-    """The arm of random rows once the row of the selected arm is there, at its rate of acceptance."""
+    """The arm of random rows once the row of the selected arm is there, at its rate of acceptance; ConfigError where
+    that is none."""
     values: dict[str, Any] = copy.deepcopy(dict(arm.values))
     beta = values["selection"].get("beta", 0.01)
-    values["selection"] = {"verifier": "matched_random", "rate": selected["acceptance"], "beta": beta}
+    always = bool((values.get("objective") or {}).get("always_accept"))
+    rate = rate_of_others(selected, always_accept=always)
+    values["selection"] = {"verifier": "matched_random", "rate": rate, "beta": beta}
     return Arm(arm.recipe, arm.method, arm.selection, arm.seed, values)

@@ -100,7 +100,10 @@ def _run(
         selected = next((row for row in rows if _key(row) == key), None)
         if selected is None or selected.get("error"):
             return {"error": "the selected run that this one controls for failed"}
-        arm = controlled(arm, selected)
+        try:
+            arm = controlled(arm, selected)
+        except ConfigError as error:
+            return {"error": str(error)}
     row = run_apart(arm.values, folder / arm.folder, keep=keep, device=device)
     wrong = {
         name: value for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)

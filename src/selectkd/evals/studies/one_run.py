@@ -150,6 +150,7 @@ def measured(
         "process_seconds": round(time.process_time(), 3),
         "warnings": result.warnings,
         "acceptance": _mean(lines, "acceptance"),
+        **_always_accepted(recipe, lines),
         "mean_weight": _mean(lines, "weight"),
         "curve": [
             [line["step"], *(round(line["evaluation"][name], 5) for name in ("kl", "tar"))]
@@ -190,6 +191,13 @@ def held_out(assembly: Any, seed: int) -> dict[str, Any]:
 def _bite(each: list[Any]) -> float:
     whole = sum(one.kl * one.tokens for one in each)
     return sum(one.bite * one.kl * one.tokens for one in each) / whole if whole else 0.0
+
+
+def _always_accepted(recipe: Any, lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean share of tokens that ``always_accept`` accepts, over the lines that acceptance is the mean of; nothing
+    where the recipe names no tokens."""
+    seen = [line.get("always_accepted", 0.0) for line in lines if line.get("acceptance") is not None]
+    return {"always_accepted": sum(seen) / len(seen)} if recipe.objective.always_accept and seen else {}
 
 
 def _mean(lines: list[dict[str, Any]], name: str) -> float | None:

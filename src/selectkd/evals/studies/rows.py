@@ -62,6 +62,33 @@ def number(row: Mapping[str, Any] | None, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def rate_of_others(row: Mapping[str, Any], *, always_accept: bool) -> float:
+    """The rate at which a random control accepts the tokens that ``always_accept`` does not: (A - s) / (1 - s), A the
+    gated run's acceptance and s the share of tokens always accepted, so that the control's acceptance is A in the mean.
+
+    always_accept: whether the recipe names such tokens. ConfigError where the row gives no rate, or none in [0, 1].
+
+    >>> rate_of_others({"acceptance": 0.75, "always_accepted": 0.5}, always_accept=True)
+    0.5
+    """
+    accepted, named = number(row, "acceptance"), number(row, "always_accepted")
+    if accepted is None:
+        raise ConfigError("the gated run that this one controls for failed")
+    if accepted > 1.0:
+        raise ConfigError(
+            f"the gated run's mean weight is {accepted:g}, and no random tokens have a rate above 1; state above_one "
+            "in the gate's traits, and its control is matched_shuffle"
+        )
+    if always_accept and named is None:
+        raise ConfigError(
+            "the gated run's row lacks always_accepted, the share of tokens that always_accept names; take the row out "
+            "of the file, and the run is made again"
+        )
+    if not named:
+        return accepted
+    return min(1.0, max(0.0, (accepted - named) / (1.0 - named))) if named < 1.0 else 1.0
+
+
 def paired(
     rows: Mapping[Key, Row],
     chosen: Mapping[str, float | None],

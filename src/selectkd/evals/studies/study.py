@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from selectkd.config.study import HIGHER_IS_BETTER, Study
+from selectkd.errors import ConfigError
+from selectkd.evals.studies.arms import RANDOM, possible_controls
 from selectkd.evals.studies.one_run import run_apart
-from selectkd.evals.studies.rows import Key, Row, append_row, number, read_rows
-from selectkd.objective.registry import build
-from selectkd.objective.selectors import SELECTORS
-from selectkd.objective.verifiers import VERIFIERS, traits_of
+from selectkd.evals.studies.rows import Key, Row, append_row, number, rate_of_others, read_rows
 
 OnRow = Callable[[Row], None]
 OF_SEQUENCES = ("held_out_kl_of", "held_out_tokens_of")
@@ -51,24 +50,38 @@ class Job:
 
 
 def arms_of(study: Study) -> list[Arm]:
-    """The file's arms, each gated one followed by its controls; one that ranks rows has no matched_position, which
-    deals out the verdicts of rows."""
+    """The file's arms, each gated one followed by its controls. One that ranks rows has no matched_position, which
+    deals out the verdicts of rows; one whose weights may exceed 1 has matched_shuffle for matched_random.
+
+    ConfigError names the arm whose gate cannot be made.
+    """
     found = []
     for name in study.arms:
         found.append(Arm(name, name))
         gate, beta = gate_of(study, name)
         if gate["name"] == "always" or beta == 1.0 or gate["name"].startswith("matched_"):
             continue
+        try:
+            possible = possible_controls(gate) if study.controls else {}
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}: {error}") from None
         for control in study.controls:
-            if control == "matched_random" or decides_row_by_row(gate):
-                found.append(Arm(f"{name}/{control}", name, control))
+            if control in possible:
+                found.append(Arm(f"{name}/{possible[control]}", name, possible[control]))
     return found
 
 
-def decides_row_by_row(gate: Mapping[str, Any]) -> bool:
-    """Whether a verifier of the tables, or of a plug-in, ranks no rows."""
-    verifier = build({**VERIFIERS, **SELECTORS}, gate, kind="verifier or selector")
-    return not traits_of(verifier).ranks
+def check_names(study: Study) -> None:
+    """ConfigError for a claim or a trend of a control that its arm does not have."""
+    known = [arm.name for arm in arms_of(study)]
+    named = [name for claim in study.claims for name in (claim.first, claim.second)]
+    for name in [*named, *(name for trend in study.trends for name in trend.of)]:
+        if name not in known:
+            own = [one for one in known if one.startswith(f"{name.partition('/')[0]}/")]
+            raise ConfigError(
+                f"claims or trends name {name!r}, a control that this arm does not have. It has: "
+                f"{', '.join(own) or 'none'}."
+            )
 
 
 def gate_of(study: Study, name: str) -> tuple[dict[str, Any], Any]:
@@ -85,12 +98,21 @@ def values_of(study: Study, job: Job, rate: float | None) -> dict[str, Any]:
     if job.arm.control is not None:
         gate, _ = gate_of(study, job.arm.of)
         objective = study.recipe_of(job.arm.of).model_dump(mode="json", exclude_unset=True)["objective"]
-        random = job.arm.control == "matched_random"
+        random = job.arm.control == RANDOM
         verifier = {"name": job.arm.control, **({"rate": rate} if random else {"of": gate})}
         values.pop("selection", None)
         kept = {k: v for k, v in (values.get("objective") or {}).items() if k not in ("verifier", "selector")}
         values["objective"] = {**kept, "verifier": verifier, "beta": objective.get("beta", 0.01)}
     return values
+
+
+def rate_for(study: Study, rows: Mapping[Key, Row], job: Job) -> float:
+    """The rate of a random control, from the row of the gated run with its seed; ConfigError where it has none."""
+    chosen = chosen_rates(study, rows).get(job.arm.of)
+    at = job.learning_rate if job.seed == study.tuning_seed and study.learning_rates else chosen
+    objective = study.recipe_of(job.arm.of).objective
+    row = rows.get((job.arm.of, job.seed, at), {})
+    return rate_of_others(row, always_accept=bool(objective.always_accept))
 
 
 def waves(study: Study, rows: Mapping[Key, Row]) -> Any:
@@ -135,19 +157,20 @@ def run_study(
     """Runs what has no row in ``file`` yet, ``workers`` runs at once, each in a process of its own, and adds a row as
     each ends. A row of another recipe of the arm, or of a run that failed, is run again.
 
-    folder: of the run folders, which go once their row is there. Raises ConfigError for rows that cannot be read.
+    folder: of the run folders, which go once their row is there. Raises ConfigError for rows that cannot be read, and
+    for a claim of a control that is not run.
     """
+    check_names(study)
     rows, lock = read_rows(file), threading.Lock()
 
     def work(job: Job) -> None:
         values, row = None, None
         rate = None
-        if job.arm.control == "matched_random":
-            chosen = chosen_rates(study, rows).get(job.arm.of)
-            at = job.learning_rate if job.seed == study.tuning_seed and study.learning_rates else chosen
-            rate = number(rows.get((job.arm.of, job.seed, at)), "acceptance")
-            if rate is None:
-                row = {"error": "the gated run that this one controls for failed"}
+        if job.arm.control == RANDOM:
+            try:
+                rate = rate_for(study, rows, job)
+            except ConfigError as error:
+                row = {"error": str(error)}
         values = values_of(study, job, rate)
         mark = hashlib.sha256(
             json.dumps([values, study.asked()], sort_keys=True, default=str).encode()
