@@ -86,6 +86,18 @@ def build(table: Mapping[str, Callable[..., Any]], spec: Spec, *, kind: str) -> 
     return factory(**params)
 
 
+def tried(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """(what a call to a component gives, None), or (None, its error) where it lacks an argument that it reads.
+
+    >>> tried(lambda: None + 1)[1]
+    TypeError("unsupported operand type(s) for +: 'NoneType' and 'int'")
+    """
+    try:
+        return call(), None
+    except (ConfigError, TypeError, AttributeError) as error:
+        return None, error
+
+
 def name_of(component: Any) -> str:
     """The name a component goes by in messages and logs: of a bound function, a function or an instance."""
     for attribute in ("name", "__name__"):

@@ -17,7 +17,7 @@ from selectkd.errors import ConfigError
 from selectkd.objective.divergences.from_top_k import NO_DIRECTION, Exactness
 from selectkd.objective.divergences.record import states
 from selectkd.objective.pair import TokenPair, dense_pair
-from selectkd.objective.registry import bind, build, did_you_mean, name_of, unbound
+from selectkd.objective.registry import bind, build, did_you_mean, name_of, tried, unbound
 from selectkd.objective.verifiers import VERIFIERS, traits_of
 
 KEYS = ("gate", "divergence", "weight")
@@ -91,11 +91,8 @@ def _fault_of(gate: Any) -> str | None:
 def _fault_on_trial(gate: Any) -> str | None:
     width = max(2, traits_of(gate).teacher_tokens or 0)
     even = torch.full((2, width), -math.log(width))
-    try:
-        with torch.no_grad():
-            accepted = gate(dense_pair(even, even), torch.empty(2, 0))
-        shape = tuple(accepted.shape)
-    except (ConfigError, TypeError, AttributeError) as error:
+    shape, error = tried(lambda: tuple(gate(dense_pair(even, even), torch.empty(2, 0)).shape))
+    if error is not None:
         return f"fails on rows without a text ({error})"
     return None if shape == (2,) else f"gives {shape} for 2 rows, where (2,) is wanted"
 
