@@ -4,9 +4,10 @@
 
 Each corpus has a folder with train.jsonl, heldout.jsonl and its models: teacher-SIZE, teacher-SIZE-age-12 and so on
 (copies of the teacher when it was younger), teacher-SIZE-wrong and teacher-SIZE-unsure (taught wrong tokens after the
-tokens that noise.json names), student-SIZE-sSEED (trained briefly, one for each seed of a study; for problems also
-student-SIZE-cold-sSEED and student-SIZE-near-sSEED, trained for less and for longer). What is there is not made again;
-a run that is killed goes on. models.json says of each model its parameters, steps, tokens, seconds and held-out loss.
+tokens that noise.json names; of the first size of teachers alone), student-SIZE-sSEED (trained briefly, one for each
+seed of a study; for problems also student-SIZE-cold-sSEED and student-SIZE-near-sSEED, trained for less and for
+longer). What is there is not made again; a run that is killed goes on. models.json says of each model its parameters,
+steps, tokens, seconds and held-out loss.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Plan:
     copies: bool = False
     teacher: Course = field(default_factory=lambda: Course(steps=1500, learning_rate=3e-3, ages=AGES))
     damage: Course = field(default_factory=lambda: Course(steps=300, learning_rate=1e-3))
+    teachers: tuple[str, ...] = ("1M", "3M", "7M", "15M")
+    """Sizes; the first has the damaged copies, and the students are made after it."""
     students: Mapping[str, Course] = field(
         default_factory=lambda: {"": Course(steps=150, learning_rate=3e-3)}
     )
@@ -54,7 +57,7 @@ PLANS = {
     "instructions": Plan(),
     "problems": Plan(
         heldout=600, copies=True, teacher=Course(3000, 2e-3, ages=AGES, beta2=0.95),
-        damage=Course(600, 1e-3, beta2=0.95),
+        damage=Course(600, 1e-3, beta2=0.95), teachers=("1M", "0.5M", "3M", "7M", "15M"),
         students={
             "": Course(1000, 3e-3, beta2=0.95),
             "-cold": Course(100, 3e-3, beta2=0.95),
@@ -65,11 +68,12 @@ PLANS = {
 SMALL = Plan(
     records=3000, heldout=40, vocabulary=512, teacher=Course(steps=300, learning_rate=5e-3, ages=(0.25,)),
     damage=Course(steps=40, learning_rate=2e-3), students={"": Course(steps=40, learning_rate=5e-3)}, seeds=2,
+    teachers=("0.2M",),
 )  # fmt: skip
 
 
 def make(corpus: str, folder: Path, plan: Plan, teachers: Sequence[str], students: Sequence[str]) -> None:
-    """Everything of one corpus that is not there yet, the smallest models first."""
+    """Everything of one corpus that is not there yet. teachers, students: sizes, made in this order."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "train.jsonl"
     if not text.exists():
@@ -139,10 +143,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args(arguments)
     folder = given.folder or (FOLDER / "small" if given.small else FOLDER)
-    teachers = given.teachers or (["0.2M"] if given.small else ["1M", "3M", "7M", "15M"])
     students = given.students or (["0.05M"] if given.small else ["0.2M", "0.5M", "1M"])
     for corpus in given.corpora:
-        make(corpus, folder / corpus, SMALL if given.small else PLANS[corpus], teachers, students)
+        plan = SMALL if given.small else PLANS[corpus]
+        make(corpus, folder / corpus, plan, given.teachers or plan.teachers, students)
         for name, model in json.loads((folder / corpus / "models.json").read_text("utf-8")).items():
             print(f"{corpus} {name}: {model['parameters']:,} parameters, {model['tokens']:,} tokens in "
                   f"{model['seconds']:.0f} s, held-out loss {model['heldout']:.3f}")  # fmt: skip

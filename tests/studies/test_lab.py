@@ -137,3 +137,12 @@ def test_a_problem_is_learned_from_its_solution_alone(lab: Any) -> None:
     assert torch.equal(ids[labels != -100], labels[labels != -100])
     _, whole = models.padded(models.rows_of(tokenizer, records))
     assert tokenizer.decode(whole[1]) == "10 + 10\n20<end>"
+
+
+def test_the_laboratory_makes_every_teacher_that_a_study_names(lab: Any) -> None:
+    studies = "\n".join(path.read_text("utf-8") for path in (ROOT / "studies").glob("*.yaml"))
+    named = set(re.findall(r"lab/(\w+)/teacher-([\d.]+M)(-wrong|-unsure)?\b", studies))
+    assert {("problems", "0.5M", ""), ("problems", "1M", "-unsure")} <= named
+    for corpus, size, damage in named:
+        teachers = lab.PLANS[corpus].teachers
+        assert size in (teachers[:1] if damage else teachers), f"{corpus}: teacher-{size}{damage}"
