@@ -39,7 +39,8 @@ def compare(
         bool,
         typer.Option(
             "--controls",
-            help="Add controls that select random tokens at the same rate, overall and by position.",
+            help="Add two controls: random tokens at the same rate, and the gate's verdicts on the control's own "
+            "student, dealt out among like places.",
         ),
     ] = False,
     allow_plugin: AllowPlugin = None,

@@ -88,9 +88,10 @@ class Study(Section):
     arms: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Name of each arm, and the keys of the recipe in which it differs."""
     controls: list[Control] = []
-    """Controls that are run beside every gated arm: random tokens at its rate of acceptance, overall or by position.
-    A gate that ranks tokens has none by position. One whose weights may exceed 1 has no rate: `matched_shuffle`, which
-    deals its weights out to random tokens, stands in for `matched_random`."""
+    """Controls that are run beside every gated arm. `matched_random`: random tokens at its rate of acceptance; for a gate
+    whose weights may exceed 1 and which has no such rate, `matched_shuffle`, its weights dealt out to random tokens.
+    `matched_position`, not for a gate that ranks tokens: its verdicts on the control's own student, dealt out among
+    tokens at like places of an answer; their rate is that of this student."""
     learning_rates: list[Annotated[float, Field(gt=0.0)]] = []
     """Learning rates that every arm and control is tried with; each takes its best. Left out: the recipe's."""
     tuning_seed: Seed = 0

@@ -26,7 +26,8 @@ SELECTION = {"verifier": "greedy_topk", "k": 5, "beta": 0.01}
 PLAIN, SELECTED, RANDOM, POSITION = "none", "selected", "matched_random", "matched_position"
 SHUFFLE = "matched_shuffle"
 """What an arm does with rows: nothing; the selection; random rows at the rate the selection had in the arm it controls
-for; the selection's verdicts dealt out among rows at like places of their sequences, or among all rows."""
+for; the selection's verdicts on the arm's own student, dealt out among rows at like places of their sequences, or among
+all rows."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def arms(
     """Every recipe (name -> values) under every method, or as it stands without methods, plain and selected, for each
     seed.
 
-    The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by the two that
-    say what its number of rows, and that number at each place of an answer, would have done; see
-    ``possible_controls``.
+    The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by two: random
+    rows, as many as it selected, and its gate's verdicts on the control's own student among rows at like places of an
+    answer; see ``possible_controls``.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} makes no run; give 1 or more.")

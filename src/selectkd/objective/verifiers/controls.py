@@ -43,7 +43,8 @@ class always:
 class matched_random:
     """a = 1 with probability ``rate`` whatever the models say: random places at the rate of the run it controls for.
 
-    Set ``rate`` to that run's TAR; the default is a fair coin.
+    Set ``rate`` to that run's TAR; the default is a fair coin. For a gate of soft weights it draws 0 or 1 at their
+    mean, and that draw's noise is part of any difference; ``matched_position`` deals out the weights themselves.
     """
 
     rate: float = 0.5
@@ -64,7 +65,10 @@ class matched_random:
 
 @dataclass(frozen=True)
 class matched_shuffle:
-    """Another verifier's verdicts dealt out to random rows of the step: the same rate at every step, random places.
+    """Another verifier's verdicts dealt out to random rows of the step: random places.
+
+    The verdicts are on the student that is trained with this control, so the rate is that student's at every step, and
+    not that of a run under the other verifier.
 
     of: that verifier, {"name": ..., **params}; by default greedy top-k with ``k``. Of one that gives weights above 1
     the weights are dealt out. spared: ids of tokens whose rows take no part; an Objective sets its ``always_accept``,
@@ -131,12 +135,13 @@ class matched_shuffle:
 
 @dataclass(frozen=True)
 class matched_position(matched_shuffle):
-    """Another verifier's verdicts dealt out among the rows of the step that stand at like places of their sequences:
-    the same rate at every step and at every place, whichever rows they are.
+    """Another verifier's verdicts dealt out among the rows of the step that stand at like places of their sequences,
+    whichever rows they are.
 
-    Like places are 0, 1 to 2, 3 to 6, 7 to 14, and so on. What a run gains over this control is not gained by where in
-    an answer the gate lets tokens pass. Rows of one sequence must stand in order (``pair.sequence``). ConfigError for
-    a verifier that ranks rows.
+    The rate at every step and place is that of the verdicts on the student that is trained with this control, and not
+    that of a run under the other verifier. Like places are 0, 1 to 2, 3 to 6, 7 to 14, and so on. What a run gains over
+    this control is not gained by where in an answer the gate lets tokens pass. Rows of one sequence must stand in order
+    (``pair.sequence``). ConfigError for a verifier that ranks rows.
     """
 
     def __post_init__(self) -> None:
