@@ -88,8 +88,8 @@ class Study(Section):
     arms: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Name of each arm, and the keys of the recipe in which it differs."""
     controls: list[Control] = []
-    """Controls that are run beside every gated arm. `matched_random`: random tokens at its rate of acceptance; for a gate
-    whose weights may exceed 1 and which has no such rate, `matched_shuffle`, its weights dealt out to random tokens.
+    """Controls that are run beside every gated arm. `matched_random`: random tokens at its rate of acceptance; for a
+    gate whose weights may exceed 1, which has no such rate, `matched_shuffle`, its weights dealt out to random tokens.
     `matched_position`, not for a gate that ranks tokens: its verdicts on the control's own student, dealt out among
     tokens at like places of an answer; their rate is that of this student."""
     learning_rates: list[Annotated[float, Field(gt=0.0)]] = []
