@@ -9,9 +9,10 @@ otherwise no difference was seen. A rule foretells help or none: a gate that hur
 count as none, because plain distillation costs less.
 
 The rule is a threshold on one sign, of every gate or of one, or plain distillation always. It is chosen by leaving each
-teacher out in turn, and its error is measured on teachers that are left out from that choice too. Where no rule by a
-sign is right more often there than plain distillation, that is the rule. --write puts the table where
-`selectkd doctor` reads it, --record adds rows to results.csv.
+teacher out in turn, and its error is measured on teachers that are left out from that choice too; a teacher's younger
+and damaged copies are left out with it. Where no rule by a sign is right more often there than plain distillation, that
+is the rule. --write puts the table where `selectkd doctor` reads it, --record adds rows to results.csv. A pair whose
+models are not here, or are others, keeps the signs that the table has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +49,10 @@ from selectkd.training.preflight.signs import Signs, signs_of
 MEASURES = ("held_out_kl", "held_out_loss")
 SAME_MODELS = 1e-3
 """By which share held-out KL at step 0 may differ from a row's: that of other processors' rounding."""
+COPIES = re.compile(r"-(age-\d+|wrong|unsure)$")
+"""What the laboratory adds to a teacher's name for its younger and damaged copies."""
+LOOKED = ("evaluate_every", "log_every", "probe_samples", "output_dir")
+"""Keys of ``training`` that change what is looked at, not what is trained."""
 Pair = dict[str, Any]
 Counted = tuple[int, int, int]
 """pairs rightly foretold, pairs that a gate helped, and how many of those were foretold."""
@@ -73,6 +79,8 @@ def but_for_the_gate(recipe: Recipe) -> str:
     values.pop("selection")
     for key in ("verifier", "selector", "beta"):
         values["objective"].pop(key)
+    for key in LOOKED:
+        values["training"].pop(key)
     return json.dumps(values, sort_keys=True)
 
 
@@ -103,8 +111,11 @@ def missing(recipe: Recipe) -> list[str]:
 def signs_before(recipe: Recipe, begun: float | None) -> tuple[Signs, int]:
     """The signs of a recipe's pair before training, and how many parameters the student has.
 
-    begun: held-out KL at step 0 by the study's row. ConfigError where the models here have another one.
+    begun: held-out KL at step 0 by the study's row. ConfigError where the models here have another one, or where one
+    is not there.
     """
+    if absent := missing(recipe):
+        raise ConfigError(f"{', '.join(absent)} is not there")
     assembly = assemble(recipe)
     of = (assembly.student, assembly.teacher)
     if begun is not None:
@@ -126,9 +137,12 @@ def named(part: Any) -> str:
     return " and ".join(str(one.model or getattr(one, "cache", None)) for one in parts)
 
 
-def pairs_of(folder: Path) -> tuple[list[Pair], list[str]]:
-    """The studied pairs of a folder, and what was left out and why."""
+def pairs_of(folder: Path, known: Sequence[Pair] = ()) -> tuple[list[Pair], list[str]]:
+    """The studied pairs of a folder, and what was left out and why. known: pairs of an older table, whose signs stand
+    for those of models that are not here.
+    """
     found: dict[str, Pair] = {}
+    older = {(pair["study"], pair["plain"], pair["gated"]): pair for pair in known}
     measured: dict[str, tuple[Signs, int]] = {}
     left: dict[str, None] = {}
     for path in sorted(folder.glob("*.yaml")):
@@ -143,21 +157,21 @@ def pairs_of(folder: Path) -> tuple[list[Pair], list[str]]:
             if study.outcome not in differences:
                 left[f"{path.stem}: {plain} and {gated} have no rows of two seeds"] = None
                 continue
-            if absent := missing(recipe):
-                left[f"{path.stem}: {', '.join(absent)} is not there"] = None
-                continue
-            curve = rows[(plain, study.seeds[0], rates[plain])].get("curve")
-            of_pair = json.dumps([but_for_the_gate(recipe), study.learning_rates, study.outcome])
-            key = json.dumps([of_pair, gate, study.seeds])
+            of_pair = but_for_the_gate(recipe)
+            key = json.dumps([of_pair, gate, rates.get(plain), rates.get(gated), study.seeds])
             if key in found:  # the same two trainings stand in another study
                 continue
+            curve = rows[(plain, study.seeds[0], rates[plain])].get("curve")
+            old = older.get((path.stem, plain, gated))
             try:
                 if of_pair not in measured:
                     measured[of_pair] = signs_before(recipe, curve[0][1] if curve else None)
+                signs, parameters = measured[of_pair]
             except SelectKDError as error:
-                left[f"{path.stem}: {error}"] = None
-                continue
-            signs, parameters = measured[of_pair]
+                if old is None:
+                    left[f"{path.stem}: {error}"] = None
+                    continue
+                signs, parameters = Signs(**old["signs"]), old["parameters"]
             found[key] = {
                 "study": path.stem, "plain": plain, "gated": gated, "gate": gate,
                 "teacher": named(recipe.teacher), "student": named(recipe.student), "parameters": parameters,
@@ -225,14 +239,14 @@ def counted(rule: Rule, pairs: Sequence[Pair]) -> Counted:
 
 
 def by_teacher(pairs: Sequence[Pair]) -> list[tuple[list[Pair], list[Pair]]]:
-    """(pairs of the other teachers, pairs of one teacher) for each teacher."""
-    teachers = list(dict.fromkeys(pair["teacher"] for pair in pairs))
+    """(pairs of the other teachers, pairs of one teacher and its copies) for each teacher."""
+    of = [COPIES.sub("", pair["teacher"]) for pair in pairs]
     return [
         (
-            [pair for pair in pairs if pair["teacher"] != one],
-            [pair for pair in pairs if pair["teacher"] == one],
+            [pair for pair, its in zip(pairs, of, strict=True) if its != one],
+            [pair for pair, its in zip(pairs, of, strict=True) if its == one],
         )
-        for one in teachers
+        for one in dict.fromkeys(of)
     ]
 
 
@@ -311,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     disable_progress_bar()
     allow_plugin("lab_noise")
-    pairs, left = pairs_of(given.studies)
+    table = Table.read(TABLE)
+    pairs, left = pairs_of(given.studies, () if table is None else table.pairs)
     for one in left:
         print(f"left out: {one}")
     for pair in pairs:

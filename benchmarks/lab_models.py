@@ -263,12 +263,13 @@ def _save(folder: Path, material: Material, curve: list[dict[str, Any]]) -> None
 
 
 def noisy_tokens(rows: Sequence[Row], share: float, seed: int) -> list[int]:
-    """Token ids such that ``share`` of all learned positions come right after one of them, to about a hundredth."""
+    """Token ids such that ``share`` of all learned positions come right after one of them that is learned as well, to
+    about a hundredth."""
     counts: dict[int, int] = {}
     for row in rows:
-        for token in row.ids[max(row.first - 1, 0) : -1]:
+        for token in row.ids[row.first : -1]:
             counts[token] = counts.get(token, 0) + 1
-    total, taken, chosen = sum(counts.values()), 0, []
+    total, taken, chosen = sum(len(row.ids) - max(row.first, 1) for row in rows), 0, []
     order = sorted(counts)
     random.Random(seed).shuffle(order)
     for token in order:
@@ -279,15 +280,17 @@ def noisy_tokens(rows: Sequence[Row], share: float, seed: int) -> list[int]:
 
 
 def wrong_after(tokens: Sequence[int], vocabulary: int, *, sure: bool, seed: int) -> Relabel:
-    """Labels right after one of ``tokens`` are wrong: always the same other token for each where ``sure``, so that a
-    teacher learns to be wrong with confidence; else one drawn anew each time, so that it learns to be unsure."""
+    """Labels right after one of ``tokens`` in learned text are wrong: always the same other token for each where
+    ``sure``, so that a teacher learns to be wrong with confidence; else one drawn anew each time, so that it learns to
+    be unsure."""
     noisy = torch.zeros(vocabulary, dtype=torch.bool)
     noisy[list(tokens)] = True
     other = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
+    other = torch.where(other == torch.arange(vocabulary), (other + 1) % vocabulary, other)
 
     def relabel(ids: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         after = torch.zeros_like(noisy[ids])
-        after[:, 1:] = noisy[ids[:, :-1]]
+        after[:, 1:] = noisy[ids[:, :-1]] & (labels[:, :-1] != -100)
         after &= labels != -100
         drawn = torch.randint(vocabulary, labels.shape, generator=generator)
         return torch.where(after, other[labels.clamp(min=0)] if sure else drawn, labels)

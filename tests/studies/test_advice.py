@@ -85,6 +85,15 @@ def test_all_pairs_of_a_teacher_are_held_back_together(program: Any) -> None:
     assert held.by_sign <= held.plain == 4
 
 
+def test_copies_of_a_teacher_are_held_back_with_it(program: Any) -> None:
+    """A teacher's younger and damaged copies are alike: one must not foretell the other."""
+    names = ["lab/t", "lab/t-age-12", "lab/t-wrong", "lab/t-unsure"]
+    pairs = [pair(name, "helps", surprise=9.0) for name in names]
+    pairs += [pair(name, "hurts", surprise=float(i)) for i, name in enumerate("abcd")]
+    held = program.Fit(pairs).held_back
+    assert (held.teachers, held.helped, held.found) == (5, 4, 0)
+
+
 def test_plain_distillation_is_the_rule_where_no_gate_helps_and_where_there_are_two_teachers(
     program: Any,
 ) -> None:
@@ -157,6 +166,11 @@ def test_pairs_come_from_the_arms_that_differ_by_a_gate_alone(
                 }
                 append_row(tmp_path / f"{name}.jsonl", row)
     pairs, left = program.pairs_of(tmp_path)
+    known = {**pairs[0], "plain": "kd_gone", "gated": "greedy_gone", "parameters": 7}
+    kept = program.pairs_of(tmp_path, [known])[0][
+        -1
+    ]  # the models are gone, their signs are in an older table
+    assert (kept["plain"], kept["parameters"], kept["signs"]) == ("kd_gone", 7, known["signs"])
     assert [(one["plain"], one["gated"], one["seen"]) for one in pairs] == [
         ("kd", "greedy", "helps"),
         ("kd", "falling", "no difference"),

@@ -90,18 +90,40 @@ def test_wrong_labels_stand_after_the_named_tokens_alone(lab: Any) -> None:
     changed = sure(ids, labels, seeded)
     places = (changed != labels).nonzero().tolist()
     assert places == [[0, 1], [0, 4], [1, 3]]
+    labels[0, 0] = -100  # the token before is the prompt's
+    assert (sure(ids, labels, seeded) != labels).nonzero().tolist() == [[0, 4], [1, 3]]
+    labels[0, 0] = 5
     assert torch.equal(changed, sure(ids, labels, seeded))
     unsure = models.wrong_after([5], 50, sure=False, seed=1)
     assert not torch.equal(unsure(ids, labels, seeded), unsure(ids, labels, seeded))
 
 
-def test_noisy_tokens_come_before_the_share_of_positions_that_was_asked_for(lab: Any) -> None:
-    models = importlib.import_module("lab_models")
-    generator = torch.Generator().manual_seed(0)
-    rows = [models.Row(torch.randint(200, (50,), generator=generator).tolist(), 20) for _ in range(100)]
-    noisy = set(models.noisy_tokens(rows, 0.3, seed=3))
-    after = [token in noisy for row in rows for token in row.ids[19:-1]]
-    assert sum(after) / len(after) == pytest.approx(0.3, abs=0.01)
+@pytest.mark.parametrize("corpus", ["problems", "code"])
+def test_a_teacher_is_wrong_where_the_oracle_says_so_and_at_the_share_that_was_asked_for(
+    lab: Any, corpus: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "studies"), *sys.path])
+    models, text, oracles = (
+        importlib.import_module(name) for name in ("lab_models", "lab_text", "lab_noise")
+    )
+    records = text.problems(400, 5)
+    tokenizer = text.tokenizer_of(records, 320)
+    rows = models.rows_of(tokenizer, records, completions_only=corpus in text.DRAWN)
+    tokens = models.noisy_tokens(rows, lab.NOISE, seed=7)
+    ids, labels = models.padded(rows)
+    changed = models.wrong_after(tokens, len(tokenizer), sure=True, seed=7)(ids, labels, torch.Generator())
+    learned = labels[:, 1:] != -100
+    wrong = (changed != labels)[:, 1:][learned]
+    assert float(wrong.float().mean()) == pytest.approx(lab.NOISE, abs=0.01)
+
+    (tmp_path / "noise.json").write_text(json.dumps({"after": tokens}))
+    at, of = labels[:, 1:][learned], torch.arange(len(rows))[:, None].expand_as(learned)[learned]
+    oracle = oracles.right_places(str(tmp_path / "noise.json"))
+    kept = oracle.keep(at.float()[:, None], of)
+    first = torch.cat([torch.tensor([True]), of[1:] != of[:-1]])  # without a learned token before it
+    assert torch.equal(kept[~first] == 0, wrong[~first]) and not (kept[first] == 0).any()
+    if corpus == "problems":
+        assert not wrong[first].any()
 
 
 def test_a_problem_is_solved_in_steps_that_end_with_its_answer(lab: Any) -> None:

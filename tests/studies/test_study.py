@@ -373,6 +373,27 @@ def test_the_share_of_python_has_a_column_where_a_student_wrote_any(
     assert ("parse rate" in text) == bool(share) and "| TAR |" in text
 
 
+def test_an_arm_is_compared_with_the_one_that_differs_by_its_gate_and_shared_warnings_are_shown(
+    root: Path, tmp_path: Path
+) -> None:
+    gate = {"selection": {"verifier": "greedy_topk", "k": 5, "beta": 0.01}}
+    arms = {"kd": {"method": "kd"}, "seqkd": {"method": "seqkd"}}
+    arms |= {f"{name}_gated": {"method": name, **gate} for name in ("kd", "seqkd")}
+    study = load_study(written(tmp_path / "two.yaml", study_of(root, arms=arms)))
+    row = {"held_out_kl": 0.5, "curve": [[0, 1.0, 0.5], [5, 0.8, 0.5], [10, 0.6, 0.5]]}
+    rows = {
+        (name, 1, None): {**row, "warnings": ["all texts alike", f"of {name} alone"]} for name in study.arms
+    }
+    text = markdown("two", study, rows, command="a command")
+    compared = [line for line in text.splitlines() if "→" in line]
+    assert [line.split(":")[0] for line in compared] == [
+        "- kd → seqkd", "- kd → kd_gated", "- seqkd → seqkd_gated",
+    ]  # fmt: skip
+    assert "Every run warned: all texts alike" in text and "alone" not in text
+    assert "Over the last 50% of a run's steps held-out KL still fell by 25.0%" in text
+    assert "none was tuned" in text
+
+
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:
     """By the exact power of the t test, for 5 and 10 seeds; the approximation is within .02."""
     for n in (5, 10):
@@ -385,5 +406,7 @@ def test_the_detectable_difference_is_found_four_times_in_five() -> None:
 
 def test_the_last_fifth_of_a_curve_says_how_near_a_run_came_to_its_plateau() -> None:
     curve = [[step, 1.0 / (1 + step), 0.5] for step in range(0, 101, 10)]
-    assert last_fall({"curve": curve}) == pytest.approx(1 - (1 / 101) / (1 / 81))
+    assert last_fall({"curve": curve}) == pytest.approx((0.2, 1 - (1 / 101) / (1 / 81)))
+    rare = [look for look in curve if look[0] % 50 == 0]  # no look between 50 and 100
+    assert last_fall({"curve": rare}) == pytest.approx((0.5, 1 - (1 / 101) / (1 / 51)))
     assert last_fall({"curve": curve[:2]}) is None

@@ -139,6 +139,13 @@ def test_the_advice_is_in_a_recipes_words_with_what_it_rests_on_and_its_error() 
     assert recipe_from({**recipe, **rest}).objective.beta == 0.01  # what is advised is a recipe
 
 
+@pytest.mark.parametrize("table", [None, studied(Rule())], ids=["no table", "a table"])
+def test_a_teacher_that_knows_the_text_worse_than_the_student_is_told_of(table: Table | None) -> None:
+    told = advice(replace(SIGNS, lead=-0.25), 1000, table)
+    assert "better than its teacher does, by 0.25 nats" in told and "make the student worse" in told
+    assert "make the student worse" not in advice(SIGNS, 1000, table)
+
+
 def test_where_no_sign_foretells_help_the_advice_says_so() -> None:
     told = advice(SIGNS, 1000, studied(Rule(), replace(HELD, by_sign=14)))
     assert "Advised: method: kd, plain distillation. " in told

@@ -136,7 +136,6 @@ def results(
 HEAD = """# Results of the studies
 
 Written by `selectkd study results` from the rows of each study. A study file states its expectation before its runs.
-Learning rates are chosen for every arm alike on a seed that is not used again.
 
 """
 

@@ -33,9 +33,10 @@ def run_apart(
 ) -> dict[str, Any]:
     """The row of one run, or {"error": ...} where it failed, be it by a signal.
 
-    What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, TAR, bite and overlap at
-    one verifier for all, training tokens a second, the peak of the process (of the accelerator where there is one), and
-    ``measures`` of MEASURES, each a name or {name, **options}. keep: leave the student's weights in the run folder.
+    What is measured: held-out KL in nats a token, the loss of the text's own tokens in nats, and loss_before, what it
+    was at step 0 (None where no look was taken there), TAR, bite and overlap at one verifier for all, training tokens a
+    second, the peak of the process (of the accelerator where there is one), and ``measures`` of MEASURES, each a name
+    or {name, **options}. keep: leave the student's weights in the run folder.
     device: as of ``use_device``.
     """
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -139,8 +140,10 @@ def measured(
         for heavy in ("student", "checkpoints"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
     on = next(kept[0].student.parameters()).device
+    looks = [(line["step"], line["evaluation"]) for line in log if "evaluation" in line]
     return {
         **held,
+        "loss_before": math.log(looks[0][1]["perplexity"]) if looks and looks[0][0] == 0 else None,
         "tokens_per_second": tokens / training if training else None,
         "peak_bytes": peak_memory(on),
         "tokens": tokens,
@@ -152,11 +155,7 @@ def measured(
         "acceptance": _mean(lines, "acceptance"),
         **_always_accepted(recipe, lines),
         "mean_weight": _mean(lines, "weight"),
-        "curve": [
-            [line["step"], *(round(line["evaluation"][name], 5) for name in ("kl", "tar"))]
-            for line in log
-            if "evaluation" in line
-        ],
+        "curve": [[step, *(round(look[name], 5) for name in ("kl", "tar"))] for step, look in looks],
     }
 
 

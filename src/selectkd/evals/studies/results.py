@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from selectkd.evals.studies.study import Arm, arms_of, chosen_rates
 
 POWER = 0.8
 SHOWN = (
-    "held_out_kl", "held_out_loss", "tar", "acceptance", "overlap", "exact_match", "parse_rate", "calibration_error",
-    "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share",
+    "held_out_kl", "held_out_loss", "loss_before", "tar", "acceptance", "overlap", "exact_match", "parse_rate",
+    "calibration_error", "draft_acceptance", "draft_speedup", "top_eigenvalue", "sharpness", "kappa", "theorem_1_share",
     "nondecreasing_share", "flips", "rank_correlation", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
 """Columns of the table, where the rows have them; parse_rate where any student wrote Python."""
 CHANCE = {"option_accuracy": 0.25, "yes_no_accuracy": 0.5}
 """Measures of drawn scenes that stand by task in tables of their own, and what a model that sees nothing comes to."""
 LAST_PART = 0.2
-"""The end of a run over which the fall of its held-out KL says how near to a plateau it came."""
+"""The end of a run over which the fall of its held-out KL says how near to a plateau it came; more, where the last look
+before it was earlier."""
+CHANCES = 20
+"""Of so many 95% intervals between arms that do not differ one leaves out 0 by chance."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,15 @@ def verdict(claim: Claim, seen: Compared | None) -> str:
     return "confirmed" if inside else "refuted" if outside else "undecided"
 
 
-def last_fall(row: Row) -> float | None:
-    """By which share the held-out KL still fell over the last fifth of a run; None without looks on the way."""
+def last_fall(row: Row) -> tuple[float, float] | None:
+    """(the share of a run's steps from its last look at or before 80% of them, by which share held-out KL fell over
+    those steps); None without looks on the way."""
     curve = row.get("curve") or []
     if len(curve) < 3 or curve[-1][0] == 0:
         return None
     steps = curve[-1][0]
     before = next((look for look in reversed(curve) if look[0] <= (1 - LAST_PART) * steps), None)
-    return None if before is None or not before[1] else 1.0 - curve[-1][1] / before[1]
+    return None if before is None or not before[1] else (1 - before[0] / steps, 1 - curve[-1][1] / before[1])
 
 
 def markdown(
@@ -128,7 +133,7 @@ def markdown(
     claims = [_claimed(claim, study, rows) for claim in study.claims]
     if claims:
         parts.append("\n".join(f"- {line}" for line in claims))
-    parts.append(_table(study, arms, of_arm, chosen))
+    parts += [_rates(study), _table(study, arms, of_arm, chosen)]
     parts += [
         table for metric, chance in CHANCE.items() if (table := _scenes(metric, chance, of_arm)) is not None
     ]
@@ -139,7 +144,7 @@ def markdown(
     if others:
         parts.append(
             f"Differences of {_words(study.outcome)}, second minus first, over seeds, with 95% intervals (Student's t) "
-            "and in brackets the smallest difference that the study finds four times in five:\n\n"
+            f"and in brackets the smallest difference that the study finds four times in five{_by_chance(others)}:\n\n"
             + "\n".join(f"- {one}" for one in others)
         )
     if figure is not None:
@@ -167,13 +172,34 @@ def _sloped(study: Study, rows: Mapping[Key, Row], trend: Trend) -> str:
 
 
 def _others(study: Study, rows: Mapping[Key, Row], arms: Sequence[Arm]) -> list[str]:
-    """Every arm against the first, and every gated arm against its controls, as far as no claim names the pair."""
+    """Every arm against the one that differs from it by its gate alone, or the first; and every gated arm against its
+    controls, as far as no claim names the pair."""
     first = next(iter(study.arms))
-    pairs = [(first, arm.name) for arm in arms if arm.control is None and arm.name != first]
+    plain = {
+        _but_for_the_gate(study, name): name for name, arm in study.arms.items() if "selection" not in arm
+    }
+    names = [arm.name for arm in arms if arm.control is None]
+    pairs = [(plain.get(_but_for_the_gate(study, name), name), name) for name in names]
+    pairs = [(first, name) if of == name else (of, name) for of, name in pairs if name != first]
     pairs += [(arm.name, arm.of) for arm in arms if arm.control is not None]
     claimed = {(one.first, one.second) for one in study.claims if one.measure in (None, study.outcome)}
     found = [compared(study, rows, *pair, study.outcome) for pair in pairs if pair not in claimed]
     return [f"{one.first} → {one.second}: {_shown(one)}" for one in found if one is not None]
+
+
+def _but_for_the_gate(study: Study, name: str) -> str:
+    return json.dumps(
+        {key: value for key, value in study.arms[name].items() if key != "selection"}, sort_keys=True
+    )
+
+
+def _by_chance(intervals: Sequence[str]) -> str:
+    count = len(intervals)
+    return (
+        f" (of {count} such intervals {count / CHANCES:.1g} leave out 0 by chance)"
+        if count >= CHANCES / 2
+        else ""
+    )
 
 
 def _shown(seen: Compared) -> str:
@@ -236,6 +262,16 @@ def _scenes(metric: str, chance: float, of_arm: Mapping[str, list[Row]]) -> str 
     return "\n".join(lines)
 
 
+def _rates(study: Study) -> str:
+    if not study.learning_rates:
+        return "All arms have the recipe's learning rate; none was tuned."
+    tried = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    return (
+        f"Each arm has the learning rate of {tried} that is best by {_words(study.outcome)} on seed "
+        f"{study.tuning_seed}, which counts nowhere else, and on the same held-out text."
+    )
+
+
 def _rate(study: Study, rate: float | None) -> str:
     if rate is None:
         return ""
@@ -256,14 +292,20 @@ def _cost(study: Study, rows: Mapping[Key, Row], of_arm: Mapping[str, list[Row]]
     seconds = sum(row.get("wall_seconds", 0.0) for row in rows.values())
     text = f"{len(rows)} runs in {seconds / 60:.0f} minutes, {failed} failed; `{command}`."
     if falls:
+        spans, by = zip(*falls, strict=True)
+        least, most = (f"{100 * of(spans):.0f}%" for of in (min, max))
+        last = least if least == most else f"{least} to {most}"
         text += (
-            f" Over the last fifth of a run held-out KL still fell by {100 * sum(falls) / len(falls):.1f}% "
-            f"(at most {100 * max(falls):.1f}%)."
+            f" Over the last {last} of a run's steps held-out KL still fell by"
+            f" {100 * sum(by) / len(by):.1f}% (at most {100 * max(by):.1f}%)."
         )
-    return text
+    said = [
+        set(row.get("warnings") or ()) for each in of_arm.values() for row in each if not row.get("error")
+    ]
+    common = sorted(set.intersection(*said)) if said else []
+    return text + "".join(f"\n\nEvery run warned: {one}" for one in common)
 
 
 def _words(name: str) -> str:
-    return {"held_out_kl": "held-out KL", "held_out_loss": "held-out loss", "tar": "TAR"}.get(
-        name, name.replace("_", " ")
-    )
+    words = {"held_out_kl": "held-out KL", "held_out_loss": "held-out loss", "tar": "TAR"}
+    return {**words, "loss_before": "held-out loss at step 0"}.get(name, name.replace("_", " "))

@@ -134,9 +134,11 @@ def advice(signs: Signs | None, parameters: int, table: Table | None) -> str:
             "whether a gate is likely to help is read from the teacher's whole distribution, which this teacher does "
             "not give. Use a teacher in memory, or a cache with payload: hidden, for this check"
         )
-    seen = [_seen(signs)]
+    seen = [_seen(signs), *_behind(signs)]
     if table is None or not table.pairs:
-        return f"{seen[0]}. No table of studied pairs is there, so no gate is advised or advised against"
+        return (
+            f"{'. '.join(seen)}. No table of studied pairs is there, so no gate is advised or advised against"
+        )
     seen += [_advised(signs, table.rule), _rests_on(table), _error(table)]
     outside = _outside(signs, parameters, table.pairs)
     if outside:
@@ -151,6 +153,17 @@ def _seen(signs: Signs) -> str:
         f"teacher beyond its entropy {signs.surprise:.3g}, lead of the teacher on the text {signs.lead:.3g}"
     )
     return text + ("" if signs.agreement is None else f", overlap of the teachers {signs.agreement:.3f}")
+
+
+def _behind(signs: Signs) -> list[str]:
+    """What to expect of a teacher that knows the text worse than its student."""
+    if signs.lead >= 0:
+        return []
+    return [
+        f"The student knows this text better than its teacher does, by {-signs.lead:.3g} nats a token, so distilling "
+        "on it is likely to make the student worse there, with a gate or without. Take a better teacher, or text that "
+        "it knows"
+    ]
 
 
 def _advised(signs: Signs, rule: Rule) -> str:
