@@ -2,8 +2,9 @@
 
     python benchmarks/lab_solved.py [--folder .cache/lab/problems] [--record] [--figure docs/figures/lab-curves.svg]
 
-A problem counts as solved where the greedy completion ends with its answer. Intervals: Wilson's, 95%; of students over
-all seeds together.
+A problem counts as solved where the greedy completion ends with its answer. Held-out problems that have a twin in the
+text that the models learned from, see ``lab_text.twin``, are left out. Intervals: Wilson's, 95%; of students over all
+seeds together.
 """
 
 from __future__ import annotations
@@ -86,7 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args(arguments)
     disable_progress_bar()
-    problems = lab_text.read(given.folder / "heldout.jsonl")
+    known = {lab_text.twin(one) for one in lab_text.read(given.folder / "train.jsonl")}
+    held = lab_text.read(given.folder / "heldout.jsonl")
+    problems = [one for one in held if lab_text.twin(one) not in known]
+    for task in lab_text.TASKS:
+        each, left = (sum(one["task"] == task for one in some) for some in (held, problems))
+        print(f"{task}: {left} of {each} held-out problems have no twin in the text")
     of_kind: dict[str, list[dict[str, list[bool]]]] = {}
     for folder in sorted(one.parent for one in given.folder.glob("*/curve.jsonl")):
         if "cache" not in folder.name:

@@ -11,6 +11,7 @@ import ast
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ INSTRUCTIONS = Path(".cache/demo/alpaca_en_demo.json")
 
 
 def problems(count: int, seed: int) -> list[Record]:
-    """``count`` problems, as many of each task, mixed; no question twice."""
+    """``count`` problems, as many of each task where it has so many, mixed; no question twice. A question may have a
+    twin, see ``twin``."""
     import reasoning_gym
 
     found: dict[str, Record] = {}
@@ -65,6 +67,17 @@ def problems(count: int, seed: int) -> list[Record]:
                 completion = f"{worked} = {answer}" if worked else answer
                 found[prompt] = {"prompt": prompt, "completion": completion, "task": task, "answer": answer}
     return mixed(found.values(), seed)
+
+
+def twin(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a problem has in common with those that differ from it by the order of their parts, as gcd(12, 8) and
+    gcd(8, 12), or by the name of the unknown, and that have its answer."""
+    parts = re.findall(r"\d+|[a-z]+|[-+*/=]", record["prompt"].lower())
+    return (
+        record["task"],
+        record["answer"],
+        *sorted("x" if re.fullmatch("[a-z]", one) else one for one in parts),
+    )
 
 
 def _sum_steps(entry: Mapping[str, Any]) -> str:

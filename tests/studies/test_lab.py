@@ -126,6 +126,17 @@ def test_a_teacher_is_wrong_where_the_oracle_says_so_and_at_the_share_that_was_a
         assert not wrong[first].any()
 
 
+def test_twins_are_problems_with_their_parts_in_another_order_and_the_same_answer(lab: Any) -> None:
+    twin = importlib.import_module("lab_text").twin
+
+    def same(one: str, other: str, answer: str = "4", others: str = "4") -> bool:
+        first = {"prompt": one, "answer": answer, "task": "t"}
+        return twin(first) == twin({"prompt": other, "answer": others, "task": "t"})
+
+    assert same("gcd of 12 and 8", "gcd of 8 and 12") and same("3*v + 1 = 13", "1 + 3*k = 13")
+    assert not same("7 - 3", "3 - 7", "4", "-4") and not same("7 - 3", "7 + 3")
+
+
 def test_a_problem_is_solved_in_steps_that_end_with_its_answer(lab: Any) -> None:
     text = importlib.import_module("lab_text")
     seen = set()
