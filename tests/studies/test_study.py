@@ -20,7 +20,9 @@ from selectkd.evals.studies.measures import MEASURES
 from selectkd.evals.studies.one_run import measured
 from selectkd.evals.studies.results import Compared, detectable, last_fall, markdown, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
-from selectkd.evals.studies.study import Job, arms_of, check_names, chosen_rates, rate_for, values_of
+from selectkd.evals.studies.study import (
+    Job, arms_of, check_names, chosen_rates, files_read, rate_for, run_study, values_of,
+)  # fmt: skip
 from training.tiny import recipe_of, tiny_llama, write_pair
 
 MEASURED = {
@@ -197,6 +199,28 @@ def test_a_run_that_failed_is_run_again_and_one_of_another_recipe_too(root: Path
     again = read_rows(tmp_path / "two.jsonl")
     assert "error" not in again["bad", 1, None]
     assert again["one", 1, None]["recipe"] != rows["one", 1, None]["recipe"]
+
+
+def test_a_row_of_models_or_text_that_were_made_again_is_run_again(tmp_path: Path) -> None:
+    write_pair(tmp_path, tiny_llama(1, layers=3))
+    study = load_study(written(tmp_path / "one.yaml", study_of(tmp_path, arms={"one": {"method": "kd"}})))
+    values = study.values("one", 1)
+    first = files_read(values)
+    assert run_study(study, tmp_path / "one.jsonl", tmp_path / "runs")["one", 1, None]["files"] == first
+    lines = (tmp_path / "one.jsonl").read_text().splitlines()
+    run_study(study, tmp_path / "one.jsonl", tmp_path / "runs")
+    assert (tmp_path / "one.jsonl").read_text().splitlines() == lines
+
+    tiny_llama(9, layers=3).save_pretrained(tmp_path / "teacher")
+    second = files_read(values)
+    assert second != first
+    run_study(study, tmp_path / "one.jsonl", tmp_path / "runs")
+    assert read_rows(tmp_path / "one.jsonl")["one", 1, None]["files"] == second
+    assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 2
+
+    source = Path(values["data"]["sources"][0]["path"])
+    source.write_text(source.read_text() + source.read_text().splitlines()[0] + "\n")
+    assert files_read(values) not in (first, second)
 
 
 def test_a_line_that_a_kill_cut_off_counts_as_not_written_and_leaves_the_others(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from selectkd.config.load import recipe_from
 from selectkd.config.study import HIGHER_IS_BETTER, Study
+from selectkd.data.durable import checksum
 from selectkd.errors import ConfigError
 from selectkd.evals.studies.arms import RANDOM, possible_controls
 from selectkd.evals.studies.one_run import run_apart
@@ -155,7 +158,8 @@ def run_study(
     on_row: OnRow | None = None,
 ) -> dict[Key, Row]:
     """Runs what has no row in ``file`` yet, ``workers`` runs at once, each in a process of its own, and adds a row as
-    each ends. A row of another recipe of the arm, or of a run that failed, is run again.
+    each ends. A row of another recipe of the arm, of other weights or text in its files, or of a run that failed, is
+    run again.
 
     folder: of the run folders, which go once their row is there. Raises ConfigError for rows that cannot be read, and
     for a claim of a control that is not run.
@@ -175,8 +179,9 @@ def run_study(
         mark = hashlib.sha256(
             json.dumps([values, study.asked()], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
-        known = rows.get(job.key)
-        if known is not None and known.get("recipe") == mark and not known.get("error"):
+        read = files_read(values)
+        known = rows.get(job.key, {})
+        if (known.get("recipe"), known.get("files", read)) == (mark, read) and not known.get("error"):
             return
         started = time.perf_counter()
         if row is None:
@@ -186,7 +191,7 @@ def run_study(
             row = {key: value for key, value in row.items() if key not in OF_SEQUENCES}
         row = {
             "arm": job.arm.name, "seed": job.seed, "learning_rate": job.learning_rate, **row,
-            "wall_seconds": round(time.perf_counter() - started, 2), "recipe": mark,
+            "wall_seconds": round(time.perf_counter() - started, 2), "recipe": mark, "files": read,
         }  # fmt: skip
         with lock:
             rows[job.key] = row
@@ -198,6 +203,25 @@ def run_study(
         for wave in waves(study, rows):
             list(pool.map(work, wave))
     return rows
+
+
+def files_read(values: Mapping[str, Any]) -> str:
+    """The checksum, 16 hexadecimal digits, of the weights and the text in local files that a recipe names: the same
+    names can stand for models that were made again."""
+    recipe = recipe_from(copy.deepcopy(dict(values)))
+    names = [*recipe.models, *(getattr(one, "model", None) for one in recipe.teachers)]
+    found = {file for name in names if name for file in Path(name).expanduser().glob("*.safetensors")}
+    data = recipe.data.model_dump(mode="json")
+    for source in [*data["sources"], data["evaluation"]]:
+        if isinstance(source, dict) and source.get("path") and Path(source["path"]).expanduser().is_file():
+            found.add(Path(source["path"]).expanduser())
+    sums = [_checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(found)]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _checksum(file: Path, size: int, changed: int) -> str:
+    return checksum(file)
 
 
 def finite(row: Row) -> Row:
