@@ -21,7 +21,14 @@ from selectkd.evals.studies.one_run import measured
 from selectkd.evals.studies.results import Compared, detectable, last_fall, markdown, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
 from selectkd.evals.studies.study import (
-    Job, arms_of, check_names, chosen_rates, files_read, rate_for, run_study, values_of,
+    Job,
+    arms_of,
+    check_names,
+    chosen_rates,
+    files_read,
+    rate_for,
+    run_study,
+    values_of,
 )  # fmt: skip
 from training.tiny import recipe_of, tiny_llama, write_pair
 
