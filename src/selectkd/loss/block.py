@@ -21,8 +21,8 @@ def evaluate_block(
     if isinstance(teacher, AlignedChunk):
         return evaluate_aligned(raw, block, teacher, rows, config)
     objective, verified = config.objective, None
-    judged = rows.acceptance is None or objective.routes_rows
-    if judged and objective.verify_temperature != config.options.temperature:
+    scored = rows.acceptance is None or objective.routes_rows
+    if scored and objective.verify_temperature != config.options.temperature:
         verified = pair_at(objective.verify_temperature, raw, block, teacher, rows, config)
     if isinstance(teacher, LiveChunk) and config.has_closed_form:
         compiled = compiled_block(config) if config.options.compiled else None

@@ -240,12 +240,12 @@ def _check(hidden: Tensor, student: Head, call: LossCall) -> None:
 def _check_support(teacher: TeacherRows, objective: Objective, width: int) -> None:
     """ConfigError where a verifier needs more of the teacher's best tokens than its rows hold."""
     held = teacher.ids.shape[1] if isinstance(teacher, CachedRows) else teacher.shared_width(width)
-    for judge in objective.judges:
-        need = traits_of(judge).teacher_tokens
+    for gate in objective.gates:
+        need = traits_of(gate).teacher_tokens
         if need is not None and need > held:
             what = "cached rows hold" if isinstance(teacher, CachedRows) else "shared vocabulary has"
-            key = "objective.verifier.k" if judge is objective.verifier else "the k of that route's gate"
+            key = "objective.verifier.k" if gate is objective.verifier else "the k of that route's gate"
             raise ConfigError(
-                f"{type(judge).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
+                f"{type(gate).__name__} needs the teacher's {need} best tokens; the {what} {held}. "
                 f"Set {key} to {held} or less."
             )

@@ -99,7 +99,7 @@ class Objective:
         return self.traits.teacher_tokens
 
     @property
-    def judges(self) -> tuple[Any, ...]:
+    def gates(self) -> tuple[Any, ...]:
         """All that look at rows at the temperature of verification: the verifier, and the gates of a router."""
         return (self.verifier, *gates_in(self.divergence))
 

@@ -120,12 +120,12 @@ def check_objective(objective: Objective, recipe: Any, teacher: TeacherPlan, *, 
     """ConfigError for an objective that this teacher, or a vocabulary of ``width`` tokens, cannot give."""
     temperature = recipe.objective.temperature
     exactness.check(objective, teacher.payload, k=teacher.k, temperature=temperature, source=teacher.source)
-    for judge in objective.judges:
-        need = traits_of(judge).teacher_tokens
+    for gate in objective.gates:
+        need = traits_of(gate).teacher_tokens
         if need is not None and need > width:
-            key = "objective.verifier.k" if judge is objective.verifier else "the k of that route's gate"
+            key = "objective.verifier.k" if gate is objective.verifier else "the k of that route's gate"
             raise ConfigError(
-                f"{name_of(judge)} needs the teacher's {need} best tokens; "
+                f"{name_of(gate)} needs the teacher's {need} best tokens; "
                 f"the vocabulary has {width}. Set {key} to {width} or less."
             )
     if recipe.training.compile_loss is True:

@@ -299,10 +299,10 @@ def _cost(study: Study, rows: Mapping[Key, Row], of_arm: Mapping[str, list[Row]]
             f" Over the last {last} of a run's steps held-out KL still fell by"
             f" {100 * sum(by) / len(by):.1f}% (at most {100 * max(by):.1f}%)."
         )
-    said = [
+    warned = [
         set(row.get("warnings") or ()) for each in of_arm.values() for row in each if not row.get("error")
     ]
-    common = sorted(set.intersection(*said)) if said else []
+    common = sorted(set.intersection(*warned)) if warned else []
     return text + "".join(f"\n\nEvery run warned: {one}" for one in common)
 
 

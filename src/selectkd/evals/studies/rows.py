@@ -76,12 +76,12 @@ def rate_of_others(row: Mapping[str, Any], *, always_accept: bool) -> float:
         raise ConfigError("the gated run that this one controls for failed")
     if accepted > 1.0:
         raise ConfigError(
-            f"the gated run's mean weight is {accepted:g}, and no random tokens have a rate above 1; state above_one "
+            f"the gated run's mean weight is {accepted:g}, and no random tokens have a rate above 1. State above_one "
             "in the gate's traits, and its control is matched_shuffle"
         )
     if always_accept and named is None:
         raise ConfigError(
-            "the gated run's row lacks always_accepted, the share of tokens that always_accept names; take the row out "
+            "the gated run's row lacks always_accepted, the share of tokens that always_accept names. Take the row out "
             "of the file, and the run is made again"
         )
     if not named:
