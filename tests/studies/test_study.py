@@ -225,9 +225,20 @@ def test_a_row_of_models_or_text_that_were_made_again_is_run_again(tmp_path: Pat
     assert read_rows(tmp_path / "one.jsonl")["one", 1, None]["files"] == second
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 2
 
+    rows = read_rows(tmp_path / "one.jsonl")
+    assert planned(study, rows)[:2] == (1, 1)
     source = Path(values["data"]["sources"][0]["path"])
     source.write_text(source.read_text() + source.read_text().splitlines()[0] + "\n")
     assert files_read(values) not in (first, second)
+    assert planned(study, rows)[:2] == (1, 0)
+
+    (tmp_path / "teacher").rename(tmp_path / "away")
+    lines = (tmp_path / "one.jsonl").read_bytes()
+    assert planned(study, rows)[:2] == (1, 1)  # nothing is there to compare the row with
+    study.recipe["training"]["max_steps"] = 2
+    with pytest.raises(ConfigError, match="is not there"):
+        run_study(study, tmp_path / "one.jsonl", tmp_path / "runs")
+    assert (tmp_path / "one.jsonl").read_bytes() == lines
 
 
 def test_a_line_that_a_kill_cut_off_counts_as_not_written_and_leaves_the_others(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -168,30 +168,28 @@ def run_study(
     rows, lock = read_rows(file), threading.Lock()
 
     def work(job: Job) -> None:
-        values, row = None, None
-        rate = None
+        rate, row, read = None, None, None
         if job.arm.control == RANDOM:
             try:
                 rate = rate_for(study, rows, job)
             except ConfigError as error:
                 row = {"error": str(error)}
         values = values_of(study, job, rate)
-        mark = hashlib.sha256(
-            json.dumps([values, study.asked()], sort_keys=True, default=str).encode()
-        ).hexdigest()[:16]
-        read = files_read(values)
-        known = rows.get(job.key, {})
-        if (known.get("recipe"), known.get("files", read)) == (mark, read) and not known.get("error"):
-            return
         started = time.perf_counter()
         if row is None:
+            if stands(study, rows, job, values):
+                return
+            if (read := files_read(values)) is None:
+                raise ConfigError(
+                    f"{job.arm.name}: the folder of one of its models is not there. Make it, or change the arm."
+                )
             name = "-".join([job.arm.name.replace("/", "-"), str(job.seed), str(job.learning_rate)])
             row = finite(run_apart(values, folder / name, measures=study.asked(), device=device))
             shutil.rmtree(folder / name, ignore_errors=True)
             row = {key: value for key, value in row.items() if key not in OF_SEQUENCES}
         row = {
             "arm": job.arm.name, "seed": job.seed, "learning_rate": job.learning_rate, **row,
-            "wall_seconds": round(time.perf_counter() - started, 2), "recipe": mark, "files": read,
+            "wall_seconds": round(time.perf_counter() - started, 2), "recipe": mark_of(study, values), "files": read,
         }  # fmt: skip
         with lock:
             rows[job.key] = row
@@ -205,12 +203,30 @@ def run_study(
     return rows
 
 
-def files_read(values: Mapping[str, Any]) -> str:
+def stands(study: Study, rows: Mapping[Key, Row], job: Job, values: Mapping[str, Any]) -> bool:
+    """Whether a job has its row already: of this recipe, of the files as they are, and of a run that did not fail. The
+    files of a row do not matter where a model is not there to compare with."""
+    row = rows.get(job.key, {})
+    read = files_read(values)
+    same = read is None or row.get("files", read) == read
+    return row.get("recipe") == mark_of(study, values) and same and not row.get("error")
+
+
+def mark_of(study: Study, values: Mapping[str, Any]) -> str:
+    """The checksum of a job's recipe and of what is measured, 16 hexadecimal digits."""
+    text = json.dumps([values, study.asked()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def files_read(values: Mapping[str, Any]) -> str | None:
     """The checksum, 16 hexadecimal digits, of the weights and the text in local files that a recipe names: the same
-    names can stand for models that were made again."""
+    names can stand for models that were made again. None where the folder of a model is not there."""
     recipe = recipe_from(copy.deepcopy(dict(values)))
     names = [*recipe.models, *(getattr(one, "model", None) for one in recipe.teachers)]
-    found = {file for name in names if name for file in Path(name).expanduser().glob("*.safetensors")}
+    folders = [Path(name).expanduser() for name in names if name]
+    if any(str(folder).startswith((".", "/")) and not folder.is_dir() for folder in folders):
+        return None
+    found = {file for folder in folders for file in folder.glob("*.safetensors")}
     data = recipe.data.model_dump(mode="json")
     for source in [*data["sources"], data["evaluation"]]:
         if isinstance(source, dict) and source.get("path") and Path(source["path"]).expanduser().is_file():
@@ -236,19 +252,25 @@ def finite(row: Row) -> Row:
 
 
 def planned(study: Study, rows: Mapping[Key, Row]) -> tuple[int, int, float | None]:
-    """(runs of the study, runs whose row is there, seconds the rest may take at the mean of those; None before any).
-
-    A row is counted by arm, seed and learning rate; whether its recipe is still the same is seen as it runs.
-    """
-    arms = len(arms_of(study))
-    total = arms * (len(study.learning_rates) + len(study.seeds))
-    chosen = chosen_rates(study, rows)
-    keys: Sequence[Key] = [
-        *((arm.name, study.tuning_seed, rate) for arm in arms_of(study) for rate in study.learning_rates),
-        *((arm, seed, rate) for arm, rate in chosen.items() for seed in study.seeds),
+    """(runs of the study, runs whose row stands, seconds the rest may take at the mean of those; None before any)."""
+    arms = {arm.name: arm for arm in arms_of(study)}
+    total = len(arms) * (len(study.learning_rates) + len(study.seeds))
+    jobs = [Job(arm, study.tuning_seed, rate) for arm in arms.values() for rate in study.learning_rates]
+    jobs += [
+        Job(arms[name], seed, rate)
+        for name, rate in chosen_rates(study, rows).items()
+        for seed in study.seeds
     ]
-    good = [rows[key] for key in keys if key in rows and not rows[key].get("error")]
+    good = [rows[job.key] for job in jobs if _is_done(study, rows, job)]
     if not good:
         return total, 0, None
     mean = sum(row["wall_seconds"] for row in good) / len(good)
     return total, len(good), mean * (total - len(good))
+
+
+def _is_done(study: Study, rows: Mapping[Key, Row], job: Job) -> bool:
+    try:
+        rate = rate_for(study, rows, job) if job.arm.control == RANDOM else None
+    except ConfigError:
+        return False
+    return stands(study, rows, job, values_of(study, job, rate))
