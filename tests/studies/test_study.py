@@ -26,6 +26,7 @@ from selectkd.evals.studies.study import (
     check_names,
     chosen_rates,
     files_read,
+    planned,
     rate_for,
     run_study,
     values_of,
