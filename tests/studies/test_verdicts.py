@@ -15,6 +15,7 @@ from selectkd.errors import ConfigError
 from selectkd.evals.statistics import t_interval
 from selectkd.evals.studies.results import Compared, detectable, last_fall, markdown, slope, verdict
 from selectkd.evals.studies.rows import append_row, read_rows
+from selectkd.evals.studies.study import chosen_rates
 from studies.test_study import study_of, written
 from training.tiny import tiny_llama, write_pair
 
@@ -96,6 +97,30 @@ def test_an_arm_is_compared_with_the_one_that_differs_by_its_gate_and_shared_war
     assert "Every run warned: all texts alike" in text and "alone" not in text
     assert "Over the last 50% of a run's steps held-out KL still fell by 25.0%" in text
     assert "none was tuned" in text
+
+
+@pytest.mark.parametrize(
+    ("tuned_by", "rate"), [(None, 0.01), ("overlap", 0.02), ("draft_acceptance", 0.01), ("held_out_kl", 0.04)]
+)
+def test_learning_rates_are_chosen_by_another_number_than_the_outcome_where_the_study_says_so(
+    tmp_path: Path, tuned_by: str | None, rate: float
+) -> None:
+    write_pair(tmp_path, tiny_llama(1, layers=3))
+    content = study_of(
+        tmp_path, arms={"kd": {"method": "kd"}}, outcome="draft_acceptance", measures=["draft"],
+        learning_rates=[0.01, 0.02, 0.04], **({} if tuned_by is None else {"tuned_by": tuned_by}),
+    )  # fmt: skip
+    study = load_study(written(tmp_path / "s.yaml", content))
+    tried = {0.01: (0.9, 0.5, 0.7), 0.02: (0.8, 0.8, 0.6), 0.04: (0.7, 0.6, 0.5)}
+    rows: dict[Any, Any] = {
+        ("kd", 0, one): {"draft_acceptance": acceptance, "overlap": overlap, "held_out_kl": kl}
+        for one, (acceptance, overlap, kl) in tried.items()
+    }
+    assert chosen_rates(study, rows) == {"kd": rate}
+    words = {None: "draft acceptance", "held_out_kl": "held-out KL"}.get(
+        tuned_by, str(tuned_by).replace("_", " ")
+    )
+    assert f"that is best by {words} on seed 0" in markdown("s", study, rows, command="c")
 
 
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:

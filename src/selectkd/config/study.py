@@ -99,7 +99,10 @@ class Study(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """Seeds of the runs that count."""
     outcome: Outcome = "held_out_kl"
-    """The number by which learning rates are chosen and arms are compared."""
+    """The number by which arms are compared."""
+    tuned_by: Outcome | None = None
+    """The number by which learning rates are chosen. Left out: the outcome. Set it where the outcome of one seed is
+    mostly chance, such as draft_acceptance of a few prompts."""
     measures: list[Measure | DrawnScenes] = []
     """Further measures of every student: `completions` (exact_match, parse_rate), `calibration`, `draft`,
     `sharpness`, `dynamics` (kappa, theorem_1_share, nondecreasing_share, flips, rank_correlation; needs

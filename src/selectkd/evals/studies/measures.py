@@ -36,7 +36,7 @@ from selectkd.teachers.live import LiveTeacher
 Numbers = dict[str, float]
 ROOM = 8
 """Tokens that a written completion may be longer than the text's own."""
-DRAFTED, DRAFT_LENGTH, DRAFT_TOKENS = 8, 4, 48
+DRAFTED, DRAFT_LENGTH, DRAFT_TOKENS = 16, 4, 48
 """Prompts, tokens a round and tokens in all of a timed speculative decoding: some seconds for 15 million parameters."""
 LANDSCAPE_TEXTS = 16
 ANSWER = 16

@@ -267,7 +267,7 @@ def _rates(study: Study) -> str:
         return "All arms have the recipe's learning rate; none was tuned."
     tried = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     return (
-        f"Each arm has the learning rate of {tried} that is best by {_words(study.outcome)} on seed "
+        f"Each arm has the learning rate of {tried} that is best by {_words(study.tuned_by or study.outcome)} on seed "
         f"{study.tuning_seed}, which counts nowhere else, and on the same held-out text."
     )
 

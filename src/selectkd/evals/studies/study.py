@@ -131,9 +131,11 @@ def waves(study: Study, rows: Mapping[Key, Row]) -> Any:
 
 
 def chosen_rates(study: Study, rows: Mapping[Key, Row]) -> dict[str, float | None]:
-    """Each arm's learning rate, the best by the outcome on the tuning seed; no arm whose runs there all failed."""
+    """Each arm's learning rate, the best by study.tuned_by (else the outcome) on the tuning seed; no arm whose runs
+    there all failed."""
     found: dict[str, float | None] = {}
-    sign = -1.0 if study.outcome in HIGHER_IS_BETTER else 1.0
+    measure = study.tuned_by or study.outcome
+    sign = -1.0 if measure in HIGHER_IS_BETTER else 1.0
     for arm in arms_of(study):
         if not study.learning_rates:
             found[arm.name] = None
@@ -141,7 +143,7 @@ def chosen_rates(study: Study, rows: Mapping[Key, Row]) -> dict[str, float | Non
         tried = [
             (sign * value, rate)
             for rate in study.learning_rates
-            if (value := number(rows.get((arm.name, study.tuning_seed, rate)), study.outcome)) is not None
+            if (value := number(rows.get((arm.name, study.tuning_seed, rate)), measure)) is not None
         ]
         if tried:
             found[arm.name] = min(tried)[1]

@@ -54,10 +54,10 @@ class Origin:
     warnings: list[str]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "cut": self.cut, "told": self.warnings}
+        return {"kept": self.kept, "cut": self.cut, "warnings": self.warnings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kept, self.cut, self.warnings = state["kept"], state["cut"], state["told"]
+        self.kept, self.cut, self.warnings = state["kept"], state["cut"], state["warnings"]
 
 
 def cut_of(assembly: Assembly) -> dict[str, Any] | None:
@@ -180,7 +180,7 @@ def manifest_of(
             "fingerprint": fingerprint_of(assembly.sources),
             "samples": sum(len(source) for source in assembly.sources),
             "sources": [
-                {"name": s.name, "told": s.summary, "counts": dict(s.counts)} for s in assembly.sources
+                {"name": s.name, "summary": s.summary, "counts": dict(s.counts)} for s in assembly.sources
             ],
             "heldout_samples": len(assembly.heldout.examples),
             "streams": list(assembly.streams),
