@@ -171,7 +171,15 @@ def _seen(
         raise ConfigError(
             "rows with images are not packed. Set data.packing to false; data.bucket saves padding too."
         )
-    return joined([one.images for one in examples], [one.input_ids for one in examples], width)
+    reader = next(one.images.reader for one in examples if one.images is not None)
+    images = [_without(one, reader) if one.images is None else one.images for one in examples]
+    return joined(images, [one.input_ids for one in examples], width)
+
+
+def _without(example: Example, reader: Any) -> Images:
+    """No image, and where the answer of a sample begins, which some models are told."""
+    mask = example.completion
+    return Images((), b"", (), mask.index(True) if True in mask else len(mask), reader)
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:

@@ -54,7 +54,7 @@ def rebuilt(batch: Batch, samples: Sequence[Example], *, pad_id: int) -> Batch:
     DataError where the batch has other inputs and ``samples`` are more or fewer than its own.
     """
     collated = collate(list(samples), pad_id=pad_id)
-    if batch.images:
+    if batch.images or collated.images:  # a text from a buffer may show images that the batch has not
         return collated.to(batch.input_ids.device)
     if batch.extra and len(samples) != batch.stream.shape[0]:
         raise DataError(

@@ -52,6 +52,7 @@ def writer_for(
         max_new_tokens=recipe.data.max_new_tokens,
         seed=recipe.training.seed,
         precision=precision,
+        vision=vision,
         served={
             number: _served(policy.served, student, tokenizer, precision, vision)
             for number, policy in enumerate(policies)

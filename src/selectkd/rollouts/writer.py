@@ -14,6 +14,7 @@ from torch import nn
 from selectkd.data.collate import Batch
 from selectkd.data.example import Example
 from selectkd.data.rewrite import Rollout, examples_of, last_turns, rebuilt
+from selectkd.data.vision import Vision
 from selectkd.errors import ConfigError
 from selectkd.models.precision import FP32, Precision
 from selectkd.models.sharded import whole_while
@@ -43,7 +44,8 @@ class RolloutWriter:
     adaptive scheduler. served: servers that write a source's student text in the student's place. Whatever is drawn
     is a function of (seed, step, the prompt), so a run that is taken up again with ``state_dict`` writes what it would
     have written; the teacher's text of a prompt is the same at every step. A prompt that fills ``max_length`` keeps
-    the text it has. precision: the student writes as it trains, the teacher alone in its own dtype.
+    the text it has. precision: the student writes as it trains, the teacher alone in its own dtype. vision: the
+    processor of a student that sees images.
     """
 
     policies: Sequence[Any]
@@ -59,6 +61,7 @@ class RolloutWriter:
     steps: int = 1
     precision: Precision = FP32
     served: Mapping[int, ServedStudent] = field(default_factory=dict)
+    vision: Vision | None = None
     buffers: dict[int, ReplayBuffer] = field(default_factory=dict, init=False)
     schedulers: dict[int, AdaptiveScheduler] = field(default_factory=dict, init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)
@@ -75,12 +78,12 @@ class RolloutWriter:
                     "memory. Use teacher: {model: ...}, or write its text beforehand with `selectkd generate`."
                 )
             if policy.name == "adaptive":
-                self.buffers[number] = ReplayBuffer(policy.capacity)
+                self.buffers[number] = ReplayBuffer(policy.capacity, vision=self.vision)
                 self.schedulers[number] = AdaptiveScheduler(
                     policy.start, policy.increase, policy.margin, policy.fill_first
                 )
             elif policy.name == "student" and policy.replay is not None:
-                self.buffers[number] = ReplayBuffer(policy.replay)
+                self.buffers[number] = ReplayBuffer(policy.replay, vision=self.vision)
         self._stream = {(stream.source, stream.writer): i for i, stream in enumerate(self.streams)}
 
     def __call__(self, batch: Batch, step: int) -> Batch:
