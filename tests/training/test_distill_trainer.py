@@ -311,3 +311,49 @@ def test_the_readmes_example_runs(pair: Path, tmp_path: Path, monkeypatch: pytes
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/small/student") is not None
+
+
+def test_an_epoch_is_a_pass_over_the_text_before_and_after_a_stop(
+    pair: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    def of(folder: str, **changed: Any) -> DistillTrainer:
+        args = config(
+            tmp_path / folder, max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=1,
+            gradient_accumulation_steps=1, eval_strategy="epoch",
+        )  # fmt: skip
+        return begun(pair, args, rows.select(range(6)), eval_dataset=rows.select(range(3)), **changed)
+
+    def measured(trainer: DistillTrainer) -> list[tuple[int, float]]:
+        lines = [line for line in trainer.state.log_history if "eval_kl" in line]
+        return [(line["step"], line["epoch"]) for line in lines]
+
+    whole = of("whole")
+    whole.train()
+    assert measured(whole) == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    passed = [line["epoch"] for line in whole.state.log_history if "loss" in line]
+    assert passed == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    of("cut", callbacks=[Stops()]).train()
+    again = of("cut")
+    again.train(resume_from_checkpoint=True)
+    assert measured(again) == [(4, 2.0), (6, 3.0)]
+    assert [line["epoch"] for line in again.state.log_history if "loss" in line] == passed[3:]
+
+
+def test_adapters_begin_as_the_seed_says(pair: Path, rows: Dataset, tmp_path: Path) -> None:
+    def first_of(seed: int) -> torch.Tensor:
+        torch.rand(1)  # whatever a program has drawn before
+        adapters = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        student = begun(pair, config(tmp_path, seed=seed), rows, peft_config=adapters).student
+        return next(p for name, p in student.named_parameters() if "lora_A" in name)
+
+    torch.manual_seed(5)
+    assert torch.equal(first_of(1), first_of(1)) and not torch.equal(first_of(1), first_of(2))
+
+
+def test_noise_on_embeddings_is_refused(pair: Path, rows: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neftune_noise_alpha = 5"):
+        begun(pair, config(tmp_path, neftune_noise_alpha=5), rows)

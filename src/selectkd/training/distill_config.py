@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from selectkd.config import Recipe, recipe_from
 from selectkd.errors import ConfigError
@@ -50,8 +51,9 @@ class DistillConfig(TrainingArguments):
         if self.save_strategy not in ("no", "steps") or (
             self.save_strategy == "steps" and self.save_steps < 1
         ):
+            strategy = SaveStrategy(self.save_strategy).value
             raise ConfigError(
-                f"save_strategy = {self.save_strategy}, save_steps = {self.save_steps}: checkpoints come every so many "
+                f"save_strategy = {strategy}, save_steps = {self.save_steps}: checkpoints come every so many "
                 "whole steps. Set save_strategy to steps or no, and save_steps to 1 or more."
             )
         if self.load_best_model_at_end:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from selectkd.config import Recipe
 from selectkd.data.alignment import tokenizer_fingerprint
@@ -86,6 +86,10 @@ class DistillTrainer(LedgerTrainer):
         args = DistillConfig() if args is None else args
         if not isinstance(args, DistillConfig):
             raise ConfigError(f"args is a {type(args).__name__}. Pass a selectkd.DistillConfig.")
+        if args.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"neftune_noise_alpha = {args.neftune_noise_alpha}: no noise is added to embeddings here. Leave it out."
+            )
         self._recipe = recipe = args.recipe
         tokenizer = processing_class or _tokenizer_of(model)
         precision = PRECISIONS["bf16"] if args.bf16 else FP32
@@ -101,6 +105,7 @@ class DistillTrainer(LedgerTrainer):
             _check(one, recipe, teacher, plan, width=len(tokenizer))
         self._heldout = () if eval_dataset is None else self._batches(eval_dataset, args)
 
+        set_seed(args.seed)  # of adapters that begin here; the Trainer sets it later
         student = _student_of(model, args, peft_config, precision)
         self.teacher: Teacher = teacher if plan is None else plan.open(tokenizer, student=student)  # type: ignore[assignment]
         self._revision = None if plan is None else plan.revision

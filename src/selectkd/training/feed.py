@@ -43,6 +43,11 @@ class BatchFeed:
         """The next ``iter`` starts there."""
         self.epoch, self.taken = state["epoch"], state["taken"]
 
+    @property
+    def epochs(self) -> float:
+        """How many epochs are behind us, such as 1.5."""
+        return self.epoch + (self.taken / self._size(self.epoch) if self.taken else 0)
+
     def _size(self, epoch: int) -> int:
         return len(self._epochs.epoch(epoch))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainingArguments
 
 from selectkd.loss.block_compiled import pays
 from selectkd.loss.plan import FirstPass
@@ -202,10 +202,13 @@ class LedgerTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Takes up a saved run where training begins; notes the learning rate a step is taken with."""
+    """Takes up a saved run where training begins; notes the learning rate a step is taken with, and the epoch by the
+    feed, which alone knows it: to the Trainer a feed without an end is one epoch.
+    """
 
     def __init__(self, trainer: LedgerTrainer) -> None:
         self.trainer = trainer
+        self.epochs = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -218,14 +221,24 @@ class _Steps(TrainerCallback):
                 trainer.lr_scheduler,
             )
             state.global_step = trainer._ended = trainer.ledger.step
+        self.epochs = int(trainer.feed.epochs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         optimizer: Any = self.trainer.optimizer
         self.trainer._rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= args.max_steps:
+        state.epoch, before = self.trainer.feed.epochs, self.epochs
+        self.epochs = int(state.epoch)
+        if (
+            state.global_step >= args.max_steps
+        ):  # on_epoch_end follows, with the Trainer's own strategies by epoch
             control.should_log = True
+        elif self.epochs > before:
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= (
+                args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+            )
 
 
 def register_training(
