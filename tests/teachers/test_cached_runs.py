@@ -161,6 +161,23 @@ def test_a_cache_that_could_not_carry_the_objective_is_not_built(
     assert not (tmp_path / "cache" / "index.json").exists()
 
 
+def test_what_a_stream_asks_of_a_cache_is_checked_before_the_build_and_before_the_run(
+    recipe: Made, pair: Path, tmp_path: Path, capsys: Any
+) -> None:
+    best = {"cache": str(tmp_path / "cache"), "model": str(pair / "teacher"), "payload": "top_k", "k": 9}
+    path = recipe(best, {"verifier": {"name": "greedy_topk", "k": 4}})
+    assert main(["cache", "build", path]) == 0
+    of_stream = "data.sources.0.objective={verifier: {name: greedy_topk, k: 5}}"
+    with pytest.raises(ConfigError, match=r"text of .*: greedy_topk reads .* needs 10 stored"):
+        train(load_recipe(path, [of_stream]))
+    for change, told in ((of_stream, "needs 10 stored"), ("objective.extras=[atkd]", "extras atkd")):
+        capsys.readouterr()
+        again = ["--set", f"teacher.cache={tmp_path / 'other'}", "--set", change]
+        assert main(["cache", "build", path, *again]) == ConfigError.exit_code
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "other" / "index.json").exists()
+
+
 def test_a_run_from_drawn_ids_trains(recipe: Made, pair: Path, tmp_path: Path) -> None:
     teacher = {
         "cache": str(tmp_path / "cache"),

@@ -246,11 +246,10 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, Any, Any, Any, Any]:
     """(the teacher's plan, all text, what to store, the tokenizer, the reading) of a cache that is to be built."""
     from selectkd.data.examples import Examples
     from selectkd.models.precision import precision_of
-    from selectkd.teachers import exactness
     from selectkd.teachers.cache import CacheOptions
     from selectkd.teachers.model import ModelPlan
     from selectkd.teachers.open import plan_teacher
-    from selectkd.training.checks import prepare
+    from selectkd.training.checks import check_stored, prepare
 
     spec: Any = recipe.teacher
     if (spec.model is None) == (spec.server is None):
@@ -279,9 +278,7 @@ def _text(recipe: Recipe, device: Any) -> tuple[Any, Any, Any, Any, Any]:
             )
     options = CacheOptions(payload, k, spec.precision, spec.shard_rows)
     plan = prepare(recipe, teacher, device=device)
-    temperature = recipe.objective.temperature
     stored: Any = options.payload
-    exactness.check(plan.objective, stored, k=options.k, temperature=temperature, source=teacher.source)
-    exactness.check_edge(plan.objective, stored, k=options.k)
+    check_stored(plan, recipe, stored, k=options.k, source=teacher.source)
     examples = Examples.joined([plan.examples, plan.heldout])
     return teacher, examples, options, plan.tokenizer, plan.text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from selectkd.teachers.aligned import AlignedPlan
 from selectkd.teachers.cache.plan import CachePlan
 from selectkd.teachers.model import ModelPlan
 from selectkd.teachers.open import plan_teacher
-from selectkd.teachers.protocol import TeacherPlan
+from selectkd.teachers.protocol import Payload, TeacherPlan
 from selectkd.teachers.several import SeveralPlan
 from selectkd.training.optimizer import check_optimizer
 from selectkd.training.recipe_text import Reading, read_text
@@ -56,6 +57,35 @@ class Plan:
     def examples(self) -> Examples:
         """The samples of all sources that are trained on."""
         return Examples.joined([source.examples for source in self.sources])
+
+    @property
+    def of_streams(self) -> list[tuple[str, Objective]]:
+        """(name of a stream, what it makes of the objective), for each that has its own; a selector is one more."""
+        named = zip(self.streams, self.losses, strict=False)  # no losses where no stream has its own
+        return [(stream.name, one) for stream, spec in named for one in spec.objectives_on(self.objective)]
+
+
+def check_stored(plan: Plan, recipe: Any, payload: Payload, *, k: int | None, source: str) -> None:
+    """ConfigError where a cache of ``payload`` could not give a run what its objectives, extras and reference ask."""
+    temperature = recipe.objective.temperature
+    for stream, one in [(None, plan.objective), *plan.of_streams]:
+        with _naming(stream):
+            exactness.check(one, payload, k=k, temperature=temperature, source=source)
+            exactness.check_edge(one, payload, k=k)
+    check_labels(plan.extras, payload, source)
+    if recipe.reference is not None:
+        exactness.check_reference(payload, source=source)
+
+
+@contextmanager
+def _naming(stream: str | None) -> Iterator[None]:
+    """Names the stream whose objective a ConfigError is about; None: the run's own."""
+    try:
+        yield
+    except ConfigError as error:
+        if stream is None:
+            raise
+        raise ConfigError(f"text of {stream}: {error}") from error
 
 
 def prepare(
@@ -87,7 +117,6 @@ def prepare(
     )
     objective, beta, taid = objective_of(recipe.objective, tokenizer)
     check_objective(objective, recipe, teacher, width=len(tokenizer))
-    exactness.check_edge(objective, teacher.payload, k=teacher.k)
     _check_models(recipe, teacher, tokenizer, objective)
     routes = teacher.routes if isinstance(teacher, SeveralPlan) else None
     text = read_text(
@@ -100,14 +129,15 @@ def prepare(
     )
     losses, extras = losses_of(recipe, streams), extras_of(recipe)
     check_labels(extras, teacher.payload, teacher.source)
-    of_streams = [one for spec in losses for one in spec.objectives_on(objective)]
-    for one in of_streams:
-        check_objective(one, recipe, teacher, width=len(tokenizer))
-    check_references([objective, *of_streams], recipe)
-    _check_text(recipe, teacher, text, streams)
-    return Plan(
+    plan = Plan(
         objective, beta, taid, tokenizer, teacher, text.sources, text.heldout, streams, losses, extras, precision, text
     )  # fmt: skip
+    for stream, one in plan.of_streams:
+        with _naming(stream):
+            check_objective(one, recipe, teacher, width=len(tokenizer))
+    check_references([objective, *(one for _, one in plan.of_streams)], recipe)
+    _check_text(recipe, teacher, text, streams)
+    return plan
 
 
 def _check_packages(recipe: Any) -> None:
@@ -120,6 +150,7 @@ def check_objective(objective: Objective, recipe: Any, teacher: TeacherPlan, *, 
     """ConfigError for an objective that this teacher, or a vocabulary of ``width`` tokens, cannot give."""
     temperature = recipe.objective.temperature
     exactness.check(objective, teacher.payload, k=teacher.k, temperature=temperature, source=teacher.source)
+    exactness.check_edge(objective, teacher.payload, k=teacher.k)
     for gate in objective.gates:
         need = traits_of(gate).teacher_tokens
         if need is not None and need > width:
