@@ -142,3 +142,32 @@ def test_a_key_that_is_written_as_an_option_is_answered_with_the_key(option: str
 def test_a_wrong_command_is_still_one(command: str, file: str, capsys) -> None:
     assert main([word.replace("FILE", file) for word in command.split()]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"teacher": {"cache": "c", "placement": "offloaded"}}, "teacher.placement is not a key of a cache,"),
+        (
+            {"teacher": {"model": "m", "adapters_off": True}},
+            "teacher.model is not a key of the student's base,",
+        ),
+        (
+            {"teacher": [{"model": "m", "payload": "top_k", "weight": 1}, {"model": "n", "weight": 1}]},
+            "teacher.0.payload is not a key of a model,",
+        ),
+        (
+            {"data": {"sources": [{"path": "x"}], "policy": {"name": "teacher", "replay": 3}}},
+            "data.policy.replay is not a key of the policy teacher,",
+        ),
+    ],
+)
+def test_a_key_of_another_kind_is_refused_with_the_kind_that_is_meant(
+    changed: dict[str, object], words: str
+) -> None:
+    assert words in refused(**changed) and "belongs at" not in refused(**changed)
+
+
+def test_an_override_that_is_refused_leaves_no_second_fault_behind() -> None:
+    found = refused("training.betas.1=0.95")
+    assert "only a list has numbered items" in found and "must be a list" not in found

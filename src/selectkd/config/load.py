@@ -111,8 +111,9 @@ def _checked(document: Document, source: str, overrides: Sequence[str]) -> Recip
     for override in overrides:
         try:
             path, value = _parsed(override)
-            _lay(values, path, value)
-            laid[path] = value
+            changed = _copied(values)  # one that is refused half-way leaves nothing behind
+            _lay(changed, path, value)
+            values, laid[path] = changed, value
         except ConfigError as error:
             problems.append(Problem((), "--set", f"cannot take {override[:60]!r}: {error}"))
     _take_out(values, laid)

@@ -77,6 +77,8 @@ def _path(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
     for step in loc:
         if _holds(here, step):
             here = here[step]
+        elif step == "teacher" and path[:1] == ["teacher"]:
+            continue  # one of several teachers, whose keys stand beside its weight
         elif step in TAGS or not isinstance(here, Mapping) or not str(step).isidentifier():
             continue  # the name of an alternative
         else:
@@ -98,6 +100,9 @@ def _message(one: Any, model: type[BaseModel], path: tuple[str | int, ...]) -> s
         return str(limits["message"])
     if kind == "extra_forbidden":
         known = sorted(fields_at(model, path[:-1]))
+        if path[-1] in known:  # of another alternative than the one that is meant
+            kind_of = str(one["loc"][-2])
+            return f"is not a key of {kind_of}, but of another kind. Leave it out, or write that kind"
         return "is not a key." + (
             instead(path) or f"{did_you_mean(str(path[-1]), known)} Known here: {', '.join(known)}"
         )
