@@ -38,7 +38,7 @@ from selectkd.config.study import HIGHER_IS_BETTER, Study, load_study
 from selectkd.errors import ConfigError, SelectKDError
 from selectkd.evals.studies.results import compared
 from selectkd.evals.studies.rows import read_rows
-from selectkd.evals.studies.study import chosen_rates
+from selectkd.evals.studies.study import chosen_rates, of_recipes
 from selectkd.objective.plugins import allow_plugin
 from selectkd.training.assembly import assemble
 from selectkd.training.heldout.evaluation import evaluate
@@ -86,9 +86,12 @@ def but_for_the_gate(recipe: Recipe) -> str:
 
 def arms_of(study: Study) -> Iterator[tuple[str, str, Recipe, dict[str, Any]]]:
     """(plain arm, gated arm, recipe of the plain one, gate) of every pair; a gate from a plug-in knows what a user does
-    not, and is left out.
+    not, and is left out, and so is a selector beside a verifier, which are two gates.
     """
     recipes = {arm: recipe_with(study, arm) for arm in study.arms}
+    recipes = {
+        arm: one for arm, one in recipes.items() if not (one.objective.selector and one.objective.verifier)
+    }
     common = {arm: but_for_the_gate(recipe) for arm, recipe in recipes.items()}
     for plain, gated in itertools.permutations(recipes, 2):
         recipe, gate = recipes[plain], gate_of(recipes[gated])
@@ -146,7 +149,8 @@ def pairs_of(folder: Path, known: Sequence[Pair] = ()) -> tuple[list[Pair], list
     measured: dict[str, tuple[Signs, int]] = {}
     left: dict[str, None] = {}
     for path in sorted(folder.glob("*.yaml")):
-        study, rows = load_study(path), read_rows(path.with_suffix(".jsonl"))
+        study = load_study(path)
+        rows = of_recipes(study, read_rows(path.with_suffix(".jsonl")))
         rates = chosen_rates(study, rows)
         for plain, gated, recipe, gate in arms_of(study):
             differences = {
@@ -161,7 +165,7 @@ def pairs_of(folder: Path, known: Sequence[Pair] = ()) -> tuple[list[Pair], list
             key = json.dumps([of_pair, gate, rates.get(plain), rates.get(gated), study.seeds])
             if key in found:  # the same two trainings stand in another study
                 continue
-            curve = rows[(plain, study.seeds[0], rates[plain])].get("curve")
+            curve = rows.get((plain, study.seeds[0], rates[plain]), {}).get("curve")
             old = older.get((path.stem, plain, gated))
             try:
                 if of_pair not in measured:

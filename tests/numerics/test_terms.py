@@ -286,6 +286,24 @@ def test_a_selector_beside_a_verifier_leaves_the_rows_it_drops_out() -> None:
     assert float(sums["weighted_divergence"]) < float(sums["divergence"])
 
 
+def test_a_selector_beside_a_verifier_ranks_at_the_temperature_of_verification() -> None:
+    """As it does where it stands alone, for the objective's verifier."""
+    from selectkd.objective.selectors import tip
+
+    ranked = {}
+    for temperature in (1.0, 8.0):
+        alone = Objective("forward_kl", tip(0.5), beta=0.0, verify_temperature=temperature)
+        beside = Objective("forward_kl", "always", beta=0.0, verify_temperature=temperature)
+        forward, *_ = made()
+        rows = [
+            weighted_sum(LossPlan((stream,)).terms(forward), forward, ONES)[1]["row_weight"]
+            for stream in (StreamLoss(alone), StreamLoss(beside, selector=tip(0.5)))
+        ]
+        assert torch.equal(*rows) and 0 < int(rows[0].sum()) < N
+        ranked[temperature] = rows[0]
+    assert not torch.equal(ranked[1.0], ranked[8.0])
+
+
 def test_the_language_modelling_loss_is_added_and_gated_by_nothing() -> None:
     objective = Objective("forward_kl", {"name": "greedy_topk", "k": 1}, beta=0.0)
     streams = (StreamLoss(objective, language_model=0.3), StreamLoss(objective))

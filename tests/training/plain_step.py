@@ -229,7 +229,7 @@ def plain_step(
     for number, of in enumerate(case.streams):
         mine = (stream == number).nonzero()[:, 0]
         if of.selector:
-            kept[mine] = best_share(of.selector, seen(1.0).of(mine))
+            kept[mine] = best_share(of.selector, seen(case.verify_temperature).of(mine))
         for group in (mine[kept[mine]], mine[~kept[mine]]):
             if not len(group):
                 continue

@@ -61,6 +61,7 @@ def panel(
         batches,
         gates(reference=checked.reference is not None),
         beta=assembly.beta.end,
+        verify_temperature=checked.objective.verify_temperature,
         seed=checked.training.seed,
         chunk=checked.training.chunk,
     )

@@ -106,17 +106,27 @@ def results(
     ] = None,
     allow_plugin: AllowPlugin = None,
 ) -> None:
-    """Print the tables and verdicts of studies from their rows."""
+    """Print the tables and verdicts of studies from their rows.
+
+    Rows of recipes that the study file no longer has are left out.
+    """
     from selectkd.config.study import load_study
     from selectkd.data.durable import write_plain
     from selectkd.evals.figures import check_figure, draw_study
     from selectkd.evals.studies.results import markdown as section
     from selectkd.evals.studies.rows import read_rows
+    from selectkd.evals.studies.study import of_recipes
 
     parts = []
     for file in files:
         study = load_study(file)
-        found = read_rows(_rows_of(file, None if rows is None else rows / f"{file.stem}.jsonl"))
+        there = read_rows(_rows_of(file, None if rows is None else rows / f"{file.stem}.jsonl"))
+        found = of_recipes(study, there)
+        if len(found) < len(there):
+            show_progress(
+                f"{file}: {len(there) - len(found)} of {len(there)} rows are left out, which are of other arms, rates "
+                "or recipes than the file has now; `selectkd study run` makes them anew"
+            )
         figure = None
         if figures is not None and found:
             figure = figures / f"study-{file.stem}.svg"

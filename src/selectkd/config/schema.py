@@ -257,7 +257,7 @@ class ObjectiveSection(Section):
     """Divides both models' logits in the divergence; the loss is not multiplied by its square. The verifier does not
     see it."""
     verify_temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Divides both models' logits where the verifier looks at them."""
+    """Divides both models' logits where a verifier or a selector looks at them."""
     thin_rejected: bool = False
     """`true` keeps a token with probability equal to its weight and drops the rest: unbiased and cheaper, with more
     noise."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -31,6 +33,19 @@ HIGHER_IS_BETTER = (
     "tar", "overlap", "exact_match", "parse_rate", "draft_acceptance", "draft_speedup", "kappa", "theorem_1_share",
     "nondecreasing_share", "option_accuracy", "yes_no_accuracy",
 )  # fmt: skip
+NEEDED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("exact_match", "parse_rate"), "completions"),
+        "calibration_error": "calibration",
+        **dict.fromkeys(("draft_acceptance", "draft_speedup"), "draft"),
+        **dict.fromkeys(("top_eigenvalue", "sharpness"), "sharpness"),
+        **dict.fromkeys(
+            ("kappa", "theorem_1_share", "nondecreasing_share", "flips", "rank_correlation"), "dynamics"
+        ),
+        **dict.fromkeys(("option_accuracy", "yes_no_accuracy"), "vision"),
+    }
+)
+"""The measure that gives each number which not every row has."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), Whole]
 
 
@@ -74,6 +89,12 @@ class Trend(Section):
     """Name of each arm, and its quantity."""
     measure: Outcome | None = None
     """The number. Left out: the study's outcome."""
+
+    @model_validator(mode="after")
+    def _quantities_differ(self) -> Self:
+        if len(set(self.of.values())) < 2:
+            raise refuse("has one quantity for all arms, and no slope goes with it", at="of")
+        return self
 
 
 class Study(Section):
@@ -119,6 +140,36 @@ class Study(Section):
             raise refuse(f"= {self.seeds} names a seed twice", at="seeds")
         if self.learning_rates and self.tuning_seed in self.seeds:
             raise refuse(f"= {self.tuning_seed} is one of the seeds; choose another", at="tuning_seed")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise refuse(f"= {self.learning_rates} names a rate twice", at="learning_rates")
+        for key in ("tuned_by", "tuning_seed"):
+            if key in self.model_fields_set and not self.learning_rates:
+                raise refuse("does nothing without learning_rates, which are chosen by it", at=key)
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_alone_seed_the_runs(self) -> Self:
+        for where, values in [
+            ("recipe", self.recipe),
+            *((f"arms.{arm}", one) for arm, one in self.arms.items()),
+        ]:
+            training = values.get("training")
+            if isinstance(training, dict) and "seed" in training:
+                raise refuse(
+                    "sets training.seed, which seeds and tuning_seed set for every run; take it out", at=where
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_measured(self) -> Self:
+        asked = {one if isinstance(one, str) else one.name for one in self.measures}
+        named = [("outcome", self.outcome), ("tuned_by", self.tuned_by)]
+        named += [("claims", claim.measure) for claim in self.claims]
+        named += [("trends", trend.measure) for trend in self.trends]
+        for key, number in named:
+            needed = NEEDED.get(number or "")
+            if needed is not None and needed not in asked:
+                raise refuse(f"names {number}, which no row has without {needed} in measures", at=key)
         return self
 
     @model_validator(mode="after")

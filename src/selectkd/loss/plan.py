@@ -111,11 +111,12 @@ class LossPlan:
         found = []
         for number, stream in enumerate(self.streams):
             of, apart = None if len(self.streams) == 1 else number, None
+            temperature = stream.objective.verify_temperature
             if stream.selector is not None:
                 apart = ("selector", number)
-                found.append(Contest(apart, stream.selector, of))
+                found.append(Contest(apart, stream.selector, of, temperature))
             if stream.objective.ranks_the_batch:
-                gate, temperature = stream.objective.verifier, stream.objective.verify_temperature
+                gate = stream.objective.verifier
                 found.append(Contest(("verifier", number), gate, of, temperature, apart))
         extras = enumerate(self.extras)
         return found + [Contest(("extra", number), one) for number, one in extras if traits_of(one).ranks]

@@ -42,10 +42,10 @@ class Objective:
     (logp, logq) -> [n]. verifier: a name of VERIFIERS or SELECTORS, {"name": ..., **params}, "module:factory", or an
     instance of one. beta: weight of a rejected row, in [0, 1]; 0 masks it, 1 is the plain divergence. Default .01 as
     in the paper. always_accept: token ids whose rows are accepted whatever the verifier says (needs labels), for
-    instance EOS. verify_temperature: verification, and the gates of a router, use p and q at this temperature,
-    whatever the temperature of the loss. thin_rejected: keep a row with probability V at weight 1, and drop it
-    otherwise: an unbiased estimate of the loss and its gradient in which dropped rows cost no gradient product. Reads
-    one more uniform number a token.
+    instance EOS. verify_temperature: verification, selectors, and the gates of a router, use p and q at this
+    temperature, whatever the temperature of the loss. thin_rejected: keep a row with probability V at weight 1, and
+    drop it otherwise: an unbiased estimate of the loss and its gradient in which dropped rows cost no gradient product.
+    Reads one more uniform number a token.
     Source: SelecTKD (arXiv 2510.24021), equation 4 and Algorithm 1.
 
     >>> import torch

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selectkd.config.expand import gates_of
+from selectkd.config.expand import GATE_KEYS, gates_of
+from selectkd.config.load import recipe_from
 from selectkd.config.methods import METHODS
+from selectkd.config.schema import Recipe
 from selectkd.errors import ConfigError
 from selectkd.evals.studies.rows import rate_of_others
 from selectkd.objective.registry import build, did_you_mean
@@ -78,7 +80,7 @@ def arms(
 
     The seeds are the recipe's own and the next ones. With ``controls`` each selected arm is followed by two: random
     rows, as many as it selected, and its gate's verdicts on the control's own student among rows at like places of an
-    answer; see ``possible_controls``.
+    answer; see ``controls_of``.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} makes no run; give 1 or more.")
@@ -87,7 +89,9 @@ def arms(
         first = int((values.get("training") or {}).get("seed", 42))
         for seed in range(first, first + seeds):
             for word in methods or ("",):
-                for selection in (PLAIN, SELECTED, *(_controls_of(values) if controls else ())):
+                selected = _values(values, word, SELECTED, seed) if controls else None
+                possible = () if selected is None else controls_of(recipe_from(selected)).values()
+                for selection in (PLAIN, SELECTED, *possible):
                     arm_values = _values(values, word, selection, seed)
                     found.append(
                         Arm(name if len(recipes) > 1 else "", word or "recipe", selection, seed, arm_values)
@@ -95,14 +99,41 @@ def arms(
     return found
 
 
-def _controls_of(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(possible_controls(_gate(values.get("selection") or SELECTION)).values())
+def controls_of(recipe: Recipe) -> dict[str, str]:
+    """``possible_controls`` of a recipe's gate; none where it lets everything pass, or is a control itself.
+
+    ConfigError for a gate that cannot be made, and for one that no control is of: where a text has a gate of its own,
+    or a selector stands beside ``always``.
+    """
+    objective, selector = recipe.objective, None
+    gate = objective.gate
+    if objective.verifier and objective.selector:
+        selector = objective.selector
+        if gate["name"] == "always":
+            raise ConfigError(
+                f"a control takes the place of a verifier, and always beside the selector {selector['name']} is none. "
+                "Leave out the verifier and set beta to 0, which trains on the same tokens."
+            )
+    if gate["name"] == "always" or objective.beta == 1.0 or gate["name"].startswith("matched_"):
+        return {}
+    own = [(f"objective.by_writer.{writer}", stream) for writer, stream in objective.by_writer.items()] + [
+        (f"data.sources.{number}.objective", one.objective) for number, one in enumerate(recipe.data.sources)
+    ]
+    for where, stream in own:
+        named = [key for key in GATE_KEYS if stream is not None and getattr(stream, key) is not None]
+        if named:
+            raise ConfigError(
+                f"{where} sets {' and '.join(named)}, and a control replaces one gate that all text has. Leave out the "
+                "controls, or give all text one gate."
+            )
+    return possible_controls(gate, selector)
 
 
-def possible_controls(gate: Mapping[str, Any]) -> dict[str, str]:
+def possible_controls(gate: Mapping[str, Any], selector: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Each control that is asked for and the one that a verifier or selector has: none by position where it ranks rows;
-    its weights dealt out to random rows where they may exceed 1, since no random rows have such a rate. ConfigError for
-    a gate that cannot be made.
+    its weights dealt out to random rows where they may exceed 1, since no random rows have such a rate, and where a
+    selector stands beside it: a row does not say how many of the tokens it kept were accepted. ConfigError for a gate
+    that cannot be made.
 
     >>> possible_controls({"name": "spec_k", "k": 5})
     {'matched_random': 'matched_random', 'matched_position': 'matched_position'}
@@ -110,7 +141,7 @@ def possible_controls(gate: Mapping[str, Any]) -> dict[str, str]:
     {'matched_random': 'matched_shuffle'}
     """
     traits = traits_of(build({**VERIFIERS, **SELECTORS}, gate, kind="verifier or selector"))
-    found = {RANDOM: SHUFFLE if traits.above_one else RANDOM}
+    found = {RANDOM: SHUFFLE if traits.above_one or selector is not None else RANDOM}
     return found if traits.ranks else {**found, POSITION: POSITION}
 
 
@@ -134,6 +165,8 @@ def _values(values: Mapping[str, Any], word: str, selection: str, seed: int) -> 
     if selection != PLAIN:
         objective = arm_values.get("objective") or {}
         arm_values["objective"] = {k: v for k, v in objective.items() if k not in ("verifier", "beta")}
+        if selection != SELECTED and "verifier" not in gates_of(chosen):
+            arm_values["objective"]["selector"] = None  # the control stands for it, and for a method's own
         arm_values["selection"] = (
             _dealt_out(chosen, selection) if selection in (POSITION, SHUFFLE) else chosen
         )
@@ -144,13 +177,14 @@ def _dealt_out(chosen: Mapping[str, Any], control: str) -> dict[str, Any]:
     """A selection whose verifier's verdicts a control deals out."""
     if chosen.get("verifier") == "greedy_topk":  # the control's own default, with the k beside it
         return {**chosen, "verifier": control}
-    kept = {key: chosen[key] for key in ("selector", "beta") if key in chosen}
+    beside = ("selector", "beta") if chosen.get("verifier") else ("beta",)
+    kept = {key: chosen[key] for key in beside if key in chosen}
     return {**kept, "verifier": {"name": control, "of": _gate(chosen)}}
 
 
 def controlled(arm: Arm, selected: Mapping[str, Any]) -> Arm:
     """The arm of random rows once the row of the selected arm is there, at its rate of acceptance; ConfigError where
-    that is none."""
+    that is none. No selector stands beside its gate: such an arm has another control."""
     values: dict[str, Any] = copy.deepcopy(dict(arm.values))
     beta = values["selection"].get("beta", 0.01)
     always = bool((values.get("objective") or {}).get("always_accept"))

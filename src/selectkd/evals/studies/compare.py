@@ -15,10 +15,12 @@ import numpy as np
 from selectkd.data.durable import write_whole
 from selectkd.errors import ConfigError
 from selectkd.evals.statistics import Difference, Interval, paired_bootstrap, t_interval
-from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, Arm, controlled
+from selectkd.evals.studies.arms import PLAIN, POSITION, RANDOM, SELECTED, SHUFFLE, Arm, controlled
+from selectkd.evals.studies.files import files_read, same_files
 from selectkd.evals.studies.one_run import FIELDS, run_apart
 
 NAMES = ("recipe", "method", "selection", "seed")
+CONTROLS = (RANDOM, SHUFFLE, POSITION)
 
 
 def compare(
@@ -33,21 +35,21 @@ def compare(
     """The row of every arm, in their order: {method, selection, seed, FIELDS..., more}.
 
     ``file`` holds the rows so far after every run; an arm whose row is in it already, of the same recipe, is not run
-    again, one that failed is. A run that fails leaves a row with its ``error`` and null for every number, and the
-    others go on; so does a control whose selected arm failed. device: where every arm runs, as of ``use_device``.
-    on_row hears (number, row).
+    again; one that failed, or whose models or text were made again, is. A run that fails leaves a row with its
+    ``error`` and null for every number, and the others go on; so does a control whose selected arm failed. device:
+    where every arm runs, as of ``use_device``. on_row hears (number, row).
     """
     known = {_key(row): row for row in read_rows(file)}
     rows: list[dict[str, Any]] = []
     for number, arm in enumerate(arms):
         row = known.get(arm.key)
         if not _stands(row, arm):
-            started = time.perf_counter()
+            started, read = time.perf_counter(), files_read(arm.values)
             row = (
                 _named(arm)
                 | dict.fromkeys(FIELDS)
                 | _run(arm, rows, folder, keep, device)
-                | {"asked": _recipe_line(arm)}
+                | {"asked": _recipe_line(arm), "files": read}
             )
             row["wall_seconds"] = round(time.perf_counter() - started, 3)
         rows.append(row)
@@ -88,8 +90,13 @@ def plan(arms: Sequence[Arm], file: Path | None) -> Plan:
 
 
 def _stands(row: Mapping[str, Any] | None, arm: Arm) -> TypeGuard[dict[str, Any]]:
-    """Whether the row is of a run of this very arm that came to its end."""
-    return row is not None and not row.get("error") and row.get("asked") == _recipe_line(arm)
+    """Whether the row is of a run of this very arm that came to its end, with the files as they are."""
+    return (
+        row is not None
+        and not row.get("error")
+        and row.get("asked") == _recipe_line(arm)
+        and same_files(row, arm.values)
+    )
 
 
 def _run(
@@ -179,13 +186,9 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[Paired]:
         pairs += [
             ((method, PLAIN), (method, selection))
             for method in methods
-            for selection in (SELECTED, RANDOM, POSITION)
+            for selection in (SELECTED, *CONTROLS)
         ]
-        pairs += [
-            ((method, selection), (method, SELECTED))
-            for method in methods
-            for selection in (RANDOM, POSITION)
-        ]
+        pairs += [((method, selection), (method, SELECTED)) for method in methods for selection in CONTROLS]
         found += [
             pair for one, other in pairs if (pair := _paired(recipe, of_recipe, one, other)) is not None
         ]

@@ -1,6 +1,7 @@
 """What a study can measure of a trained student beside its held-out KL: MEASURES names it all.
 
-Each takes an assembled run after its training, its recipe, and options by keyword, and gives numbers for the run's row.
+Each takes an assembled run after its training, its student in evaluation mode, its recipe, and options by keyword, and
+gives numbers for the run's row.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def calibration(assembly: Any, recipe: Any) -> Numbers:
     """
     sure, right = [], []
     for batch in assembly.heldout:
-        seen, head = supervised(batch), head_of(assembly.student)
+        head = head_of(assembly.student)
+        batch = batch.to(head.weight.device)
+        seen = supervised(batch)
         logits = head.logits(hidden_rows(assembly.student, batch, seen.position))  # [n, v]
         best = torch.softmax(logits.float(), -1).max(-1)
         sure.append(best.values.cpu())
@@ -102,7 +105,7 @@ def draft(assembly: Any, recipe: Any) -> Numbers:
     """
     target = _teacher_model(assembly, recipe, "draft")
     turns = [turn for batch in assembly.heldout for turn in last_turns(batch)][:DRAFTED]
-    prompts = [torch.tensor(turn.prompt) for turn in turns]
+    prompts = [torch.tensor(turn.prompt, device=head_of(assembly.student).weight.device) for turn in turns]
     ends = ends_of(assembly.tokenizer, target)
     alone = timed_alone(target, prompts, max_new_tokens=DRAFT_TOKENS, eos=ends)
     found = speculation(target, assembly.student, prompts, draft_length=DRAFT_LENGTH, alone=alone)
@@ -118,8 +121,10 @@ def sharp(assembly: Any, recipe: Any) -> Numbers:
     row's norm."""
     target = _teacher_model(assembly, recipe, "sharpness")
     examples = [one for batch in assembly.heldout for one in examples_of(batch)][:LANDSCAPE_TEXTS]
-    assembly.student.eval()
-    loss = divergence_loss(assembly.student, target, collate(examples, pad_id=pad_id_of(assembly.tokenizer)))
+    batch = collate(examples, pad_id=pad_id_of(assembly.tokenizer)).to(
+        head_of(assembly.student).weight.device
+    )
+    loss = divergence_loss(assembly.student, target, batch)
     weights = list(assembly.student.parameters())
     return {"top_eigenvalue": top_eigenvalue(weights, loss), "sharpness": sharpness(weights, loss).value}
 

@@ -112,6 +112,7 @@ def measured(
     from selectkd.config import recipe_from
     from selectkd.evals.studies.measures import MEASURES
     from selectkd.models.devices import peak_memory
+    from selectkd.models.forward import evaluating
     from selectkd.training.run import train
 
     empty(folder)
@@ -121,11 +122,12 @@ def measured(
     started = time.perf_counter()
     result = train(recipe, on_assembled=kept.append, device=device)
     seconds = time.perf_counter() - started
-    held = held_out(kept[0], recipe.training.seed)
-    for one in measures:
-        options = {} if isinstance(one, str) else dict(one)
-        name = one if isinstance(one, str) else options.pop("name")
-        held |= MEASURES[name](kept[0], recipe, **options)
+    with evaluating(kept[0].student):
+        held = held_out(kept[0], recipe.training.seed)
+        for one in measures:
+            options = {} if isinstance(one, str) else dict(one)
+            name = one if isinstance(one, str) else options.pop("name")
+            held |= MEASURES[name](kept[0], recipe, **options)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     lines = [line for line in log if "tokens_per_second" in line]
     clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
@@ -143,7 +145,7 @@ def measured(
     looks = [(line["step"], line["evaluation"]) for line in log if "evaluation" in line]
     return {
         **held,
-        "loss_before": math.log(looks[0][1]["perplexity"]) if looks and looks[0][0] == 0 else None,
+        "loss_before": _log(looks[0][1]["perplexity"]) if looks and looks[0][0] == 0 else None,
         "tokens_per_second": tokens / training if training else None,
         "peak_bytes": peak_memory(on),
         "tokens": tokens,
@@ -155,7 +157,7 @@ def measured(
         "acceptance": _mean(lines, "acceptance"),
         **_always_accepted(recipe, lines),
         "mean_weight": _mean(lines, "weight"),
-        "curve": [[step, *(round(look[name], 5) for name in ("kl", "tar"))] for step, look in looks],
+        "curve": [[step, *(_rounded(look[name]) for name in ("kl", "tar"))] for step, look in looks],
     }
 
 
@@ -192,13 +194,34 @@ def _bite(each: list[Any]) -> float:
     return sum(one.bite * one.kl * one.tokens for one in each) / whole if whole else 0.0
 
 
-def _always_accepted(recipe: Any, lines: list[dict[str, Any]]) -> dict[str, float]:
+def _always_accepted(recipe: Any, lines: list[dict[str, Any]]) -> dict[str, float | None]:
     """The mean share of tokens that ``always_accept`` accepts, over the lines that acceptance is the mean of; nothing
     where the recipe names no tokens."""
-    seen = [line.get("always_accepted", 0.0) for line in lines if line.get("acceptance") is not None]
-    return {"always_accepted": sum(seen) / len(seen)} if recipe.objective.always_accept and seen else {}
+    shares = [
+        {**line, "share": line.get("always_accepted", 0.0) if line.get("acceptance") is not None else None}
+        for line in lines
+    ]
+    mean = _mean(shares, "share") if recipe.objective.always_accept else None
+    return {} if mean is None else {"always_accepted": mean}
 
 
 def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
-    seen = [line[name] for line in lines if line.get(name) is not None]
-    return sum(seen) / len(seen) if seen else None
+    """The mean of a number over the tokens of a run: each line is the mean over those since the line before, and
+    counts by how many they are."""
+    before = [0, *(line["tokens"] for line in lines)]
+    seen = [
+        (line[name], line["tokens"] - at)
+        for line, at in zip(lines, before, strict=False)
+        if line.get(name) is not None
+    ]
+    tokens = sum(count for _, count in seen)
+    return sum(value * count for value, count in seen) / tokens if tokens else None
+
+
+def _log(perplexity: float | None) -> float | None:
+    """Nats of a perplexity in metrics.jsonl, which writes null where it is not finite."""
+    return None if perplexity is None else math.log(perplexity)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)

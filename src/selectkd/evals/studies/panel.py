@@ -86,6 +86,7 @@ def panel(
     members: Mapping[str, Any],
     *,
     beta: float = 0.01,
+    verify_temperature: float = 1.0,
     seed: int = 0,
     chunk: int | None = None,
 ) -> dict[str, Any]:
@@ -95,7 +96,8 @@ def panel(
     V = beta + (1 - beta) a, D the forward KL and, for the gradient, the norm |q - p| of its gradient to the row's
     logits; the rate by place in the completion and by the teacher's entropy in nats. jaccard: sum min(a, b) / sum
     max(a, b) of two acceptances, the overlap of two sets where they are 0 and 1. A ranked gate ranks each batch, as in
-    training. The student keeps its mode. Raises DataError where no row is trained.
+    training. verify_temperature: gates judge both models at it; D, its gradient and the entropy are those at
+    temperature 1 whatever it is. The student keeps its mode. Raises DataError where no row is trained.
     """
     member = _Panel(members)
     accepted: dict[str, list[Tensor]] = {name: [] for name in members}
@@ -108,8 +110,10 @@ def panel(
             seen = supervised(batch)
             if not seen.position.shape[0]:
                 continue
-            scores = _scores(student, teacher, batch, seen, member, seed, chunk)
-            own.append(scores[:, :OWN].double().cpu())
+            here = _forward(student, teacher, batch, seen, member, seed, chunk)
+            scores = here.scores(member, temperature=verify_temperature)
+            plain = scores if verify_temperature == 1.0 else here.scores(_Panel({}))
+            own.append(plain[:, :OWN].double().cpu())
             places.append(seen.offset.cpu())
             for name, acceptance in _kept(member, scores, seen.sequence):
                 accepted[name].append(acceptance.double().cpu())
@@ -148,13 +152,13 @@ def jaccard(a: Tensor, b: Tensor) -> float:
     return float(torch.minimum(a, b).sum()) / union if union else 1.0
 
 
-def _scores(
+def _forward(
     student: nn.Module, teacher: Teacher, batch: Any, seen: Any, member: _Panel, seed: int, chunk: int | None
-) -> Tensor:
+) -> Forward:
     hidden = hidden_rows(student, batch, seen.position)  # [n, d]
     rows = teacher(batch, seen.position)
     uniform = draws(batch, seen, member.traits.uniforms_per_token, seed=seed, step=0)
-    here = Forward(
+    return Forward(
         hidden,
         head_of(student),
         rows,
@@ -164,7 +168,6 @@ def _scores(
         uniform,
         LossOptions(chunk=chunk),
     )
-    return here.scores(member)
 
 
 def _kept(member: _Panel, scores: Tensor, sequence: Tensor) -> Iterable[tuple[str, Tensor]]:

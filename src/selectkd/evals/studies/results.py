@@ -109,7 +109,9 @@ def last_fall(row: Row) -> tuple[float, float] | None:
         return None
     steps = curve[-1][0]
     before = next((look for look in reversed(curve) if look[0] <= (1 - LAST_PART) * steps), None)
-    return None if before is None or not before[1] else (1 - before[0] / steps, 1 - curve[-1][1] / before[1])
+    if before is None or not before[1] or curve[-1][1] is None:  # null where held-out KL was not finite
+        return None
+    return (1 - before[0] / steps, 1 - curve[-1][1] / before[1])
 
 
 def markdown(

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from selectkd.config.load import recipe_from
 from selectkd.config.study import HIGHER_IS_BETTER, Study
-from selectkd.data.durable import checksum
 from selectkd.errors import ConfigError
-from selectkd.evals.studies.arms import RANDOM, possible_controls
+from selectkd.evals.studies.arms import RANDOM, controls_of
+from selectkd.evals.studies.files import files_read, same_files
 from selectkd.evals.studies.one_run import run_apart
 from selectkd.evals.studies.rows import Key, Row, append_row, number, rate_of_others, read_rows
 
@@ -53,19 +51,15 @@ class Job:
 
 
 def arms_of(study: Study) -> list[Arm]:
-    """The file's arms, each gated one followed by its controls. One that ranks rows has no matched_position, which
-    deals out the verdicts of rows; one whose weights may exceed 1 has matched_shuffle for matched_random.
+    """The file's arms, each gated one followed by its controls, of which ``controls_of`` says what it can have.
 
-    ConfigError names the arm whose gate cannot be made.
+    ConfigError names the arm whose gate cannot be made or has no control.
     """
     found = []
     for name in study.arms:
         found.append(Arm(name, name))
-        gate, beta = gate_of(study, name)
-        if gate["name"] == "always" or beta == 1.0 or gate["name"].startswith("matched_"):
-            continue
         try:
-            possible = possible_controls(gate) if study.controls else {}
+            possible = controls_of(study.recipe_of(name)) if study.controls else {}
         except ConfigError as error:
             raise ConfigError(f"arms.{name}: {error}") from None
         for control in study.controls:
@@ -87,25 +81,21 @@ def check_names(study: Study) -> None:
             )
 
 
-def gate_of(study: Study, name: str) -> tuple[dict[str, Any], Any]:
-    """(verifier or selector, beta) of an arm of the file."""
-    objective = study.recipe_of(name).objective
-    return objective.gate, objective.beta
-
-
 def values_of(study: Study, job: Job, rate: float | None) -> dict[str, Any]:
-    """The values of a job's recipe. rate: the acceptance of the gated run that a random control repeats."""
+    """The values of a job's recipe. rate: the acceptance of the gated run that a random control repeats. Of a verifier
+    and a selector beside it a control replaces the verifier alone."""
     values = copy.deepcopy(study.values(job.arm.of, job.seed))
     if job.learning_rate is not None:
         values["training"]["learning_rate"] = job.learning_rate
     if job.arm.control is not None:
-        gate, _ = gate_of(study, job.arm.of)
-        objective = study.recipe_of(job.arm.of).model_dump(mode="json", exclude_unset=True)["objective"]
+        recipe = study.recipe_of(job.arm.of)
+        gates, objective = recipe.objective, recipe.model_dump(mode="json", exclude_unset=True)["objective"]
         random = job.arm.control == RANDOM
-        verifier = {"name": job.arm.control, **({"rate": rate} if random else {"of": gate})}
+        verifier = {"name": job.arm.control, **({"rate": rate} if random else {"of": gates.gate})}
         values.pop("selection", None)
         kept = {k: v for k, v in (values.get("objective") or {}).items() if k not in ("verifier", "selector")}
-        values["objective"] = {**kept, "verifier": verifier, "beta": objective.get("beta", 0.01)}
+        beside = {"selector": gates.selector} if gates.verifier and gates.selector else {}
+        values["objective"] = {**kept, **beside, "verifier": verifier, "beta": objective.get("beta", 0.01)}
     return values
 
 
@@ -206,40 +196,36 @@ def run_study(
 
 
 def stands(study: Study, rows: Mapping[Key, Row], job: Job, values: Mapping[str, Any]) -> bool:
-    """Whether a job has its row already: of this recipe, of the files as they are, and of a run that did not fail. The
-    files of a row do not matter where a model is not there to compare with."""
+    """Whether a job has its row already: of this recipe, of the files as they are, and of a run that did not fail."""
     row = rows.get(job.key, {})
-    read = files_read(values)
-    same = read is None or row.get("files", read) == read
-    return row.get("recipe") == mark_of(study, values) and same and not row.get("error")
+    return row.get("recipe") == mark_of(study, values) and not row.get("error") and same_files(row, values)
+
+
+def of_recipes(study: Study, rows: Mapping[Key, Row]) -> dict[Key, Row]:
+    """The rows of the study as its file stands: without those of arms that it no longer has, of recipes that were
+    changed since, and of controls whose rate is no longer that of the gated run. A run that failed stays, and so does
+    a row that does not say its recipe."""
+    arms = {arm.name: arm for arm in arms_of(study)}
+    tuned = {(study.tuning_seed, rate) for rate in study.learning_rates}
+    counted = {(seed, rate) for seed in study.seeds for rate in study.learning_rates or [None]}
+    found: dict[Key, Row] = {}
+    for wanted in (False, True):  # the rate of a random control is that of a row that is there
+        for key, row in rows.items():
+            arm = arms.get(key[0])
+            if arm is None or (arm.control is not None) != wanted or key[1:] not in tuned | counted:
+                continue
+            job = Job(arm, key[1], key[2])
+            values = _values_known(study, found, job)
+            mark = None if values is None else mark_of(study, values)
+            if row.get("error") or (mark is not None and row.get("recipe", mark) == mark):
+                found[key] = row
+    return {key: found[key] for key in rows if key in found}
 
 
 def mark_of(study: Study, values: Mapping[str, Any]) -> str:
     """The checksum of a job's recipe and of what is measured, 16 hexadecimal digits."""
     text = json.dumps([values, study.asked()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def files_read(values: Mapping[str, Any]) -> str | None:
-    """The checksum, 16 hexadecimal digits, of the weights and the text in local files that a recipe names: the same
-    names can stand for models that were made again. None where the folder of a model is not there."""
-    recipe = recipe_from(copy.deepcopy(dict(values)))
-    names = [*recipe.models, *(getattr(one, "model", None) for one in recipe.teachers)]
-    folders = [Path(name).expanduser() for name in names if name]
-    if any(str(folder).startswith((".", "/")) and not folder.is_dir() for folder in folders):
-        return None
-    found = {file for folder in folders for file in folder.glob("*.safetensors")}
-    data = recipe.data.model_dump(mode="json")
-    for source in [*data["sources"], data["evaluation"]]:
-        if isinstance(source, dict) and source.get("path") and Path(source["path"]).expanduser().is_file():
-            found.add(Path(source["path"]).expanduser())
-    sums = [_checksum(file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(found)]
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
-
-
-@lru_cache(maxsize=256)
-def _checksum(file: Path, size: int, changed: int) -> str:
-    return checksum(file)
 
 
 def finite(row: Row) -> Row:
@@ -271,8 +257,14 @@ def planned(study: Study, rows: Mapping[Key, Row]) -> tuple[int, int, float | No
 
 
 def _is_done(study: Study, rows: Mapping[Key, Row], job: Job) -> bool:
+    values = _values_known(study, rows, job)
+    return values is not None and stands(study, rows, job, values)
+
+
+def _values_known(study: Study, rows: Mapping[Key, Row], job: Job) -> dict[str, Any] | None:
+    """The values of a job's recipe; None for a random control whose rate the rows do not give."""
     try:
         rate = rate_for(study, rows, job) if job.arm.control == RANDOM else None
     except ConfigError:
-        return False
-    return stands(study, rows, job, values_of(study, job, rate))
+        return None
+    return values_of(study, job, rate)
