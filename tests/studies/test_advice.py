@@ -140,6 +140,10 @@ def test_pairs_come_from_the_arms_that_differ_by_a_gate_alone(
         "greedy": {"method": "kd", "selection": GREEDY},
         "falling": {"method": "kd", "selection": falling},
         "ranked": {"method": "kd", "selection": {"selector": "se_kd", "beta": 0.0}},
+        "two_gates": {
+            "method": "kd",
+            "selection": {"verifier": {"name": "greedy_topk", "k": 5}, "selector": {"name": "se_kd"}},
+        },
         "reverse": {"method": "kd", "selection": GREEDY, "objective": {"divergence": "reverse_kl"}},
         "kd_other": {"method": "kd", **other},
         "greedy_other": {"method": "kd", "selection": GREEDY, **other},

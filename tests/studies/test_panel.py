@@ -46,6 +46,34 @@ def test_a_judge_of_the_panel_says_what_it_says_alone(name: str, seen: dict[str,
         assert whole == pytest.approx(row["rate"])
 
 
+def test_gates_judge_at_the_temperature_of_verification_and_the_loss_is_that_at_1() -> None:
+    student, model = tiny_llama(2), tiny_llama(1, layers=3)
+    batch, rates = padded(texts(4), 4)[0], {}
+    for temperature in (1.0, 5.0):
+        for name in ("expected_spec_k", "tip"):
+            objective = Objective("forward_kl", SPECS[name], verify_temperature=temperature)
+            a = probe(student, LiveTeacher(model), batch, objective, seed=4).double()
+            seen = panel(
+                student, LiveTeacher(model), [batch], gates({name: SPECS[name]}), beta=0.0, seed=4,
+                verify_temperature=temperature,
+            )["gates"][name]  # fmt: skip
+            assert seen["rate"] == pytest.approx(float(a.mean()), rel=1e-6)
+            kl = torch.cat(
+                [
+                    (logp.exp() * (logp - logq)).sum(-1)[torch.tensor(example.completion[1:])]
+                    for ids, example in zip(batch.samples(), texts(4), strict=True)
+                    for logp, logq in [
+                        [m(ids[None]).logits[0, :-1].detach().log_softmax(-1) for m in (model, student)]
+                    ]
+                ]
+            ).double()
+            assert seen["loss_removed"] == pytest.approx(float(1 - (a * kl).sum() / kl.sum()), rel=1e-5)
+            rates[name, temperature] = seen["loss_removed"]
+    assert all(
+        rates[name, 1.0] != pytest.approx(rates[name, 5.0], abs=1e-3) for name in ("expected_spec_k", "tip")
+    )
+
+
 def test_loss_and_gradient_removed_are_those_of_the_plain_formula() -> None:
     student, model = tiny_llama(2), tiny_llama(1, layers=3)
     batch = padded(texts(4), 4)[0]

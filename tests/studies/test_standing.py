@@ -14,7 +14,7 @@ from selectkd.evals.studies import measures
 from selectkd.evals.studies.arms import arms
 from selectkd.evals.studies.compare import compare, plan
 from selectkd.evals.studies.files import files_read
-from selectkd.evals.studies.one_run import measured, run_apart
+from selectkd.evals.studies.one_run import curve_of, measured
 from selectkd.evals.studies.results import last_fall
 from selectkd.evals.studies.rows import append_row, read_rows
 from selectkd.evals.studies.study import Job, arms_of, mark_of, of_recipes, values_of
@@ -138,10 +138,18 @@ def test_measures_see_the_student_without_dropout(
     assert measured(values, tmp_path / "run", measures=["mode"])["training"] == 0.0
 
 
-def test_a_run_whose_looks_are_not_finite_says_so(root: Path, tmp_path: Path) -> None:
-    study = load_study(written(tmp_path / "s.yaml", study_of(root)))
-    values = values_of(study, Job(arms_of(study)[0], 1, 1e30), None)
-    values["training"] |= {"max_steps": 6}
-    error = run_apart(values, tmp_path / "run").get("error", "")
-    assert "exit code" not in error
-    assert last_fall({"curve": [[0, 2.0, 0.1], [5, 1.0, 0.1], [10, None, None]]}) is None
+def test_looks_that_were_not_finite_leave_a_gap_in_the_curve_and_break_nothing() -> None:
+    """metrics.jsonl has null for them."""
+    numbers = [
+        {"kl": 2.0, "tar": 0.123456, "perplexity": None},
+        {"kl": 1.0, "tar": 0.1},
+        {"kl": None, "tar": None},
+    ]
+    curve, before = curve_of(list(zip((0, 5, 10), numbers, strict=True)))
+    assert curve == [[0, 2.0, 0.12346], [5, 1.0, 0.1], [10, None, None]] and before is None
+    assert last_fall({"curve": curve}) is None
+    assert curve_of([(0, {"kl": 1.0, "tar": 1.0, "perplexity": 1.0})])[1] == 0.0
+    assert curve_of([(3, {"kl": 1.0, "tar": 1.0, "perplexity": 1.0})])[1] is None and curve_of([]) == (
+        [],
+        None,
+    )

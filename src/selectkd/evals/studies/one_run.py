@@ -142,10 +142,10 @@ def measured(
         for heavy in ("student", "checkpoints"):
             shutil.rmtree(folder / heavy, ignore_errors=True)
     on = next(kept[0].student.parameters()).device
-    looks = [(line["step"], line["evaluation"]) for line in log if "evaluation" in line]
+    curve, before = curve_of([(line["step"], line["evaluation"]) for line in log if "evaluation" in line])
     return {
         **held,
-        "loss_before": _log(looks[0][1]["perplexity"]) if looks and looks[0][0] == 0 else None,
+        "loss_before": before,
         "tokens_per_second": tokens / training if training else None,
         "peak_bytes": peak_memory(on),
         "tokens": tokens,
@@ -157,8 +157,19 @@ def measured(
         "acceptance": _mean(lines, "acceptance"),
         **_always_accepted(recipe, lines),
         "mean_weight": _mean(lines, "weight"),
-        "curve": [[step, *(_rounded(look[name]) for name in ("kl", "tar"))] for step, look in looks],
+        "curve": curve,
     }
+
+
+def curve_of(looks: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[list[list[Any]], float | None]:
+    """([step, KL, TAR] of each look at held-out text, the loss at step 0 in nats); None for what was not finite, which
+    metrics.jsonl has as null, and for the loss where no look was taken there."""
+    curve = [
+        [step, *(None if look[name] is None else round(look[name], 5) for name in ("kl", "tar"))]
+        for step, look in looks
+    ]
+    first = looks[0][1]["perplexity"] if looks and looks[0][0] == 0 else None
+    return curve, None if first is None else math.log(first)
 
 
 def held_out(assembly: Any, seed: int) -> dict[str, Any]:
@@ -216,12 +227,3 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
     ]
     tokens = sum(count for _, count in seen)
     return sum(value * count for value, count in seen) / tokens if tokens else None
-
-
-def _log(perplexity: float | None) -> float | None:
-    """Nats of a perplexity in metrics.jsonl, which writes null where it is not finite."""
-    return None if perplexity is None else math.log(perplexity)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 5)
