@@ -69,9 +69,8 @@ def test_gates_judge_at_the_temperature_of_verification_and_the_loss_is_that_at_
             ).double()
             assert seen["loss_removed"] == pytest.approx(float(1 - (a * kl).sum() / kl.sum()), rel=1e-5)
             rates[name, temperature] = seen["loss_removed"]
-    assert all(
-        rates[name, 1.0] != pytest.approx(rates[name, 5.0], abs=1e-3) for name in ("expected_spec_k", "tip")
-    )
+    one, other = (rates["expected_spec_k", temperature] for temperature in (1.0, 5.0))
+    assert abs(one - other) > 0.01 * one  # the temperature counts
 
 
 def test_loss_and_gradient_removed_are_those_of_the_plain_formula() -> None:
