@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
@@ -107,8 +108,6 @@ def measured(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Trains the recipe of ``values`` in ``folder``, which is emptied first, and measures its student."""
-    import json
-
     from selectkd.config import recipe_from
     from selectkd.evals.studies.measures import MEASURES
     from selectkd.models.devices import peak_memory
@@ -128,9 +127,8 @@ def measured(
             options = {} if isinstance(one, str) else dict(one)
             name = one if isinstance(one, str) else options.pop("name")
             held |= MEASURES[name](kept[0], recipe, **options)
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    log, clock = _lines(folder / "metrics.jsonl"), _lines(folder / "timings.jsonl")
     lines = [line for line in log if "tokens_per_second" in line]
-    clock = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
     speed = {line["step"]: line["tokens_per_second"] for line in clock if "tokens_per_second" in line}
     tokens = int(lines[-1]["tokens"])
     training = sum(
@@ -159,6 +157,10 @@ def measured(
         "mean_weight": _mean(lines, "weight"),
         "curve": curve,
     }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def curve_of(looks: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[list[list[Any]], float | None]:

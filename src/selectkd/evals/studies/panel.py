@@ -96,13 +96,12 @@ def panel(
     V = beta + (1 - beta) a, D the forward KL and, for the gradient, the norm |q - p| of its gradient to the row's
     logits; the rate by place in the completion and by the teacher's entropy in nats. jaccard: sum min(a, b) / sum
     max(a, b) of two acceptances, the overlap of two sets where they are 0 and 1. A ranked gate ranks each batch, as in
-    training. verify_temperature: gates judge both models at it; D, its gradient and the entropy are those at
-    temperature 1 whatever it is. The student keeps its mode. Raises DataError where no row is trained.
+    training. Gates judge both models at verify_temperature; D, its gradient and the entropy are those at temperature
+    1. The student keeps its mode. Raises DataError where no row is trained.
     """
     member = _Panel(members)
     accepted: dict[str, list[Tensor]] = {name: [] for name in members}
-    own: list[Tensor] = []
-    places: list[Tensor] = []
+    own, places = list[Tensor](), list[Tensor]()
     device = head_of(student).weight.device
     with evaluating(student):
         for batch in batches:
