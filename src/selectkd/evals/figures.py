@@ -12,7 +12,7 @@ from selectkd.data.durable import write_plain
 from selectkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from selectkd.config.study import Study
     from selectkd.evals.dynamics import Dynamics
@@ -85,25 +85,49 @@ def draw_landscapes(seen: Mapping[str, Landscape], path: Path) -> None:
 
 
 def draw_study(study: Study, rows: Mapping[Any, Any], path: Path) -> None:
-    """The outcome of every arm: a dot for each seed, the mean and its 95% interval (Student's t)."""
+    """The outcome of every arm: a dot for each seed, the mean and its 95% interval (Student's t). Beside it, where runs
+    were looked at on the way, the mean held-out KL of each arm's seeds over the steps, in the arm's colour."""
+    from matplotlib import colormaps
+
     from selectkd.evals.statistics import t_interval
     from selectkd.evals.studies.rows import number
     from selectkd.evals.studies.study import arms_of, chosen_rates
 
     chosen, arms = chosen_rates(study, rows), [arm.name for arm in arms_of(study)]
-    figure = _figure(8, 1.2 + 0.3 * len(arms))
-    axis = figure.subplots()
+    found = {arm: [rows.get((arm, seed, chosen.get(arm)), {}) for seed in study.seeds] for arm in arms}
+    curves = {arm: curve for arm in arms if len(curve := mean_curve(found[arm])) > 2}
+    figure = _figure(12 if curves else 8, 1.2 + 0.3 * len(arms))
+    axis, *beside = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     for at, arm in enumerate(reversed(arms)):
-        keys = [(arm, seed, chosen.get(arm)) for seed in study.seeds]
-        values = [one for key in keys if (one := number(rows.get(key), study.outcome)) is not None]
+        colour = colormaps["viridis"](0.9 * at / max(1, len(arms) - 1))
+        values = [one for row in found[arm] if (one := number(row, study.outcome)) is not None]
         axis.plot(values, [at] * len(values), "o", color="0.7", markersize=4)
         if len(values) > 1:
             mean = t_interval(values)
             axis.errorbar([mean.value], [at], xerr=[[mean.value - mean.low], [mean.high - mean.value]],
-                          fmt="s", color="C0", capsize=3)  # fmt: skip
+                          fmt="s", color=colour, capsize=3)  # fmt: skip
+        for curve in beside if arm in curves else ():
+            curve.plot(*zip(*curves[arm], strict=True), color=colour)
     axis.set_yticks(range(len(arms)), [_shown(arm) for arm in reversed(arms)])
     axis.set(xlabel=study.outcome.replace("_", " "))
+    for curve in beside:
+        curve.set(xlabel="step", ylabel="held-out KL (nats)")
     _save(figure, path)
+
+
+def mean_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, mean held-out KL) of runs at the steps at which every one was looked at; nothing without a run that ended.
+
+    >>> mean_curve([{"curve": [[0, 1.0, 0.5], [5, 0.6, 0.7]]}, {"curve": [[0, 0.8, 0.5]]}, {"error": "killed"}])
+    [(0, 0.9)]
+    """
+    looks = [
+        {step: kl for step, kl, *_ in row["curve"] if kl is not None}
+        for row in rows
+        if row.get("curve") and not row.get("error")
+    ]
+    common = sorted(set.intersection(*map(set, looks))) if looks else []
+    return [(step, sum(one[step] for one in looks) / len(looks)) for step in common]
 
 
 def _figure(width: float, height: float) -> Any:
