@@ -123,7 +123,9 @@ def test_a_study_tunes_each_arm_runs_its_controls_and_runs_nothing_twice(
     text = page.read_text("utf-8")
     assert "**not run**: held-out KL of gated higher than kd" in text and "(one seed)" in text
     assert "| gated/matched_position |" in text and "![first](figures/study-first.svg)" in text
-    assert "held-out KL (nats)" in (figures / "study-first.svg").read_text("utf-8")  # the arms' curves are drawn
+    assert "held-out KL (nats)" in (figures / "study-first.svg").read_text(
+        "utf-8"
+    )  # the arms' curves are drawn
     capsys.readouterr()
 
 
