@@ -38,7 +38,7 @@ from selectkd.data.durable import (
 from selectkd.errors import IntegrityError
 from selectkd.training.checkpoint.encoding import join, split
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 NAME = re.compile(rf"{PREFIX}\d{{8,}}", re.ASCII)
