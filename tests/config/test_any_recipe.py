@@ -8,22 +8,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config.test_recipes import SMALL
 from selectkd.config import Recipe, load_recipe, recipe_from
 from selectkd.errors import ConfigError
 
-SMALL = """\
-teacher: {model: teacher}
-student: {model: student}
-data:
-  sources:
-    - path: data.jsonl
-objective:
-  verifier: {name: spec_k, k: 3}
-training:
-  output_dir: runs/x
-  max_steps: 10
-  batch_size: 4
-"""
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

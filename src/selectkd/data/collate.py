@@ -177,7 +177,7 @@ def _seen(
 
 
 def _without(example: Example, reader: Any) -> Images:
-    """No image, and where the answer of a sample begins, which some models are told."""
+    """No image, and where the answer of a sample begins, which some models need."""
     mask = example.completion
     return Images((), b"", (), mask.index(True) if True in mask else len(mask), reader)
 
