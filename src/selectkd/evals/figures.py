@@ -116,9 +116,10 @@ def draw_study(study: Study, rows: Mapping[Any, Any], path: Path) -> None:
 
 
 def mean_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean held-out KL) of runs at the steps at which every one was looked at; nothing without a run that ended.
+    """(step, mean held-out KL) of runs at the steps at which all have a finite KL; nothing without a run that ended.
 
-    >>> mean_curve([{"curve": [[0, 1.0, 0.5], [5, 0.6, 0.7]]}, {"curve": [[0, 0.8, 0.5]]}, {"error": "killed"}])
+    >>> runs = [{"curve": [[0, 1.0, 0.5], [5, 0.6, 0.7]]}, {"curve": [[0, 0.8, 0.5], [5, None, None]]}]
+    >>> mean_curve([*runs, {"error": "killed"}])
     [(0, 0.9)]
     """
     looks = [
